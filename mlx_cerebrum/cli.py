@@ -1,0 +1,79 @@
+"""What every command line shares: one-line errors, exit codes, strict flags."""
+
+import argparse
+import contextlib
+import errno
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from mlx_cerebrum.errors import CerebrumError
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+PIPE_CLOSED = 141  # 128 + SIGPIPE: the reader (`| head`) had enough
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, and which never guesses an abbreviated flag."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def add_debug(self) -> None:
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"error: {one_line(message)} (see {self.prog} --help)\n")
+
+
+def run(main_body: Callable[[], int], debug: bool = False) -> int:
+    """Run a command and turn what a user can mend into one line on stderr.
+
+    Returns the exit code: the body's own, 2 for bad input and failed reads or writes, 130
+    after Ctrl-C. A fault of the program itself is left to raise.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a C locale must not lose a whole answer
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = main_body()
+        sys.stdout.flush()  # a closed pipe or full disk must show here, not at exit
+        return code
+    except BrokenPipeError:
+        _drop_stdout()
+        return PIPE_CLOSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (CerebrumError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {describe(error)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_stdout()
+        return BAD_INPUT
+
+
+def describe(error: BaseException) -> str:
+    """The error as one line; a system error as `FILE: what went wrong`."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return one_line(str(error)) or type(error).__name__
+    text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if error.errno == errno.ENOSPC:
+        text += "; free some space or write elsewhere"
+    return one_line(text)
+
+
+def one_line(text: str) -> str:
+    """The text with its line breaks (every kind str.splitlines knows) made spaces."""
+    return " ".join(line.strip() for line in text.splitlines()).strip()
+
+
+def _drop_stdout() -> None:  # so that the interpreter's own last flush is quiet
+    with contextlib.suppress(OSError, ValueError):  # not a file when a test captures it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

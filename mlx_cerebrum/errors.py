@@ -1,0 +1,33 @@
+"""What goes wrong, in one line each: what, where, and what to do about it.
+
+Every message is a single line a person can act on. Command lines print it after
+`error: ` and exit with 2; `--debug` shows the traceback instead.
+"""
+
+
+class CerebrumError(Exception):
+    """Base of every error a user can cause and mend."""
+
+
+class PlanError(CerebrumError):
+    """A layer plan that cannot be read, or that does not fit the model."""
+
+
+class ConfigError(CerebrumError):
+    """A config.json (or GGUF metadata) that this engine cannot honour."""
+
+
+class CheckpointError(CerebrumError):
+    """Weight files that are missing, damaged, misshapen or unsafe to read."""
+
+
+class TokenizerError(CerebrumError):
+    """Tokenizer files or chat templates that cannot be used."""
+
+
+class RequestError(CerebrumError):
+    """A generation request that cannot be honoured (empty, too long, out of range)."""
+
+
+class MemoryBudgetError(CerebrumError):
+    """More bytes needed than the device has."""
