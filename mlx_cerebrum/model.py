@@ -1,0 +1,191 @@
+"""The whole forward pass: Mistral, with its blocks run in the order of a layer map.
+
+Mistral 7B (Jiang et al. 2023, arXiv 2310.06825): RMSNorm before attention and MLP,
+rotary positions, grouped-query attention over a sliding window, SwiGLU. Module names are
+Hugging Face's, so a checkpoint's tensors load under the names they have on disk.
+
+A *block* is one stored decoder layer, a *position* one step of the forward pass. The layer
+map names the block of each position: 0..31 for the 7B; for the 12.25B the same 32 blocks in
+56 positions. Every position has its own KV cache, also where two run the same block.
+
+Shapes: B sequences, L new tokens, T visible keys, D = hidden_size, H heads of width `head_dim`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_cerebrum.cache import Mask, WindowedKVCache, attention_mask
+from mlx_cerebrum.config import ModelConfig
+
+
+class Cache(Protocol):
+    """What attention asks of a cache; mlx-lm's caches answer it too."""
+
+    @property
+    def offset(self) -> Any: ...
+    @property
+    def state(self) -> Any: ...
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]: ...
+    def make_mask(self, N: int, return_array: bool, window_size: int | None) -> Mask: ...
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up
+
+
+# One kernel for three on a GPU. On the CPU `mx.compile` would start a C++ compiler first.
+if mx.default_device() == mx.Device(mx.gpu):
+    swiglu = mx.compile(swiglu, shapeless=True)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, width = config.hidden_size, config.head_dim
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.scale = width**-0.5
+        self.q_proj = nn.Linear(D, self.heads * width, bias=False)
+        self.k_proj = nn.Linear(D, self.kv_heads * width, bias=False)
+        self.v_proj = nn.Linear(D, self.kv_heads * width, bias=False)
+        self.o_proj = nn.Linear(self.heads * width, D, bias=False)
+        self.rope = nn.RoPE(width, traditional=False, base=config.rope_theta)
+
+    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+        """`[B, L, D]` -> `[B, L, D]`; `mask` is None, "causal" or boolean `[L, T]`."""
+        B, L, _ = x.shape
+        if "qkv_proj" in self:  # fused by the loader: one matmul for three
+            heads = self.qkv_proj(x).reshape(B, L, self.heads + 2 * self.kv_heads, -1)
+            at = [self.heads, self.heads + self.kv_heads]
+            queries, keys, values = mx.split(heads.swapaxes(1, 2), at, axis=1)
+        else:
+            queries = self.q_proj(x).reshape(B, L, self.heads, -1).swapaxes(1, 2)
+            keys = self.k_proj(x).reshape(B, L, self.kv_heads, -1).swapaxes(1, 2)
+            values = self.v_proj(x).reshape(B, L, self.kv_heads, -1).swapaxes(1, 2)
+
+        offset = 0 if cache is None else cache.offset  # tokens before these: RoPE's position
+        queries = self.rope(queries, offset=offset)  # [B, H, L, head_dim]
+        keys = self.rope(keys, offset=offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)  # [B, kv heads, T, head_dim]
+        out = mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=self.scale, mask=mask
+        )
+        return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, inner, bias=False)
+        self.up_proj = nn.Linear(D, inner, bias=False)
+        self.down_proj = nn.Linear(inner, D, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """`[B, L, D]` -> `[B, L, D]`."""
+        if "gate_up_proj" in self:  # fused by the loader: one matmul for two
+            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(swiglu(gate, up))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(
+        self, x: mx.array, mask: Mask, cache: Cache | None, scales: tuple[float, float] | None
+    ) -> mx.array:
+        """`[B, L, D]` -> `[B, L, D]`; `scales` weigh what attention and MLP add to the stream."""
+        attention = self.self_attn(self.input_layernorm(x), mask, cache)
+        h = x + (attention if scales is None else attention * scales[0])
+        mlp = self.mlp(self.post_attention_layernorm(h))
+        return h + (mlp if scales is None else mlp * scales[1])
+
+
+class SharedWeights(nn.Module):
+    """A module whose weights may serve several models; then they can't be changed."""
+
+    viewed = False
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_if_viewed()
+        return super().update(*args, **kwargs)
+
+    def update_modules(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_if_viewed()
+        return super().update_modules(*args, **kwargs)
+
+    def _refuse_if_viewed(self) -> None:
+        if self.viewed:
+            raise RuntimeError("these weights serve several views: change them before view()")
+
+
+class Blocks(SharedWeights):
+    """Everything under Hugging Face's `model.`: embedding, stored blocks, final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [TransformerBlock(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Model(SharedWeights):
+    """Token ids in, logits out. `config.layer_map` decides which block runs when."""
+
+    def __init__(self, config: ModelConfig, model: Blocks | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Blocks(config) if model is None else model
+        if model is None and not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(self, tokens: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
+        """Token ids `[B, L]` -> logits `[B, L, V]`, appending to `cache` if there is one."""
+        h = self.model.embed_tokens(tokens)  # [B, L, D]
+        window, positions = self.config.sliding_window, len(self.config.layer_map)
+        caches: Sequence[Cache | None] = [None] * positions if cache is None else cache
+        scales = self.config.residual_scales or [None] * positions
+
+        # Every position has seen the same tokens, so one mask serves them all.
+        first, L = caches[0], tokens.shape[1]
+        mask = (
+            attention_mask(L, 0, window)
+            if first is None
+            else first.make_mask(L, return_array=False, window_size=window)
+        )
+
+        for block, layer_cache, scale in zip(self.config.layer_map, caches, scales, strict=True):
+            h = self.model.layers[block](h, mask, layer_cache, scale)
+        h = self.model.norm(h)
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(h)
+        return self.lm_head(h)
+
+    def make_cache(self) -> list[WindowedKVCache]:
+        """An empty cache for every position."""
+        return [WindowedKVCache(self.config.sliding_window) for _ in self.config.layer_map]
+
+    def view(
+        self,
+        layer_map: tuple[int, ...],
+        residual_scales: tuple[tuple[float, float], ...] | None = None,
+    ) -> "Model":
+        """Another model over the same weights: no copy, no memory.
+
+        From then on quantizing, casting or loading into either raises RuntimeError.
+        """
+        other = Model(self.config.with_map(layer_map, residual_scales), self.model)
+        if not self.config.tie_word_embeddings:
+            other.lm_head = self.lm_head
+        self.viewed = other.viewed = self.model.viewed = True
+        return other

@@ -1,0 +1,116 @@
+"""Fewer bits a weight, in mlx-lm's layout: which modules, how they are packed, fused, undone.
+
+Affine quantization (MLX's `mx.quantize`) cuts each row into groups and stores, per group,
+a scale and a bias beside the packed integers: `bits + 32 / group_size` bits a weight with
+16-bit scales. Norms stay as they are; embedding and head are quantized too.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_cerebrum.errors import ConfigError
+from mlx_cerebrum.model import TransformerBlock
+
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_GROUPS = (32, 64, 128)
+# Formats whose scales are 8-bit floats, without biases: (bits, group size).
+FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How one matrix is quantized."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    def __post_init__(self) -> None:
+        if self.mode in FLOAT_MODES:
+            if (self.bits, self.group_size) != FLOAT_MODES[self.mode]:
+                bits, group = FLOAT_MODES[self.mode]
+                raise ConfigError(f"{self.mode} quantization has {bits} bits in groups of {group}")
+        elif self.mode != "affine":
+            known = ", ".join(["affine", *FLOAT_MODES])
+            raise ConfigError(f"quantization mode {self.mode!r} is not one of {known}")
+        elif self.bits not in AFFINE_BITS:
+            raise ConfigError(f"q-bits {self.bits!r} is not one of {AFFINE_BITS}")
+        elif self.group_size not in AFFINE_GROUPS:
+            raise ConfigError(f"q-group-size {self.group_size!r} is not one of {AFFINE_GROUPS}")
+
+    @classmethod
+    def from_config(cls, quantization: dict[str, Any], path: str) -> "Packing":
+        """The packing of the module at `path`, as mlx-lm's config.json says it.
+
+        Raises ConfigError for values MLX has no kernel for.
+        """
+        own = quantization.get(path)
+        source = own if isinstance(own, dict) else quantization
+        try:
+            bits, group_size = source["bits"], source["group_size"]
+        except KeyError as missing:
+            raise ConfigError(f"quantization of {path} lacks {missing}") from None
+        return cls(bits, group_size, source.get("mode", "affine"))
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The arrays a packed matrix is made of."""
+        return ("weight", "scales", "biases") if self.mode == "affine" else ("weight", "scales")
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of a packed `[rows, columns]` matrix's arrays."""
+        groups = (rows, columns // self.group_size)
+        packed = (rows, columns * self.bits // 32)
+        return {name: packed if name == "weight" else groups for name in self.parameters}
+
+    def fits(self, columns: int) -> bool:
+        """Whether rows of `columns` weights divide into groups and into packed words."""
+        return columns % self.group_size == 0 and columns * self.bits % 32 == 0
+
+    def as_config(self) -> dict[str, Any]:
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    def quantize(self, weight: mx.array) -> dict[str, mx.array]:
+        """A matrix `[rows, columns]` -> its packed arrays; scales keep the matrix's dtype."""
+        packed = mx.quantize(weight, self.group_size, self.bits, mode=self.mode)
+        return dict(zip(self.parameters, packed, strict=True))
+
+    def dequantize(self, arrays: dict[str, mx.array], dtype: mx.Dtype) -> mx.array:
+        """`arrays` as `parameters` names them -> the `[rows, columns]` matrix."""
+        scales, biases = arrays["scales"], arrays.get("biases")
+        if biases is not None:  # affine: in the target's precision, not the stored scales'
+            scales, biases = scales.astype(dtype), biases.astype(dtype)
+        return mx.dequantize(
+            arrays["weight"], scales, biases, self.group_size, self.bits, self.mode
+        ).astype(dtype)
+
+
+def fuse_projections(block: TransformerBlock) -> None:
+    """Join a block's q/k/v and its gate/up into one matrix each, where they are packed alike.
+
+    One large matmul instead of three (two) small ones: fewer kernels to launch a token.
+    """
+    _fuse(block.self_attn, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+    _fuse(block.mlp, ("gate_proj", "up_proj"), "gate_up_proj")
+
+
+def _fuse(parent: nn.Module, names: tuple[str, ...], fused: str) -> None:
+    parts = [getattr(parent, name) for name in names]
+    if len({_layout(part) for part in parts}) > 1:
+        return
+    joined = parts[0]
+    for name in ("weight", "scales", "biases"):
+        if name in joined:
+            joined[name] = mx.concatenate([part[name] for part in parts], axis=0)
+    for name in names:
+        delattr(parent, name)
+    setattr(parent, fused, joined)
+
+
+def _layout(linear: nn.Module) -> tuple[Any, ...]:
+    """What must agree for two matrices to be stacked."""
+    packing = tuple(getattr(linear, name, None) for name in ("bits", "group_size", "mode"))
+    return (*packing, linear.weight.dtype, linear.weight.shape[-1])

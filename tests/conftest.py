@@ -1,0 +1,95 @@
+"""Tiny checkpoints, made where a test wants them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tiny import Weights, tiny_config, tiny_weights
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from mlx_cerebrum.hub import DEMO_COMMAND, demo_path
+
+MakeCheckpoint = Callable[..., Path]
+INTERLEAVED_8 = "0-4,2-6,4-8"  # 12 positions over 8 blocks
+SMALL = {"num_hidden_layers": 8, "vocab_size": 260}
+
+
+def byte_tokenizer(directory: Path) -> None:
+    """A `tokenizer.json` of the 256 bytes plus <s>, </s> and <unk>, which adds BOS."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<unk>", "<s>", "</s>")])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_checkpoint(
+    directory: Path, config: dict[str, Any], weights: Weights, shards: int = 1
+) -> Path:
+    """A Hugging Face directory: config, tokenizer, one or several safetensors files."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    byte_tokenizer(directory)
+    if shards == 1:
+        save_file(weights, directory / "model.safetensors", {"format": "pt"})
+        return directory
+    weight_map = {}
+    for shard in range(shards):
+        name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = {k: v for i, (k, v) in enumerate(weights.items()) if i % shards == shard}
+        save_file(part, directory / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> MakeCheckpoint:
+    """`checkpoint(name, shards=1, dtype=np.float32, **config)` writes an 8-block model."""
+
+    def make(
+        name: str = "source", shards: int = 1, dtype: Any = np.float32, **changes: Any
+    ) -> Path:
+        config = tiny_config(**(SMALL | changes))
+        weights = {k: v.astype(dtype) for k, v in tiny_weights(config, seed=3).items()}
+        return write_checkpoint(tmp_path / name, config, weights, shards)
+
+    return make
+
+
+def plan_yaml(ranges: str, scale: str = "", dtype: str | None = None) -> str:
+    """mergekit YAML for `"0-4,2-6"`, half-open; `scale` is a `parameters:` flow mapping."""
+    lines = ["merge_method: passthrough", *([f"dtype: {dtype}"] if dtype else []), "slices:"]
+    for part in ranges.split(","):
+        start, end = part.split("-")
+        lines += ["- sources:", "  - model: source", f"    layer_range: [{start}, {end}]"]
+        lines += [f"    parameters: {scale}"] if scale else []
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Callable[..., Path]:
+    def make(ranges: str = INTERLEAVED_8, scale: str = "", dtype: str | None = None) -> Path:
+        path = tmp_path / "plan.yml"
+        path.write_text(plan_yaml(ranges, scale, dtype))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The trained demo model's file. `make test` installs it."""
+    try:
+        return demo_path()
+    except Exception as error:
+        pytest.fail(f"{error}; or run the suite with: make test ({DEMO_COMMAND})")

@@ -1,0 +1,141 @@
+"""The windowed cache: what is visible, what is kept, what can be taken back. All as numbers."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_cerebrum.cache import WindowedKVCache, attention_mask, causal_mask
+
+
+def entries(start: int, length: int) -> mx.array:
+    """Keys whose value is their token's number: `[1, 1, length, 1]`."""
+    return mx.arange(start, start + length, dtype=mx.float32).reshape(1, 1, length, 1)
+
+
+def feed(cache: WindowedKVCache, length: int) -> list[int]:
+    """Append `length` tokens; the token numbers that came back."""
+    keys = entries(cache.offset, length)
+    fetched, values = cache.update_and_fetch(keys, keys + 0.5)
+    assert mx.array_equal(fetched + 0.5, values)
+    return [int(x) for x in np.array(fetched).reshape(-1)]
+
+
+def test_window_counts_the_query_itself() -> None:
+    mask = causal_mask(5, 0, 3)
+    assert mx.sum(mask, axis=1).tolist() == [1, 2, 3, 3, 3]
+    assert mask[4].tolist() == [False, False, True, True, True]
+
+
+def test_mask_after_earlier_tokens() -> None:
+    # Two visible keys before three queries, window 3: the first query sees 0, 1 and itself.
+    assert causal_mask(3, 2, 3).tolist() == [
+        [True, True, True, False, False],
+        [False, True, True, True, False],
+        [False, False, True, True, True],
+    ]
+
+
+def test_cheapest_mask() -> None:
+    assert attention_mask(1, 0, 4) is None
+    assert attention_mask(1, 3, 4) is None
+    assert attention_mask(4, 0, 4) == "causal"
+    assert attention_mask(4, 0, None) == "causal"
+    assert isinstance(attention_mask(5, 0, 4), mx.array)
+    assert isinstance(attention_mask(2, 3, 4), mx.array)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 12])
+def test_visible_entries_are_the_window(chunk: int) -> None:
+    cache = WindowedKVCache(window=4, rewind=2, step=5)
+    for start in range(0, 60, chunk):
+        assert feed(cache, chunk) == list(range(max(0, start - 3), start + chunk))
+
+
+def test_no_window_keeps_everything() -> None:
+    cache = WindowedKVCache(step=8)
+    for n in range(40):
+        assert feed(cache, 1) == list(range(n + 1))
+    assert cache.rewindable() == 40
+
+
+def test_bounded_memory() -> None:
+    cache = WindowedKVCache(window=16, rewind=4, step=8)
+    most = 0
+    for _ in range(500):
+        feed(cache, 1)
+        most = max(most, cache.nbytes)
+    assert most == 2 * 4 * (16 - 1 + 4 + 8)  # keys and values, float32: window - 1 + rewind + step
+
+
+@given(
+    window=st.integers(1, 9),
+    rewind=st.integers(1, 5),
+    step=st.integers(1, 6),
+    chunks=st.lists(st.integers(1, 8), min_size=1, max_size=25),
+)
+@settings(deadline=None, max_examples=60)
+def test_rollback_is_as_if_never_seen(
+    window: int, rewind: int, step: int, chunks: list[int]
+) -> None:
+    cache = WindowedKVCache(window, rewind, step)
+    for chunk in chunks:
+        feed(cache, chunk)
+        back = min(rewind, cache.offset)
+        assert cache.trim(back) == back
+        offset = cache.offset
+        assert feed(cache, back) == list(range(max(0, offset - window + 1), offset + back))
+
+
+def test_rollback_at_every_offset() -> None:
+    """Every rewind of up to 6 tokens, at every offset across several compactions."""
+    for offset in range(1, 60):
+        for back in range(1, min(6, offset) + 1):
+            cache = WindowedKVCache(window=5, rewind=6, step=7)
+            for _ in range(offset):
+                feed(cache, 1)
+            cache.trim(back)
+            assert feed(cache, 1) == list(range(max(0, offset - back - 4), offset - back + 1))
+
+
+def test_rollback_beyond_what_is_kept_raises() -> None:
+    cache = WindowedKVCache(window=4, rewind=2, step=1)
+    feed(cache, 3)
+    for _ in range(40):
+        feed(cache, 1)
+    kept = cache.rewindable()
+    assert kept >= 2
+    with pytest.raises(ValueError, match="can take back"):
+        cache.trim(kept + 1)
+    assert cache.offset == 43
+
+
+def test_trim_of_more_than_there_is_empties() -> None:
+    cache = WindowedKVCache(window=4)
+    feed(cache, 3)
+    assert cache.trim(10) == 3
+    assert cache.offset == 0
+    assert feed(cache, 2) == [0, 1]
+
+
+def test_saved_state_continues() -> None:
+    cache = WindowedKVCache(window=4, rewind=2, step=3)
+    for _ in range(11):
+        feed(cache, 1)
+    other = WindowedKVCache.from_state(cache.state)
+    assert [feed(cache, 2), feed(cache, 1)] == [feed(other, 2), feed(other, 1)]
+    assert other.window == 4
+
+
+def test_another_window_is_refused() -> None:
+    with pytest.raises(ValueError, match="window"):
+        WindowedKVCache(window=4).make_mask(3, window_size=5)
+
+
+def test_mask_matches_what_is_fetched() -> None:
+    cache = WindowedKVCache(window=4, rewind=2, step=3)
+    for length in (1, 6, 1, 2, 5, 3):
+        mask = cache.make_mask(length, return_array=True)
+        assert isinstance(mask, mx.array)
+        assert mask.shape == (length, len(feed(cache, length)))
