@@ -7,7 +7,15 @@ mlx_cerebrum.generate` imports its module once.
 import importlib
 import sys
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_cerebrum.config import ModelConfig
+    from mlx_cerebrum.errors import CerebrumError
+    from mlx_cerebrum.load import load
+    from mlx_cerebrum.plan import LayerPlan
+    from mlx_cerebrum.sampling import make_sampler
+    from mlx_cerebrum.stream import generate, stream_generate
 
 __version__ = "0.1.0"
 
@@ -21,7 +29,16 @@ _HOMES = {
     "CerebrumError": "mlx_cerebrum.errors",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "CerebrumError",
+    "LayerPlan",
+    "ModelConfig",
+    "__version__",
+    "generate",
+    "load",
+    "make_sampler",
+    "stream_generate",
+]
 
 
 class _Package(types.ModuleType):

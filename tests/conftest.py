@@ -3,15 +3,24 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
 from tiny import Weights, tiny_config, tiny_weights
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_cerebrum.hub import DEMO_COMMAND, demo_path
+from mlx_cerebrum.model import Model
+
+
+def parameters(model: Model) -> dict[str, mx.array]:
+    """Every array of a model by name, a fused matrix under its fused name."""
+    return dict(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
+
 
 MakeCheckpoint = Callable[..., Path]
 INTERLEAVED_8 = "0-4,2-6,4-8"  # 12 positions over 8 blocks
@@ -41,7 +50,7 @@ def write_checkpoint(
     if shards == 1:
         save_file(weights, directory / "model.safetensors", {"format": "pt"})
         return directory
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = {k: v for i, (k, v) in enumerate(weights.items()) if i % shards == shard}
@@ -59,7 +68,7 @@ def checkpoint(tmp_path: Path) -> MakeCheckpoint:
     def make(
         name: str = "source", shards: int = 1, dtype: Any = np.float32, **changes: Any
     ) -> Path:
-        config = tiny_config(**(SMALL | changes))
+        config = tiny_config(**(SMALL | {"torch_dtype": np.dtype(dtype).name} | changes))
         weights = {k: v.astype(dtype) for k, v in tiny_weights(config, seed=3).items()}
         return write_checkpoint(tmp_path / name, config, weights, shards)
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from conftest import parameters
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum.config import ModelConfig
@@ -83,8 +83,8 @@ def test_folded_is_unrolled(scales: Any) -> None:
             residual_scales=None,
         )
     )
-    blocks = dict(tree_flatten(folded.parameters()))
-    for name in dict(tree_flatten(unrolled.parameters())):
+    blocks = parameters(folded)
+    for name in parameters(unrolled):
         source = name
         if "layers." in name:
             position = int(name.split(".")[2])
@@ -145,7 +145,7 @@ def test_fused_only_where_packed_alike() -> None:
 
 def test_blocks_are_counted_and_quantized_once() -> None:
     model = build()
-    sizes = sum(v.size for _, v in tree_flatten(model.parameters()))
+    sizes = sum(v.size for v in parameters(model).values())
     assert sizes == model.config.stored_parameters < model.config.executed_parameters
     seen: list[str] = []
 
@@ -164,7 +164,7 @@ def test_view_shares_every_array_and_costs_nothing() -> None:
     view = model.view(tuple(range(8)))
     assert mx.get_active_memory() == before
     assert view.config.num_positions == 8
-    ours, theirs = (dict(tree_flatten(m.parameters())) for m in (model, view))
+    ours, theirs = (parameters(m) for m in (model, view))
     assert ours.keys() == theirs.keys()
     assert all(ours[name] is theirs[name] for name in ours)
     ids = tokens(30)

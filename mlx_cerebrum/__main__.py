@@ -1,0 +1,38 @@
+"""`mlx-cerebrum COMMAND ...`: one name for the command lines of this package and of `convert`.
+
+The same as `python -m mlx_cerebrum.COMMAND`, but a stray `convert.py` in the current folder
+can't get in its way.
+"""
+
+import importlib
+import sys
+
+from mlx_cerebrum import __version__
+
+# Modules by name, imported when asked for: the runtime itself never depends on `convert`.
+COMMANDS = {
+    "generate": ("mlx_cerebrum.generate", "answer one prompt"),
+    "plan": ("mlx_cerebrum.plan", "show a layer plan and what it costs"),
+    "convert": ("convert.__main__", "write a checkpoint laid out by a plan"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["--version"]:
+        print(f"mlx-cerebrum {__version__}")
+        return 0
+    if arguments[:1] in ([], ["-h"], ["--help"]):
+        print("usage: mlx-cerebrum COMMAND [options]   (COMMAND --help says more)\n")
+        print("\n".join(f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()))
+        return 0
+    if arguments[0] not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"error: {arguments[0]!r} is not a command; there are {known}", file=sys.stderr)
+        return 2
+    code: int = importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

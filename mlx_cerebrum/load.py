@@ -1,0 +1,194 @@
+"""From a checkpoint to a model that runs: planned, cast, packed and fused, a block at a time."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_cerebrum import hub
+from mlx_cerebrum.checkpoint import Checkpoint, matrix_shapes, norm_names, open_checkpoint
+from mlx_cerebrum.config import ModelConfig
+from mlx_cerebrum.errors import ConfigError
+from mlx_cerebrum.memory import available_bytes, on_gpu, require
+from mlx_cerebrum.model import Model
+from mlx_cerebrum.plan import LayerPlan
+from mlx_cerebrum.plan import resolve as resolve_plan
+from mlx_cerebrum.quantize import Packing, fuse_projections
+from mlx_cerebrum.tokenizer import Tokenizer
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+_STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+
+Progress = Callable[[int, int], None]  # bytes ready, bytes in all
+
+
+class Storage(NamedTuple):
+    """How weights are held in memory."""
+
+    dtype: mx.Dtype  # of activations, dense weights and scales
+    dequantize: bool  # packed weights become dense
+
+
+def load(
+    path_or_repo: str | Path,
+    plan: str | LayerPlan | None = None,
+    q_bits: int | None = None,
+    dtype: str = "auto",
+    *,
+    q_group_size: int = 64,
+    window: int | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[Model, Tokenizer]:
+    """A model and its tokenizer from a directory, a `.gguf` file, a hub id, or `"demo"`.
+
+    `plan` (a LayerPlan, a named plan or a YAML file) lays the blocks out anew; without it the
+    checkpoint's own order stands. `q_bits` packs a dense checkpoint on the way in. `dtype`
+    is "auto" or float32, float16, bfloat16. `window` overrides the sliding window (tokens; 0
+    for none). Raises a CerebrumError, one line, for whatever can't be honoured.
+    """
+    checkpoint = open_checkpoint(hub.resolve(path_or_repo, revision))
+    tokenizer = load_tokenizer(checkpoint)
+    packing = None if q_bits is None else Packing(q_bits, q_group_size)
+    config = planned_config(checkpoint.config, plan, window)
+    return load_model(checkpoint, config, packing, dtype, progress), tokenizer
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The checkpoint's tokenizer. Raises ConfigError if it has ids the model has no row for."""
+    tokenizer = checkpoint.tokenizer()
+    rows = checkpoint.config.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ConfigError(
+            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}"
+        )
+    return tokenizer
+
+
+def planned_config(
+    config: ModelConfig, plan: str | LayerPlan | None, window: int | None
+) -> ModelConfig:
+    """The checkpoint's config with a plan's layer map and a window override applied."""
+    if plan is not None:
+        plan = resolve_plan(plan) if isinstance(plan, str) else plan
+        blocks = config.num_hidden_layers
+        config = config.with_map(plan.layer_map(blocks), plan.residual_scales(blocks))
+    if window is not None:
+        if window < 0:
+            raise ConfigError(f"window {window} is negative; use 0 for full attention")
+        config = replace(config, sliding_window=window or None)
+    return config
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    packing: Packing | None = None,
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> Model:
+    """Read, cast, pack and fuse the weights of `config`'s stored blocks.
+
+    Peak memory is the model's plus one block's. Raises MemoryBudgetError before reading
+    when the model can't fit.
+    """
+    if packing is not None and checkpoint.config.quantization is not None:
+        raise ConfigError(f"{checkpoint.path} is quantized already; drop --q-bits")
+    shapes = matrix_shapes(config)
+    packings = {
+        module: stored or (packing if packing and packing.fits(columns) else None)
+        for module, (_, columns) in shapes.items()
+        for stored in [checkpoint.packing(module)]
+    }
+    storage = choose_storage(dtype, checkpoint, config, any(packings.values()))
+    held = {module: None if storage.dequantize else p for module, p in packings.items()}
+    total = sum(_nbytes(shape, held[m], storage.dtype) for m, shape in shapes.items())
+    require(total, f"loading {checkpoint.path.name}", "try --q-bits 4, or a smaller model")
+
+    model = Model(config)
+    nn.quantize(
+        model, class_predicate=lambda path, _: p.as_config() if (p := held.get(path)) else False
+    )
+    ready = 0
+    for modules in _groups(config):
+        weights: list[tuple[str, mx.array]] = []
+        for module in modules:
+            arrays = _arrays(checkpoint, module, packing, packings.get(module), storage)
+            weights += [(f"{module}.{part}", array) for part, array in arrays.items()]
+            ready += _nbytes(shapes[module], held[module], storage.dtype) if module in shapes else 0
+        model.load_weights(weights, strict=False)
+        del arrays, weights
+        if modules[0].startswith("model.layers."):
+            block = model.model.layers[int(modules[0].split(".")[2])]
+            fuse_projections(block)
+            mx.eval(block.parameters())
+        else:
+            mx.eval(model.model.embed_tokens.parameters(), model.model.norm.parameters())
+        mx.clear_cache()
+        if progress is not None:
+            progress(ready, total)
+    mx.eval(model.parameters())
+    return model
+
+
+def choose_storage(
+    dtype: str, checkpoint: Checkpoint, config: ModelConfig, packed: bool
+) -> Storage:
+    """The dtype policy. `auto` is the checkpoint's own dtype on a GPU.
+
+    The CPU backend has no fast 16-bit path and its quantized matmuls are slower than dense
+    ones: float32 throughout where that fits in memory, else packed weights with float32
+    activations, else 16 bits as stored.
+    """
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is not auto, {', '.join(DTYPES)}")
+        return Storage(DTYPES[dtype], dequantize=False)
+    stored = _STORED[checkpoint.weight_dtype]
+    if on_gpu():
+        return Storage(stored, dequantize=False)
+    if 4 * config.stored_parameters < 0.8 * available_bytes():
+        return Storage(mx.float32, dequantize=True)
+    return Storage(mx.float32 if packed else stored, dequantize=False)
+
+
+def _groups(config: ModelConfig) -> Iterator[list[str]]:
+    """Module paths, in the order they are loaded: what is evaluated together."""
+    names = [*matrix_shapes(config), *(n.removesuffix(".weight") for n in norm_names(config))]
+    blocks: dict[int, list[str]] = {i: [] for i in range(config.num_hidden_layers)}
+    rest = []
+    for name in names:
+        if name.startswith("model.layers."):
+            blocks[int(name.split(".")[2])].append(name)
+        else:
+            rest.append(name)
+    yield rest
+    yield from blocks.values()
+
+
+def _arrays(
+    checkpoint: Checkpoint,
+    module: str,
+    requested: Packing | None,
+    packing: Packing | None,
+    storage: Storage,
+) -> dict[str, mx.array]:
+    """One module's arrays as they will be held."""
+    arrays = checkpoint.read(module)
+    if packing is not None and requested is not None:
+        arrays = packing.quantize(arrays["weight"])
+    if packing is not None and storage.dequantize:
+        return {"weight": packing.dequantize(arrays, storage.dtype)}
+    floats = DTYPES.values()
+    return {part: a.astype(storage.dtype) if a.dtype in floats else a for part, a in arrays.items()}
+
+
+def _nbytes(shape: tuple[int, int], packing: Packing | None, dtype: mx.Dtype) -> int:
+    rows, columns = shape
+    if packing is None:
+        return rows * columns * dtype.size
+    scale_bytes = dtype.size * 2 if packing.mode == "affine" else 1
+    return rows * columns * packing.bits // 8 + rows * columns // packing.group_size * scale_bytes

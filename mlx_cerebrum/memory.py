@@ -1,0 +1,81 @@
+"""Bytes needed against bytes there are, asked before anything is allocated."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_cerebrum.config import ModelConfig
+from mlx_cerebrum.errors import MemoryBudgetError
+
+GB = 1e9
+# What the rest of the process and the system must be left with.
+_HEADROOM = 0.95
+
+
+def on_gpu() -> bool:
+    return mx.default_device() == mx.Device(mx.gpu)
+
+
+def available_bytes() -> int:
+    """Bytes that weights and caches may take on the default device.
+
+    Metal: the recommended working set (`iogpu.wired_limit_mb` raises it). CUDA: the card's
+    memory. CPU: what the system says is free, within a cgroup's limit.
+    """
+    if on_gpu():
+        info = mx.device_info()
+        size = info.get("max_recommended_working_set_size", info.get("memory_size", 0))
+        return int(size) if size else _host_bytes()
+    return _host_bytes()
+
+
+def _host_bytes() -> int:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                total = int(line.split()[1]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    used = Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        total = min(total, max(0, int(text) - int(used.read_text())))
+    return total
+
+
+def kv_bytes(config: ModelConfig, tokens: int, item_bytes: int, prefill_step: int) -> int:
+    """Bytes the caches of all positions hold after `tokens` tokens, room to grow included."""
+    held = tokens
+    if config.sliding_window is not None:
+        # cache.py: window - 1 + rewind entries, plus one chunk of growth.
+        held = min(tokens, config.sliding_window - 1 + 64)
+    return config.kv_values_per_token() * item_bytes * (held + max(256, prefill_step))
+
+
+def require(needed: int, what: str, remedy: str) -> None:
+    """Raise MemoryBudgetError, with the numbers and what would fit, unless `needed` bytes fit."""
+    available = available_bytes()
+    if needed > available * _HEADROOM:
+        raise MemoryBudgetError(
+            f"{what} needs {needed / GB:.2f} GB and {available / GB:.2f} GB are free; {remedy}"
+        )
+
+
+@contextmanager
+def wired() -> Iterator[None]:
+    """Keep weights resident on Metal while generating; elsewhere nothing.
+
+    macOS may otherwise page a large model out between tokens.
+    """
+    if not mx.metal.is_available():
+        yield
+        return
+    before = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_wired_limit(before)

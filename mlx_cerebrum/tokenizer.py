@@ -1,0 +1,231 @@
+"""The tokenizer of a checkpoint: text and conversations to ids, ids to text.
+
+Three sources give the same object: a `tokenizer.model` (SentencePiece), a `tokenizer.json`,
+or a GGUF file's metadata. Where a directory has both files the `tokenizer.model` is used:
+it is what the model was trained with, and the JSON a conversion of it, which some tools
+get wrong (the first word losing its space mark). For the real Mistral files both agree.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_cerebrum.detokenizer import StreamingDetokenizer, decode
+from mlx_cerebrum.errors import RequestError, TokenizerError
+from mlx_cerebrum.gguf_tokenizer import gguf_token_id, vocabulary_from_gguf
+from mlx_cerebrum.sentencepiece_model import SentencePieceVocabulary
+from mlx_cerebrum.template import (
+    CEREBRUM_STOP,
+    CEREBRUM_TEMPLATE,
+    ChatTemplate,
+    check_messages,
+    strip_eos,
+)
+from mlx_cerebrum.tokenizer_files import FILES, TokenizerFiles, read_bytes
+from mlx_cerebrum.vocabulary import AddedToken, TokenizersVocabulary, Vocabulary
+
+
+class Tokenizer:
+    """Text in, ids out, and back. Make one with `from_directory` or `from_gguf`.
+
+    special_tokens: `bos_token`, `eos_token`, ... -> text, as the template sees them.
+    eos_ids: further end tokens (generation_config.json, config.json).
+    model_vocab_size: rows of the model's embedding; ids past the vocabulary but below it
+        are padding and decode to nothing.
+    source: the directory `save` copies from; None writes new files.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        special_tokens: Mapping[str, str],
+        add_bos: bool,
+        eos_ids: Iterable[int] = (),
+        chat_template: str | None = None,
+        model_vocab_size: int = 0,
+        source: Path | None = None,
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._special_tokens = dict(special_tokens)
+        self.vocab_size = len(vocabulary)
+        self._id_limit = max(self.vocab_size, model_vocab_size)
+        self.bos_token_id = self._special_id("bos_token")
+        eos = self._special_id("eos_token")
+        self.eos_token_ids = frozenset(eos_ids) | (frozenset() if eos is None else {eos})
+        if add_bos and self.bos_token_id is None:
+            raise TokenizerError("the tokenizer is set to add a BOS token but names none")
+        self.add_bos = add_bos
+        self.chat_template = chat_template
+        self.stop_strings: tuple[str, ...] = (CEREBRUM_STOP,) if chat_template is None else ()
+        variables = dict(special_tokens)
+        if chat_template is None and not add_bos:
+            variables["bos_token"] = ""
+        self._template = ChatTemplate(
+            CEREBRUM_TEMPLATE if chat_template is None else chat_template,
+            vocabulary.controls,
+            variables,
+        )
+        self._source = source
+
+    def _special_id(self, name: str) -> int | None:
+        content = self._special_tokens.get(name)
+        if content is None:
+            return None
+        token = self._vocabulary.token_id(content)
+        if token is None:
+            raise TokenizerError(f"{name} {content!r} is not in the tokenizer's vocabulary")
+        return token
+
+    @classmethod
+    def from_directory(cls, path: Path, extra_eos: Iterable[int] = ()) -> "Tokenizer":
+        """Read a checkpoint directory's tokenizer. `extra_eos`: the end ids of its config.json.
+
+        Raises TokenizerError naming the file that is missing, damaged or not understood.
+        """
+        files = TokenizerFiles.read(path)
+        special = dict(files.special_tokens)
+        add_bos = files.add_bos
+        vocabulary: Vocabulary
+        if (model := path / "tokenizer.model").exists():
+            vocabulary = SentencePieceVocabulary(read_bytes(model), str(model), files.added_tokens)
+            for name, content in (("bos_token", "<s>"), ("eos_token", "</s>")):
+                if vocabulary.token_id(content) is not None:
+                    special.setdefault(name, content)
+            # LlamaTokenizer's default, for a family whose configs leave it out.
+            default = "bos_token" in special
+        elif (file := path / "tokenizer.json").exists():
+            text = read_bytes(file).decode("utf-8", "replace")
+            vocabulary = TokenizersVocabulary.from_text(text, str(file), files.control_tokens)
+            if vocabulary.prefix_token is not None:
+                special.setdefault("bos_token", vocabulary.prefix_token)
+            default = vocabulary.prefix_token == special.get("bos_token", "")
+        else:
+            raise TokenizerError(f"{path} has no tokenizer: tokenizer.model or tokenizer.json")
+        return cls(
+            vocabulary,
+            special,
+            default if add_bos is None else add_bos,
+            {*extra_eos, *files.eos_ids},
+            files.chat_template,
+            files.model_vocab_size,
+            source=path,
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
+        """Build the tokenizer a GGUF file describes. metadata: its keys, arrays as lists."""
+        vocabulary = vocabulary_from_gguf(metadata)
+        sentencepiece = isinstance(vocabulary, SentencePieceVocabulary)
+        defaults = {"bos": 1, "eos": 2} if sentencepiece else {}
+        special: dict[str, str] = {}
+        for name in ("bos", "eos", "unknown", "padding"):
+            token = gguf_token_id(metadata, name, len(vocabulary))
+            content = vocabulary.content(defaults.get(name, -1) if token is None else token)
+            if content is not None:
+                key = {"unknown": "unk", "padding": "pad"}.get(name, name)
+                special[f"{key}_token"] = content
+        # llama.cpp's defaults where the file does not say.
+        llama = sentencepiece or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+        add_bos = metadata.get("tokenizer.ggml.add_bos_token", llama and "bos_token" in special)
+        ends = (gguf_token_id(metadata, name, len(vocabulary)) for name in ("eot", "eom"))
+        template = metadata.get("tokenizer.chat_template")
+        if not isinstance(template, str | None) or not isinstance(add_bos, bool):
+            raise TokenizerError("GGUF: chat_template must be text and add_bos_token a boolean")
+        eos_ids = [token for token in ends if token is not None]
+        return cls(vocabulary, special, add_bos, eos_ids, template)
+
+    def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
+        """Ids of plain text, a spelled-out `<s>` included. BOS as the tokenizer's own setting,
+        unless `add_bos` says otherwise. Raises RequestError for text that is not Unicode."""
+        bos = self.add_bos if add_bos is None else add_bos
+        if bos and self.bos_token_id is None:
+            raise RequestError("a BOS token was asked for but the tokenizer has none")
+        start = [self.bos_token_id] if bos and self.bos_token_id is not None else []
+        return start + self._encode(text)
+
+    def _encode(self, text: str, at_start: bool = True) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text has a lone surrogate at character {error.start}; it is not valid Unicode"
+            ) from None
+        return self._vocabulary.encode(text, at_start)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Ids of a conversation, ready for the model to answer; exactly one BOS, if any.
+
+        Raises RequestError for messages that are malformed or that the template refuses,
+        TokenizerError for a template that fails.
+        """
+        conversation = check_messages(messages)
+        endings = [self._vocabulary.content(token) or "" for token in self.eos_token_ids]
+        for message in conversation:
+            if message["role"] == "assistant":
+                message["content"] = strip_eos(message["content"], endings)
+        ids: list[int] = []
+        for segment in self._template.render(conversation, add_generation_prompt):
+            if isinstance(segment, AddedToken):
+                ids.append(segment.id)
+            else:
+                ids += self._encode(segment, at_start=not ids)
+        # Most templates write the BOS themselves.
+        if self.add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
+            ids.insert(0, self.bos_token_id)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; control tokens and padding rows add nothing to it."""
+        return decode(self.detokenizer(), ids)
+
+    def detokenizer(self) -> StreamingDetokenizer:
+        """A fresh streaming detokenizer: its pieces joined are `decode` of the whole."""
+        return self._vocabulary.detokenizer(self._id_limit)
+
+    def save(self, directory: Path) -> list[Path]:
+        """Write the tokenizer's files into `directory`, for `from_directory`, transformers
+        and mlx-lm to read the same ids back. Returns what was written.
+
+        A directory's files are copied unchanged. What is missing for stock tools is added:
+        a tokenizer.json beside a lone tokenizer.model, which transformers 5 misreads.
+        """
+        present = []
+        if self._source is not None:
+            present = [name for name in FILES if (self._source / name).is_file()]
+            for name in present:
+                shutil.copyfile(self._source / name, directory / name)
+        made = self._made_files(present)
+        for name, data in made.items():
+            (directory / name).write_bytes(data)
+        return [directory / name for name in (*present, *made)]
+
+    def _made_files(self, present: Sequence[str]) -> dict[str, bytes]:
+        """The files stock tools need and `present` lacks."""
+        made = {}
+        if isinstance(self._vocabulary, SentencePieceVocabulary):
+            made["tokenizer.model"] = self._vocabulary.model
+        if "tokenizer.json" not in present:
+            bos = self._special_tokens.get("bos_token") if self.add_bos else None
+            made["tokenizer.json"] = self._vocabulary.tokenizer_json(bos).encode()
+        config: dict[str, Any] = {
+            # The class that takes tokenizer.json as it is.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **self._special_tokens,
+            "add_bos_token": self.add_bos,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+        }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        made["tokenizer_config.json"] = _json(config)
+        ends = {"bos_token_id": self.bos_token_id, "eos_token_id": sorted(self.eos_token_ids)}
+        made["generation_config.json"] = _json(ends)
+        return {name: data for name, data in made.items() if name not in present}
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,355 @@
+"""Converting: folded and unrolled are the same model, stock tools read what they should."""
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import MakeCheckpoint, parameters
+from safetensors.numpy import load_file
+
+from convert import writer
+from convert.__main__ import main
+from convert.pipeline import convert
+from mlx_cerebrum import load
+from mlx_cerebrum.checkpoint import open_checkpoint
+from mlx_cerebrum.decode import generate_step
+from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.plan import LayerPlan
+
+MAP = (0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7)
+PROMPT = [5, 80, 44, 120, 7, 99, 201, 5, 17, 42, 9, 30, 77, 150, 3, 6]
+SCALE = "{scale: [{filter: o_proj, value: 0.5}, {filter: down_proj, value: 0.7071}, {value: 1.0}]}"
+
+
+def run(*args: Any) -> int:
+    return main([str(a) for a in args] + ["--quiet"])
+
+
+def tokens(path: Path, count: int = 40, **options: Any) -> list[int]:
+    model, _ = load(path, **options)
+    return list(generate_step(PROMPT, model, max_tokens=count))
+
+
+def tensors(path: Path) -> dict[str, mx.array]:
+    found: dict[str, mx.array] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        loaded = mx.load(str(file))
+        assert isinstance(loaded, dict)
+        found |= loaded
+    return found
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads((path / "config.json").read_text())
+    return raw
+
+
+@pytest.mark.parametrize("quantize", [[], ["-q", "--q-bits", "4", "--q-group-size", "32"]])
+@pytest.mark.parametrize("dtype", [[], ["--dtype", "bfloat16"]])
+def test_folded_and_unrolled_give_the_same_tokens(
+    checkpoint: MakeCheckpoint,
+    plan_file: Callable[..., Path],
+    tmp_path: Path,
+    quantize: list[str],
+    dtype: list[str],
+) -> None:
+    source, plan = checkpoint(shards=2), plan_file()
+    common = ["--hf-path", source, "--plan", plan, *quantize, *dtype]
+    assert run("--mlx-path", tmp_path / "f", *common) == 0
+    assert run("--mlx-path", tmp_path / "u", "--layout", "unrolled", *common) == 0
+    folded, unrolled = (load(tmp_path / name)[0] for name in "fu")
+    assert folded.config.layer_map == MAP
+    assert unrolled.config.layer_map == tuple(range(12))
+    ids = mx.array([PROMPT])
+    assert mx.array_equal(folded(ids), unrolled(ids))
+    assert tokens(tmp_path / "f") == tokens(tmp_path / "u")
+    if not quantize and not dtype:  # nothing was changed: the same as planning at load
+        assert tokens(tmp_path / "f") == tokens(source, plan=str(plan))
+
+
+def test_folded_directory(
+    checkpoint: MakeCheckpoint, plan_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, plan = checkpoint(), plan_file()
+    assert run("--hf-path", source, "--mlx-path", tmp_path / "f", "--plan", plan) == 0
+    config = config_of(tmp_path / "f")
+    assert config["model_type"] == "cerebrum"
+    assert config["num_hidden_layers"] == 8
+    assert config["layer_map"] == list(MAP)
+    assert config["format_version"] == 1
+    assert config["provenance"]["plan"] == plan.read_text()
+    assert config["provenance"]["source"] == "source"
+    assert str(tmp_path) not in json.dumps(config)
+    assert not any(p.name.startswith(".") for p in tmp_path.iterdir())
+    ours, theirs = tensors(tmp_path / "f"), tensors(source)
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_identity_is_a_plain_mistral_directory(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    assert run("--hf-path", checkpoint(), "--mlx-path", tmp_path / "p") == 0
+    config = config_of(tmp_path / "p")
+    assert config["model_type"] == "mistral"
+    assert "layer_map" not in config
+
+
+def test_unrolled_is_what_mergekit_writes(
+    checkpoint: MakeCheckpoint, plan_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = checkpoint(dtype=np.float16)
+    plan = plan_file(dtype="bfloat16")
+    out = tmp_path / "u"
+    assert run("--hf-path", source, "--mlx-path", out, "--plan", plan, "--layout", "unrolled") == 0
+    config = config_of(out)
+    assert config["model_type"] == "mistral"
+    assert config["num_hidden_layers"] == 12
+    assert config["torch_dtype"] == "bfloat16"
+    assert config["sliding_window"] == 12
+    ours, theirs = tensors(out), tensors(source)
+    assert len(ours) == 12 * 9 + 3
+    for name, value in ours.items():
+        original = name
+        if "layers." in name:
+            position = int(name.split(".")[2])
+            original = name.replace(f"layers.{position}.", f"layers.{MAP[position]}.")
+        assert value.dtype == mx.bfloat16
+        assert mx.array_equal(value, theirs[original].astype(mx.bfloat16)), name
+
+
+def test_scaled_plan_folded_and_unrolled(
+    checkpoint: MakeCheckpoint, plan_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, plan = checkpoint(), plan_file(scale=SCALE)
+    common = ["--hf-path", source, "--plan", plan]
+    assert run("--mlx-path", tmp_path / "f", *common) == 0
+    assert run("--mlx-path", tmp_path / "u", "--layout", "unrolled", *common) == 0
+    assert config_of(tmp_path / "f")["residual_scales"] == [[0.5, 0.7071]] * 12
+    folded, unrolled = (load(tmp_path / name)[0] for name in "fu")
+    ids = mx.array([PROMPT])
+    # The stated bound: scaling a float32 matrix rounds once more than scaling its output.
+    assert mx.abs(folded(ids) - unrolled(ids)).max() < 1e-4
+    source_weights, ours = tensors(source), tensors(tmp_path / "u")
+    name = "self_attn.o_proj.weight"
+    scaled = source_weights[f"model.layers.2.{name}"] * mx.array(0.5, mx.float32)
+    assert mx.array_equal(ours[f"model.layers.4.{name}"], scaled)
+    # Unrolling a folded directory keeps its scales.
+    assert (
+        run("--hf-path", tmp_path / "f", "--mlx-path", tmp_path / "u2", "--layout", "unrolled") == 0
+    )
+    again = tensors(tmp_path / "u2")
+    assert all(mx.array_equal(again[n], ours[n]) for n in ours)
+
+
+def test_a_scale_that_only_unrolling_can_express(
+    checkpoint: MakeCheckpoint,
+    plan_file: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, plan = checkpoint(), plan_file(scale="{scale: 0.5}")
+    common = ["--hf-path", source, "--plan", plan]
+    assert run("--mlx-path", tmp_path / "f", *common) == 2
+    assert "--layout unrolled" in capsys.readouterr().err
+    assert not (tmp_path / "f").exists()
+    assert run("--mlx-path", tmp_path / "u", "--layout", "unrolled", *common) == 0
+    norm = "model.layers.0.input_layernorm.weight"
+    assert mx.array_equal(tensors(tmp_path / "u")[norm], tensors(source)[norm] * 0.5)
+
+
+def test_mlx_lm_loads_the_unrolled_directory(
+    checkpoint: MakeCheckpoint, plan_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    from mlx_lm.utils import load_model as mlx_lm_load
+
+    source, plan = checkpoint(sliding_window=None), plan_file()
+    for name, quantize in (("dense", []), ("packed", ["-q", "--q-group-size", "32"])):
+        out = tmp_path / name
+        common = ["--hf-path", source, "--mlx-path", out, "--plan", plan, "--layout", "unrolled"]
+        assert run(*common, *quantize) == 0
+        theirs, _ = mlx_lm_load(out)
+        ours, _ = load(out, dtype="float32")
+        ids = mx.array([PROMPT])
+        assert mx.abs(theirs(ids) - ours(ids)).max() < 1e-4
+
+
+def test_quantized_is_what_mlx_lm_convert_writes(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    from mlx_lm.convert import convert as mlx_lm_convert
+
+    source = checkpoint(dtype=np.float16)
+    mlx_lm_convert(str(source), str(tmp_path / "t"), quantize=True, q_group_size=32, q_bits=4)
+    assert run("--hf-path", source, "--mlx-path", tmp_path / "o", "-q", "--q-group-size", 32) == 0
+    ours, theirs = tensors(tmp_path / "o"), tensors(tmp_path / "t")
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert mx.array_equal(ours[name], theirs[name]), name
+    assert config_of(tmp_path / "o")["quantization"] == config_of(tmp_path / "t")["quantization"]
+
+
+def test_stock_mlx_lm_refuses_a_folded_directory(
+    checkpoint: MakeCheckpoint, plan_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    from mlx_lm.utils import load_model as mlx_lm_load
+
+    assert run("--hf-path", checkpoint(), "--mlx-path", tmp_path / "f", "--plan", plan_file()) == 0
+    with pytest.raises(ValueError, match="cerebrum"):
+        mlx_lm_load(tmp_path / "f")
+
+
+def test_gguf_source_keeps_its_packed_weights(demo: Path, tmp_path: Path) -> None:
+    plan = LayerPlan.named("demo-interleaved")
+    for layout in ("folded", "unrolled"):
+        convert(open_checkpoint(demo), tmp_path / layout, plan, layout=layout)
+    model, tokenizer = load(demo, plan=plan, dtype="float32")
+    direct = parameters(model)
+    ids = tokenizer.encode("The capital of France is")
+    expected = list(generate_step(ids, model, max_tokens=12))
+    for layout in ("folded", "unrolled"):
+        again, tokenizer = load(tmp_path / layout, dtype="float32")
+        assert tokenizer.encode("The capital of France is") == ids
+        assert list(generate_step(ids, again, max_tokens=12)) == expected
+        if layout == "folded":
+            loaded = parameters(again)
+            assert all(mx.array_equal(loaded[name], direct[name]) for name in direct)
+
+
+def test_window_override_is_recorded(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = checkpoint()
+    assert run("--hf-path", source, "--mlx-path", tmp_path / "w", "--window", "5") == 0
+    config = config_of(tmp_path / "w")
+    assert config["sliding_window"] == 5
+    assert config["provenance"]["window_override"] == 5
+    assert load(tmp_path / "w")[0].config.sliding_window == 5
+    llama = checkpoint("llama", model_type="llama", architectures=["LlamaForCausalLM"])
+    assert run("--hf-path", llama, "--mlx-path", tmp_path / "l", "--window", "5") == 0
+    assert load(tmp_path / "l")[0].config.sliding_window == 5
+
+
+def test_shards_are_cut_at_the_limit(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint()
+    monkeypatch.setattr(writer.shards, "__defaults__", (300_000,))
+    assert run("--hf-path", source, "--mlx-path", tmp_path / "s") == 0
+    files = sorted((tmp_path / "s").glob("*.safetensors"))
+    assert len(files) > 3
+    assert all(sum(v.nbytes for v in load_file(f).values()) <= 300_000 for f in files)
+    index = json.loads((tmp_path / "s" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in tensors(source).values())
+    assert tokens(tmp_path / "s") == tokens(source)
+
+
+# Refusals: one line, exit code 2, nothing written.
+
+
+def test_never_overwrites(
+    checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = checkpoint()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("mine")
+    assert run("--hf-path", source, "--mlx-path", tmp_path / "there") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert (tmp_path / "there" / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--q-bits", "4"], "-q"),
+        (["-q", "--q-bits", "7"], "--q-bits"),
+        (["--window", "-1"], "negative"),
+        (["--plan", "nowhere"], "nowhere"),
+        (["--revision", "main"], "--revision"),
+        (["--bogus"], "--bogus"),
+        (["--layout", "flat"], "--layout"),
+    ],
+)
+def test_wrong_flags(
+    checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    says: str,
+) -> None:
+    source = checkpoint()
+    try:
+        code = run("--hf-path", source, "--mlx-path", tmp_path / "x", *flags)
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    err = capsys.readouterr().err
+    assert code == 2
+    assert says in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_quantized_sources_are_not_packed_or_scaled_again(
+    checkpoint: MakeCheckpoint,
+    plan_file: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    packed = tmp_path / "q"
+    assert run("--hf-path", checkpoint(), "--mlx-path", packed, "-q", "--q-group-size", 32) == 0
+    assert run("--hf-path", packed, "--mlx-path", tmp_path / "x", "-q") == 2
+    assert "quantized already" in capsys.readouterr().err
+    plan = plan_file(scale=SCALE)
+    common = ["--hf-path", packed, "--plan", plan, "--mlx-path", tmp_path / "x"]
+    assert run(*common, "--layout", "unrolled") == 2
+    assert "can't be scaled" in capsys.readouterr().err
+    assert run(*common) == 0  # folded: the residual is scaled instead
+
+
+def test_disk_space_is_asked_for_first(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        free = 1000
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage)
+    with pytest.raises(CheckpointError, match=r"needs 0\.\d\d GB of disk and 0\.00 GB are free"):
+        convert(open_checkpoint(checkpoint()), tmp_path / "x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
+)
+def test_a_failed_write_leaves_nothing(
+    checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+) -> None:
+    source = checkpoint()
+    calls = 0
+    write = writer._write
+
+    def failing(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 20:
+            raise error
+        write(*args)
+
+    monkeypatch.setattr(writer, "_write", failing)
+    assert run("--hf-path", source, "--mlx-path", tmp_path / "x") in (2, 130)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_leftovers_of_a_killed_run_are_replaced(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = checkpoint()
+    (tmp_path / ".x.partial").mkdir()
+    (tmp_path / ".x.partial" / "model-00009-of-00009.safetensors").write_text("stale")
+    assert run("--hf-path", source, "--mlx-path", tmp_path / "x") == 0
+    assert not list((tmp_path / "x").glob("*00009*"))
+    assert tokens(tmp_path / "x") == tokens(source)

