@@ -17,7 +17,7 @@ from mlx_cerebrum.quantize import AFFINE_BITS, AFFINE_GROUPS, Packing
 
 def parser() -> cli.ArgumentParser:
     p = cli.ArgumentParser(
-        prog="convert",
+        prog="python -m convert",
         description="Write a checkpoint's blocks in the order of a plan: folded (each stored once,"
         " for mlx_cerebrum) or unrolled (as mergekit would, for any tool).",
     )

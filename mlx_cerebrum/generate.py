@@ -26,7 +26,7 @@ DEFAULT_PLAN = "cerebrum-12.25b"
 
 def parser() -> cli.ArgumentParser:
     p = cli.ArgumentParser(
-        prog="mlx_cerebrum.generate",
+        prog="python -m mlx_cerebrum.generate",
         description="Answer one prompt with Cerebrum or another Mistral or Llama model.",
     )
     p.add_argument(

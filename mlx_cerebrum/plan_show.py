@@ -36,27 +36,31 @@ _GROUP = 64  # weights that share a 16-bit scale and bias when quantized
 _PICTURE = 32  # widest picture of the blocks, in characters
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = cli.ArgumentParser(
+def parser() -> cli.ArgumentParser:
+    p = cli.ArgumentParser(
         prog="python -m mlx_cerebrum.plan",
         description="Show a layer plan: its slices, which blocks repeat, and what it costs.",
     )
-    parser.add_argument("plan", nargs="?", metavar="NAME|FILE", help="a named plan, or YAML")
-    parser.add_argument(
+    p.add_argument("plan", nargs="?", metavar="NAME|FILE", help="a named plan, or YAML")
+    p.add_argument(
         "--config",
         type=Path,
         metavar="DIR|FILE",
         help="the source's config.json or its directory (default: Cerebrum-7B's geometry, "
         "for plans over its 32 blocks)",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON value, sizes in bytes")
-    parser.add_argument("--list", action="store_true", help="list the named plans")
-    parser.add_debug()
-    args = parser.parse_args(argv)
+    p.add_argument("--json", action="store_true", help="one JSON value, sizes in bytes")
+    p.add_argument("--list", action="store_true", help="list the named plans")
+    p.add_debug()
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     if args.list == (args.plan is not None):
-        parser.error("give either a plan or --list")
+        parser().error("give either a plan or --list")
     if args.list and args.config:
-        parser.error("--config needs a plan")
+        parser().error("--config needs a plan")
     return cli.run(
         lambda: _list(args.json) if args.list else _show(args.plan, args.config, args.json),
         args.debug,

@@ -1,0 +1,99 @@
+"""The documentation, checked by running it."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlx_cerebrum
+from convert.__main__ import parser as convert_parser
+from mlx_cerebrum.generate import parser as generate_parser
+from mlx_cerebrum.plan_show import parser as plan_parser
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line.startswith("python -m")
+]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def run(command: str, cwd: Path) -> str:
+    words = shlex.split(command)
+    done = subprocess.run(
+        [sys.executable, *words[1:]], capture_output=True, text=True, cwd=cwd, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_parses(command: str) -> None:
+    """Also those that need the hub: their flags exist and are spelled right."""
+    words = shlex.split(command)
+    parsers = {
+        "mlx_cerebrum.generate": generate_parser,
+        "mlx_cerebrum.plan": plan_parser,
+        "convert": convert_parser,
+    }
+    parsers[words[2]]().parse_args(words[3:])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "demo" in c or ".plan " in c])
+def test_commands_that_need_no_hub_run(command: str, demo: Path, tmp_path: Path) -> None:
+    run(command, tmp_path)
+
+
+def test_the_plan_shown_is_the_plan_printed(tmp_path: Path) -> None:
+    def flat(text: str) -> list[str]:
+        return [
+            " ".join(line.split()) for line in re.sub("─+", "─", text).splitlines() if line.strip()
+        ]
+
+    printed = run("python -m mlx_cerebrum.plan cerebrum-12.25b", tmp_path)
+    assert flat(blocks("text")[0]) == flat(printed)
+
+
+def test_the_python_example_runs(demo: Path, tmp_path: Path) -> None:
+    (code,) = blocks("python")
+    ast.parse(code)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.strip().splitlines()) >= 2
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.M):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_files_named_exist() -> None:
+    for name in re.findall(r"`((?:tests|bench|convert|mlx_cerebrum)/[\w./]*)`", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_changelog_and_version_agree() -> None:
+    heading = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert heading is not None
+    assert heading[1] == mlx_cerebrum.__version__
+
+
+def test_model_fits_on_two_screens() -> None:
+    assert len((ROOT / "mlx_cerebrum" / "model.py").read_text().splitlines()) < 200
