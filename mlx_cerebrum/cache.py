@@ -35,10 +35,30 @@ def attention_mask(length: int, start: int, window: int | None) -> Mask:
     return None if length == 1 else "causal"
 
 
+REWIND = 64  # tokens that can always be taken back
+STEP = 256  # least number of entries a full buffer grows by
+
+
+def entries_held(window: int | None, prompt: int, generated: int, prefill_step: int) -> int:
+    """Most entries one position's buffer has room for in a request, without running it.
+
+    What `update_and_fetch` allocates for `prompt - 1` tokens in chunks, then one at a time.
+    """
+    chunks = [min(prefill_step, prompt - 1 - i) for i in range(0, prompt - 1, prefill_step)]
+    used = room = most = 0
+    for length in [*chunks, *([1] * generated)]:
+        if used + length > room:
+            used = used if window is None else min(used, window - 1 + REWIND)
+            room = used + max(length, STEP)
+            most = max(most, room)
+        used += length
+    return most
+
+
 class WindowedKVCache:
     """Keys and values `[B, H, T, D]` of one position; `offset` counts the tokens seen."""
 
-    def __init__(self, window: int | None = None, rewind: int = 64, step: int = 256) -> None:
+    def __init__(self, window: int | None = None, rewind: int = REWIND, step: int = STEP) -> None:
         self.window = window
         self.rewind = rewind
         self.step = step

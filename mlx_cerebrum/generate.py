@@ -12,7 +12,14 @@ from mlx_cerebrum import cli, hub
 from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.decode import PREFILL_STEP
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.load import DTYPES, load_model, load_tokenizer, planned_config
+from mlx_cerebrum.load import (
+    DTYPES,
+    SMALLER,
+    choose_storage,
+    load_model,
+    load_tokenizer,
+    planned_config,
+)
 from mlx_cerebrum.memory import GB, kv_bytes, require, wired
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.quantize import AFFINE_BITS, AFFINE_GROUPS, Packing
@@ -131,16 +138,17 @@ def _run(args: argparse.Namespace) -> int:
     if args.prefill_step_size < 1:
         raise RequestError(f"prefill-step-size must be at least 1, not {args.prefill_step_size}")
 
+    storage = choose_storage(checkpoint, packing, args.dtype)
+    cache = kv_bytes(config, len(ids), args.max_tokens, storage.dtype.size, args.prefill_step_size)
+    require(
+        storage.nbytes + cache,
+        f"the model ({storage.nbytes / GB:.2f} GB) with a cache for {len(ids)} + {args.max_tokens}"
+        f" tokens ({cache / GB:.2f} GB)",
+        f"{SMALLER}, a smaller --window, or fewer --max-tokens",
+    )
     show = not (args.quiet or args.json)
     with progress("loading", show) as report:
-        model = load_model(checkpoint, config, packing, args.dtype, report)
-    tokens = len(ids) + args.max_tokens
-    item_bytes = model.model.norm.weight.dtype.size
-    require(
-        kv_bytes(config, tokens, item_bytes, args.prefill_step_size),
-        f"a cache for {tokens} tokens",
-        "lower --max-tokens or --window, or shorten the prompt",
-    )
+        model = load_model(checkpoint, config, storage, report)
     with wired():
         with progress("reading the prompt", show, "tokens") as report:
             responses = stream_generate(
@@ -160,7 +168,7 @@ def _run(args: argparse.Namespace) -> int:
         "plan": plan,
         "positions": config.num_positions,
         "window": config.sliding_window,
-        "dtype": str(model.model.norm.weight.dtype).removeprefix("mlx.core."),
+        "dtype": str(storage.dtype).removeprefix("mlx.core."),
     }
     if args.json:
         print(json.dumps(answer | facts, ensure_ascii=False))

@@ -1,9 +1,8 @@
 """From a checkpoint to a model that runs: planned, cast, packed and fused, a block at a time."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,14 +21,19 @@ from mlx_cerebrum.tokenizer import Tokenizer
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
+SMALLER = "try --q-bits 4, or a smaller model"
+
 Progress = Callable[[int, int], None]  # bytes ready, bytes in all
 
 
-class Storage(NamedTuple):
-    """How weights are held in memory."""
+@dataclass(frozen=True)
+class Storage:
+    """How a checkpoint's weights will be held in memory, decided before any is read."""
 
     dtype: mx.Dtype  # of activations, dense weights and scales
+    packings: dict[str, Packing | None]  # module path -> how it is packed after reading
     dequantize: bool  # packed weights become dense
+    nbytes: int  # of all matrices
 
 
 def load(
@@ -54,7 +58,9 @@ def load(
     tokenizer = load_tokenizer(checkpoint)
     packing = None if q_bits is None else Packing(q_bits, q_group_size)
     config = planned_config(checkpoint.config, plan, window)
-    return load_model(checkpoint, config, packing, dtype, progress), tokenizer
+    storage = choose_storage(checkpoint, packing, dtype)
+    require(storage.nbytes, f"loading {checkpoint.path.name}", SMALLER)
+    return load_model(checkpoint, config, storage, progress), tokenizer
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -83,31 +89,48 @@ def planned_config(
     return config
 
 
-def load_model(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    packing: Packing | None = None,
-    dtype: str = "auto",
-    progress: Progress | None = None,
-) -> Model:
-    """Read, cast, pack and fuse the weights of `config`'s stored blocks.
+def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str) -> Storage:
+    """The dtype policy. `auto` is the checkpoint's own dtype on a GPU.
 
-    Peak memory is the model's plus one block's. Raises MemoryBudgetError before reading
-    when the model can't fit.
+    The CPU backend has no fast 16-bit path and its quantized matmuls are slower than dense
+    ones: float32 throughout where that fits in memory, else packed weights with float32
+    activations, else 16 bits as stored. Raises ConfigError for what can't be combined.
     """
-    if packing is not None and checkpoint.config.quantization is not None:
+    if requested is not None and checkpoint.config.quantization is not None:
         raise ConfigError(f"{checkpoint.path} is quantized already; drop --q-bits")
-    shapes = matrix_shapes(config)
-    packings = {
-        module: stored or (packing if packing and packing.fits(columns) else None)
-        for module, (_, columns) in shapes.items()
-        for stored in [checkpoint.packing(module)]
-    }
-    storage = choose_storage(dtype, checkpoint, config, any(packings.values()))
-    held = {module: None if storage.dequantize else p for module, p in packings.items()}
-    total = sum(_nbytes(shape, held[m], storage.dtype) for m, shape in shapes.items())
-    require(total, f"loading {checkpoint.path.name}", "try --q-bits 4, or a smaller model")
+    shapes = matrix_shapes(checkpoint.config)
+    packings: dict[str, Packing | None] = {}
+    for module, (_, columns) in shapes.items():
+        fits = requested is not None and requested.fits(columns)
+        packings[module] = checkpoint.packing(module) or (requested if fits else None)
 
+    def storage(dtype: mx.Dtype, dequantize: bool = False) -> Storage:
+        held = {module: None if dequantize else packing for module, packing in packings.items()}
+        size = sum(_nbytes(shape, held[module], dtype) for module, shape in shapes.items())
+        return Storage(dtype, packings, dequantize, size)
+
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is not auto, {', '.join(DTYPES)}")
+        return storage(DTYPES[dtype])
+    stored = _STORED[checkpoint.weight_dtype]
+    if on_gpu():
+        return storage(stored)
+    dense = storage(mx.float32, dequantize=True)
+    if dense.nbytes < 0.8 * available_bytes():
+        return dense
+    return storage(mx.float32 if any(packings.values()) else stored)
+
+
+def load_model(
+    checkpoint: Checkpoint, config: ModelConfig, storage: Storage, progress: Progress | None = None
+) -> Model:
+    """Read, cast, pack and fuse the weights of `config`'s stored blocks, a block at a time.
+
+    Peak memory is the model's plus one block's.
+    """
+    held = {} if storage.dequantize else storage.packings
+    shapes = matrix_shapes(config)
     model = Model(config)
     nn.quantize(
         model, class_predicate=lambda path, _: p.as_config() if (p := held.get(path)) else False
@@ -116,9 +139,10 @@ def load_model(
     for modules in _groups(config):
         weights: list[tuple[str, mx.array]] = []
         for module in modules:
-            arrays = _arrays(checkpoint, module, packing, packings.get(module), storage)
+            arrays = _arrays(checkpoint, module, storage)
             weights += [(f"{module}.{part}", array) for part, array in arrays.items()]
-            ready += _nbytes(shapes[module], held[module], storage.dtype) if module in shapes else 0
+            if module in shapes:
+                ready += _nbytes(shapes[module], held.get(module), storage.dtype)
         model.load_weights(weights, strict=False)
         del arrays, weights
         if modules[0].startswith("model.layers."):
@@ -129,30 +153,9 @@ def load_model(
             mx.eval(model.model.embed_tokens.parameters(), model.model.norm.parameters())
         mx.clear_cache()
         if progress is not None:
-            progress(ready, total)
+            progress(ready, storage.nbytes)
     mx.eval(model.parameters())
     return model
-
-
-def choose_storage(
-    dtype: str, checkpoint: Checkpoint, config: ModelConfig, packed: bool
-) -> Storage:
-    """The dtype policy. `auto` is the checkpoint's own dtype on a GPU.
-
-    The CPU backend has no fast 16-bit path and its quantized matmuls are slower than dense
-    ones: float32 throughout where that fits in memory, else packed weights with float32
-    activations, else 16 bits as stored.
-    """
-    if dtype != "auto":
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype {dtype!r} is not auto, {', '.join(DTYPES)}")
-        return Storage(DTYPES[dtype], dequantize=False)
-    stored = _STORED[checkpoint.weight_dtype]
-    if on_gpu():
-        return Storage(stored, dequantize=False)
-    if 4 * config.stored_parameters < 0.8 * available_bytes():
-        return Storage(mx.float32, dequantize=True)
-    return Storage(mx.float32 if packed else stored, dequantize=False)
 
 
 def _groups(config: ModelConfig) -> Iterator[list[str]]:
@@ -169,16 +172,10 @@ def _groups(config: ModelConfig) -> Iterator[list[str]]:
     yield from blocks.values()
 
 
-def _arrays(
-    checkpoint: Checkpoint,
-    module: str,
-    requested: Packing | None,
-    packing: Packing | None,
-    storage: Storage,
-) -> dict[str, mx.array]:
+def _arrays(checkpoint: Checkpoint, module: str, storage: Storage) -> dict[str, mx.array]:
     """One module's arrays as they will be held."""
-    arrays = checkpoint.read(module)
-    if packing is not None and requested is not None:
+    arrays, packing = checkpoint.read(module), storage.packings.get(module)
+    if packing is not None and "scales" not in arrays:
         arrays = packing.quantize(arrays["weight"])
     if packing is not None and storage.dequantize:
         return {"weight": packing.dequantize(arrays, storage.dtype)}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_cerebrum.cache import entries_held
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import MemoryBudgetError
 
@@ -46,13 +47,12 @@ def _host_bytes() -> int:
     return total
 
 
-def kv_bytes(config: ModelConfig, tokens: int, item_bytes: int, prefill_step: int) -> int:
-    """Bytes the caches of all positions hold after `tokens` tokens, room to grow included."""
-    held = tokens
-    if config.sliding_window is not None:
-        # cache.py: window - 1 + rewind entries, plus one chunk of growth.
-        held = min(tokens, config.sliding_window - 1 + 64)
-    return config.kv_values_per_token() * item_bytes * (held + max(256, prefill_step))
+def kv_bytes(
+    config: ModelConfig, prompt: int, generated: int, item_bytes: int, prefill_step: int
+) -> int:
+    """Bytes the caches of all positions take at most in a request, room to grow included."""
+    entries = entries_held(config.sliding_window, prompt, generated, prefill_step)
+    return config.kv_values_per_token() * item_bytes * entries
 
 
 def require(needed: int, what: str, remedy: str) -> None:

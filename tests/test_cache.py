@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_cerebrum.cache import WindowedKVCache, attention_mask, causal_mask
+from mlx_cerebrum.cache import WindowedKVCache, attention_mask, causal_mask, entries_held
 
 
 def entries(start: int, length: int) -> mx.array:
@@ -51,6 +51,26 @@ def test_visible_entries_are_the_window(chunk: int) -> None:
     cache = WindowedKVCache(window=4, rewind=2, step=5)
     for start in range(0, 60, chunk):
         assert feed(cache, chunk) == list(range(max(0, start - 3), start + chunk))
+
+
+@given(
+    window=st.one_of(st.none(), st.integers(1, 900)),
+    prompt=st.integers(1, 1500),
+    generated=st.integers(1, 900),
+    step=st.sampled_from([1, 100, 256, 512]),
+)
+@settings(deadline=None, max_examples=25)
+def test_room_is_predicted_exactly(
+    window: int | None, prompt: int, generated: int, step: int
+) -> None:
+    cache, most = WindowedKVCache(window), 0
+    for start in range(0, prompt - 1, step):
+        feed(cache, min(step, prompt - 1 - start))
+        most = max(most, cache.nbytes)
+    for _ in range(generated):
+        feed(cache, 1)
+        most = max(most, cache.nbytes)
+    assert most == 2 * 4 * entries_held(window, prompt, generated, step)
 
 
 def test_no_window_keeps_everything() -> None:

@@ -316,6 +316,22 @@ def test_bad_messages_file(
     assert err.count("\n") == 1
 
 
+def test_memory_is_asked_for_before_loading(
+    checkpoint: MakeCheckpoint,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """12 positions' caches do not fit where the weights would."""
+    weights = 4 * 400_000
+    monkeypatch.setattr("mlx_cerebrum.memory.available_bytes", lambda: weights)
+    monkeypatch.setattr("mlx_cerebrum.load.load_model", None)  # must not be reached
+    code, _, err = run(capsys, "--model", checkpoint(), "--prompt", "x", "--max-tokens", "400")
+    assert code == 2
+    assert "GB are free" in err
+    assert "--q-bits 4" in err
+    assert err.count("\n") == 1
+
+
 def test_builtin_template_stops_at_the_user_line_unless_raw(
     checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from mlx_cerebrum import load
 from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError, MemoryBudgetError
-from mlx_cerebrum.load import load_model
+from mlx_cerebrum.load import choose_storage, load_model
 from mlx_cerebrum.model import Model
 
 IDS = mx.array([[5, 80, 44, 120, 7, 99, 201, 5, 17, 42, 9, 30, 77, 150, 3, 6]])
@@ -159,7 +159,7 @@ def test_loading_holds_the_model_and_one_block(checkpoint: MakeCheckpoint) -> No
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model = load_model(source, source.config, dtype="float32")
+    model = load_model(source, source.config, choose_storage(source, None, "float32"))
     held = mx.get_active_memory() - before
     exact = 4 * source.config.stored_parameters
     assert exact <= held <= 1.05 * exact
