@@ -6,10 +6,12 @@ from typing import cast
 import mlx.core as mx
 
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.memory import on_gpu
 from mlx_cerebrum.model import Cache, Model
 
 Sampler = Callable[[mx.array], mx.array]  # logits [B, V] -> token ids [B]
-PREFILL_STEP = 512
+# Measured (bench.speed): on the CPU small chunks waste less on keys a causal mask hides.
+PREFILL_STEP = 512 if on_gpu() else 256
 
 
 def greedy(logits: mx.array) -> mx.array:

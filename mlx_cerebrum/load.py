@@ -8,14 +8,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_cerebrum import hub
-from mlx_cerebrum.checkpoint import Checkpoint, matrix_shapes, norm_names, open_checkpoint
+from mlx_cerebrum.checkpoint import Checkpoint, matrix_shapes, open_checkpoint
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.memory import available_bytes, on_gpu, require
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.plan import LayerPlan
 from mlx_cerebrum.plan import resolve as resolve_plan
-from mlx_cerebrum.quantize import Packing, fuse_projections
+from mlx_cerebrum.quantize import FUSED, Packing, fuse_projections
 from mlx_cerebrum.tokenizer import Tokenizer
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -125,56 +125,65 @@ def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str
 def load_model(
     checkpoint: Checkpoint, config: ModelConfig, storage: Storage, progress: Progress | None = None
 ) -> Model:
-    """Read, cast, pack and fuse the weights of `config`'s stored blocks, a block at a time.
+    """Read, fuse, cast and pack the weights of `config`'s stored blocks, a block at a time.
 
     Peak memory is the model's plus one block's.
     """
     held = {} if storage.dequantize else storage.packings
-    shapes = matrix_shapes(config)
     model = Model(config)
+    # Nothing of this is computed: the modules only take their final form, to be filled below.
     nn.quantize(
         model, class_predicate=lambda path, _: p.as_config() if (p := held.get(path)) else False
     )
+    for block in model.model.layers:
+        fuse_projections(block)
+    shapes = matrix_shapes(config)
     ready = 0
-    for modules in _groups(config):
+    for part, prefix in _parts(model):
         weights: list[tuple[str, mx.array]] = []
-        for module in modules:
-            arrays = _arrays(checkpoint, module, storage)
-            weights += [(f"{module}.{part}", array) for part, array in arrays.items()]
-            if module in shapes:
-                ready += _nbytes(shapes[module], held.get(module), storage.dtype)
+        for target, sources in _sources(part, prefix).items():
+            arrays = _arrays(checkpoint, sources, storage)
+            weights += [(f"{target}.{name}", array) for name, array in arrays.items()]
+            matrices = [source for source in sources if source in shapes]
+            ready += sum(_nbytes(shapes[m], held.get(m), storage.dtype) for m in matrices)
         model.load_weights(weights, strict=False)
         del arrays, weights
-        if modules[0].startswith("model.layers."):
-            block = model.model.layers[int(modules[0].split(".")[2])]
-            fuse_projections(block)
-            mx.eval(block.parameters())
-        else:
-            mx.eval(model.model.embed_tokens.parameters(), model.model.norm.parameters())
-        mx.clear_cache()
+        mx.eval(part.parameters())
         if progress is not None:
             progress(ready, storage.nbytes)
-    mx.eval(model.parameters())
+    mx.clear_cache()
     return model
 
 
-def _groups(config: ModelConfig) -> Iterator[list[str]]:
-    """Module paths, in the order they are loaded: what is evaluated together."""
-    names = [*matrix_shapes(config), *(n.removesuffix(".weight") for n in norm_names(config))]
-    blocks: dict[int, list[str]] = {i: [] for i in range(config.num_hidden_layers)}
-    rest = []
-    for name in names:
-        if name.startswith("model.layers."):
-            blocks[int(name.split(".")[2])].append(name)
-        else:
-            rest.append(name)
-    yield rest
-    yield from blocks.values()
+def _parts(model: Model) -> Iterator[tuple[nn.Module, str]]:
+    """What is read and evaluated together, with its path: each block, and each other module."""
+    yield model.model.embed_tokens, "model.embed_tokens"
+    for i, block in enumerate(model.model.layers):
+        yield block, f"model.layers.{i}"
+    yield model.model.norm, "model.norm"
+    if not model.config.tie_word_embeddings:
+        yield model.lm_head, "lm_head"
 
 
-def _arrays(checkpoint: Checkpoint, module: str, storage: Storage) -> dict[str, mx.array]:
-    """One module's arrays as they will be held."""
-    arrays, packing = checkpoint.read(module), storage.packings.get(module)
+def _sources(part: nn.Module, prefix: str) -> dict[str, list[str]]:
+    """Every module with weights under `part` -> the checkpoint's modules it is stacked from."""
+    found = {}
+    for path, module in part.named_modules():
+        if "weight" in module:
+            name = f"{prefix}.{path}" if path else prefix
+            parent, _, last = name.rpartition(".")
+            found[name] = [f"{parent}.{source}" for source in FUSED.get(last, ())] or [name]
+    return found
+
+
+def _arrays(checkpoint: Checkpoint, sources: list[str], storage: Storage) -> dict[str, mx.array]:
+    """One module's arrays as they will be held; sources packed alike are stacked as stored."""
+    if len({storage.packings.get(source) for source in sources}) > 1:  # dense by the time they meet
+        each = [_arrays(checkpoint, [source], storage) for source in sources]
+        return {"weight": mx.concatenate([arrays["weight"] for arrays in each])}
+    read = [checkpoint.read(source) for source in sources]
+    arrays = {part: mx.concatenate([r[part] for r in read]) for part in read[0]}
+    packing = storage.packings.get(sources[0])
     if packing is not None and "scales" not in arrays:
         arrays = packing.quantize(arrays["weight"])
     if packing is not None and storage.dequantize:

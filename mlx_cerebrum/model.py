@@ -56,18 +56,17 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
         """`[B, L, D]` -> `[B, L, D]`; `mask` is None, "causal" or boolean `[L, T]`."""
         B, L, _ = x.shape
-        if "qkv_proj" in self:  # fused by the loader: one matmul for three
+        offset = 0 if cache is None else cache.offset  # tokens before these: RoPE's position
+        if "qkv_proj" in self:  # fused by the loader: one matmul for three, one rotation for two
             heads = self.qkv_proj(x).reshape(B, L, self.heads + 2 * self.kv_heads, -1)
-            at = [self.heads, self.heads + self.kv_heads]
-            queries, keys, values = mx.split(heads.swapaxes(1, 2), at, axis=1)
+            rotated, values = mx.split(heads.swapaxes(1, 2), [self.heads + self.kv_heads], axis=1)
+            queries, keys = mx.split(self.rope(rotated, offset=offset), [self.heads], axis=1)
         else:
             queries = self.q_proj(x).reshape(B, L, self.heads, -1).swapaxes(1, 2)
             keys = self.k_proj(x).reshape(B, L, self.kv_heads, -1).swapaxes(1, 2)
             values = self.v_proj(x).reshape(B, L, self.kv_heads, -1).swapaxes(1, 2)
-
-        offset = 0 if cache is None else cache.offset  # tokens before these: RoPE's position
-        queries = self.rope(queries, offset=offset)  # [B, H, L, head_dim]
-        keys = self.rope(keys, offset=offset)
+            queries = self.rope(queries, offset=offset)  # [B, H, L, head_dim]
+            keys = self.rope(keys, offset=offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)  # [B, kv heads, T, head_dim]
         out = mx.fast.scaled_dot_product_attention(

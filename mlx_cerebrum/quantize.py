@@ -19,6 +19,9 @@ AFFINE_GROUPS = (32, 64, 128)
 # Formats whose scales are 8-bit floats, without biases: (bits, group size).
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
+# Matrices over the same input, stacked row by row into one.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -93,8 +96,8 @@ def fuse_projections(block: TransformerBlock) -> None:
 
     One large matmul instead of three (two) small ones: fewer kernels to launch a token.
     """
-    _fuse(block.self_attn, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
-    _fuse(block.mlp, ("gate_proj", "up_proj"), "gate_up_proj")
+    for parent, fused in ((block.self_attn, "qkv_proj"), (block.mlp, "gate_up_proj")):
+        _fuse(parent, FUSED[fused], fused)
 
 
 def _fuse(parent: nn.Module, names: tuple[str, ...], fused: str) -> None:

@@ -324,7 +324,7 @@ def test_memory_is_asked_for_before_loading(
     """12 positions' caches do not fit where the weights would."""
     weights = 4 * 400_000
     monkeypatch.setattr("mlx_cerebrum.memory.available_bytes", lambda: weights)
-    monkeypatch.setattr("mlx_cerebrum.load.load_model", None)  # must not be reached
+    monkeypatch.setattr(sys.modules["mlx_cerebrum.generate"], "load_model", None)  # not reached
     code, _, err = run(capsys, "--model", checkpoint(), "--prompt", "x", "--max-tokens", "400")
     assert code == 2
     assert "GB are free" in err

@@ -153,8 +153,27 @@ def test_mlx_lm_quantized_directory(checkpoint: MakeCheckpoint, tmp_path: Path) 
     assert "quantized already" in refused(theirs, q_bits=4)
 
 
+def test_mixed_bits_in_one_block(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """v_proj in 8 bits beside q and k in 4, o_proj not at all: read right, packed and dense."""
+    from mlx_lm.convert import convert as mlx_lm_convert
+    from mlx_lm.utils import load_model as mlx_lm_load
+
+    def predicate(path: str, _: Any, *__: Any) -> bool | dict[str, int]:
+        return {"group_size": 32, "bits": 8} if "v_proj" in path else "o_proj" not in path
+
+    source, theirs = checkpoint(sliding_window=None), tmp_path / "theirs"
+    options: dict[str, Any] = {"quantize": True, "q_group_size": 32, "q_bits": 4}
+    mlx_lm_convert(str(source), str(theirs), quant_predicate=predicate, **options)
+    reference, _ = mlx_lm_load(theirs)
+    packed, _ = load(theirs, dtype="float32")
+    assert "q_proj" in packed.model.layers[0].self_attn  # not packed alike, so not fused
+    assert "gate_up_proj" in packed.model.layers[0].mlp
+    assert mx.abs(packed(IDS) - reference(IDS)).max() < 1e-4
+    assert mx.abs(logits(theirs) - reference(IDS)).max() < 1e-4
+
+
 def test_loading_holds_the_model_and_one_block(checkpoint: MakeCheckpoint) -> None:
-    path = checkpoint(hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
+    path = checkpoint(hidden_size=256, intermediate_size=1024, vocab_size=6000, dtype=np.float16)
     source = open_checkpoint(path)
     mx.clear_cache()
     before = mx.get_active_memory()
