@@ -13,8 +13,6 @@ import mlx.core as mx
 
 from mlx_cerebrum.config import ModelConfig, read_json
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.gguf import GGUFFile, iter_tensors, model_config, modules
-from mlx_cerebrum.gguf_blocks import FLOATS
 from mlx_cerebrum.quantize import Packing
 from mlx_cerebrum.safetensors_file import TensorInfo, read_header
 from mlx_cerebrum.tokenizer import Tokenizer
@@ -184,34 +182,6 @@ class SafetensorsCheckpoint(Checkpoint):
         return Tokenizer.from_directory(self.path, self.config.eos_token_ids)
 
 
-class GGUFCheckpoint(Checkpoint):
-    """One `.gguf` file; its packed integers, scales and biases kept as they are."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file = GGUFFile.open(path)
-        self.config, self.raw_config = model_config(self.file)
-        self._readers = dict(iter_tensors(self.file))
-        self.shapes, self.dtypes = {}, {}
-        quantization = self.config.quantization or {}
-        for module, tensor in modules(self.file, self.config).items():
-            if tensor.ggml_type in FLOATS:
-                self.shapes[f"{module}.weight"] = tensor.shape
-                self.dtypes[f"{module}.weight"] = tensor.ggml_type
-                continue
-            rows, columns = tensor.shape
-            packing = Packing.from_config(quantization, module)
-            for part, shape in packing.shapes(rows, columns).items():
-                self.shapes[f"{module}.{part}"] = shape
-                self.dtypes[f"{module}.{part}"] = "U32" if part == "weight" else "F16"
-
-    def read(self, module: str) -> dict[str, mx.array]:
-        return self._readers[module]()
-
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_gguf(self.file.metadata)
-
-
 def open_checkpoint(path: Path) -> Checkpoint:
     """A directory or a `.gguf` file, its tensors checked against its config.
 
@@ -226,6 +196,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _open_file(path: Path) -> Checkpoint:
     if path.suffix == ".gguf":
+        from mlx_cerebrum.gguf_checkpoint import GGUFCheckpoint  # brings numpy: 0.1 s
+
         return GGUFCheckpoint(path)
     if any(path.match(pattern) for pattern in _PICKLES):
         raise CheckpointError(f"{path} is a pickle, which can run code: convert it to safetensors")

