@@ -1,0 +1,1 @@
+"""Measurements: each script asks one question and answers it with a table and a JSON line."""

@@ -1,0 +1,106 @@
+"""Where a figure was measured: the machine card, and the same BLAS for everyone.
+
+MLX's Linux wheel multiplies matrices with the reference BLAS, some 30 times slower than
+OpenBLAS in float32. It is one library for the whole process, so preloading OpenBLAS speeds
+every MLX engine up alike, and what is compared is then the engines' own work.
+"""
+
+import ctypes
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+_PRELOADED = "MLX_CEREBRUM_BENCH_BLAS"  # set after one attempt, so that there is never a second
+# Debian and Ubuntu, Fedora, Arch. Each exports BLAS under the names MLX was linked against.
+_OPENBLAS = (
+    "/usr/lib/*/openblas-pthread/libblas.so.3",
+    "/usr/lib64/libopenblas.so.0",
+    "/usr/lib/libopenblas.so.0",
+)
+
+
+def use_openblas(wanted: bool) -> None:
+    """Start this process over with OpenBLAS preloaded, if that is wanted, needed and possible.
+
+    Only the CPU backend on Linux needs it; child processes inherit it. Does not return when
+    it starts over, so call it before any work.
+    """
+    if not wanted or sys.platform != "linux" or backend() != "cpu" or blas() == "OpenBLAS":
+        return
+    found = openblas()
+    if found is None or _PRELOADED in os.environ:
+        return
+    preload = [str(found), *filter(None, [os.environ.get("LD_PRELOAD")])]
+    environment = os.environ | {"LD_PRELOAD": ":".join(preload), _PRELOADED: "1"}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def openblas() -> Path | None:
+    """The installed OpenBLAS, if any."""
+    root = Path("/")
+    return next((p for g in _OPENBLAS for p in sorted(root.glob(g[1:]))), None)
+
+
+def backend() -> str:
+    """What MLX computes on by default: metal, cuda or cpu."""
+    if mx.default_device() != mx.Device(mx.gpu):
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def blas() -> str:
+    """Which BLAS this process multiplies float32 matrices with."""
+    if backend() != "cpu":
+        return "not used"
+    if sys.platform == "darwin":
+        return "Accelerate"
+    # numpy brings an OpenBLAS of its own, under other names: only a symbol of the process
+    # itself says what MLX calls.
+    return "OpenBLAS" if hasattr(ctypes.CDLL(None), "openblas_get_config") else "reference"
+
+
+def card() -> dict[str, Any]:
+    """What a reader must know to judge or repeat a figure."""
+    return {
+        "os": platform.platform(terse=True),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "backend": backend(),
+        "device": _device(),
+        "blas": blas(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "mlx": version("mlx"),
+        "mlx_lm": version("mlx-lm"),
+        "mlx_cerebrum": version("mlx-cerebrum"),
+    }
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        if package == "mlx-cerebrum":  # run from a checkout
+            from mlx_cerebrum import __version__
+
+            return __version__
+        return None
+
+
+def _device() -> str:
+    return str(mx.device_info().get("device_name", "")) if backend() != "cpu" else "cpu"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,122 @@
+"""What every bench shares: interleaved rounds, medians with their spread, one way to report.
+
+A machine's speed drifts (heat, other processes), so the sides of a comparison take turns,
+and each round gives one ratio of neighbours in time: the drift cancels. The median stands
+for the rounds, the lowest and highest show how far to trust it.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+from bench import machine
+from mlx_cerebrum import cli
+from mlx_cerebrum.memory import GB
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some measurements, with the lowest and the highest."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(median(values), min(values), max(values))
+
+    def text(self, digits: int = 1) -> str:
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f}-{self.high:.{digits}f})"
+
+    def as_json(self) -> dict[str, float]:
+        return {key: float(f"{value:.5g}") for key, value in asdict(self).items()}
+
+
+def ratio(ours: Sequence[float], peers: Sequence[float]) -> Spread:
+    """Ours over the peer's, round by round."""
+    return Spread.of([a / b for a, b in zip(ours, peers, strict=True)])
+
+
+def rounds(sides: Mapping[str, Callable[[], T]], count: int) -> dict[str, list[T]]:
+    """Run every side once to warm up, then `count` times in turns.
+
+    Every second round goes backwards, so that no side always follows the same other.
+    """
+    for run in sides.values():
+        run()
+    results: dict[str, list[T]] = {name: [] for name in sides}
+    for number in range(count):
+        for name in list(sides) if number % 2 == 0 else reversed(list(sides)):
+            results[name].append(sides[name]())
+    return results
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that reads well as plain text too; the first column is the labels."""
+    cells = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        aligned = [row[0].ljust(widths[0])]
+        aligned += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        return f"| {' | '.join(aligned)} |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(cells[0]), f"| {' | '.join(rule)} |", *map(line, cells[1:])])
+
+
+def parser(module: str, question: str) -> cli.ArgumentParser:
+    """A bench's command line with the flags that all of them have."""
+    p = cli.ArgumentParser(prog=f"bench.{module}", description=question)
+    p.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    p.add_argument(
+        "--no-openblas",
+        action="store_true",
+        help="on Linux without a GPU: keep MLX's own BLAS instead of preloading OpenBLAS",
+    )
+    p.add_debug()
+    return p
+
+
+def publish(
+    args: argparse.Namespace,
+    bench: str,
+    results: dict[str, Any],
+    text: Sequence[str],
+) -> None:
+    """Print the machine, the paragraphs of `text`, and all of it as a JSON line at the end.
+
+    The flags of the run go into the JSON: machine, settings and results are enough to repeat it.
+    """
+    machine_card = machine.card()
+    plumbing = ("json", "debug", "no_openblas", "measure")
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    document = {
+        "bench": bench,
+        "machine": machine_card,
+        "settings": {key: v for key, v in settings.items() if key not in plumbing},
+        "results": results,
+    }
+    if not args.json:
+        print("\n\n".join([f"## {bench}", _card_text(machine_card), *text]) + "\n")
+    print(json.dumps(document, ensure_ascii=False))
+
+
+def _card_text(card: dict[str, Any]) -> str:
+    lines = [
+        f"{card['os']}, {card['processor']}, {card['cores']} cores,"
+        f" {card['memory_bytes'] / GB:.0f} GB; load average {card['load_average']} at the end",
+        f"mlx {card['mlx']} on {card['device']} (BLAS: {card['blas']}),"
+        f" mlx-lm {card['mlx_lm']}, mlx-cerebrum {card['mlx_cerebrum']},"
+        f" Python {card['python']}",
+    ]
+    if card["backend"] == "cpu":
+        lines.append("MLX's CPU backend: these times and ratios say nothing about Metal.")
+    return "\n".join(lines)
