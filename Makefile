@@ -32,7 +32,7 @@ demo: $(VENV)/.run
 	$(RUN) -m mlx_cerebrum.demo
 
 test: $(VENV)/.test
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 lint: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet -e '.[$(BACKEND),test,lint]'

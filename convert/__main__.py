@@ -9,7 +9,7 @@ from convert.pipeline import DTYPES, LAYOUTS, convert
 from mlx_cerebrum import cli, hub
 from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.memory import GB
+from mlx_cerebrum.memory import human
 from mlx_cerebrum.plan import resolve
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.quantize import AFFINE_BITS, AFFINE_GROUPS, Packing
@@ -42,6 +42,11 @@ def parser() -> cli.ArgumentParser:
         choices=DTYPES,
         help="cast to (default: as stored; unrolled: the plan's dtype, as mergekit does)",
     )
+    p.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="make a quantized source dense (float32, or --dtype)",
+    )
     p.add_argument("-q", "--quantize", action="store_true", help="pack weights into fewer bits")
     p.add_argument("--q-bits", type=int, choices=AFFINE_BITS, help="bits a weight (default: 4)")
     p.add_argument(
@@ -67,25 +72,29 @@ def _run(args: argparse.Namespace) -> int:
     packing = _packing(args)
     plan = None if args.plan is None else resolve(args.plan)
     checkpoint = open_checkpoint(hub.resolve(args.hf_path, args.revision))
+    local = args.hf_path == "demo" or Path(args.hf_path).exists()
     started = time.perf_counter()
     with progress("writing", not args.quiet) as report:
         written = convert(
             checkpoint,
-            args.mlx_path,
+            args.mlx_path.expanduser(),
             plan,
             layout=args.layout,
             dtype=args.dtype,
             packing=packing,
+            dequantize=args.dequantize,
             window=args.window,
-            source=_source_name(args.hf_path),
-            revision=args.revision,
+            source=checkpoint.path.name if local else args.hf_path,
+            revision=None if local else checkpoint.path.name,  # a snapshot's name is its commit
             progress=report,
         )
     if not args.quiet:
+        for note in written["notes"]:
+            print(f"note: {note}", file=sys.stderr)
         took = time.perf_counter() - started
         print(
             f"{args.mlx_path}: {args.layout}, {written['positions']} positions over"
-            f" {written['layers']} stored layers, {written['bytes'] / GB:.2f} GB,"
+            f" {written['layers']} stored layers, {human(written['bytes'])},"
             f" {written['bits_per_weight']:.2f} bits a weight, {took:.1f} s"
         )
     return 0
@@ -97,12 +106,6 @@ def _packing(args: argparse.Namespace) -> Packing | None:
     if args.q_bits is not None or args.q_group_size is not None:
         raise ConfigError("--q-bits and --q-group-size only mean something with -q")
     return None
-
-
-def _source_name(path_or_repo: str) -> str:
-    """What provenance calls the source: a hub id, or a path's last part, never a whole path."""
-    path = Path(path_or_repo).expanduser()
-    return path.resolve().name if path.exists() else path_or_repo
 
 
 if __name__ == "__main__":

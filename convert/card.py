@@ -24,7 +24,8 @@ def card(config: dict[str, Any], name: str) -> str:
         )
     else:
         run = f"mlx_lm.generate --model {name} --prompt TEXT"
-        what = f"{config['num_hidden_layers']} layers, plain {config['model_type']}: for any tool"
+        readers = "MLX tools" if "quantization" in config else "any tool"
+        what = f"{config['num_hidden_layers']} layers, plain {config['model_type']}: for {readers}"
     plan = provenance["plan"]
     lines = [
         "---",

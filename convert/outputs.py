@@ -5,15 +5,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_cerebrum.checkpoint import Checkpoint, matrix_shapes, norm_names
+from mlx_cerebrum.checkpoint import FLOATS, Checkpoint, matrix_shapes, norm_names
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.plan import LayerPlan
 from mlx_cerebrum.quantize import Packing
 
-# safetensors' name of a dtype -> torch's and MLX's.
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_MX = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+_MX: dict[str, mx.Dtype] = {code: getattr(mx, name) for code, name in FLOATS.items()}
 
 
 @dataclass(frozen=True)
@@ -37,9 +35,11 @@ class Module:
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to weights on the way, in mergekit's order and with its rounding:
-    cast to `dtype`, scaled, cast to `out_dtype` (None: no cast), then packed."""
+    """What happens to weights on the way, in mergekit's order and with its rounding: packed
+    ones made dense (float32), cast to `dtype`, scaled, cast to `out_dtype` (None: no cast),
+    then packed."""
 
+    dequantize: bool = False
     dtype: str | None = None
     out_dtype: str | None = None
     packing: Packing | None = None
@@ -104,34 +104,37 @@ def _module(
     checkpoint: Checkpoint, source: str, name: str, scale: float | None, change: Change
 ) -> Module:
     """The module `source` of the checkpoint, changed, under `name`."""
-    if scale is not None and checkpoint.packing(source) is not None:
-        raise ConfigError(
-            f"{checkpoint.path}: {source} is quantized and can't be scaled; unroll the dense model"
-        )
-    shape = checkpoint.shapes[f"{source}.weight"]
     stored = {
         part: (checkpoint.dtypes[f"{source}.{part}"], checkpoint.shapes[f"{source}.{part}"])
         for part in ("weight", "scales", "biases")
         if f"{source}.{part}" in checkpoint.shapes
     }
+    unpack = checkpoint.packing(source) if change.dequantize else None
+    if unpack is not None:
+        stored = {"weight": ("F32", matrix_shapes(checkpoint.config)[source])}
+    held = None if change.dequantize else checkpoint.packing(source)
+    if scale is not None and held is not None:
+        raise ConfigError(
+            f"{checkpoint.path}: {source} is quantized and can't be scaled; add --dequantize"
+        )
     parts = {part: (change.final(dtype), shape) for part, (dtype, shape) in stored.items()}
-    packing = change.packing
-    if packing is not None and (len(shape) != 2 or not packing.fits(shape[1])):
-        packing = None
-    held = packing or checkpoint.packing(source)
-    if packing is not None:
-        scales = parts["weight"][0] if packing.mode == "affine" else "U8"
-        rows, columns = shape
-        parts = {
-            part: ("U32" if part == "weight" else scales, packed)
-            for part, packed in packing.shapes(rows, columns).items()
-        }
+    code, shape = parts["weight"]
+    pack = change.packing if len(shape) == 2 and change.packing else None
+    if pack is not None and pack.fits(shape[1]):
+        held, scales = pack, code if pack.mode == "affine" else "U8"
+        packed = pack.shapes(shape[0], shape[1])
+        parts = {part: ("U32" if part == "weight" else scales, packed[part]) for part in packed}
+    else:
+        pack = None
 
     def arrays() -> dict[str, mx.array]:
-        changed = {part: change.apply(a, scale) for part, a in checkpoint.read(source).items()}
-        if packing is not None:
-            changed = packing.quantize(changed["weight"])
-        return {f"{name}.{part}": array for part, array in changed.items()}
+        read = checkpoint.read(source)
+        if unpack is not None:
+            read = {"weight": unpack.dequantize(read, mx.float32)}
+        read = {part: change.apply(array, scale) for part, array in read.items()}
+        if pack is not None:
+            read = pack.quantize(read["weight"])
+        return {f"{name}.{part}": array for part, array in read.items()}
 
     specs = (Spec(f"{name}.{part}", dtype, shape) for part, (dtype, shape) in parts.items())
     return Module(name, held, tuple(specs), arrays)

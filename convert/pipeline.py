@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from convert.card import card
-from convert.outputs import FLOATS, Change, Module, folded, unrolled
+from convert.outputs import Change, Module, folded, unrolled
 from convert.writer import nbytes, new_directory, write_json, write_weights
 from mlx_cerebrum import __version__
-from mlx_cerebrum.checkpoint import Checkpoint, open_checkpoint
+from mlx_cerebrum.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from mlx_cerebrum.config import FORMAT_VERSION, ModelConfig
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.load import load_tokenizer, planned_config
@@ -19,8 +19,11 @@ from mlx_cerebrum.quantize import Packing
 LAYOUTS = ("folded", "unrolled")
 _CODES = {name: code for code, name in FLOATS.items()}
 DTYPES = tuple(_CODES)
-# Keys of a folded config.json that an output has only if this run gives them.
-_OURS = ("layer_map", "residual_scales", "format_version", "provenance")
+# Keys that an output has only if this run gives them, or that name code.
+_DROPPED = (
+    *("layer_map", "residual_scales", "format_version", "provenance"),
+    *("quantization", "quantization_config", "auto_map", "model_file"),
+)
 
 
 def convert(
@@ -31,6 +34,7 @@ def convert(
     layout: str = "folded",
     dtype: str | None = None,
     packing: Packing | None = None,
+    dequantize: bool = False,
     window: int | None = None,
     source: str = "",
     revision: str | None = None,
@@ -39,28 +43,48 @@ def convert(
     """Write `checkpoint`, laid out by `plan`, into the new directory `destination`.
 
     It is written under a temporary name, read back, and renamed: it is there whole or not
-    at all. Returns what was written: bytes, positions, layers, bits_per_weight. Raises a
+    at all. Returns what was written: bytes, positions,
+    layers, bits_per_weight, and notes a person should see. Raises a
     CerebrumError for anything that can't be honoured, before writing where it can be known.
     """
-    if packing is not None and checkpoint.config.quantization is not None:
-        raise ConfigError(f"{checkpoint.path} is quantized already; drop -q")
+    quantized = checkpoint.config.quantization is not None and not dequantize
+    if quantized and (packing is not None or dtype is not None):
+        raise ConfigError(
+            f"{checkpoint.path} is quantized already: -q and --dtype need --dequantize"
+        )
+    if checkpoint.path.is_dir() and destination.absolute().resolve().is_relative_to(
+        checkpoint.path.resolve()
+    ):
+        raise ConfigError(f"{destination} is inside the source; name a directory elsewhere")
+    notes: list[str] = []
     blocks = checkpoint.config.num_hidden_layers
+    planned = None if plan is None else plan.out_dtype or plan.dtype
     if layout == "folded":
         config = planned_config(checkpoint.config, plan, window)
-        change = Change(_CODES.get(dtype or ""), None, packing)
+        change = Change(dequantize, _CODES.get(dtype or ""), None, packing)
         modules = folded(checkpoint, change)
+        if planned not in (None, dtype) and dtype is None:
+            notes.append(f"the plan says {planned}; folded keeps the source's dtype (see --dtype)")
     else:
         config = planned_config(checkpoint.config, None, window)
+        first, last = (plan.dtype, plan.out_dtype) if plan and not quantized else (None, None)
         if plan is not None:  # any scale can be unrolled, so residual scales are not asked for
             config = config.with_map(plan.layer_map(blocks))
-            dtype = dtype or plan.dtype
-        out_dtype = None if plan is None else plan.out_dtype
-        change = Change(_CODES.get(dtype or ""), _CODES.get(out_dtype or ""), packing)
+        if dtype is not None:
+            first, last = dtype, None
+        change = Change(dequantize, _CODES.get(first or ""), _CODES.get(last or ""), packing)
         modules = unrolled(checkpoint, config, plan, change)
+    if packing is not None:
+        dense = [m.name for m in modules if m.packing is None and len(m.specs[0].shape) == 2]
+        if len(dense) == len([m for m in modules if len(m.specs[0].shape) == 2]):
+            raise ConfigError(f"no matrix of {checkpoint.path} divides into {packing}")
+        if dense:
+            notes.append(f"{len(dense)} matrices don't divide into {packing} and stay dense")
     tokenizer = load_tokenizer(checkpoint)  # a broken one is refused before anything is written
     specs = tuple(spec for module in modules for spec in module.specs)
     with new_directory(destination, nbytes(specs)) as partial:
-        form = "pt" if layout == "unrolled" and packing is None else "mlx"
+        packed = any(module.packing for module in modules)
+        form = "mlx" if packed or layout == "folded" else "pt"
         hashes = write_weights(partial, modules, {"format": form}, progress)
         raw = output_config(checkpoint.raw_config, config, layout, change, modules)
         raw["provenance"] = {
@@ -71,6 +95,8 @@ def convert(
             "plan": None if plan is None else plan.text,
             "window_override": window,
             "sha256": hashes,
+            "notes": notes,
+            "from": checkpoint.raw_config.get("provenance"),
         }
         write_json(partial / "config.json", raw)
         tokenizer.save(partial)
@@ -82,6 +108,7 @@ def convert(
         "positions": config.num_positions,
         "layers": blocks if layout == "folded" else config.num_positions,
         "bits_per_weight": 8 * nbytes(specs) / weights,
+        "notes": notes,
     }
 
 
@@ -99,7 +126,7 @@ def output_config(
     folds = layout == "folded" and not (identity and config.residual_scales is None)
     layers = config.num_hidden_layers if layout == "folded" else config.num_positions
     llama = config.model_type == "llama" and config.sliding_window is None
-    raw = {key: value for key, value in source.items() if key not in _OURS} | {
+    raw = {key: value for key, value in source.items() if key not in _DROPPED} | {
         "model_type": "llama" if llama else "mistral",
         "architectures": ["LlamaForCausalLM" if llama else "MistralForCausalLM"],
         "num_hidden_layers": layers,
@@ -113,7 +140,9 @@ def output_config(
         kind = "sliding_attention" if config.sliding_window else "full_attention"
         raw["layer_types"] = [kind] * layers
     if wanted := change.out_dtype or change.dtype:
-        raw["dtype" if "dtype" in raw else "torch_dtype"] = FLOATS[wanted]
+        key = "dtype" if "dtype" in raw else "torch_dtype"  # as the source spells it
+        raw = {k: v for k, v in raw.items() if k not in ("dtype", "torch_dtype")}
+        raw[key] = FLOATS[wanted]
     if quantization := _quantization(modules):
         # mlx-lm writes both keys: its own, and the one transformers looks for.
         raw["quantization"] = raw["quantization_config"] = quantization

@@ -16,10 +16,17 @@ import numpy as np
 from convert.outputs import Module, Spec
 from mlx_cerebrum.checkpoint import INDEX
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.memory import GB
+from mlx_cerebrum.memory import human
 from mlx_cerebrum.safetensors_file import ITEM_BYTES
 
 MAX_SHARD_BYTES = 5_000_000_000  # the hub's and mergekit's default
+CODES = {
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.uint8: "U8",
+}
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 _SLACK = 64_000_000  # config, tokenizer and headers
 
@@ -56,7 +63,7 @@ def new_directory(destination: Path, needed: int) -> Iterator[Path]:
     free = shutil.disk_usage(parent).free
     if needed + _SLACK > free:
         raise CheckpointError(
-            f"{destination} needs {needed / GB:.2f} GB of disk and {free / GB:.2f} GB are free;"
+            f"{destination} needs {human(needed)} of disk and {human(free)} are free;"
             " free some space, name another disk, or quantize (-q)"
         )
     partial = parent / f".{destination.name}.partial"
@@ -130,7 +137,7 @@ def _header(modules: list[Module], metadata: dict[str, str]) -> bytes:
 
 def _data(array: mx.array, spec: Spec) -> memoryview:
     """The array's bytes. What was promised in the header must be what was computed."""
-    if array.shape != spec.shape or array.dtype.size != ITEM_BYTES[spec.dtype]:
+    if array.shape != spec.shape or CODES.get(array.dtype) != spec.dtype:
         raise CheckpointError(
             f"{spec.name} came out as {array.dtype} {list(array.shape)}, not {spec.dtype}"
             f" {list(spec.shape)}"

@@ -140,6 +140,8 @@ class WindowedKVCache:
 
         Raises ValueError beyond `rewindable()`, where the entries are gone.
         """
+        if n < 0:
+            raise ValueError(f"can't take back {n} tokens")
         n = min(n, self.offset)
         if n > self.rewindable():
             raise ValueError(f"can take back {self.rewindable()} tokens, not {n}")

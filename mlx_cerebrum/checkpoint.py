@@ -18,7 +18,8 @@ from mlx_cerebrum.safetensors_file import TensorInfo, read_header
 from mlx_cerebrum.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
-WEIGHT_DTYPES = {"F32", "F16", "BF16"}
+# safetensors' names of the dtypes weights have -> torch's, which are also MLX's.
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Buffers that old checkpoints carry and that the architecture computes anew.
 _BUFFERS = ("rotary_emb.inv_freq",)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -85,7 +86,7 @@ class Checkpoint(ABC):
     @property
     def weight_dtype(self) -> str:
         """The safetensors dtype that most of the dense or scale values have."""
-        kinds = [kind for kind in self.dtypes.values() if kind in WEIGHT_DTYPES]
+        kinds = [kind for kind in self.dtypes.values() if kind in FLOATS]
         return max(sorted(set(kinds)), key=kinds.count) if kinds else "F16"
 
     def check(self) -> None:
@@ -115,15 +116,19 @@ class Checkpoint(ABC):
             if self.shapes[name] != shape
         ]
         refuse("tensors of the wrong shape", wrong)
-        packed = {name for name in expected if name.removesuffix("weight") + "scales" in expected}
         odd = [
             f"{name} is {self.dtypes[name]}"
             for name in expected
-            if name not in packed
-            and not name.endswith(".scales")
-            and self.dtypes[name] not in WEIGHT_DTYPES
+            if self.dtypes[name] not in self._dtypes_allowed(name)
         ]
-        refuse("tensors of a dtype other than float32, float16 and bfloat16", odd)
+        refuse("tensors of a dtype they can't have", odd)
+
+    def _dtypes_allowed(self, name: str) -> set[str]:
+        module, _, part = name.rpartition(".")
+        packing = self.packing(module)
+        if packing is None or (packing.mode == "affine" and part != "weight"):
+            return set(FLOATS)
+        return {"U32"} if part == "weight" else {"U8"}
 
 
 class SafetensorsCheckpoint(Checkpoint):

@@ -40,6 +40,8 @@ def run(main_body: Callable[[], int], debug: bool = False) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a C locale must not lose a whole answer
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if sys.stdout is None or sys.stderr is None:  # started with `>&-`
+            raise CerebrumError("standard output or error is closed; redirect it to /dev/null")
         code = main_body()
         sys.stdout.flush()  # a closed pipe or full disk must show here, not at exit
         return code
@@ -47,10 +49,13 @@ def run(main_body: Callable[[], int], debug: bool = False) -> int:
         _drop_stdout()
         return PIPE_CLOSED
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except (CerebrumError, OSError) as error:
         if debug:
             traceback.print_exc()
+        if sys.stderr is None or sys.stdout is None:
+            return BAD_INPUT
         print(f"error: {describe(error)}", file=sys.stderr)
         try:
             sys.stdout.flush()

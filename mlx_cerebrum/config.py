@@ -108,7 +108,12 @@ class ModelConfig:
         layer_map: tuple[int, ...],
         residual_scales: tuple[tuple[float, float], ...] | None = None,
     ) -> "ModelConfig":
-        """The same blocks run in another order."""
+        """The same blocks run in another order. Raises ConfigError if it names others."""
+        blocks = range(self.num_hidden_layers)
+        if not layer_map or any(block not in blocks for block in layer_map):
+            raise ConfigError(f"a layer map over {len(blocks)} blocks can't be {layer_map}")
+        if residual_scales is not None and len(residual_scales) != len(layer_map):
+            raise ConfigError(f"{len(residual_scales)} scales for {len(layer_map)} positions")
         return replace(self, layer_map=layer_map, residual_scales=residual_scales)
 
     @classmethod
@@ -138,6 +143,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _finite(value: float) -> bool:
+    """Whether a float can hold it (JSON's whole numbers have no limit)."""
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 1e300
+
+
 class _Reader:
     """Typed access to a raw config, every complaint with its place."""
 
@@ -146,7 +156,9 @@ class _Reader:
         self.where = where
         self.model_type = raw.get("model_type")
         if self.model_type not in MODEL_TYPES:
-            named = self.model_type or (raw.get("architectures") or ["missing"])[0]
+            listed = raw.get("architectures")
+            listed = listed[0] if isinstance(listed, list) and listed else "missing"
+            named = self.model_type or listed
             raise self.error(f"architecture {named!r} is not supported; only Mistral and Llama are")
         self.defaults = _DEFAULTS[str(self.model_type)]
 
@@ -170,8 +182,8 @@ class _Reader:
     def number(self, key: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(f"{key} must be a number, not {value!r}")
-        if not math.isfinite(value) or value <= 0:
-            raise self.error(f"{key} must be finite and above zero, not {value!r}")
+        if not _finite(value) or value <= 0:
+            raise self.error(f"{key} must be finite and above zero, not {value!r:.40}")
         return float(value)
 
     def boolean(self, key: str) -> bool:
@@ -203,7 +215,10 @@ class _Reader:
         return self.number("rope_theta", theta)
 
     def window(self) -> int | None:
-        kinds = set(self.raw.get("layer_types") or ())
+        listed = self.raw.get("layer_types") or []
+        if not isinstance(listed, list) or not all(isinstance(kind, str) for kind in listed):
+            raise self.error("layer_types must be a list of names")
+        kinds = set(listed)
         if len(kinds) > 1:
             raise self.error("layer_types mixes sliding and full attention, which is not supported")
         if self.model_type == "llama" or kinds == {"full_attention"}:
@@ -235,7 +250,7 @@ class _Reader:
             finite = (
                 isinstance(pair, list)
                 and len(pair) == 2
-                and all(type(x) in (int, float) and math.isfinite(x) for x in pair)
+                and all(type(x) in (int, float) and _finite(x) for x in pair)
             )
             if not finite:
                 raise self.error(f"residual_scales[{position}] is {pair!r}, not two finite numbers")

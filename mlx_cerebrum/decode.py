@@ -60,21 +60,30 @@ def generate_step(
     """
     if not prompt:
         raise RequestError("the prompt is empty; there is nothing to continue")
+    if prefill_step_size < 1:
+        raise RequestError(f"prefill-step-size must be at least 1, not {prefill_step_size}")
     cache = model.make_cache() if cache is None else cache
     tokens = mx.array(list(prompt), dtype=mx.int32)
-    # The last token is left to the decode step: prefill would compute it with another kernel,
-    # whose rounding can flip a tie between the two best tokens.
-    prefill(model, tokens[:-1], cache, prefill_step_size, progress)
 
     def step(token: mx.array) -> mx.array:
         following = sampler(model(token[None], cache)[:, -1])
         mx.async_eval(following)
         return following
 
-    token = step(tokens[-1:])
-    for n in range(1, max_tokens + 1):
-        following = step(token) if n < max_tokens else token
-        yield cast(int, token.item())
-        token = following
-        if n % 256 == 0:
-            mx.clear_cache()
+    try:
+        # The last token is left to the decode step: prefill would compute it with another
+        # kernel, whose rounding can flip a tie between the two best tokens.
+        prefill(model, tokens[:-1], cache, prefill_step_size, progress)
+        token = step(tokens[-1:])
+        for n in range(1, max_tokens + 1):
+            following = step(token) if n < max_tokens else token
+            yield cast(int, token.item())
+            token = following
+            if n % 256 == 0:
+                mx.clear_cache()
+    except BaseException:  # Ctrl-C between two positions: take back what only some have seen
+        least = min(c.offset for c in cache)
+        for c in cache:
+            if c.offset > least:
+                c.trim(c.offset - least)
+        raise

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_cerebrum import cli
+from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.load import load
 from mlx_cerebrum.memory import GB
 from mlx_cerebrum.plan import resolve
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.max_tokens < 1 or not args.prompt.strip():
+        raise RequestError("give a --prompt with words, and --max-tokens of at least 1")
     with progress("loading", show=True) as report:
         model, tokenizer = load("demo", progress=report)
     blocks = model.config.num_hidden_layers

@@ -20,7 +20,7 @@ from mlx_cerebrum.load import (
     load_tokenizer,
     planned_config,
 )
-from mlx_cerebrum.memory import GB, kv_bytes, require, wired
+from mlx_cerebrum.memory import human, kv_bytes, require, wired
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.quantize import AFFINE_BITS, AFFINE_GROUPS, Packing
 from mlx_cerebrum.sampling import make_sampler
@@ -57,7 +57,6 @@ def parser() -> cli.ArgumentParser:
         "--q-group-size",
         type=int,
         choices=AFFINE_GROUPS,
-        default=64,
         help="weights per quantization group (default: 64)",
     )
     p.add_argument(
@@ -125,9 +124,12 @@ def _run(args: argparse.Namespace) -> int:
     sampler = make_sampler(args.temp, args.top_p, args.min_p, args.seed)
     question = _question(args)
     StopText(args.stop)
-    packing = None if args.q_bits is None else Packing(args.q_bits, args.q_group_size)
+    if args.q_bits is None and args.q_group_size is not None:
+        raise RequestError("--q-group-size only means something with --q-bits")
+    packing = None if args.q_bits is None else Packing(args.q_bits, args.q_group_size or 64)
     plan = DEFAULT_PLAN if args.model is None and args.plan is None else args.plan
-    checkpoint = open_checkpoint(hub.resolve(args.model or hub.DEFAULT_REPO, args.revision))
+    name = hub.DEFAULT_REPO if args.model is None else args.model
+    checkpoint = open_checkpoint(hub.resolve(name, args.revision))
     config = planned_config(checkpoint.config, plan, args.window)
     tokenizer = load_tokenizer(checkpoint)
     if isinstance(question, str):
@@ -141,9 +143,9 @@ def _run(args: argparse.Namespace) -> int:
     storage = choose_storage(checkpoint, packing, args.dtype)
     cache = kv_bytes(config, len(ids), args.max_tokens, storage.dtype.size, args.prefill_step_size)
     require(
-        storage.nbytes + cache,
-        f"the model ({storage.nbytes / GB:.2f} GB) with a cache for {len(ids)} + {args.max_tokens}"
-        f" tokens ({cache / GB:.2f} GB)",
+        storage.nbytes + max(cache, storage.transient),
+        f"the model ({human(storage.nbytes)}) with a cache for {len(ids)} + {args.max_tokens}"
+        f" tokens ({human(cache)})",
         f"{SMALLER}, a smaller --window, or fewer --max-tokens",
     )
     show = not (args.quiet or args.json)
@@ -164,7 +166,7 @@ def _run(args: argparse.Namespace) -> int:
             first = next(responses)
         answer = _stream(itertools.chain([first], responses), echo=not args.json)
     facts = {
-        "model": str(args.model or hub.DEFAULT_REPO),
+        "model": name,
         "plan": plan,
         "positions": config.num_positions,
         "window": config.sliding_window,
@@ -211,7 +213,7 @@ def _closing_line(facts: dict[str, Any]) -> str:
         f"[{facts['finish_reason']}] prompt {facts['prompt_tokens']} tokens at"
         f" {facts['prompt_tps']:.1f}/s, first token after {facts['time_to_first_token_s']:.2f} s;"
         f" {facts['generation_tokens']} generated at {facts['generation_tps']:.1f}/s; peak memory"
-        f" {facts['peak_memory_bytes'] / GB:.2f} GB; {facts['positions']} positions,"
+        f" {human(facts['peak_memory_bytes'])}; {facts['positions']} positions,"
         f" {f'window {window}' if window else 'no window'}, {facts['dtype']}"
     )
 
@@ -224,8 +226,10 @@ def _question(args: argparse.Namespace) -> str | list[Any]:
         if args.raw or args.system is not None:
             raise RequestError("--messages is a whole conversation: no --raw or --system with it")
         return _read_messages(args.messages)
+    if args.prompt == "-" and sys.stdin is None:
+        raise RequestError("standard input is closed; pipe the prompt into it")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if not prompt.strip():
+    if not (prompt if args.raw else prompt.strip()):
         raise RequestError("the prompt is empty; there is nothing to answer")
     if args.raw:
         if args.system is not None:

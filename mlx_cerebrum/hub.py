@@ -45,7 +45,12 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
     Raises CheckpointError when it is none of these, or can't be fetched.
     """
     name = str(path_or_repo)
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~nosuchuser
+        path = Path(name)
+    if not name:
+        raise CheckpointError("the model's name is empty; give a directory, a file or a hub id")
     looks_like_repo = isinstance(path_or_repo, str) and _REPO_ID.fullmatch(name) is not None
     if path.exists() or name == "demo" or not looks_like_repo:
         if revision is not None:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_cerebrum import hub
-from mlx_cerebrum.checkpoint import Checkpoint, matrix_shapes, open_checkpoint
+from mlx_cerebrum.checkpoint import FLOATS, Checkpoint, matrix_shapes, open_checkpoint
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.memory import available_bytes, on_gpu, require
@@ -18,8 +18,7 @@ from mlx_cerebrum.plan import resolve as resolve_plan
 from mlx_cerebrum.quantize import FUSED, Packing, fuse_projections
 from mlx_cerebrum.tokenizer import Tokenizer
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-_STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, name) for name in FLOATS.values()}
 
 SMALLER = "try --q-bits 4, or a smaller model"
 
@@ -33,7 +32,8 @@ class Storage:
     dtype: mx.Dtype  # of activations, dense weights and scales
     packings: dict[str, Packing | None]  # module path -> how it is packed after reading
     dequantize: bool  # packed weights become dense
-    nbytes: int  # of all matrices
+    nbytes: int  # of all matrices, once loaded
+    transient: int  # more than that while loading, at most: the largest part as it is read
 
 
 def load(
@@ -59,7 +59,7 @@ def load(
     packing = None if q_bits is None else Packing(q_bits, q_group_size)
     config = planned_config(checkpoint.config, plan, window)
     storage = choose_storage(checkpoint, packing, dtype)
-    require(storage.nbytes, f"loading {checkpoint.path.name}", SMALLER)
+    require(storage.nbytes + storage.transient, f"loading {checkpoint.path.name}", SMALLER)
     return load_model(checkpoint, config, storage, progress), tokenizer
 
 
@@ -77,7 +77,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 def planned_config(
     config: ModelConfig, plan: str | LayerPlan | None, window: int | None
 ) -> ModelConfig:
-    """The checkpoint's config with a plan's layer map and a window override applied."""
+    """The checkpoint's config with a plan's layer map and a window override applied.
+
+    A plan always names stored blocks: it replaces the map and scales a folded source has.
+    """
     if plan is not None:
         plan = resolve_plan(plan) if isinstance(plan, str) else plan
         blocks = config.num_hidden_layers
@@ -94,7 +97,8 @@ def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str
 
     The CPU backend has no fast 16-bit path and its quantized matmuls are slower than dense
     ones: float32 throughout where that fits in memory, else packed weights with float32
-    activations, else 16 bits as stored. Raises ConfigError for what can't be combined.
+    activations, else 16 bits as stored. Bits asked for on the way in stay packed. Raises
+    ConfigError for what can't be combined.
     """
     if requested is not None and checkpoint.config.quantization is not None:
         raise ConfigError(f"{checkpoint.path} is quantized already; drop --q-bits")
@@ -103,21 +107,26 @@ def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str
     for module, (_, columns) in shapes.items():
         fits = requested is not None and requested.fits(columns)
         packings[module] = checkpoint.packing(module) or (requested if fits else None)
+    if requested is not None and not any(packings.values()):
+        raise ConfigError(f"no matrix of {checkpoint.path} divides into {requested}")
+
+    stored = DTYPES[FLOATS[checkpoint.weight_dtype]]
 
     def storage(dtype: mx.Dtype, dequantize: bool = False) -> Storage:
         held = {module: None if dequantize else packing for module, packing in packings.items()}
         size = sum(_nbytes(shape, held[module], dtype) for module, shape in shapes.items())
-        return Storage(dtype, packings, dequantize, size)
+        block = sum(rows * columns for m, (rows, columns) in shapes.items() if ".0." in m)
+        table = checkpoint.config.vocab_size * checkpoint.config.hidden_size
+        return Storage(dtype, packings, dequantize, size, max(block, table) * stored.size)
 
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype!r} is not auto, {', '.join(DTYPES)}")
         return storage(DTYPES[dtype])
-    stored = _STORED[checkpoint.weight_dtype]
     if on_gpu():
         return storage(stored)
     dense = storage(mx.float32, dequantize=True)
-    if dense.nbytes < 0.8 * available_bytes():
+    if requested is None and dense.nbytes < 0.8 * available_bytes():
         return dense
     return storage(mx.float32 if any(packings.values()) else stored)
 
@@ -157,12 +166,12 @@ def load_model(
 
 def _parts(model: Model) -> Iterator[tuple[nn.Module, str]]:
     """What is read and evaluated together, with its path: each block, and each other module."""
+    if not model.config.tie_word_embeddings:
+        yield model.lm_head, "lm_head"  # the large tables first, while little else is held
     yield model.model.embed_tokens, "model.embed_tokens"
     for i, block in enumerate(model.model.layers):
         yield block, f"model.layers.{i}"
     yield model.model.norm, "model.norm"
-    if not model.config.tie_word_embeddings:
-        yield model.lm_head, "lm_head"
 
 
 def _sources(part: nn.Module, prefix: str) -> dict[str, list[str]]:

@@ -29,7 +29,7 @@ def available_bytes() -> int:
     if on_gpu():
         info = mx.device_info()
         size = info.get("max_recommended_working_set_size", info.get("memory_size", 0))
-        return int(size) if size else _host_bytes()
+        return int(size) - mx.get_active_memory() if size else _host_bytes()
     return _host_bytes()
 
 
@@ -40,18 +40,30 @@ def _host_bytes() -> int:
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 total = int(line.split()[1]) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")
-    used = Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        total = min(total, max(0, int(text) - int(used.read_text())))
-    return total
+    return min(total, _cgroup_bytes(Path("/sys/fs/cgroup")) or total)
+
+
+def _cgroup_bytes(folder: Path) -> int | None:
+    """What a container (cgroup v2) may still take; cached file pages count as free."""
+    try:
+        limit = int((folder / "memory.max").read_text())
+        used = int((folder / "memory.current").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # none, or "max"
+        return None
+    return max(1, limit - used + int(stat.get("inactive_file", 0)))
+
+
+def human(nbytes: int) -> str:
+    """Bytes for a person: 4.07 GB, 12.3 MB (10^9 and 10^6)."""
+    return f"{nbytes / GB:.2f} GB" if nbytes >= 0.1 * GB else f"{nbytes / 1e6:.1f} MB"
 
 
 def kv_bytes(
     config: ModelConfig, prompt: int, generated: int, item_bytes: int, prefill_step: int
 ) -> int:
     """Bytes the caches of all positions take at most in a request, room to grow included."""
-    entries = entries_held(config.sliding_window, prompt, generated, prefill_step)
+    entries = entries_held(config.sliding_window, prompt, generated, min(prefill_step, prompt))
     return config.kv_values_per_token() * item_bytes * entries
 
 
@@ -60,7 +72,7 @@ def require(needed: int, what: str, remedy: str) -> None:
     available = available_bytes()
     if needed > available * _HEADROOM:
         raise MemoryBudgetError(
-            f"{what} needs {needed / GB:.2f} GB and {available / GB:.2f} GB are free; {remedy}"
+            f"{what} needs {human(needed)} and {human(available)} are free; {remedy}"
         )
 
 

@@ -29,6 +29,7 @@ class Cache(Protocol):
     @property
     def state(self) -> Any: ...
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]: ...
+    def trim(self, n: int) -> int: ...
     def make_mask(self, N: int, return_array: bool, window_size: int | None) -> Mask: ...
 
 
@@ -41,7 +42,28 @@ if mx.default_device() == mx.Device(mx.gpu):
     swiglu = mx.compile(swiglu, shapeless=True)
 
 
+class SharedWeights(nn.Module):
+    """A module whose weights may serve several models; then they can't be changed."""
+
+    viewed = False
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_if_viewed()
+        return super().update(*args, **kwargs)
+
+    def update_modules(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_if_viewed()
+        return super().update_modules(*args, **kwargs)
+
+    def _refuse_if_viewed(self) -> None:
+        if self.viewed:
+            raise RuntimeError("these weights serve several views: change them before view()")
+
+
 class Attention(nn.Module):
+    """Grouped-query attention. As loaded, `qkv_proj` stands for q_proj, k_proj and v_proj
+    (quantize.fuse_projections); MLP has `gate_up_proj` likewise."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         D, width = config.hidden_size, config.head_dim
@@ -92,7 +114,7 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(gate, up))
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(SharedWeights):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
@@ -110,25 +132,7 @@ class TransformerBlock(nn.Module):
         return h + (mlp if scales is None else mlp * scales[1])
 
 
-class SharedWeights(nn.Module):
-    """A module whose weights may serve several models; then they can't be changed."""
-
-    viewed = False
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse_if_viewed()
-        return super().update(*args, **kwargs)
-
-    def update_modules(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse_if_viewed()
-        return super().update_modules(*args, **kwargs)
-
-    def _refuse_if_viewed(self) -> None:
-        if self.viewed:
-            raise RuntimeError("these weights serve several views: change them before view()")
-
-
-class Blocks(SharedWeights):
+class Decoder(SharedWeights):
     """Everything under Hugging Face's `model.`: embedding, stored blocks, final norm."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -141,21 +145,22 @@ class Blocks(SharedWeights):
 class Model(SharedWeights):
     """Token ids in, logits out. `config.layer_map` decides which block runs when."""
 
-    def __init__(self, config: ModelConfig, model: Blocks | None = None) -> None:
+    def __init__(self, config: ModelConfig, model: Decoder | None = None) -> None:
         super().__init__()
         self.config = config
-        self.model = Blocks(config) if model is None else model
+        self.model = Decoder(config) if model is None else model
         if model is None and not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(self, tokens: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
         """Token ids `[B, L]` -> logits `[B, L, V]`, appending to `cache` if there is one."""
-        h = self.model.embed_tokens(tokens)  # [B, L, D]
+        # A no-op but for 8-bit float scales, whose embedding comes out as bfloat16.
+        h = self.model.embed_tokens(tokens).astype(self.model.norm.weight.dtype)  # [B, L, D]
         window, positions = self.config.sliding_window, len(self.config.layer_map)
         caches: Sequence[Cache | None] = [None] * positions if cache is None else cache
         scales = self.config.residual_scales or [None] * positions
 
-        # Every position has seen the same tokens, so one mask serves them all.
+        # Every position has seen the same tokens (equal offsets), so one mask serves them all.
         first, L = caches[0], tokens.shape[1]
         mask = (
             attention_mask(L, 0, window)
@@ -181,10 +186,12 @@ class Model(SharedWeights):
     ) -> "Model":
         """Another model over the same weights: no copy, no memory.
 
-        From then on quantizing, casting or loading into either raises RuntimeError.
+        From then on quantizing, casting or loading into either, the decoder or a block of it
+        raises RuntimeError. Raises ConfigError for a map these blocks can't run.
         """
         other = Model(self.config.with_map(layer_map, residual_scales), self.model)
         if not self.config.tie_word_embeddings:
             other.lm_head = self.lm_head
-        self.viewed = other.viewed = self.model.viewed = True
+        for shared in (self, other, self.model, *self.model.layers):
+            shared.viewed = True
         return other

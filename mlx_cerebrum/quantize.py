@@ -16,8 +16,8 @@ from mlx_cerebrum.model import TransformerBlock
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
-# Formats whose scales are 8-bit floats, without biases: (bits, group size).
-FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+# What MLX takes where a config says null; the float formats have no other, and no biases.
+DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 # Matrices over the same input, stacked row by row into one.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -32,17 +32,16 @@ class Packing:
     mode: str = "affine"
 
     def __post_init__(self) -> None:
-        if self.mode in FLOAT_MODES:
-            if (self.bits, self.group_size) != FLOAT_MODES[self.mode]:
-                bits, group = FLOAT_MODES[self.mode]
-                raise ConfigError(f"{self.mode} quantization has {bits} bits in groups of {group}")
-        elif self.mode != "affine":
-            known = ", ".join(["affine", *FLOAT_MODES])
-            raise ConfigError(f"quantization mode {self.mode!r} is not one of {known}")
+        if self.mode not in DEFAULTS:
+            raise ConfigError(f"mode {self.mode!r} is not one of {', '.join(DEFAULTS)}")
+        if self.mode != "affine":
+            if (self.bits, self.group_size) != DEFAULTS[self.mode]:
+                bits, group = DEFAULTS[self.mode]
+                raise ConfigError(f"{self.mode} has {bits} bits in groups of {group} only")
         elif self.bits not in AFFINE_BITS:
-            raise ConfigError(f"q-bits {self.bits!r} is not one of {AFFINE_BITS}")
+            raise ConfigError(f"{self.bits!r} bits a weight are not one of {AFFINE_BITS}")
         elif self.group_size not in AFFINE_GROUPS:
-            raise ConfigError(f"q-group-size {self.group_size!r} is not one of {AFFINE_GROUPS}")
+            raise ConfigError(f"a group size of {self.group_size!r} is not one of {AFFINE_GROUPS}")
 
     @classmethod
     def from_config(cls, quantization: dict[str, Any], path: str) -> "Packing":
@@ -52,11 +51,13 @@ class Packing:
         """
         own = quantization.get(path)
         source = own if isinstance(own, dict) else quantization
+        mode = source.get("mode") or "affine"
+        bits, group_size = DEFAULTS.get(mode, (None, None)) if isinstance(mode, str) else (0, 0)
+        bits, group_size = source.get("bits") or bits, source.get("group_size") or group_size
         try:
-            bits, group_size = source["bits"], source["group_size"]
-        except KeyError as missing:
-            raise ConfigError(f"quantization of {path} lacks {missing}") from None
-        return cls(bits, group_size, source.get("mode", "affine"))
+            return cls(bits, group_size, str(mode))  # type: ignore[arg-type]  # checked there
+        except ConfigError as error:
+            raise ConfigError(f"quantization of {path}: {error}") from None
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -72,6 +73,9 @@ class Packing:
     def fits(self, columns: int) -> bool:
         """Whether rows of `columns` weights divide into groups and into packed words."""
         return columns % self.group_size == 0 and columns * self.bits % 32 == 0
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit groups of {self.group_size}"
 
     def as_config(self) -> dict[str, Any]:
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}

@@ -19,8 +19,10 @@ def make_sampler(
     likely one's. Every sampler has its own random key: a `seed` gives the same draws whatever
     else runs. Raises RequestError for values out of range.
     """
-    if not math.isfinite(temp) or temp < 0:
-        raise RequestError(f"temp must be 0 (greedy) or above, not {temp}")
+    if not math.isfinite(temp) or temp < 0 or 0 < temp < 1e-3:
+        raise RequestError(f"temp must be 0 (greedy) or at least 0.001, not {temp}")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise RequestError(f"seed must be from 0 to 2^64 - 1, not {seed}")
     if not 0 < top_p <= 1:
         raise RequestError(f"top-p must be above 0 and at most 1, not {top_p}")
     if not 0 <= min_p < 1:

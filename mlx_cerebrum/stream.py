@@ -86,14 +86,15 @@ def stream_generate(
     conversation pass `tokenizer.apply_chat_template(messages)`. Neither EOS nor the stop string
     is in the text. Raises RequestError for an empty or overlong request.
     """
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     cached = cache[0].offset if cache else 0
+    if isinstance(prompt, str):  # BOS belongs to the start of a conversation only
+        ids = tokenizer.encode(prompt, add_bos=False if cached else None)
+    else:
+        ids = list(prompt)
     check_length(model.config, cached + len(ids), max_tokens)
     outside = [i for i in ids if not 0 <= i < model.config.vocab_size]
     if outside:
         raise RequestError(f"token id {outside[0]} is not below {model.config.vocab_size}")
-    if prefill_step_size < 1:
-        raise RequestError(f"prefill-step-size must be at least 1, not {prefill_step_size}")
     stops, detokenizer = StopText(stop), tokenizer.detokenizer()
     started = time.perf_counter()
     first = started

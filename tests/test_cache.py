@@ -134,6 +134,8 @@ def test_rollback_beyond_what_is_kept_raises() -> None:
 def test_trim_of_more_than_there_is_empties() -> None:
     cache = WindowedKVCache(window=4)
     feed(cache, 3)
+    with pytest.raises(ValueError, match="-1"):
+        cache.trim(-1)
     assert cache.trim(10) == 3
     assert cache.offset == 0
     assert feed(cache, 2) == [0, 1]
@@ -144,8 +146,10 @@ def test_saved_state_continues() -> None:
     for _ in range(11):
         feed(cache, 1)
     other = WindowedKVCache.from_state(cache.state)
-    assert [feed(cache, 2), feed(cache, 1)] == [feed(other, 2), feed(other, 1)]
-    assert other.window == 4
+    assert (other.window, other.rewind, other.step) == (4, 2, 3)
+    for length in (2, 1, 1, 4, 1, 7, 1):
+        assert feed(cache, length) == feed(other, length)
+        assert cache.nbytes >= other.nbytes > 0
 
 
 def test_another_window_is_refused() -> None:
@@ -158,4 +162,5 @@ def test_mask_matches_what_is_fetched() -> None:
     for length in (1, 6, 1, 2, 5, 3):
         mask = cache.make_mask(length, return_array=True)
         assert isinstance(mask, mx.array)
+        assert mx.array_equal(mask, causal_mask(length, cache.size(), 4))
         assert mask.shape == (length, len(feed(cache, length)))

@@ -157,8 +157,86 @@ def test_a_scale_that_only_unrolling_can_express(
     assert "--layout unrolled" in capsys.readouterr().err
     assert not (tmp_path / "f").exists()
     assert run("--mlx-path", tmp_path / "u", "--layout", "unrolled", *common) == 0
-    norm = "model.layers.0.input_layernorm.weight"
-    assert mx.array_equal(tensors(tmp_path / "u")[norm], tensors(source)[norm] * 0.5)
+    ours, theirs = tensors(tmp_path / "u"), tensors(source)
+    for name in ("model.layers.0.input_layernorm", "model.embed_tokens", "lm_head", "model.norm"):
+        assert mx.array_equal(ours[f"{name}.weight"], theirs[f"{name}.weight"] * 0.5)
+
+
+def test_casts_and_scales_round_in_mergekits_order(
+    checkpoint: MakeCheckpoint, plan_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """To dtype, times the scale in float32, rounded to dtype, then to out_dtype."""
+    source, plan = checkpoint(), plan_file(scale="{scale: 0.3}", dtype="bfloat16")
+    plan.write_text("out_dtype: float16\n" + plan.read_text())
+    out = tmp_path / "u"
+    common = ["--hf-path", source, "--plan", plan, "--layout", "unrolled"]
+    assert run(*common, "--mlx-path", out) == 0
+    name = "model.layers.1.mlp.up_proj.weight"
+    stored, ours = tensors(source)[name], tensors(out)[name]
+    cast = stored.astype(mx.bfloat16).astype(mx.float32)
+    rounded = (cast * mx.array(0.3, mx.float32)).astype(mx.bfloat16)
+    assert ours.dtype == mx.float16
+    assert mx.array_equal(ours, rounded.astype(mx.float16))
+    assert config_of(out)["torch_dtype"] == "float16"
+    # A dtype on the command line replaces both.
+    assert run(*common, "--mlx-path", tmp_path / "v", "--dtype", "float32") == 0
+    assert mx.array_equal(tensors(tmp_path / "v")[name], stored * mx.array(0.3, mx.float32))
+
+
+def test_folded_keeps_the_sources_dtype_and_says_so(
+    checkpoint: MakeCheckpoint,
+    plan_file: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common = ["--hf-path", str(checkpoint(dtype=np.float16))]
+    common += ["--plan", str(plan_file(dtype="bfloat16"))]
+    assert main([*common, "--mlx-path", str(tmp_path / "f")]) == 0
+    assert "the plan says bfloat16" in capsys.readouterr().err
+    assert {v.dtype for v in tensors(tmp_path / "f").values()} == {mx.float16}
+    assert "bfloat16" in config_of(tmp_path / "f")["provenance"]["notes"][0]
+
+
+def test_quantized_sources_can_be_made_dense(
+    checkpoint: MakeCheckpoint, plan_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    packed, dense = tmp_path / "q", tmp_path / "d"
+    assert run("--hf-path", checkpoint(), "--mlx-path", packed, "-q", "--q-group-size", 32) == 0
+    common = ["--hf-path", packed, "--dequantize", "--plan", plan_file(scale=SCALE)]
+    assert run(*common, "--mlx-path", dense, "--layout", "unrolled") == 0
+    assert "quantization" not in config_of(dense)
+    assert {v.dtype for v in tensors(dense).values()} == {mx.float32}
+    folded, _ = load(packed, plan=str(plan_file(scale=SCALE)))
+    ids = mx.array([PROMPT])
+    assert mx.abs(load(dense)[0](ids) - folded(ids)).max() < 1e-4
+    assert run("--hf-path", packed, "--mlx-path", tmp_path / "x", "--dtype", "float16") == 2
+
+
+def test_outputs_name_no_code_and_both_spellings(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source = checkpoint()
+    raw = config_of(source) | {"model_file": "evil.py", "auto_map": {"AutoModel": "evil.M"}}
+    raw |= {"dtype": "float32", "rope_parameters": {"rope_type": "default", "rope_theta": 5e3}}
+    del raw["rope_theta"], raw["tie_word_embeddings"]
+    (source / "config.json").write_text(json.dumps(raw))
+    assert run("--hf-path", source, "--mlx-path", tmp_path / "o", "--dtype", "float16") == 0
+    config = config_of(tmp_path / "o")
+    assert "model_file" not in config
+    assert "auto_map" not in config
+    assert config["dtype"] == "float16"
+    assert "torch_dtype" not in config
+    assert config["rope_theta"] == 5000.0
+    assert config["tie_word_embeddings"] is False
+    # Data starts on an 8-byte boundary, and the header is what the format's own reader takes.
+    file = next((tmp_path / "o").glob("*.safetensors"))
+    assert (8 + int.from_bytes(file.read_bytes()[:8], "little")) % 8 == 0
+
+
+def test_not_into_the_source(checkpoint: MakeCheckpoint) -> None:
+    source = checkpoint()
+    assert run("--hf-path", source, "--mlx-path", source / "inner") == 2
+    assert not (source / "inner").exists()
 
 
 def test_mlx_lm_loads_the_unrolled_directory(
@@ -239,7 +317,8 @@ def test_shards_are_cut_at_the_limit(
     monkeypatch.setattr(writer.shards, "__defaults__", (300_000,))
     assert run("--hf-path", source, "--mlx-path", tmp_path / "s") == 0
     files = sorted((tmp_path / "s").glob("*.safetensors"))
-    assert len(files) > 3
+    # In order: embedding, head and norm (133 KB), then 8 blocks of 148 KB, two to a shard.
+    assert len(files) == 5
     assert all(sum(v.nbytes for v in load_file(f).values()) <= 300_000 for f in files)
     index = json.loads((tmp_path / "s" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(v.nbytes for v in tensors(source).values())
@@ -316,7 +395,7 @@ def test_disk_space_is_asked_for_first(
         free = 1000
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage)
-    with pytest.raises(CheckpointError, match=r"needs 0\.\d\d GB of disk and 0\.00 GB are free"):
+    with pytest.raises(CheckpointError, match=r"needs \d\.\d MB of disk and 0\.0 MB are free"):
         convert(open_checkpoint(checkpoint()), tmp_path / "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 

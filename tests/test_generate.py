@@ -281,6 +281,11 @@ def test_prompt_from_standard_input(
         (["--prompt", "x", "--prefill-step-size", "0"], "prefill-step-size"),
         (["--prompt", "x", "--stop", ""], "stop string"),
         (["--prompt", "x", "--revision", "main"], "--revision"),
+        (["--prompt", "x", "--q-group-size", "32"], "--q-bits"),
+        (["--prompt", "x", "--temp", "1", "--seed", "-1"], "seed"),
+        (["--prompt", "x", "--temp", "1e-60"], "temp"),
+        (["--prompt", "x", "--model", ""], "empty"),
+        (["--prompt", "x", "--model", "~nosuchuser/x"], "does not exist"),
         ([], "--prompt"),
         (["--prompt", "x", "--messages", "m.json"], "--messages"),
         (["--messages", "nowhere.json"], "nowhere.json"),
@@ -325,9 +330,9 @@ def test_memory_is_asked_for_before_loading(
     weights = 4 * 400_000
     monkeypatch.setattr("mlx_cerebrum.memory.available_bytes", lambda: weights)
     monkeypatch.setattr(sys.modules["mlx_cerebrum.generate"], "load_model", None)  # not reached
-    code, _, err = run(capsys, "--model", checkpoint(), "--prompt", "x", "--max-tokens", "400")
+    code, _, err = run(capsys, "--model", checkpoint(), "--prompt", "x", "--max-tokens", "300")
     assert code == 2
-    assert "GB are free" in err
+    assert "are free" in err
     assert "--q-bits 4" in err
     assert err.count("\n") == 1
 
@@ -385,6 +390,32 @@ def test_ctrl_c_keeps_what_was_generated(demo: Path) -> None:
     assert "[interrupted]" in err
     assert "Traceback" not in err
     assert (first + out).endswith("\n")
+
+
+def test_an_answer_continues_a_cached_conversation_without_a_second_bos(
+    checkpoint: MakeCheckpoint,
+) -> None:
+    model, tokenizer = load(checkpoint())
+    cache = model.make_cache()
+    first = list(stream_generate(model, tokenizer, "ab", max_tokens=3, cache=cache))
+    assert first[0].prompt_tokens == 3  # BOS and two bytes
+    more = next(stream_generate(model, tokenizer, "cd", max_tokens=3, cache=cache))
+    assert more.prompt_tokens == 2
+
+
+def test_closed_streams_are_one_line(demo: Path) -> None:
+    command = f"{sys.executable} -m mlx_cerebrum.generate --model {demo} --prompt -"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} <&-"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert "standard input is closed" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = subprocess.run(
+        ["bash", "-c", f"{command} >&-"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
 
 
 def test_progress_is_shown_to_a_person(demo: Path) -> None:

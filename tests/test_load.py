@@ -16,6 +16,7 @@ from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError, MemoryBudgetError
 from mlx_cerebrum.load import choose_storage, load_model
 from mlx_cerebrum.model import Model
+from mlx_cerebrum.quantize import Packing
 
 IDS = mx.array([[5, 80, 44, 120, 7, 99, 201, 5, 17, 42, 9, 30, 77, 150, 3, 6]])
 
@@ -129,12 +130,15 @@ def test_cpu_auto_is_float32_and_dtype_is_kept_when_asked(checkpoint: MakeCheckp
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_q_bits_at_load(checkpoint: MakeCheckpoint, bits: int) -> None:
-    path = checkpoint()
-    packed, _ = load(path, q_bits=bits, q_group_size=32, dtype="float32")
+def test_q_bits_at_load(checkpoint: MakeCheckpoint, tmp_path: Path, bits: int) -> None:
+    from convert.pipeline import convert
+
+    path, converted = checkpoint(), tmp_path / "converted"
+    packed, _ = load(path, q_bits=bits, q_group_size=32)  # asked for, so kept packed
+    convert(open_checkpoint(path), converted, packing=Packing(bits, 32))
     assert packed.model.layers[0].self_attn.qkv_proj.bits == bits
     assert packed.model.embed_tokens.weight.dtype == mx.uint32
-    dense, _ = load(path, q_bits=bits, q_group_size=32)  # on the CPU: dequantized
+    dense, _ = load(converted, dtype="auto")  # on the CPU: dequantized
     off = mx.abs(packed(IDS) - dense(IDS)).max()
     assert off < 1e-4
     exact = logits(path)
@@ -186,12 +190,73 @@ def test_loading_holds_the_model_and_one_block(checkpoint: MakeCheckpoint) -> No
     del model
 
 
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_logits_and_cache_have_the_dtype(
+    checkpoint: MakeCheckpoint, tmp_path: Path, mode: str, dtype: str
+) -> None:
+    """mlx-lm's float formats too, whose embeddings come out as bfloat16."""
+    from mlx_lm.convert import convert as mlx_lm_convert
+
+    theirs = tmp_path / mode
+    sizes = {"affine": (32, 4), "mxfp4": (32, 4), "nvfp4": (16, 4)}[mode]
+    options: dict[str, Any] = {"q_group_size": sizes[0], "q_bits": sizes[1], "q_mode": mode}
+    mlx_lm_convert(str(checkpoint(dtype=np.float16)), str(theirs), quantize=True, **options)
+    model, _ = load(theirs, dtype=dtype)
+    cache = model.make_cache()
+    assert model(IDS, cache).dtype == getattr(mx, dtype)
+    assert cache[0].keys is not None
+    assert cache[0].keys.dtype == getattr(mx, dtype)
+    ours, exact = (
+        np.array(x.astype(mx.float32)) for x in (model(IDS), logits(checkpoint("exact")))
+    )
+    assert np.corrcoef(ours.ravel(), exact.ravel())[0, 1] > 0.8  # 4 bits, not noise
+
+
+def test_null_packing_means_the_default(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """As mlx-lm's mixed recipes write it."""
+    from mlx_lm.convert import convert as mlx_lm_convert
+
+    theirs = tmp_path / "mixed"
+    source = checkpoint(hidden_size=128)
+    mlx_lm_convert(str(source), str(theirs), quantize=True, quant_predicate="mixed_2_6")
+    load(theirs)
+    raw = json.loads((theirs / "config.json").read_text())["quantization"]
+    assert any(isinstance(v, dict) and v.get("group_size") is None for v in raw.values())
+
+
+def test_packed_tensors_of_the_wrong_dtype(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    from convert.pipeline import convert
+
+    packed = tmp_path / "packed"
+    convert(open_checkpoint(checkpoint()), packed, packing=Packing(4, 32))
+    file = next(packed.glob("*.safetensors"))
+    weights = load_file(file)
+    name = "model.layers.0.mlp.up_proj"
+    save_file(weights | {f"{name}.weight": weights[f"{name}.weight"].view(np.int32)}, file)
+    assert f"{name}.weight is I32" in refused(packed)
+    scales = weights[f"{name}.scales"].astype(np.uint8)
+    save_file(weights | {f"{name}.scales": scales}, file)
+    assert f"{name}.scales is U8" in refused(packed)
+
+
+def test_bits_that_divide_nothing(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint(intermediate_size=96)
+    assert "divides into 4-bit groups of 128" in refused(path, q_bits=4, q_group_size=128)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_stored_dtype_is_seen(checkpoint: MakeCheckpoint, dtype: Any) -> None:
+    name = {"float16": "F16", "float32": "F32"}[np.dtype(dtype).name]
+    assert open_checkpoint(checkpoint(dtype=dtype)).weight_dtype == name
+
+
 def test_too_large_is_refused_with_the_numbers(
     checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = checkpoint()
     monkeypatch.setattr("mlx_cerebrum.memory.available_bytes", lambda: 100_000)
-    with pytest.raises(MemoryBudgetError, match=r"needs 0\.00 GB and 0\.00 GB are free; .*q-bits"):
+    with pytest.raises(MemoryBudgetError, match=r"needs \d\.\d MB and 0\.1 MB are free; .*q-bits"):
         load(path, dtype="float32")
 
 
@@ -255,6 +320,12 @@ def test_no_weights(checkpoint: MakeCheckpoint) -> None:
         ({"format_version": 2}, "format_version"),
         ({"eos_token_id": "two"}, "eos_token_id"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": True}, "layer_types"),
+        ({"layer_types": [[1]]}, "layer_types"),
+        ({"rope_theta": 10**400}, "rope_theta must be finite"),
+        ({"residual_scales": [[10**400, 1.0]] * 8}, "residual_scales[0]"),
+        ({"model_type": None, "architectures": {"a": 1}}, "'missing' is not supported"),
+        ({"model_type": None, "architectures": ["Foo"]}, "'Foo' is not supported"),
         ({"quantization": {"bits": 4}}, "quantization"),
         ({"quantization": {"bits": 4, "group_size": 7}, "x": 1}, None),
     ],

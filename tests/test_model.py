@@ -12,7 +12,8 @@ from conftest import parameters
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.errors import ConfigError
+from mlx_cerebrum.model import MLP, Model
 from mlx_cerebrum.quantize import fuse_projections
 
 MAP = (0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7)
@@ -180,6 +181,7 @@ def test_view_shares_every_array_and_costs_nothing() -> None:
         lambda m: m.load_weights([("model.norm.weight", mx.zeros(64))], strict=False),
         lambda m: m.update({}),
         lambda m: nn.quantize(m.model, 32, 4),
+        lambda m: m.model.layers[0].set_dtype(mx.float16),
     ],
 )
 def test_a_viewed_model_cannot_be_changed(change: Any) -> None:
@@ -188,6 +190,63 @@ def test_a_viewed_model_cannot_be_changed(change: Any) -> None:
     for each in (model, view):
         with pytest.raises(RuntimeError, match="serve several views"):
             change(each)
+
+
+def test_a_view_keeps_its_scales() -> None:
+    assert_close(build().view(MAP, SCALES)(tokens(20)), build(scales=SCALES)(tokens(20)), within=0)
+
+
+@pytest.mark.parametrize(
+    ("layer_map", "scales"), [((-1,), None), ((8,), None), ((), None), ((0, 1), ((1.0, 1.0),))]
+)
+def test_a_view_the_blocks_cannot_run(layer_map: tuple[int, ...], scales: Any) -> None:
+    with pytest.raises(ConfigError):
+        build().view(layer_map, scales)
+
+
+def test_interrupted_between_two_positions_the_caches_agree(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlx_cerebrum.decode import generate_step
+
+    model, left = build(), 0
+    prompt = tiny_prompt(tiny_config(), 30, 5)
+    whole = list(generate_step(prompt, model, max_tokens=10))
+    real = MLP.__call__
+
+    def interrupted(self: Any, x: mx.array) -> mx.array:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return real(self, x)
+
+    for at in (4, 17, 40):  # in the first chunk, the second, and a decode step
+        left, cache = at, model.make_cache()
+        monkeypatch.setattr(MLP, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(generate_step(prompt, model, max_tokens=10, cache=cache, prefill_step_size=16))
+        monkeypatch.setattr(MLP, "__call__", real)
+        seen = cache[0].offset
+        assert {c.offset for c in cache} == {seen}
+        known = [*prompt, *whole]
+        rest = list(generate_step(known[seen:40], model, max_tokens=1, cache=cache))
+        assert rest == list(generate_step(known[:40], model, max_tokens=1))
+
+
+def test_no_step_is_run_that_nobody_reads() -> None:
+    from mlx_cerebrum.decode import generate_step
+
+    model, cache = build(), build().make_cache()
+    seen: list[tuple[int, int]] = []
+    options: dict[str, Any] = {"prefill_step_size": 7, "cache": cache}
+    prompt = tiny_prompt(tiny_config(), 20, 5)
+    steps = generate_step(
+        prompt, model, max_tokens=5, progress=lambda *p: seen.append(p), **options
+    )
+    assert len(list(steps)) == 5
+    assert cache[0].offset == 20 + 5 - 1
+    assert seen == [(7, 19), (14, 19), (19, 19)]
 
 
 def test_batch_is_each_alone() -> None:

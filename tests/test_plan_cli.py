@@ -252,7 +252,7 @@ def test_the_module_runs_without_warnings_and_a_full_disk_is_one_line() -> None:
         (FileNotFoundError(errno.ENOENT, "No such file", "x.json"), 2, "error: x.json: No such"),
         (OSError(errno.ENOSPC, "No space left on device", "a"), 2, "error: a: No space left on"),
         (OSError("plain"), 2, "error: plain\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
     ],
 )
