@@ -32,7 +32,7 @@ demo: $(VENV)/.run
 	$(RUN) -m mlx_cerebrum.demo
 
 test: $(VENV)/.test
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet -e '.[$(BACKEND),test,lint]'

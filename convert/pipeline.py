@@ -63,8 +63,9 @@ def convert(
         config = planned_config(checkpoint.config, plan, window)
         change = Change(dequantize, _CODES.get(dtype or ""), None, packing)
         modules = folded(checkpoint, change)
-        if planned not in (None, dtype) and dtype is None:
-            notes.append(f"the plan says {planned}; folded keeps the source's dtype (see --dtype)")
+        stored = FLOATS[checkpoint.weight_dtype]
+        if dtype is None and planned not in (None, stored):
+            notes.append(f"the plan says {planned}; folded keeps the source's {stored} (--dtype)")
     else:
         config = planned_config(checkpoint.config, None, window)
         first, last = (plan.dtype, plan.out_dtype) if plan and not quantized else (None, None)

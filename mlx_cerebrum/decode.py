@@ -51,8 +51,8 @@ def generate_step(
 ) -> Iterator[int]:
     """Yield up to `max_tokens` tokens that continue `prompt`; the caller decides when to stop.
 
-    The step after the current one is already running when a token is yielded, so the host's
-    work (detokenizing, printing) hides behind the device's. `cache` resumes a conversation:
+    On a GPU the step after the current one is already running when a token is yielded, so the
+    host's work (detokenizing, printing) hides behind the device's. `cache` resumes a conversation:
     `prompt` is then what comes after the cached tokens, and the cache always holds the first
     `offset` of all tokens seen and yielded.
 
@@ -64,6 +64,8 @@ def generate_step(
         raise RequestError(f"prefill-step-size must be at least 1, not {prefill_step_size}")
     cache = model.make_cache() if cache is None else cache
     tokens = mx.array(list(prompt), dtype=mx.int32)
+    # The CPU's queue is short: launching a step there waits for most of it, and delays a token.
+    ahead = on_gpu()
 
     def step(token: mx.array) -> mx.array:
         following = sampler(model(token[None], cache)[:, -1])
@@ -76,9 +78,10 @@ def generate_step(
         prefill(model, tokens[:-1], cache, prefill_step_size, progress)
         token = step(tokens[-1:])
         for n in range(1, max_tokens + 1):
-            following = step(token) if n < max_tokens else token
+            following = step(token) if ahead and n < max_tokens else token
             yield cast(int, token.item())
-            token = following
+            if n < max_tokens:
+                token = following if ahead else step(token)
             if n % 256 == 0:
                 mx.clear_cache()
     except BaseException:  # Ctrl-C between two positions: take back what only some have seen

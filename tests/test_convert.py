@@ -288,11 +288,11 @@ def test_gguf_source_keeps_its_packed_weights(demo: Path, tmp_path: Path) -> Non
     model, tokenizer = load(demo, plan=plan, dtype="float32")
     direct = parameters(model)
     ids = tokenizer.encode("The capital of France is")
-    expected = list(generate_step(ids, model, max_tokens=12))
+    expected = list(generate_step(ids, model, max_tokens=3))
     for layout in ("folded", "unrolled"):
         again, tokenizer = load(tmp_path / layout, dtype="float32")
         assert tokenizer.encode("The capital of France is") == ids
-        assert list(generate_step(ids, again, max_tokens=12)) == expected
+        assert list(generate_step(ids, again, max_tokens=3)) == expected
         if layout == "folded":
             loaded = parameters(again)
             assert all(mx.array_equal(loaded[name], direct[name]) for name in direct)

@@ -91,11 +91,11 @@ def test_paris(trained: tuple[Model, Tokenizer]) -> None:
 
 def test_streamed_text_is_the_whole_text(trained: tuple[Model, Tokenizer]) -> None:
     model, tokenizer = trained
-    responses = list(stream_generate(model, tokenizer, "Once upon a time", max_tokens=30))
+    responses = list(stream_generate(model, tokenizer, "Once upon a time", max_tokens=20))
     ids = [r.token for r in responses]
     assert "".join(r.text for r in responses) == tokenizer.decode(ids)
-    assert [r.finish_reason for r in responses] == [None] * 29 + ["length"]
-    assert [r.generation_tokens for r in responses] == list(range(1, 31))
+    assert [r.finish_reason for r in responses] == [None] * 19 + ["length"]
+    assert [r.generation_tokens for r in responses] == list(range(1, 21))
     last = responses[-1]
     assert last.prompt_tokens == len(tokenizer.encode("Once upon a time"))
     assert last.generation_tps > 0
@@ -119,22 +119,20 @@ def test_stops_on_eos_without_printing_it(trained: tuple[Model, Tokenizer]) -> N
 
 def test_stop_string_across_tokens(trained: tuple[Model, Tokenizer]) -> None:
     model, tokenizer = trained
-    whole = generate(model, tokenizer, "One, two, three,", max_tokens=30)
+    whole = generate(model, tokenizer, "One, two, three,", max_tokens=12)
     stop = whole[7:13]
     responses = list(
-        stream_generate(model, tokenizer, "One, two, three,", max_tokens=30, stop=[stop])
+        stream_generate(model, tokenizer, "One, two, three,", max_tokens=12, stop=[stop])
     )
     assert "".join(r.text for r in responses) == whole[: whole.index(stop)]
     assert responses[-1].finish_reason == "stop"
 
 
 @pytest.mark.parametrize("step", [1, 3, 64])
-def test_prefill_step_size_does_not_change_the_text(
-    trained: tuple[Model, Tokenizer], step: int
-) -> None:
-    prompt = "A list of colours: red, green, blue, yellow, orange, purple, pink, brown, black,"
-    expected = generate(*trained, prompt, max_tokens=12)
-    assert generate(*trained, prompt, max_tokens=12, prefill_step_size=step) == expected
+def test_prefill_step_size_does_not_change_the_text(checkpoint: MakeCheckpoint, step: int) -> None:
+    small, prompt = load(checkpoint()), "A list of colours: red, green, blue, yellow, orange"
+    expected = generate(*small, prompt, max_tokens=40)
+    assert generate(*small, prompt, max_tokens=40, prefill_step_size=step) == expected
 
 
 @pytest.mark.parametrize(
@@ -240,12 +238,12 @@ def test_quiet_prints_the_answer_only(demo: Path, capsys: pytest.CaptureFixture[
 
 
 def test_messages_file_is_the_prompt_with_system(
-    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi!"}]
     file = tmp_path / "m.json"
     file.write_text(json.dumps(messages))
-    common = ["--model", demo, "--max-tokens", 8, "--json"]
+    common = ["--model", checkpoint(), "--max-tokens", 8, "--json"]
     _, one, _ = run(capsys, *common, "--messages", file)
     _, two, _ = run(capsys, *common, "--system", "Be brief.", "--prompt", "Hi!")
     assert json.loads(one)["token_ids"] == json.loads(two)["token_ids"]
@@ -376,15 +374,17 @@ def test_without_a_hub_the_error_names_the_demo(
 
 
 def test_ctrl_c_keeps_what_was_generated(demo: Path) -> None:
-    command = [sys.executable, "-m", "mlx_cerebrum.generate", "--model", str(demo)]
-    command += ["--prompt", "Tell me a very long story.", "--max-tokens", "4000"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    args = ["--model", str(demo), "--prompt", "Tell me a very long story.", "--max-tokens", "4000"]
+    code = (  # a suite run in the background hands down an ignored SIGINT
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        f"from mlx_cerebrum.generate import main; sys.exit(main({args!r}))"
     )
-    assert process.stdout is not None
-    first = process.stdout.read(20)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert len(first) == 20
     assert "[interrupted]" in err

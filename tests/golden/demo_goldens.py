@@ -69,7 +69,7 @@ CHAT: tuple[Conversation, ...] = (
         ("assistant", "Hello Ada, nice to meet you!"),
         ("user", "What is my name?"),
     ],
-    [("user", "Summarise this story in one sentence.\n\n" + _LONG)],
+    [("user", "Summarise this in one sentence.\n\n" + _LONG.partition("\n")[0])],
 )
 
 # Only encoded: digits after whitespace, runs of spaces, contractions, scripts, no text at all.
@@ -86,7 +86,7 @@ TEXTS = (
 )
 
 # Asked of the interleaved model too, by their place in RAW + CHAT.
-INTERLEAVED = (0, 4, 11, 12, 14, 18)
+INTERLEAVED = (0, 4, 12, 14, 18)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, oracle.Floats]]:
