@@ -70,36 +70,36 @@ class WindowedKVCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append `[B, H, L, D]`; return the `size() + L` entries these L queries may see."""
         length = keys.shape[2]
-        first = self.offset - self.size() - self._start
-        if self.keys is None or self.offset - self._start + length > self.keys.shape[2]:
-            first -= self._make_room(keys, values)
+        if self.keys is None or self._used() + length > self.keys.shape[2]:
+            self._make_room(keys, values)
         assert self.keys is not None
         assert self.values is not None
-        used = self.offset - self._start
-        self.keys[..., used : used + length, :] = keys
-        self.values[..., used : used + length, :] = values
+        used = self._used()
+        first, end = used - self.size(), used + length
+        self.keys[..., used:end, :] = keys
+        self.values[..., used:end, :] = values
         self.offset += length
-        end = used + length
         return self.keys[..., first:end, :], self.values[..., first:end, :]
 
-    def _make_room(self, keys: mx.array, values: mx.array) -> int:
-        """A new buffer with what is still needed at its front; returns how much was dropped."""
-        used = self.offset - self._start
+    def _used(self) -> int:
+        """Entries in the buffer: those kept for `trim`, then the visible ones; then room."""
+        return self.offset - self._start
+
+    def _make_room(self, keys: mx.array, values: mx.array) -> None:
+        """Move what is still needed to the front of a new buffer with room for `keys`."""
+        used = self._used()
         keep = used if self.window is None else min(used, self.window - 1 + self.rewind)
         spare = max(keys.shape[2], self.step)
 
         def moved(old: mx.array | None, new: mx.array) -> mx.array:
             B, H, _, D = new.shape
-            fresh = mx.zeros((B, H, spare, D), new.dtype)
-            return (
-                fresh
-                if old is None
-                else mx.concatenate([old[..., used - keep : used, :], fresh], 2)
-            )
+            room = mx.zeros((B, H, spare, D), new.dtype)
+            if old is None:
+                return room
+            return mx.concatenate([old[..., used - keep : used, :], room], axis=2)
 
         self.keys, self.values = moved(self.keys, keys), moved(self.values, values)
         self._start = self.offset - keep
-        return used - keep
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """The mask for the next N queries, over the entries `update_and_fetch` will return.
@@ -133,7 +133,7 @@ class WindowedKVCache:
         """How many tokens `trim` can take back: `min(offset, rewind)` at least."""
         if self._start == 0 or self.window is None:
             return self.offset
-        return self.offset - self._start - (self.window - 1)
+        return self._used() - (self.window - 1)
 
     def trim(self, n: int) -> int:
         """Take back the last `n` tokens, as if they had never been seen.
@@ -153,8 +153,7 @@ class WindowedKVCache:
         """What a saved cache holds: arrays, then offset, start, window (0: none), rewind, step."""
         keys, values = self.keys, self.values
         if keys is not None and values is not None:
-            used = self.offset - self._start
-            keys, values = keys[..., :used, :], values[..., :used, :]
+            keys, values = keys[..., : self._used(), :], values[..., : self._used(), :]
         numbers = (self.offset, self._start, self.window or 0, self.rewind, self.step)
         return (keys, values, *numbers)
 
