@@ -204,6 +204,7 @@ def test_a_view_the_blocks_cannot_run(layer_map: tuple[int, ...], scales: Any) -
         build().view(layer_map, scales)
 
 
+@pytest.mark.usefixtures("pace")
 def test_interrupted_between_two_positions_the_caches_agree(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -234,6 +235,7 @@ def test_interrupted_between_two_positions_the_caches_agree(
         assert rest == list(generate_step(known[:40], model, max_tokens=1))
 
 
+@pytest.mark.usefixtures("pace")
 def test_no_step_is_run_that_nobody_reads() -> None:
     from mlx_cerebrum.decode import generate_step
 
@@ -275,6 +277,13 @@ def test_mlx_lm_loop_runs_on_our_cache_and_ours_on_its_caches() -> None:
         assert list(our_loop(ids, model, max_tokens=40, cache=cache)) == ours
 
 
+@pytest.fixture(params=[False, True], ids=["in turn", "one step ahead"])
+def pace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding as on the CPU, and as on a GPU."""
+    monkeypatch.setattr("mlx_cerebrum.decode.on_gpu", lambda: request.param)
+
+
+@pytest.mark.usefixtures("pace")
 def test_resumed_cache_is_uninterrupted() -> None:
     from mlx_cerebrum.decode import generate_step
 
@@ -288,6 +297,7 @@ def test_resumed_cache_is_uninterrupted() -> None:
     assert first + rest == whole
 
 
+@pytest.mark.usefixtures("pace")
 def test_abandoned_generation_leaves_a_usable_cache() -> None:
     """The step in flight has already run: the cache holds the first `offset` tokens."""
     from mlx_cerebrum.decode import generate_step
