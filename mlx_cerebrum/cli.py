@@ -82,3 +82,14 @@ def one_line(text: str) -> str:
 def _drop_stdout() -> None:  # so that the interpreter's own last flush is quiet
     with contextlib.suppress(OSError, ValueError):  # not a file when a test captures it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Ctrl-C while modules are still being imported, before `run` can catch it."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _uncaught  # only command lines import this module, and first

@@ -24,7 +24,7 @@ from mlx_cerebrum.memory import human, kv_bytes, require, wired
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.quantize import AFFINE_BITS, AFFINE_GROUPS, Packing
 from mlx_cerebrum.sampling import make_sampler
-from mlx_cerebrum.stream import Response, StopText, check_length, generate, stream_generate
+from mlx_cerebrum.stream import Response, StopText, check_request, generate, stream_generate
 
 __all__ = ["generate", "main", "stream_generate"]
 
@@ -136,9 +136,7 @@ def _run(args: argparse.Namespace) -> int:
         ids = tokenizer.encode(question)
     else:
         ids = tokenizer.apply_chat_template(question)
-    check_length(config, len(ids), args.max_tokens)
-    if args.prefill_step_size < 1:
-        raise RequestError(f"prefill-step-size must be at least 1, not {args.prefill_step_size}")
+    check_request(config, len(ids), args.max_tokens, args.prefill_step_size)
 
     storage = choose_storage(checkpoint, packing, args.dtype)
     cache = kv_bytes(config, len(ids), args.max_tokens, storage.dtype.size, args.prefill_step_size)

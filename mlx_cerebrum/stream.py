@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.decode import PREFILL_STEP, Sampler, generate_step, greedy
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.memory import kv_bytes, require
 from mlx_cerebrum.model import Cache, Model
 from mlx_cerebrum.tokenizer import Tokenizer
 
@@ -55,8 +56,12 @@ class StopText:
         return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
 
 
-def check_length(config: ModelConfig, prompt_tokens: int, max_tokens: int) -> None:
+def check_request(
+    config: ModelConfig, prompt_tokens: int, max_tokens: int, prefill_step_size: int
+) -> None:
     """Raise RequestError for a request that is empty or longer than the model's positions."""
+    if prefill_step_size < 1:
+        raise RequestError(f"prefill-step-size must be at least 1, not {prefill_step_size}")
     if prompt_tokens == 0:
         raise RequestError("the prompt is empty; there is nothing to continue")
     if max_tokens < 1:
@@ -84,14 +89,22 @@ def stream_generate(
 
     A `str` prompt is encoded as plain text (with BOS where the tokenizer wants one); for a
     conversation pass `tokenizer.apply_chat_template(messages)`. Neither EOS nor the stop string
-    is in the text. Raises RequestError for an empty or overlong request.
+    is in the text. Raises RequestError for an empty or overlong request, MemoryBudgetError
+    when its caches can't fit.
     """
     cached = cache[0].offset if cache else 0
     if isinstance(prompt, str):  # BOS belongs to the start of a conversation only
         ids = tokenizer.encode(prompt, add_bos=False if cached else None)
     else:
         ids = list(prompt)
-    check_length(model.config, cached + len(ids), max_tokens)
+    check_request(model.config, cached + len(ids), max_tokens, prefill_step_size)
+    if cache is None:
+        item_bytes = model.model.norm.weight.dtype.size
+        require(
+            kv_bytes(model.config, len(ids), max_tokens, item_bytes, prefill_step_size),
+            f"the cache for {len(ids)} + {max_tokens} tokens",
+            "use a smaller window or fewer tokens",
+        )
     outside = [i for i in ids if not 0 <= i < model.config.vocab_size]
     if outside:
         raise RequestError(f"token id {outside[0]} is not below {model.config.vocab_size}")

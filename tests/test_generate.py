@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_cerebrum import load
-from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.generate import main
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.sampling import make_sampler
@@ -333,6 +333,22 @@ def test_memory_is_asked_for_before_loading(
     assert "are free" in err
     assert "--q-bits 4" in err
     assert err.count("\n") == 1
+
+
+def test_the_api_asks_for_the_caches_memory(
+    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load(checkpoint())
+    monkeypatch.setattr("mlx_cerebrum.memory.available_bytes", lambda: 10_000)
+    with pytest.raises(MemoryBudgetError, match=r"cache for 3 \+ 50 tokens"):
+        next(stream_generate(model, tokenizer, "ab", max_tokens=50))
+
+
+def test_ctrl_c_while_importing_is_one_line() -> None:
+    code = "import mlx_cerebrum.cli; raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == "interrupted\n"
+    assert done.returncode in (130, -signal.SIGINT)
 
 
 def test_builtin_template_stops_at_the_user_line_unless_raw(
