@@ -24,8 +24,9 @@ from bench.engines import Run, mlx_lm, ours, prompt_ids, same_weights
 from bench.report import Spread, parser, publish, ratio, rounds, table
 from mlx_cerebrum import cli, hub
 from mlx_cerebrum.checkpoint import open_checkpoint
+from mlx_cerebrum.decode import PREFILL_STEP
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.stream import check_length
+from mlx_cerebrum.stream import check_request
 
 TARGET = 1.0  # ours is to be no slower
 PHASES = ("prefill_tps", "decode_tps")
@@ -46,7 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.tokens < 2 or args.rounds < 1:
         raise RequestError("a pace needs --tokens of 2 or more and --rounds of 1 or more")
     checkpoint = open_checkpoint(hub.resolve(args.model))
-    check_length(checkpoint.config, args.prompt_tokens, args.tokens)
+    check_request(checkpoint.config, args.prompt_tokens, args.tokens, PREFILL_STEP)
     prompt = prompt_ids(checkpoint, args.prompt_tokens)
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense"
