@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
     packing = _packing(args)
     plan = None if args.plan is None else resolve(args.plan)
     checkpoint = open_checkpoint(hub.resolve(args.hf_path, args.revision))
-    local = args.hf_path == "demo" or Path(args.hf_path).exists()
+    local = args.hf_path == "demo" or Path(args.hf_path).expanduser().exists()
     started = time.perf_counter()
     with progress("writing", not args.quiet) as report:
         written = convert(

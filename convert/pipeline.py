@@ -1,4 +1,4 @@
-"""The conversion itself: open, lay out, stream to disk, read back, rename."""
+"""The conversion itself: lay out, stream to disk, check what was written, rename."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -42,11 +42,15 @@ def convert(
 ) -> dict[str, Any]:
     """Write `checkpoint`, laid out by `plan`, into the new directory `destination`.
 
-    It is written under a temporary name, read back, and renamed: it is there whole or not
-    at all. Returns what was written: bytes, positions,
-    layers, bits_per_weight, and notes a person should see. Raises a
-    CerebrumError for anything that can't be honoured, before writing where it can be known.
+    It is written under a temporary name, its headers checked, and renamed: it is there whole
+    or not at all. Returns what was written: bytes, positions, layers, bits_per_weight, and
+    notes a person should see. Raises a CerebrumError for anything that can't be honoured,
+    before writing where it can be known.
     """
+    if dequantize and checkpoint.config.quantization is None:
+        raise ConfigError(f"{checkpoint.path} is dense already; drop --dequantize")
+    if dequantize and dtype is None and not (layout == "unrolled" and plan and plan.dtype):
+        dtype = "float32"  # what the packed integers mean, exactly; norms with them
     quantized = checkpoint.config.quantization is not None and not dequantize
     if quantized and (packing is not None or dtype is not None):
         raise ConfigError(
@@ -58,14 +62,15 @@ def convert(
         raise ConfigError(f"{destination} is inside the source; name a directory elsewhere")
     notes: list[str] = []
     blocks = checkpoint.config.num_hidden_layers
-    planned = None if plan is None else plan.out_dtype or plan.dtype
+    if plan is not None and dtype is None and (layout == "folded" or quantized):
+        planned, stored = plan.out_dtype or plan.dtype, FLOATS[checkpoint.weight_dtype]
+        if planned not in (None, stored):
+            kept = "a quantized source" if quantized else "folded"
+            notes.append(f"the plan says {planned}; {kept} keeps {stored} (see --dtype)")
     if layout == "folded":
         config = planned_config(checkpoint.config, plan, window)
         change = Change(dequantize, _CODES.get(dtype or ""), None, packing)
         modules = folded(checkpoint, change)
-        stored = FLOATS[checkpoint.weight_dtype]
-        if dtype is None and planned not in (None, stored):
-            notes.append(f"the plan says {planned}; folded keeps the source's {stored} (--dtype)")
     else:
         config = planned_config(checkpoint.config, None, window)
         first, last = (plan.dtype, plan.out_dtype) if plan and not quantized else (None, None)

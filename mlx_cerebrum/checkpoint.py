@@ -67,7 +67,7 @@ class Checkpoint(ABC):
     def read(self, module: str) -> dict[str, mx.array]:
         """The arrays of one module (`weight`; `scales` and `biases` where it is quantized).
 
-        Each module can be read once: nothing here keeps weights alive.
+        Nothing here keeps them alive: a module that is read again is read from disk again.
         """
 
     @abstractmethod

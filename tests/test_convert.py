@@ -201,15 +201,18 @@ def test_quantized_sources_can_be_made_dense(
     checkpoint: MakeCheckpoint, plan_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     packed, dense = tmp_path / "q", tmp_path / "d"
-    assert run("--hf-path", checkpoint(), "--mlx-path", packed, "-q", "--q-group-size", 32) == 0
+    half = checkpoint(dtype=np.float16)  # so that a dtype left in the config would be wrong
+    assert run("--hf-path", half, "--mlx-path", packed, "-q", "--q-group-size", 32) == 0
     common = ["--hf-path", packed, "--dequantize", "--plan", plan_file(scale=SCALE)]
     assert run(*common, "--mlx-path", dense, "--layout", "unrolled") == 0
     assert "quantization" not in config_of(dense)
+    assert config_of(dense)["torch_dtype"] == "float32"
     assert {v.dtype for v in tensors(dense).values()} == {mx.float32}
     folded, _ = load(packed, plan=str(plan_file(scale=SCALE)))
     ids = mx.array([PROMPT])
     assert mx.abs(load(dense)[0](ids) - folded(ids)).max() < 1e-4
     assert run("--hf-path", packed, "--mlx-path", tmp_path / "x", "--dtype", "float16") == 2
+    assert run("--hf-path", dense, "--mlx-path", tmp_path / "x", "--dequantize") == 2
 
 
 def test_outputs_name_no_code_and_both_spellings(
