@@ -1,7 +1,6 @@
 """`python -m mlx_cerebrum.generate`: one prompt, answered as it comes."""
 
 import argparse
-import itertools
 import json
 import sys
 from collections.abc import Iterable
@@ -162,7 +161,7 @@ def _run(args: argparse.Namespace) -> int:
                 progress=report,
             )
             first = next(responses)
-        answer = _stream(itertools.chain([first], responses), echo=not args.json)
+        answer = _stream(first, responses, echo=not args.json)
     facts = {
         "model": name,
         "plan": plan,
@@ -177,12 +176,14 @@ def _run(args: argparse.Namespace) -> int:
     return cli.INTERRUPTED if answer["finish_reason"] == "interrupted" else 0
 
 
-def _stream(responses: Iterable[Response], echo: bool) -> dict[str, Any]:
+def _stream(first: Response, rest: Iterable[Response], echo: bool) -> dict[str, Any]:
     """Print the text as it comes; what `--json` reports. Ctrl-C keeps what there is."""
-    got: list[Response] = []
+    got = [first]
     reason = "interrupted"
     try:
-        for response in responses:
+        if echo:
+            print(first.text, end="", flush=True)
+        for response in rest:
             got.append(response)
             if echo:
                 print(response.text, end="", flush=True)

@@ -18,8 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_cerebrum import load
+from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.generate import main
+from mlx_cerebrum.load import choose_storage
+from mlx_cerebrum.memory import kv_bytes
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.sampling import make_sampler
 from mlx_cerebrum.stream import StopText, generate, stream_generate
@@ -324,11 +327,19 @@ def test_memory_is_asked_for_before_loading(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """12 positions' caches do not fit where the weights would."""
-    weights = 4 * 400_000
-    monkeypatch.setattr("mlx_cerebrum.memory.available_bytes", lambda: weights)
-    monkeypatch.setattr(sys.modules["mlx_cerebrum.generate"], "load_model", None)  # not reached
-    code, _, err = run(capsys, "--model", checkpoint(), "--prompt", "x", "--max-tokens", "300")
+    """Room for the weights and a short answer's cache, not for a long one's."""
+    path = checkpoint()
+    source = open_checkpoint(path)
+    weights = choose_storage(source, None, "auto").nbytes
+    short, long = (kv_bytes(source.config, 2, n, 4, 512) for n in (2, 400))
+    assert short < long
+    room = int((weights + (short + long) / 2) / 0.95)
+    monkeypatch.setattr("mlx_cerebrum.memory.available_bytes", lambda: room)
+    monkeypatch.setattr(sys.modules["mlx_cerebrum.generate"], "load_model", None)
+    common = ["--model", path, "--prompt", "x", "--raw", "--max-tokens"]
+    with pytest.raises(TypeError, match="not callable"):  # it fits, and loading is reached
+        run(capsys, *common, 2)
+    code, _, err = run(capsys, *common, 400)
     assert code == 2
     assert "are free" in err
     assert "--q-bits 4" in err
