@@ -1,4 +1,4 @@
-"""Checkpoint directories in Hugging Face's layout, as stock tools read them; a block per file."""
+"""Checkpoint directories in Hugging Face's layout, as stock tools read them."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -6,11 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_cerebrum.checkpoint import INDEX, Checkpoint, matrix_shapes, norm_names
 from mlx_cerebrum.config import ModelConfig
 
 Arrays = dict[str, mx.array]  # tensors by name
+_CODES = {
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.uint8: "U8",
+}
 
 
 def by_block(config: ModelConfig) -> list[list[str]]:
@@ -23,28 +31,54 @@ def by_block(config: ModelConfig) -> list[list[str]]:
 
 
 def write_checkpoint(
-    directory: Path, config: dict[str, Any], files: Sequence[Callable[[], Arrays]]
+    directory: Path, config: dict[str, Any], parts: Sequence[Callable[[], Arrays]], shards: int = 1
 ) -> int:
-    """Write config.json, one safetensors file per entry of `files`, and their index.
+    """Write config.json, the tensors of all `parts` in `shards` safetensors files, their index.
 
-    Each file's tensors are made when its turn comes and dropped after it. Returns the
+    Each part's tensors are made when its turn comes and dropped after it. Returns the
     tensors' bytes. Raises FileExistsError for a directory that is there already.
     """
     directory.mkdir()
     weight_map: dict[str, str] = {}
     total = 0
-    for number, make in enumerate(files, start=1):
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        arrays = make()
-        mx.save_safetensors(str(directory / name), arrays, {"format": "mlx"})
-        weight_map |= dict.fromkeys(arrays, name)
-        total += sum(array.nbytes for array in arrays.values())
-        del arrays
-        mx.clear_cache()
+    for number in range(1, shards + 1):
+        name = f"model-{number:05d}-of-{shards:05d}.safetensors"
+        bounds = [len(parts) * k // shards for k in (number - 1, number)]
+        sizes = _write_file(directory / name, parts[slice(*bounds)])
+        weight_map |= dict.fromkeys(sizes, name)
+        total += sum(sizes.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(directory / INDEX, index)
     _write_json(directory / "config.json", config)
     return total
+
+
+def _write_file(path: Path, parts: Sequence[Callable[[], Arrays]]) -> dict[str, int]:
+    """One safetensors file, a part in memory at a time; returns each tensor's bytes.
+
+    The header goes in last, into room kept for it: the format allows spaces after the JSON.
+    """
+    room = 8 + 4096 * (1 + len(parts))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    with path.open("wb") as file:
+        file.seek(room)
+        for make in parts:
+            for name, array in make().items():
+                code = _CODES[array.dtype]
+                offsets = [at, at + array.nbytes]
+                header[name] = {"dtype": code, "shape": array.shape, "data_offsets": offsets}
+                flat = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+                file.write(np.ascontiguousarray(np.asarray(flat)).data.cast("B"))
+                at += array.nbytes
+            mx.clear_cache()
+        text = json.dumps(header).encode()
+        if len(text) > room - 8:
+            raise ValueError(f"{path}: a header of {len(text)} bytes, room for {room - 8}")
+        file.seek(0)
+        file.write((room - 8).to_bytes(8, "little") + text.ljust(room - 8))
+    del header["__metadata__"]
+    return {name: b - a for name, (a, b) in ((n, e["data_offsets"]) for n, e in header.items())}
 
 
 def export(checkpoint: Checkpoint, directory: Path, *, dense: bool) -> None:

@@ -57,7 +57,11 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 
 
 def write_random(
-    directory: Path, raw: dict[str, Any], layers: Sequence[int] | None = None, seed: int = 0
+    directory: Path,
+    raw: dict[str, Any],
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    shards: int = 1,
 ) -> int:
     """Write a random bfloat16 checkpoint of the geometry `raw`; returns its bytes.
 
@@ -83,7 +87,7 @@ def write_random(
     blocks = range(config.num_hidden_layers) if layers is None else layers
     drawn = [0, *(1 + block for block in blocks)]
     files = [partial(file, *each) for each in zip(by_block(config), drawn, strict=True)]
-    return write_checkpoint(directory, raw, files)
+    return write_checkpoint(directory, raw, files, shards)
 
 
 def _normal(random: np.random.Generator, rows: int, columns: int) -> mx.array:
@@ -104,6 +108,7 @@ def parser() -> cli.ArgumentParser:
     p.add_argument("directory", type=Path, metavar="DIR", help="must not exist yet")
     p.add_argument("--geometry", choices=sorted(GEOMETRIES), default="small", help="its shapes")
     p.add_argument("--tokenizer", type=Path, metavar="DIR", help="copy this tokenizer's files")
+    p.add_argument("--shards", type=int, default=3, metavar="N", help="weight files (default: 3)")
     p.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
     p.add_debug()
     return p
@@ -127,7 +132,7 @@ def _run(args: argparse.Namespace) -> int:
             f"{args.directory} needs {stored / GB:.2f} GB and {free / GB:.2f} are free"
         )
     started = time.perf_counter()
-    written = write_random(args.directory, raw, seed=args.seed)
+    written = write_random(args.directory, raw, seed=args.seed, shards=max(1, args.shards))
     for file in found:
         shutil.copyfile(file, args.directory / file.name)
     took = time.perf_counter() - started
