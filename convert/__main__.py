@@ -1,111 +1,122 @@
 """`python -m convert`: a source checkpoint to a folded or unrolled MLX directory."""
 
 import argparse
+import json
+import resource
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from convert.pipeline import DTYPES, LAYOUTS, convert
+from convert import arguments
+from convert.destination import check_free
+from convert.layout import Options
+from convert.pipeline import convert
+from convert.sensitivity import Sensitivity
+from convert.writer import JOURNAL
 from mlx_cerebrum import cli, hub
-from mlx_cerebrum.checkpoint import open_checkpoint
+from mlx_cerebrum.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.memory import human
-from mlx_cerebrum.plan import resolve
+from mlx_cerebrum.load import DTYPES, planned_config
 from mlx_cerebrum.progress import progress
-from mlx_cerebrum.quantize import AFFINE_BITS, AFFINE_GROUPS, Packing
-
-
-def parser() -> cli.ArgumentParser:
-    p = cli.ArgumentParser(
-        prog="python -m convert",
-        description="Write a checkpoint's blocks in the order of a plan: folded (each stored once,"
-        " for mlx_cerebrum) or unrolled (as mergekit would, for any tool).",
-    )
-    p.add_argument(
-        "--hf-path",
-        metavar="DIR|FILE.gguf|HUBID|demo",
-        default=hub.DEFAULT_REPO,
-        help=f"the source (default: {hub.DEFAULT_REPO})",
-    )
-    p.add_argument("--mlx-path", type=Path, required=True, metavar="DIR", help="must not exist yet")
-    p.add_argument("--revision", help="hub branch, tag or commit (default: main)")
-    p.add_argument(
-        "--plan",
-        metavar="NAME|FILE",
-        help="layer plan: a named one or mergekit YAML (default: the source's own order)",
-    )
-    p.add_argument(
-        "--layout", choices=LAYOUTS, default="folded", help="how to store it (default: folded)"
-    )
-    p.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="cast to (default: as stored; unrolled: the plan's dtype, as mergekit does)",
-    )
-    p.add_argument(
-        "--dequantize",
-        action="store_true",
-        help="make a quantized source dense (float32, or --dtype)",
-    )
-    p.add_argument("-q", "--quantize", action="store_true", help="pack weights into fewer bits")
-    p.add_argument("--q-bits", type=int, choices=AFFINE_BITS, help="bits a weight (default: 4)")
-    p.add_argument(
-        "--q-group-size", type=int, choices=AFFINE_GROUPS, help="weights per group (default: 64)"
-    )
-    p.add_argument(
-        "--window",
-        type=int,
-        metavar="TOKENS",
-        help="sliding window to record, in tokens, 0 for none (default: the source's)",
-    )
-    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    p.add_debug()
-    return p
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["verify"]:
+        from convert.verify import main as verify
+
+        return verify(argv[1:])
+    args = arguments.parser().parse_args(argv)
     return cli.run(lambda: _run(args), args.debug)
 
 
 def _run(args: argparse.Namespace) -> int:
-    packing = _packing(args)
-    plan = None if args.plan is None else resolve(args.plan)
+    destination: Path = args.mlx_path.expanduser()
+    options = arguments.options(args)
+    if not (destination / JOURNAL).exists():  # before a download
+        check_free(destination)
+    if args.upload_repo is not None:
+        from convert.upload import check
+
+        check(args.upload_repo)
     checkpoint = open_checkpoint(hub.resolve(args.hf_path, args.revision))
-    local = args.hf_path == "demo" or Path(args.hf_path).expanduser().exists()
-    started = time.perf_counter()
-    with progress("writing", not args.quiet) as report:
-        written = convert(
-            checkpoint,
-            args.mlx_path.expanduser(),
-            plan,
-            layout=args.layout,
-            dtype=args.dtype,
-            packing=packing,
-            dequantize=args.dequantize,
-            window=args.window,
-            source=checkpoint.path.name if local else args.hf_path,
-            revision=None if local else checkpoint.path.name,  # a snapshot's name is its commit
-            progress=report,
-        )
-    if not args.quiet:
-        for note in written["notes"]:
-            print(f"note: {note}", file=sys.stderr)
-        took = time.perf_counter() - started
-        print(
-            f"{args.mlx_path}: {args.layout}, {written['positions']} positions over"
-            f" {written['layers']} stored layers, {human(written['bytes'])},"
-            f" {written['bits_per_weight']:.2f} bits a weight, {took:.1f} s"
-        )
+    if args.gguf is not None:
+        written = _gguf(args, checkpoint, options, destination)
+    else:
+        written = _directory(args, checkpoint, options, destination)
+    if args.upload_repo is not None:
+        from convert.upload import upload
+
+        quiet = args.quiet or args.json
+        written["url"] = upload(destination, args.upload_repo, quiet=quiet)
+    written |= {"path": str(args.mlx_path), "peak_memory": _peak_memory()}
+    if args.json:
+        print(json.dumps(written, ensure_ascii=False))
+    elif not args.quiet:
+        from convert.report import show
+
+        show(written)
     return 0
 
 
-def _packing(args: argparse.Namespace) -> Packing | None:
-    if args.quantize:
-        return Packing(args.q_bits or 4, args.q_group_size or 64)
-    if args.q_bits is not None or args.q_group_size is not None:
-        raise ConfigError("--q-bits and --q-group-size only mean something with -q")
-    return None
+def _directory(
+    args: argparse.Namespace, checkpoint: Checkpoint, options: Options, destination: Path
+) -> dict[str, Any]:
+    local = args.hf_path == "demo" or Path(args.hf_path).expanduser().exists()
+    shown = not (args.quiet or args.json)
+    if options.packing is not None:
+        table = _calibrated(args, checkpoint, options, shown) if args.calibrate else None
+        stored = DTYPES[options.dtype or FLOATS[checkpoint.weight_dtype]]
+        recipe = arguments.recipe(args, table, 8 * stored.size)
+        options = replace(options, recipe=recipe)
+    with progress("", shown) as report:
+        try:
+            return convert(
+                checkpoint,
+                destination,
+                options,
+                source=checkpoint.path.name if local else args.hf_path,
+                revision=None if local else checkpoint.path.name,  # a snapshot's name is its commit
+                progress=report,
+            )
+        except KeyboardInterrupt:
+            print("stopped: run the same command again to go on from here", file=sys.stderr)
+            raise
+
+
+def _calibrated(
+    args: argparse.Namespace, checkpoint: Checkpoint, options: Options, shown: bool
+) -> Sensitivity:
+    from convert.calibrate import calibrate
+
+    try:
+        text = args.calibrate.expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{args.calibrate} is not UTF-8 text") from None
+    config = planned_config(checkpoint.config, options.plan, options.window)
+    with progress("calibrating", shown, "matrices") as report:
+        return calibrate(checkpoint, config, text, progress=report)
+
+
+def _gguf(
+    args: argparse.Namespace, checkpoint: Checkpoint, options: Options, destination: Path
+) -> dict[str, Any]:
+    from convert.gguf_export import export
+
+    config = planned_config(checkpoint.config, None, options.window)
+    if options.plan is not None:
+        config = config.with_map(options.plan.layer_map(config.num_hidden_layers))
+    with progress("writing", not (args.quiet or args.json)) as report:
+        return export(
+            checkpoint, config, options.plan, destination, kind=args.gguf, progress=report
+        )
+
+
+def _peak_memory() -> int:
+    """The most this process held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 if __name__ == "__main__":

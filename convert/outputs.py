@@ -1,7 +1,8 @@
 """What a conversion writes: every output tensor, its size known before any is computed."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
 
 import mlx.core as mx
 
@@ -10,8 +11,10 @@ from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.plan import LayerPlan
 from mlx_cerebrum.quantize import Packing
+from mlx_cerebrum.safetensors_file import ITEM_BYTES
 
 _MX: dict[str, mx.Dtype] = {code: getattr(mx, name) for code, name in FLOATS.items()}
+_FLOAT_DTYPES = tuple(_MX.values())
 
 
 @dataclass(frozen=True)
@@ -22,34 +25,45 @@ class Spec:
     dtype: str
     shape: tuple[int, ...]
 
-
-@dataclass(frozen=True)
-class Module:
-    """One output module: its tensors, and the call that computes them, by full name."""
-
-    name: str
-    packing: Packing | None
-    specs: tuple[Spec, ...]
-    arrays: Callable[[], dict[str, mx.array]]
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
-class Change:
-    """What happens to weights on the way, in mergekit's order and with its rounding: packed
-    ones made dense (float32), cast to `dtype`, scaled, cast to `out_dtype` (None: no cast),
-    then packed."""
+class Transform:
+    """What happens to one module's arrays on the way, in mergekit's order and with its
+    rounding: packed ones made dense (float32), cast to `dtype`, scaled, cast to `out_dtype`,
+    then packed. None: not done. Every step works row by row."""
 
-    dequantize: bool = False
+    unpack: Packing | None = None
     dtype: str | None = None
     out_dtype: str | None = None
-    packing: Packing | None = None
+    pack: Packing | None = None
 
     def final(self, stored: str) -> str:
-        """The dtype that a tensor stored as `stored` ends up with."""
+        """The dtype that a tensor stored as `stored` ends up with, before packing."""
         return (self.out_dtype or self.dtype or stored) if stored in FLOATS else stored
 
-    def apply(self, array: mx.array, scale: float | None) -> mx.array:
-        if array.dtype not in _MX.values():  # packed integers, 8-bit scales
+    def keeps(self, stored: Iterable[str], scale: float | None) -> bool:
+        """Whether arrays stored with these dtypes come out as the bytes they were."""
+        if self.unpack or self.pack or scale is not None:
+            return False
+        wanted = {dtype for dtype in (self.dtype, self.out_dtype) if dtype is not None}
+        return all(wanted <= {code} for code in stored if code in FLOATS)
+
+    def dense(self, arrays: dict[str, mx.array], scale: float | None) -> dict[str, mx.array]:
+        """All but packing. Runs on the CPU: a GPU may take subnormal numbers for zero."""
+        if self.unpack is not None:
+            arrays = {"weight": self.unpack.dequantize(arrays, mx.float32)}
+        return {part: self._cast(array, scale) for part, array in arrays.items()}
+
+    def packed(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The last step. Runs where mlx-lm would run it, on the default device."""
+        return arrays if self.pack is None else self.pack.quantize(arrays["weight"])
+
+    def _cast(self, array: mx.array, scale: float | None) -> mx.array:
+        if array.dtype not in _FLOAT_DTYPES:  # packed integers, 8-bit scales
             return array
         if self.dtype is not None:
             array = array.astype(_MX[self.dtype])
@@ -58,21 +72,64 @@ class Change:
         return array if self.out_dtype is None else array.astype(_MX[self.out_dtype])
 
 
-def folded(checkpoint: Checkpoint, change: Change) -> list[Module]:
-    """Each stored block once, under its own number."""
-    return [_module(checkpoint, name, name, None, change) for name in _modules(checkpoint.config)]
+@dataclass(frozen=True)
+class Output:
+    """One module of the output: `source`'s arrays, transformed, under `name`."""
+
+    source: str
+    name: str
+    scale: float | None
+    transform: Transform
+    packing: Packing | None  # how it ends up being held
+    specs: tuple[Spec, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is asked of all weights; `packings` by the source's module paths, `vocabulary` the
+    rows that are kept of the embedding and the head."""
+
+    dequantize: bool = False
+    dtype: str | None = None
+    out_dtype: str | None = None
+    packings: Mapping[str, Packing] = field(default_factory=dict)
+    vocabulary: int | None = None
+
+    def of(self, checkpoint: Checkpoint, module: str) -> Transform:
+        unpack = checkpoint.packing(module) if self.dequantize else None
+        return Transform(unpack, self.dtype, self.out_dtype, self.packings.get(module))
+
+
+def folded(checkpoint: Checkpoint, block_of: tuple[int, ...], change: Change) -> list[Output]:
+    """Each different block once: stored layer `i` is block `block_of[i]`, kept at its first."""
+    first = {block: block_of.index(block) for block in set(block_of)}
+    found = []
+    for module in modules(checkpoint.config):
+        name = module
+        if module.startswith("model.layers."):
+            layer = int(module.split(".")[2])
+            if first[block_of[layer]] != layer:
+                continue
+            name = module.replace(f"layers.{layer}.", f"layers.{block_of[layer]}.", 1)
+        found.append(_output(checkpoint, module, name, None, change))
+    return found
 
 
 def unrolled(
     checkpoint: Checkpoint, config: ModelConfig, plan: LayerPlan | None, change: Change
-) -> list[Module]:
+) -> list[Output]:
     """One physical layer per position of `config.layer_map`, numbered as mergekit does.
 
     Scales come from `plan` (any mergekit scale), else from the config's residual scales.
     """
     blocks: dict[int, list[str]] = {}
-    rest: list[str] = []
-    for name in _modules(config):
+    # mergekit copies a head that a tied model stores in vain; mlx-lm's quantizing drops it.
+    rest = [] if change.packings else sorted(checkpoint.spare)
+    for name in modules(config):
         if name.startswith("model.layers."):
             blocks.setdefault(int(name.split(".")[2]), []).append(name)
         else:
@@ -86,55 +143,45 @@ def unrolled(
         attention, mlp = config.residual_scales[position]
         return {"o_proj": attention, "down_proj": mlp}.get(source.rpartition(".")[2])
 
-    found = [_module(checkpoint, name, name, scale(None, name), change) for name in rest]
+    found = [_output(checkpoint, name, name, scale(None, name), change) for name in rest]
     for position, block in enumerate(config.layer_map):
         for source in blocks[block]:
             name = source.replace(f"layers.{block}.", f"layers.{position}.", 1)
-            found.append(_module(checkpoint, source, name, scale(position, source), change))
+            found.append(_output(checkpoint, source, name, scale(position, source), change))
     return found
 
 
-def _modules(config: ModelConfig) -> list[str]:
+def modules(config: ModelConfig) -> list[str]:
     """Module paths of the stored model: embedding, head and final norm, then the blocks."""
     names = [*matrix_shapes(config), *(n.removesuffix(".weight") for n in norm_names(config))]
     return sorted(names, key=lambda n: int(n.split(".")[2]) if "layers." in n else -1)
 
 
-def _module(
+def _output(
     checkpoint: Checkpoint, source: str, name: str, scale: float | None, change: Change
-) -> Module:
-    """The module `source` of the checkpoint, changed, under `name`."""
+) -> Output:
+    transform = change.of(checkpoint, source)
     stored = {
         part: (checkpoint.dtypes[f"{source}.{part}"], checkpoint.shapes[f"{source}.{part}"])
         for part in ("weight", "scales", "biases")
         if f"{source}.{part}" in checkpoint.shapes
     }
-    unpack = checkpoint.packing(source) if change.dequantize else None
-    if unpack is not None:
-        stored = {"weight": ("F32", matrix_shapes(checkpoint.config)[source])}
     held = None if change.dequantize else checkpoint.packing(source)
     if scale is not None and held is not None:
         raise ConfigError(
             f"{checkpoint.path}: {source} is quantized and can't be scaled; add --dequantize"
         )
-    parts = {part: (change.final(dtype), shape) for part, (dtype, shape) in stored.items()}
-    code, shape = parts["weight"]
-    pack = change.packing if len(shape) == 2 and change.packing else None
-    if pack is not None and pack.fits(shape[1]):
-        held, scales = pack, code if pack.mode == "affine" else "U8"
-        packed = pack.shapes(shape[0], shape[1])
-        parts = {part: ("U32" if part == "weight" else scales, packed[part]) for part in packed}
-    else:
-        pack = None
-
-    def arrays() -> dict[str, mx.array]:
-        read = checkpoint.read(source)
-        if unpack is not None:
-            read = {"weight": unpack.dequantize(read, mx.float32)}
-        read = {part: change.apply(array, scale) for part, array in read.items()}
-        if pack is not None:
-            read = pack.quantize(read["weight"])
-        return {f"{name}.{part}": array for part, array in read.items()}
-
+    if transform.unpack is not None:
+        stored = {"weight": ("F32", matrix_shapes(checkpoint.config)[source])}
+    if change.vocabulary is not None and source in ("model.embed_tokens", "lm_head"):
+        rows = change.vocabulary
+        stored = {part: (dtype, (rows, *shape[1:])) for part, (dtype, shape) in stored.items()}
+    parts = {part: (transform.final(dtype), shape) for part, (dtype, shape) in stored.items()}
+    if transform.pack is not None:
+        held = transform.pack
+        code, (rows, columns) = parts["weight"]
+        scales = code if held.mode == "affine" else "U8"
+        shapes = held.shapes(rows, columns)
+        parts = {part: ("U32" if part == "weight" else scales, shapes[part]) for part in shapes}
     specs = (Spec(f"{name}.{part}", dtype, shape) for part, (dtype, shape) in parts.items())
-    return Module(name, held, tuple(specs), arrays)
+    return Output(source, name, scale, transform, held, tuple(specs))

@@ -1,58 +1,74 @@
-"""The conversion itself: lay out, stream to disk, check what was written, rename."""
+"""The conversion itself: decide what is written, stream it to disk, describe it, rename it."""
 
-from collections import Counter
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from convert.card import card
-from convert.outputs import Change, Module, folded, unrolled
-from convert.writer import nbytes, new_directory, write_json, write_weights
+from convert import fold, shim
+from convert.card import card, source_card
+from convert.copying import Copies, is_copy
+from convert.destination import fingerprint, new_directory, write_json
+from convert.engine import Checks, Progress, in_order, run
+from convert.layout import Layout, Options, lay_out
+from convert.source import Source
+from convert.writer import Writer
 from mlx_cerebrum import __version__
-from mlx_cerebrum.checkpoint import FLOATS, Checkpoint, open_checkpoint
-from mlx_cerebrum.config import FORMAT_VERSION, ModelConfig
+from mlx_cerebrum.checkpoint import INDEX, Checkpoint, open_checkpoint
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.load import load_tokenizer, planned_config
-from mlx_cerebrum.plan import LayerPlan
-from mlx_cerebrum.quantize import Packing
+from mlx_cerebrum.load import load_tokenizer
+from mlx_cerebrum.memory import kv_bytes
 
-LAYOUTS = ("folded", "unrolled")
-_CODES = {name: code for code, name in FLOATS.items()}
-DTYPES = tuple(_CODES)
-# Keys that an output has only if this run gives them, or that name code.
-_DROPPED = (
-    *("layer_map", "residual_scales", "format_version", "provenance"),
-    *("quantization", "quantization_config", "auto_map", "model_file"),
-)
+
+class _RefoldError(Exception):
+    """Layers that looked alike are not; what the hashes of all of them say."""
+
+    def __init__(self, found: fold.Folding) -> None:
+        self.found = found
 
 
 def convert(
     checkpoint: Checkpoint,
     destination: Path,
-    plan: LayerPlan | None = None,
+    options: Options | None = None,
     *,
-    layout: str = "folded",
-    dtype: str | None = None,
-    packing: Packing | None = None,
-    dequantize: bool = False,
-    window: int | None = None,
     source: str = "",
     revision: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write `checkpoint`, laid out by `plan`, into the new directory `destination`.
+    """Write `checkpoint`, as `options` say, into the new directory `destination`.
 
-    It is written under a temporary name, its headers checked, and renamed: it is there whole
-    or not at all. Returns what was written: bytes, positions, layers, bits_per_weight, and
-    notes a person should see. Raises a CerebrumError for anything that can't be honoured,
-    before writing where it can be known.
+    It is written under a hidden name and renamed: it is there whole or not at all. A run that
+    was killed, or stopped by a full disk, is resumed by the next one that asks for the same.
+    Returns what was written (`_summary`). Raises a CerebrumError for anything that can't be
+    honoured, before writing where it can be known.
+
+    source, revision: what provenance calls the source.
     """
-    if dequantize and checkpoint.config.quantization is None:
+    options = options or Options()
+    started = time.perf_counter()
+    _refuse(checkpoint, destination, options)
+    load_tokenizer(checkpoint)  # a broken one is refused before anything is written
+    is_folded = options.layout == "folded"
+    found = fold.predict(checkpoint) if is_folded else fold.none(checkpoint.config)
+    named = {"source": source, "revision": revision}
+    while True:
+        layout = lay_out(checkpoint, options, found)
+        try:
+            summary = _attempt(checkpoint, destination, options, layout, found, named, progress)
+        except _RefoldError as refold:  # once at most: by then the hashes of all suspects are known
+            found = refold.found
+        else:
+            return summary | {"seconds": time.perf_counter() - started}
+
+
+def _refuse(checkpoint: Checkpoint, destination: Path, options: Options) -> None:
+    """Raise for what does not go together."""
+    if options.dequantize and checkpoint.config.quantization is None:
         raise ConfigError(f"{checkpoint.path} is dense already; drop --dequantize")
-    if dequantize and dtype is None and not (layout == "unrolled" and plan and plan.dtype):
-        dtype = "float32"  # what the packed integers mean, exactly; norms with them
-    quantized = checkpoint.config.quantization is not None and not dequantize
-    if quantized and (packing is not None or dtype is not None):
+    changes = options.packing is not None or options.dtype is not None
+    if checkpoint.config.quantization is not None and changes and not options.dequantize:
         raise ConfigError(
             f"{checkpoint.path} is quantized already: -q and --dtype need --dequantize"
         )
@@ -60,117 +76,101 @@ def convert(
         checkpoint.path.resolve()
     ):
         raise ConfigError(f"{destination} is inside the source; name a directory elsewhere")
-    notes: list[str] = []
-    blocks = checkpoint.config.num_hidden_layers
-    if plan is not None and dtype is None and (layout == "folded" or quantized):
-        planned, stored = plan.out_dtype or plan.dtype, FLOATS[checkpoint.weight_dtype]
-        if planned not in (None, stored):
-            kept = "a quantized source" if quantized else "folded"
-            notes.append(f"the plan says {planned}; {kept} keeps {stored} (see --dtype)")
-    if layout == "folded":
-        config = planned_config(checkpoint.config, plan, window)
-        change = Change(dequantize, _CODES.get(dtype or ""), None, packing)
-        modules = folded(checkpoint, change)
-    else:
-        config = planned_config(checkpoint.config, None, window)
-        first, last = (plan.dtype, plan.out_dtype) if plan and not quantized else (None, None)
-        if plan is not None:  # any scale can be unrolled, so residual scales are not asked for
-            config = config.with_map(plan.layer_map(blocks))
-        if dtype is not None:
-            first, last = dtype, None
-        change = Change(dequantize, _CODES.get(first or ""), _CODES.get(last or ""), packing)
-        modules = unrolled(checkpoint, config, plan, change)
-    if packing is not None:
-        dense = [m.name for m in modules if m.packing is None and len(m.specs[0].shape) == 2]
-        if len(dense) == len([m for m in modules if len(m.specs[0].shape) == 2]):
-            raise ConfigError(f"no matrix of {checkpoint.path} divides into {packing}")
-        if dense:
-            notes.append(f"{len(dense)} matrices don't divide into {packing} and stay dense")
-    tokenizer = load_tokenizer(checkpoint)  # a broken one is refused before anything is written
-    specs = tuple(spec for module in modules for spec in module.specs)
-    with new_directory(destination, nbytes(specs)) as partial:
-        packed = any(module.packing for module in modules)
-        form = "mlx" if packed or layout == "folded" else "pt"
-        hashes = write_weights(partial, modules, {"format": form}, progress)
-        raw = output_config(checkpoint.raw_config, config, layout, change, modules)
-        raw["provenance"] = {
-            "tool": f"mlx-cerebrum {__version__}",
-            "source": source,
-            "revision": revision,
-            "layout": layout,
-            "plan": None if plan is None else plan.text,
-            "window_override": window,
-            "sha256": hashes,
-            "notes": notes,
-            "from": checkpoint.raw_config.get("provenance"),
-        }
-        write_json(partial / "config.json", raw)
-        tokenizer.save(partial)
-        (partial / "README.md").write_text(card(raw, destination.name), encoding="utf-8")
-        open_checkpoint(partial)  # what was written reads back: names, shapes, sizes
-    weights = config.stored_parameters if layout == "folded" else config.executed_parameters
+
+
+def _attempt(
+    checkpoint: Checkpoint,
+    destination: Path,
+    options: Options,
+    layout: Layout,
+    found: fold.Folding,
+    named: dict[str, Any],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Write it all; raises _RefoldError when layers taken for the same turn out not to be."""
+    suspects = [f"model.layers.{i}.{kind}" for i in found.suspects() for kind in fold.KINDS]
+    checks = Checks(options.verify, options.allow_nonfinite, frozenset(suspects))
+    with (
+        ThreadPoolExecutor(1, "hash-source") as hasher,
+        Source(checkpoint, options.verify, hasher) as source,
+    ):
+        outputs = in_order(source, layout.outputs)
+        identity = fingerprint(source, outputs)
+        with new_directory(destination, identity, layout.nbytes) as partial:
+            ours = options.layout == "folded" or any(output.packing for output in outputs)
+            form = {"format": "mlx" if ours else "pt"}  # pt: as mergekit writes it
+            if is_copy(source, outputs):
+                copies = Copies(source, partial.path)
+                read = copies.write(source, partial, checks, progress)
+                hashes, weight_map, resumed = copies.hashes, copies.weight_map, 0
+            else:
+                with Writer(partial.path, outputs, form, partial.journal) as writer:
+                    writer.resume(_checking(layout, progress))
+                    resumed = writer.done
+                    run(source, outputs, writer, checks, progress)
+                    read = source.finish()
+                    hashes, weight_map = writer.hashes, writer.weight_map
+            exact = fold.group(len(found.block_of), checks.digests, found)
+            if exact.block_of != found.block_of:
+                raise _RefoldError(exact)
+            notes = layout.notes + [
+                f"{name} has {count} values that are NaN or infinite"
+                for name, count in checks.nonfinite.items()
+            ]
+            provenance = {
+                "tool": f"mlx-cerebrum {__version__}",
+                **named,
+                "layout": options.layout,
+                "plan": layout.plan_text,
+                "plan_recovered": options.plan is None and found.repeats,
+                "source_card": source_card(checkpoint.path),
+                "window_override": options.window,
+                "sha256": hashes,
+                "verified": options.verify,
+                "source_sha256": read,
+                "notes": notes,
+                "from": checkpoint.raw_config.get("provenance"),
+            }
+            raw = layout.raw | {"provenance": provenance}
+            metadata = {"total_size": layout.nbytes}
+            index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(partial.path / INDEX, index)
+            checkpoint.tokenizer().save(partial.path)
+            (partial.path / "README.md").write_text(card(raw, destination.name), encoding="utf-8")
+            if options.shim:
+                shim.write(partial.path)
+            write_json(partial.path / "config.json", raw)
+            open_checkpoint(partial.path)  # what was written reads back: names, shapes, sizes
+    return _summary(layout, options, hashes, notes, resumed)
+
+
+def _checking(layout: Layout, progress: Progress | None) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
+    return lambda done: progress(done, layout.nbytes, "(checking what is there)")
+
+
+def _summary(
+    layout: Layout, options: Options, hashes: dict[str, str], notes: list[str], resumed: int
+) -> dict[str, Any]:
+    """Sizes in bytes; `bits_per_weight` counts all bytes over all weights, as mlx-lm does, and
+    `bits` has every quantized matrix; the cache is that of a full window, in 16 bits."""
+    config = layout.config
+    is_folded = options.layout == "folded"
+    weights = config.stored_parameters if is_folded else config.executed_parameters
+    tokens = min(config.sliding_window or 4096, config.max_position_embeddings)
     return {
-        "bytes": nbytes(specs),
+        "layout": options.layout,
         "positions": config.num_positions,
-        "layers": blocks if layout == "folded" else config.num_positions,
-        "bits_per_weight": 8 * nbytes(specs) / weights,
+        "layers": layout.raw["num_hidden_layers"],
+        "bytes": layout.nbytes,
+        "parameters": weights,
+        "bits_per_weight": 8 * layout.nbytes / weights,
+        "bits": {o.name: o.packing.bits for o in layout.outputs if o.packing is not None},
+        "cache_tokens": tokens,
+        "cache_bytes": kv_bytes(config, tokens, 1, 2, 512),
+        "sha256": hashes,
+        "verified": options.verify,
+        "resumed_modules": resumed,
         "notes": notes,
     }
-
-
-def output_config(
-    source: dict[str, Any],
-    config: ModelConfig,
-    layout: str,
-    change: Change,
-    modules: list[Module],
-) -> dict[str, Any]:
-    """The output's config.json: the source's keys, what changed, and what stock tools would
-    otherwise guess (mlx-lm takes a missing `tie_word_embeddings` as true, and reads only a
-    top-level `rope_theta`)."""
-    identity = config.layer_map == tuple(range(config.num_hidden_layers))
-    folds = layout == "folded" and not (identity and config.residual_scales is None)
-    layers = config.num_hidden_layers if layout == "folded" else config.num_positions
-    llama = config.model_type == "llama" and config.sliding_window is None
-    raw = {key: value for key, value in source.items() if key not in _DROPPED} | {
-        "model_type": "llama" if llama else "mistral",
-        "architectures": ["LlamaForCausalLM" if llama else "MistralForCausalLM"],
-        "num_hidden_layers": layers,
-        "head_dim": config.head_dim,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_word_embeddings,
-    }
-    if not llama:
-        raw["sliding_window"] = config.sliding_window
-    if "layer_types" in raw:
-        kind = "sliding_attention" if config.sliding_window else "full_attention"
-        raw["layer_types"] = [kind] * layers
-    if wanted := change.out_dtype or change.dtype:
-        key = "dtype" if "dtype" in raw else "torch_dtype"  # as the source spells it
-        raw = {k: v for k, v in raw.items() if k not in ("dtype", "torch_dtype")}
-        raw[key] = FLOATS[wanted]
-    if quantization := _quantization(modules):
-        # mlx-lm writes both keys: its own, and the one transformers looks for.
-        raw["quantization"] = raw["quantization_config"] = quantization
-    if folds:
-        raw |= {
-            # A name no stock tool knows: it refuses, rather than run 32 positions in silence.
-            "model_type": "cerebrum",
-            "architectures": ["CerebrumForCausalLM"],
-            "format_version": FORMAT_VERSION,
-            "layer_map": list(config.layer_map),
-            "sliding_window": config.sliding_window,
-        }
-        if config.residual_scales is not None:
-            raw["residual_scales"] = [list(pair) for pair in config.residual_scales]
-    return raw
-
-
-def _quantization(modules: list[Module]) -> dict[str, Any] | None:
-    """mlx-lm's `quantization`: the commonest packing, and each module that differs by path."""
-    packings = {module.name: module.packing for module in modules if module.packing is not None}
-    if not packings:
-        return None
-    common = Counter(packings.values()).most_common(1)[0][0]
-    others = {name: p.as_config() for name, p in packings.items() if p != common}
-    return common.as_config() | others

@@ -1,151 +1,245 @@
-"""Writing safetensors as a stream: header first, then tensor by tensor as each is computed."""
+"""Writing safetensors as a stream: header first, then module by module, and a journal beside it.
 
+Every shard's header is known before any value is, so bytes only ever go to the end of a file.
+After each module the journal gets the SHA-256 of the file so far. A run that was killed leaves
+both; the next one hashes what is there, believes it up to the last module whose hash agrees,
+and goes on from that byte.
+"""
+
+import fcntl
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from math import prod
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Self
 
-import mlx.core as mx
-import numpy as np
-
-from convert.outputs import Module, Spec
-from mlx_cerebrum.checkpoint import INDEX
+from convert.integrity import PIECE, Bytes
+from convert.outputs import Output
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.memory import human
-from mlx_cerebrum.safetensors_file import ITEM_BYTES
 
 MAX_SHARD_BYTES = 5_000_000_000  # the hub's and mergekit's default
-CODES = {
-    mx.float32: "F32",
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.uint32: "U32",
-    mx.uint8: "U8",
-}
-_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
-_SLACK = 64_000_000  # config, tokenizer and headers
+JOURNAL = ".conversion"
+_QUEUED = 4  # pieces that may wait to be hashed
 
 
-def nbytes(specs: tuple[Spec, ...]) -> int:
-    return sum(prod(spec.shape) * ITEM_BYTES[spec.dtype] for spec in specs)
+class Journal:
+    """Lines of `{"key": ..., "sha256": ...}` under a first one with the conversion's fingerprint.
 
-
-def shards(modules: list[Module], limit: int = MAX_SHARD_BYTES) -> list[list[Module]]:
-    """Modules in order, cut where a shard would pass `limit` bytes."""
-    found: list[list[Module]] = [[]]
-    size = 0
-    for module in modules:
-        more = nbytes(module.specs)
-        if found[-1] and size + more > limit:
-            found.append([])
-            size = 0
-        found[-1].append(module)
-        size += more
-    return found
-
-
-@contextmanager
-def new_directory(destination: Path, needed: int) -> Iterator[Path]:
-    """A directory to fill that becomes `destination` when all went well, and else is gone.
-
-    Raises CheckpointError when `destination` exists or `needed` bytes are not free.
+    Only whole lines of the same fingerprint count. The file is locked while it is open.
     """
-    if destination.exists() or destination.is_symlink():
-        raise CheckpointError(f"{destination} exists already; name a new directory, or remove it")
-    parent = destination.absolute().parent
-    if not parent.is_dir():
-        raise CheckpointError(f"{parent} does not exist; make it first")
-    free = shutil.disk_usage(parent).free
-    if needed + _SLACK > free:
-        raise CheckpointError(
-            f"{destination} needs {human(needed)} of disk and {human(free)} are free;"
-            " free some space, name another disk, or quantize (-q)"
-        )
-    partial = parent / f".{destination.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
-    partial.mkdir()
-    try:
-        yield partial
-        partial.rename(destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+    def __init__(self, directory: Path, fingerprint: str) -> None:
+        self._file = (directory / JOURNAL).open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise CheckpointError(
+                f"{directory} is being written by another conversion; wait for it or stop it"
+            ) from None
+        entries = self.read(directory)
+        self.entries: dict[str, str] = {}
+        if entries and entries[0] == {"fingerprint": fingerprint}:
+            self.entries = {entry["key"]: entry["sha256"] for entry in entries[1:]}
+        if not self.entries:
+            self._file.truncate(0)
+            self._append({"fingerprint": fingerprint})
+        elif not self._ends_whole():  # a line cut short must not swallow the next
+            self._file.write(b"\n")
+            self._file.flush()
+
+    @staticmethod
+    def read(directory: Path) -> list[dict[str, str]]:
+        """The lines of a directory's journal that are whole; none where there is no journal."""
+        try:
+            lines = (directory / JOURNAL).read_bytes().split(b"\n")
+        except OSError:
+            return []
+        entries = []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict) and (entry.keys() in ({"fingerprint"}, {"key", "sha256"})):
+                entries.append(entry)
+        return entries
+
+    def add(self, key: str, sha256: str) -> None:
+        self._append({"key": key, "sha256": sha256})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _append(self, entry: dict[str, str]) -> None:
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
+
+    def _ends_whole(self) -> bool:
+        self._file.seek(-1, os.SEEK_END)
+        return self._file.read(1) == b"\n"
 
 
-def write_weights(
-    directory: Path,
-    modules: list[Module],
-    metadata: dict[str, str],
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, str]:
-    """Write all modules as numbered shards and their index; returns each file's SHA-256.
+class Writer:
+    """Appends modules, in the order of `outputs`, to numbered shards of at most
+    MAX_SHARD_BYTES."""
 
-    One module's tensors are in memory at a time.
-    """
-    groups = shards(modules)
-    total = sum(nbytes(module.specs) for module in modules)
-    weight_map: dict[str, str] = {}
-    hashes: dict[str, str] = {}
-    done = 0
-    for number, group in enumerate(groups, start=1):
-        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        with (directory / name).open("wb") as file:
-            digest = hashlib.sha256()
-            _write(file, digest, _header(group, metadata))
-            for module in group:
-                arrays = module.arrays()
-                for spec in module.specs:
-                    _write(file, digest, _data(arrays.pop(spec.name), spec))
-                    weight_map[spec.name] = name
-                mx.clear_cache()
-                done += nbytes(module.specs)
-                if progress is not None:
-                    progress(done, total)
-            file.flush()
-            os.fsync(file.fileno())
-        hashes[name] = digest.hexdigest()
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(directory / INDEX, index)
-    return hashes
+    def __init__(
+        self,
+        directory: Path,
+        outputs: Sequence[Output],
+        metadata: dict[str, str],
+        journal: Journal,
+    ) -> None:
+        self.directory = directory
+        self.shards = _shards(outputs, MAX_SHARD_BYTES)
+        self.names = [
+            f"model-{number:05d}-of-{len(self.shards):05d}.safetensors"
+            for number in range(1, len(self.shards) + 1)
+        ]
+        self.hashes: dict[str, str] = {}  # of finished shards
+        self.done = 0  # modules that are on disk
+        self._metadata, self._journal = metadata, journal
+        self._shard = 0
+        self._left = 0  # modules of the open shard still to come
+        self._written = 0  # bytes of the module being written
+        self._digest = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1, "hash-output")
+        self._waiting: deque[Future[None]] = deque()
+        self._file: Any = None
 
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """Tensor name -> file name."""
+        named = zip(self.names, self.shards, strict=True)
+        return {
+            spec.name: name for name, shard in named for output in shard for spec in output.specs
+        }
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    def resume(self, progress: Callable[[int], None] | None = None) -> None:
+        """Find what an earlier run left whole: `done` modules. Cuts off the rest.
 
+        progress: called with the bytes checked so far.
+        """
+        checked = 0
+        for number, (name, shard) in enumerate(zip(self.names, self.shards, strict=True)):
+            path = self.directory / name
+            if not path.exists():
+                break
+            digest, good, end, whole = hashlib.sha256(), hashlib.sha256(), 0, 0
+            with path.open("rb", buffering=0) as file:
+                size = path.stat().st_size
+                for output in shard:
+                    stop = end + output.nbytes + (len(self._header(number)) if not whole else 0)
+                    known = self._journal.entries.get(output.name)
+                    if known is None or stop > size:
+                        break
+                    for start in range(end, stop, PIECE):
+                        digest.update(file.read(min(PIECE, stop - start)))
+                    if digest.hexdigest() != known:
+                        break
+                    good, end, whole = digest.copy(), stop, whole + 1
+                    checked += output.nbytes
+                    if progress is not None:
+                        progress(checked)
+            self.done += whole
+            if whole < len(shard):
+                if whole:
+                    os.truncate(path, end)
+                    self._file = path.open("ab", buffering=0)
+                    self._digest, self._shard, self._left = good, number, len(shard) - whole
+                break
+            self.hashes[name] = digest.hexdigest()
+            self._shard = number + 1
 
-def _header(modules: list[Module], metadata: dict[str, str]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": metadata}
-    at = 0
-    for module in modules:
-        for spec in module.specs:
-            end = at + nbytes((spec,))
+    def put(self, data: Bytes) -> None:
+        """The next bytes of the module that is due."""
+        if self._file is None:
+            self._start()
+        self._append(data.data)
+        self._written += data.nbytes
+
+    def finish_module(self) -> None:
+        """All bytes of the module that is due have been put."""
+        shard = self.shards[self._shard]
+        output = shard[len(shard) - self._left]
+        if self._written != output.nbytes:
+            raise CheckpointError(
+                f"{output.name} came out as {self._written} bytes, not {output.nbytes}"
+            )
+        self._written = 0
+        self._queue(lambda: self._journal.add(output.name, self._digest.hexdigest()))
+        self.done += 1
+        self._left -= 1
+        if not self._left:
+            self._finish_shard()
+
+    def close(self) -> None:
+        self._hasher.shutdown(cancel_futures=True)
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        self._file = (self.directory / self.names[self._shard]).open("wb", buffering=0)
+        self._digest = hashlib.sha256()
+        self._left = len(self.shards[self._shard])
+        self._append(memoryview(self._header(self._shard)))
+
+    def _finish_shard(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().result()
+        self.hashes[self.names[self._shard]] = self._digest.hexdigest()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        self._shard += 1
+
+    def _append(self, data: memoryview) -> None:
+        written = 0
+        while written < len(data):  # a raw write may take less than it was given
+            written += self._file.write(data[written:])
+        self._queue(lambda: self._digest.update(data))
+
+    def _queue(self, work: Callable[[], None]) -> None:
+        """Hashing goes on beside, in order; an error of it surfaces here."""
+        while len(self._waiting) >= _QUEUED:
+            self._waiting.popleft().result()
+        self._waiting.append(self._hasher.submit(work))
+
+    def _header(self, number: int) -> bytes:
+        entries: dict[str, Any] = {"__metadata__": self._metadata}
+        at = 0
+        for spec in (spec for output in self.shards[number] for spec in output.specs):
+            offsets = [at, at + spec.nbytes]
             entries[spec.name] = {
                 "dtype": spec.dtype,
                 "shape": list(spec.shape),
-                "data_offsets": [at, end],
+                "data_offsets": offsets,
             }
-            at = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data starts aligned
-    return len(text).to_bytes(8, "little") + text
+            at += spec.nbytes
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # data starts aligned
+        return len(text).to_bytes(8, "little") + text
 
 
-def _data(array: mx.array, spec: Spec) -> memoryview:
-    """The array's bytes. What was promised in the header must be what was computed."""
-    if array.shape != spec.shape or CODES.get(array.dtype) != spec.dtype:
-        raise CheckpointError(
-            f"{spec.name} came out as {array.dtype} {list(array.shape)}, not {spec.dtype}"
-            f" {list(spec.shape)}"
-        )
-    flat = np.asarray(array.view(_UNSIGNED[array.dtype.size])).reshape(-1)
-    return np.ascontiguousarray(flat).data.cast("B")
-
-
-def _write(file: BinaryIO, digest: Any, data: bytes | memoryview) -> None:
-    file.write(data)
-    digest.update(data)
+def _shards(outputs: Sequence[Output], limit: int) -> list[list[Output]]:
+    """Modules in order, a new shard where one would pass `limit` bytes."""
+    found: list[list[Output]] = [[]]
+    size = 0
+    for output in outputs:
+        if found[-1] and size + output.nbytes > limit:
+            found.append([])
+            size = 0
+        found[-1].append(output)
+        size += output.nbytes
+    return found

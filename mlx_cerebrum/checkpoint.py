@@ -6,6 +6,7 @@ file is refused before a byte of data is read.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,27 @@ def norm_names(config: ModelConfig) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Extent:
+    """Where an array's stored bytes lie: `offset` and `nbytes` count from the file's start."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
 class Checkpoint(ABC):
-    """A readable source. `shapes` maps tensor names to shapes; `read` gets one tensor."""
+    """A readable source. `shapes` maps tensor names to shapes; `read` gets one module's.
+
+    `spare` are modules that are stored though the model never reads them: a tied model's head.
+    """
 
     path: Path
     config: ModelConfig
     raw_config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
+    spare: frozenset[str] = frozenset()
 
     @abstractmethod
     def read(self, module: str) -> dict[str, mx.array]:
@@ -69,6 +83,10 @@ class Checkpoint(ABC):
 
         Nothing here keeps them alive: a module that is read again is read from disk again.
         """
+
+    @abstractmethod
+    def extents(self, module: str) -> dict[str, Extent]:
+        """Where the module's parts are stored, in whatever format they are."""
 
     @abstractmethod
     def tokenizer(self) -> Tokenizer: ...
@@ -109,7 +127,11 @@ class Checkpoint(ABC):
                 raise CheckpointError(f"{self.path}: {problem}: {', '.join(names[:3])}{more}")
 
         refuse("tensors missing", [name for name in expected if name not in self.shapes])
-        refuse("tensors the model has no place for", [n for n in self.shapes if n not in expected])
+        places = (name.rpartition(".")[0] for name in self.shapes)
+        found = [
+            n for n, module in zip(self.shapes, places, strict=True) if module not in self.spare
+        ]
+        refuse("tensors the model has no place for", [n for n in found if n not in expected])
         wrong = [
             f"{name} is {list(self.shapes[name])}, not {list(shape)}"
             for name, shape in expected.items()
@@ -149,27 +171,32 @@ class SafetensorsCheckpoint(Checkpoint):
                 if name in self.tensors:
                     other = self.tensors[name][0]
                     raise CheckpointError(f"{path}: {name} is in both {other} and {file}")
-                if not self._ignored(name):
+                if not name.endswith(_BUFFERS):
                     self.tensors[name] = (file, info)
         self._check_index()
         self.shapes = {name: info.shape for name, (_, info) in self.tensors.items()}
         self.dtypes = {name: info.dtype for name, (_, info) in self.tensors.items()}
+        if self.config.tie_word_embeddings and "lm_head.weight" in self.tensors:
+            self.spare = frozenset({"lm_head"})
         self._open: dict[str, dict[str, mx.array]] = {}
-
-    def _ignored(self, name: str) -> bool:
-        tied_head = self.config.tie_word_embeddings and name.startswith("lm_head.")
-        return tied_head or name.endswith(_BUFFERS)
 
     def _check_index(self) -> None:
         if not (self.path / INDEX).exists():
             return
         for name, file in read_json(self.path / INDEX)["weight_map"].items():
-            if not self._ignored(name) and self.tensors.get(name, ("",))[0] != file:
+            if not name.endswith(_BUFFERS) and self.tensors.get(name, ("",))[0] != file:
                 raise CheckpointError(f"{self.path}: {INDEX} says {name} is in {file}; it is not")
 
     def read(self, module: str) -> dict[str, mx.array]:
+        return {part: self._take(f"{module}.{part}") for part in self.extents(module)}
+
+    def extents(self, module: str) -> dict[str, Extent]:
         names = {part: f"{module}.{part}" for part in ("weight", "scales", "biases")}
-        return {part: self._take(name) for part, name in names.items() if name in self.tensors}
+        found = {part: self.tensors[n] for part, n in names.items() if n in self.tensors}
+        return {
+            part: Extent(self.path / file, info.offset, info.nbytes)
+            for part, (file, info) in found.items()
+        }
 
     def _take(self, name: str) -> mx.array:
         # mx.load is lazy: opening a file reads its header, evaluating an array its bytes.

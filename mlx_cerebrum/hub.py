@@ -20,6 +20,7 @@ WANTED = [
     "special_tokens_map.json",
     "chat_template.json",
     "*.jinja",
+    "README.md",  # its license and languages go into a converted model's card
 ]
 UNWANTED = ["consolidated*.safetensors", "*/*"]
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -42,6 +42,7 @@ class LayerPlan:
 
     source: the model's name in the YAML; never opened.
     dtype, out_dtype: float32, float16, bfloat16, or None for the source's own.
+    tokenizer_source: whether it names one; mergekit then cuts rows that no token has.
     """
 
     name: str
@@ -50,13 +51,22 @@ class LayerPlan:
     slices: tuple[Slice, ...]
     dtype: str | None = None
     out_dtype: str | None = None
+    tokenizer_source: bool = False
 
     @classmethod
     def from_text(cls, text: str, where: str = "plan") -> "LayerPlan":
         """Read YAML. Raises PlanError, one line starting with `where:LINE`."""
         merge = read(text, where)
         name = printable(Path(where).name.removesuffix(".yml").removesuffix(".yaml"))
-        return cls(name, text, merge.source, merge.slices, merge.dtype, merge.out_dtype)
+        return cls(
+            name,
+            text,
+            merge.source,
+            merge.slices,
+            merge.dtype,
+            merge.out_dtype,
+            merge.tokenizer_source,
+        )
 
     @classmethod
     def from_file(cls, path: str | Path) -> "LayerPlan":

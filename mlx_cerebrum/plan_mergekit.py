@@ -84,6 +84,7 @@ class Merge:
     slices: tuple[Slice, ...]
     dtype: str | None
     out_dtype: str | None
+    tokenizer_source: bool
 
 
 def read(text: str, where: str) -> Merge:
@@ -112,7 +113,7 @@ class _Reader:
             slices = self.slices(root, keys, top)
         self.check_references(keys)
         assert self.source is not None  # every slice names it
-        return Merge(self.source, slices, dtypes[0], dtypes[1])
+        return Merge(self.source, slices, dtypes[0], dtypes[1], "tokenizer_source" in keys)
 
     def only_one_of(self, parent: Item, keys: dict[str, Item], kept: str) -> None:
         for other in ("slices", "models", "modules"):

@@ -1,10 +1,15 @@
 """One live line for long work, on stderr, and only where a person is watching."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
-Report = Callable[[int, int], None]  # done, of all
+
+class Report(Protocol):
+    """Say how far the work is: `done` of `total`, and what is being worked on."""
+
+    def __call__(self, done: int, total: int, item: str = "") -> None: ...
 
 
 @contextmanager
@@ -30,4 +35,8 @@ def progress(what: str, show: bool, unit: str = "bytes") -> Iterator[Report | No
     columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def report(done: int, total: int, item: str = "") -> None:
+            bar.update(task, completed=done, total=total, description=f"{what} {item}".strip())
+
+        yield report

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import mlx_cerebrum
-from convert.__main__ import parser as convert_parser
+from convert.arguments import parser as convert_parser
 from mlx_cerebrum.generate import parser as generate_parser
 from mlx_cerebrum.plan_show import parser as plan_parser
 

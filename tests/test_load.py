@@ -131,11 +131,12 @@ def test_cpu_auto_is_float32_and_dtype_is_kept_when_asked(checkpoint: MakeCheckp
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_q_bits_at_load(checkpoint: MakeCheckpoint, tmp_path: Path, bits: int) -> None:
+    from convert.layout import Options
     from convert.pipeline import convert
 
     path, converted = checkpoint(), tmp_path / "converted"
     packed, _ = load(path, q_bits=bits, q_group_size=32)  # asked for, so kept packed
-    convert(open_checkpoint(path), converted, packing=Packing(bits, 32))
+    convert(open_checkpoint(path), converted, Options(packing=Packing(bits, 32)))
     assert packed.model.layers[0].self_attn.qkv_proj.bits == bits
     assert packed.model.embed_tokens.weight.dtype == mx.uint32
     dense, _ = load(converted, dtype="auto")  # on the CPU: dequantized
@@ -226,10 +227,11 @@ def test_null_packing_means_the_default(checkpoint: MakeCheckpoint, tmp_path: Pa
 
 
 def test_packed_tensors_of_the_wrong_dtype(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    from convert.layout import Options
     from convert.pipeline import convert
 
     packed = tmp_path / "packed"
-    convert(open_checkpoint(checkpoint()), packed, packing=Packing(4, 32))
+    convert(open_checkpoint(checkpoint()), packed, Options(packing=Packing(4, 32)))
     file = next(packed.glob("*.safetensors"))
     weights = load_file(file)
     name = "model.layers.0.mlp.up_proj"

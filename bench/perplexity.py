@@ -1,0 +1,163 @@
+"""Perplexity of one or more models on the same text.
+
+Perplexity is exp of the mean negative log-likelihood a token, in nats. The text is cut into
+windows that don't overlap; each starts with BOS where the tokenizer adds one, and the first
+token of a window without one is only context. Models that share a vocabulary are compared token by
+token with the first: what one word is harder than another cancels in the difference, so that
+its standard error is far smaller than that of either perplexity.
+
+The default texts are not those that `convert --calibrate` is meant to be given. What a figure
+says of a large model has to be measured on that model.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from bench import machine
+from bench.report import parser, publish, table
+from mlx_cerebrum import cli, hub
+from mlx_cerebrum.checkpoint import Checkpoint, open_checkpoint
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.load import load
+from mlx_cerebrum.model import Model
+from mlx_cerebrum.tokenizer import Tokenizer
+
+DATA = Path(__file__).parent / "data"
+TEXTS = (DATA / "austen.txt", DATA / "newton.txt")
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser("perplexity", "Perplexity of one or more models on the same text.")
+    p.add_argument(
+        "--model",
+        nargs="+",
+        default=["demo"],
+        metavar="DIR|FILE.gguf|HUBID|demo",
+        help="models; all are compared with the first",
+    )
+    p.add_argument("--plan", metavar="NAME|FILE", help="a layer plan to run them in")
+    p.add_argument(
+        "--text", nargs="+", default=[str(t) for t in TEXTS], metavar="FILE", help="UTF-8 text"
+    )
+    p.add_argument("--tokens", type=int, default=4096, metavar="N", help="of each (default: 4096)")
+    p.add_argument("--context", type=int, default=512, metavar="N", help="a window (default: 512)")
+    args = p.parse_args(argv)
+    machine.use_openblas(not args.no_openblas)
+    return cli.run(lambda: _run(args), args.debug)
+
+
+def token_losses(
+    model: Model, tokenizer: Tokenizer, text: str, tokens: int = 4096, context: int = 512
+) -> list[float]:
+    """Negative log-likelihoods, in nats, of the first `tokens` tokens of `text` that are scored.
+
+    Raises RequestError for a text with none.
+    """
+    start = tokenizer.encode("")
+    step = context - len(start)
+    if step < 2:
+        raise RequestError(f"a context of {context} tokens leaves none to score")
+    ids = tokenizer.encode(text)[len(start) :]
+    losses: list[float] = []
+    for first in range(0, len(ids), step):
+        window = mx.array(start + ids[first : first + step], dtype=mx.int32)
+        if window.size < 2 or len(losses) >= tokens:
+            break
+        logits = model(window[None, :-1])[0].astype(mx.float32)
+        losses += cast(list[float], nn.losses.cross_entropy(logits, window[1:]).tolist())
+        mx.clear_cache()
+    if not losses:
+        raise RequestError("the text has no token to score")
+    return losses[:tokens]
+
+
+def perplexity(losses: Sequence[float]) -> float:
+    return math.exp(fmean(losses))
+
+
+def compare(losses: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
+    """Mean difference in nats a token, and its standard error."""
+    pairs = [a - b for a, b in zip(losses, reference, strict=True)]
+    return fmean(pairs), stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.inf
+
+
+def measure(
+    path: str, plan: str | None, texts: Sequence[Path], tokens: int, context: int
+) -> dict[str, list[float]]:
+    """A model's losses on each text, by the text's name."""
+    model, tokenizer = load(path, plan)
+    found = {}
+    for file in texts:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"{file} can't be read as UTF-8 text: {error}") from None
+        found[file.stem] = token_losses(model, tokenizer, text, tokens, context)
+    return found
+
+
+def stored_bits(checkpoint: Checkpoint) -> float:
+    """Bits per weight as stored: all bytes times 8 over all parameters."""
+    extents = (
+        checkpoint.extents(module) for module in {n.rpartition(".")[0] for n in checkpoint.shapes}
+    )
+    nbytes = sum(extent.nbytes for parts in extents for extent in parts.values())
+    return 8 * nbytes / checkpoint.config.stored_parameters
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.tokens < 2 or args.context < 2:
+        raise RequestError("--tokens and --context must be at least 2")
+    results = report(args.model, args.plan, [Path(t) for t in args.text], args.tokens, args.context)
+    publish(args, "perplexity", results, lines(results))
+    return 0
+
+
+def report(
+    models: Sequence[str], plan: str | None, texts: Sequence[Path], tokens: int, context: int
+) -> dict[str, Any]:
+    """Each model's bits per weight and, by text, perplexity and difference to the first."""
+    results: dict[str, Any] = {}
+    first: dict[str, list[float]] = {}
+    for model in models:
+        losses = measure(model, plan, texts, tokens, context)
+        first = first or losses
+        results[model] = {"bits_per_weight": stored_bits(open_checkpoint(hub.resolve(model)))}
+        for text, each in losses.items():
+            more, error = compare(each, first[text])
+            results[model][text] = {
+                "perplexity": perplexity(each),
+                "more_nats": more,
+                "standard_error": error,
+                "tokens": len(each),
+            }
+    return results
+
+
+def lines(results: dict[str, Any]) -> list[str]:
+    """The table for a person."""
+    texts = [key for key in next(iter(results.values())) if key != "bits_per_weight"]
+    header = ["model", "bits per weight"]
+    header += [column for text in texts for column in (text, "nats above the first")]
+    rows = []
+    for model, found in results.items():
+        row = [Path(model).name, f"{found['bits_per_weight']:.3f}"]
+        for text in texts:
+            one = found[text]
+            row += [f"{one['perplexity']:.3f}"]
+            row += [f"{one['more_nats']:+.4f} (s.e. {one['standard_error']:.4f})"]
+        rows.append(row)
+    counts = ", ".join(f"{next(iter(results.values()))[t]['tokens']} of {t}" for t in texts)
+    return [f"Tokens scored: {counts}.", table(header, rows)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Folded output of which nothing changes: the source's files themselves, copied by the system."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from convert.destination import Partial, copy_file
+from convert.engine import Checks, Progress, run
+from convert.integrity import HashedFile
+from convert.outputs import Output
+from convert.source import Source
+from mlx_cerebrum.checkpoint import SafetensorsCheckpoint
+from mlx_cerebrum.safetensors_file import read_header
+
+
+def is_copy(source: Source, outputs: Sequence[Output]) -> bool:
+    """Whether `outputs` are the source's tensors as they are, and its files hold nothing else."""
+    checkpoint = source.checkpoint
+    if not isinstance(checkpoint, SafetensorsCheckpoint):
+        return False
+    names = [spec.name for output in outputs for spec in output.specs]
+    held = [name for path in source.paths for name in read_header(path)]
+    return sorted(names) == sorted(held) and all(
+        output.name == output.source
+        and output.transform.keeps(
+            (checkpoint.dtypes[spec.name] for spec in output.specs), output.scale
+        )
+        for output in outputs
+    )
+
+
+class Copies:
+    """The files of a copied output; `hashes` is empty where the source was not verified."""
+
+    def __init__(self, source: Source, directory: Path) -> None:
+        self.targets = {
+            path: directory / f"model-{number:05d}-of-{len(source.paths):05d}.safetensors"
+            for number, path in enumerate(source.paths, start=1)
+        }
+        self.hashes: dict[str, str] = {}
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """Tensor name -> file name."""
+        return {name: t.name for path, t in self.targets.items() for name in read_header(path)}
+
+    def write(
+        self, source: Source, partial: Partial, checks: Checks, progress: Progress | None
+    ) -> dict[str, str]:
+        """Copy what is not there yet while the source is read and checked beside.
+
+        Returns the source's hashes. Copies of an earlier run are compared with them.
+        """
+        kept = {
+            path
+            for path, target in self.targets.items()
+            if target.exists() and partial.journal.entries.get(target.name) == "copied"
+        }
+
+        def copy(paths: set[Path]) -> None:
+            for path in sorted(paths):
+                copy_file(path, self.targets[path])
+                partial.journal.add(self.targets[path].name, "copied")
+
+        with ThreadPoolExecutor(1, "copy") as copier:
+            copying = copier.submit(copy, set(self.targets) - kept)
+            run(source, [], None, checks, progress)
+            hashes = source.finish()
+            copying.result()
+        damaged = set()
+        for path in kept:
+            with HashedFile(self.targets[path]) as copied:
+                if copied.finish() != hashes.get(path.name):
+                    damaged.add(path)  # or nothing to compare it with
+        copy(damaged)
+        self.hashes = {
+            self.targets[path].name: hashes[path.name] for path in source.paths if hashes
+        }
+        return hashes

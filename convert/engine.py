@@ -1,0 +1,219 @@
+"""The pass over the weights: read, checked, transformed and written at the same time.
+
+The calling thread reads and writes; one thread hashes what comes, one what goes; a few
+transform. Only a handful of pieces of about 16 MB exist at any moment, so the peak of memory
+does not depend on the model. Bytes reach the disk in one order, whatever finishes first.
+"""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import local
+
+import mlx.core as mx
+
+from convert.integrity import nonfinite
+from convert.outputs import Output, Spec
+from convert.source import Rows, Source
+from convert.writer import Writer
+from mlx_cerebrum.checkpoint import FLOATS
+from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.memory import on_gpu
+
+Progress = Callable[[int, int, str], None]  # bytes done, of all, what is being done
+Parts = dict[str, Rows]
+
+
+@dataclass
+class Checks:
+    """What is looked at on the way, and what was seen."""
+
+    finite: bool = True  # look for NaN and infinities in what is read
+    allow_nonfinite: bool = False
+    digests_of: frozenset[str] = frozenset()  # modules to hash by themselves
+    nonfinite: dict[str, int] = field(default_factory=dict)  # tensor -> how many
+    digests: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass
+class _Done:
+    """A transformed piece: for each wanted scale its parts; what was not finite, by tensor."""
+
+    by_scale: dict[float | None, Parts]
+    nonfinite: dict[str, int]
+
+
+class _Module:
+    """The outputs of one source module that are still to be written, fed piece by piece."""
+
+    def __init__(self, outputs: list[Output]) -> None:
+        self.outputs = outputs
+        self.scales = list(dict.fromkeys(output.scale for output in outputs))
+        self._kept: dict[float | None, list[Parts]] = {scale: [] for scale in self.scales}
+
+    def take(self, by_scale: dict[float | None, Parts], writer: Writer) -> None:
+        """The first output's weight goes straight to disk; the rest waits for its turn."""
+        first = self.outputs[0].scale
+        later = {output.scale for output in self.outputs[1:]}
+        for scale, parts in by_scale.items():
+            if scale == first:
+                writer.put(parts["weight"].data)
+            if scale not in later:
+                parts = {part: rows for part, rows in parts.items() if part != "weight"}
+            self._kept[scale].append(parts)
+
+    def finish(self, writer: Writer) -> None:
+        for number, output in enumerate(self.outputs):
+            for spec in output.specs:
+                part = spec.name.rpartition(".")[2]
+                if number or part != "weight":
+                    for piece in self._kept[output.scale]:
+                        writer.put(piece[part].data)
+            writer.finish_module()
+
+
+def run(
+    source: Source,
+    outputs: Sequence[Output],
+    writer: Writer | None,
+    checks: Checks,
+    progress: Progress | None = None,
+) -> None:
+    """Read all of `source`, check it, and write `outputs` (which are in the source's order).
+
+    Outputs that the writer has already are not made again. Raises CheckpointError for values
+    that are not finite, or that a cast or scale makes infinite, unless allowed.
+    """
+    done = writer.done if writer is not None else 0
+    due: dict[str, list[Output]] = {}
+    for output in outputs[done:]:
+        due.setdefault(output.source, []).append(output)
+    read = 0
+    waiting: deque[Callable[[], None]] = deque()
+    with _workers() as (pool, workers), ThreadPoolExecutor(1, "digest") as digester:
+        try:
+            for name in source.modules:
+                module = _Module(due[name]) if name in due else None
+                digest = hashlib.sha256() if name in checks.digests_of else None
+                if module is None and not checks.finite and digest is None:
+                    continue
+                limit = None if module is None else module.outputs[0].specs[0].shape[0]
+                for piece in source.pieces(name, limit):
+                    while len(waiting) > workers + 1:
+                        waiting.popleft()()
+                    if digest is not None:
+                        for rows in piece.values():
+                            digester.submit(digest.update, rows.data.data)
+                    future = pool.submit(_transform, name, piece, module, checks)
+                    waiting.append(_taker(future, module, writer, checks))
+                    read += sum(rows.data.nbytes for rows in piece.values())
+                    del piece
+                    if progress is not None:
+                        progress(min(read, source.nbytes), source.nbytes, name)
+                if module is not None and writer is not None:
+                    waiting.append(_finisher(module, writer))
+                if digest is not None:
+                    checks.digests[name] = digester.submit(digest.digest).result()
+            while waiting:
+                waiting.popleft()()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def in_order(source: Source, outputs: Sequence[Output]) -> list[Output]:
+    """`outputs` sorted as their sources lie on disk, so that each is read once."""
+    rank = {name: i for i, name in enumerate(source.modules)}
+    return sorted(outputs, key=lambda output: rank[output.source])
+
+
+def _taker(
+    future: "Future[_Done]", module: _Module | None, writer: Writer | None, checks: Checks
+) -> Callable[[], None]:
+    def take() -> None:
+        done = future.result()
+        for name, count in done.nonfinite.items():
+            checks.nonfinite[name] = checks.nonfinite.get(name, 0) + count
+        if module is not None and writer is not None:
+            module.take(done.by_scale, writer)
+
+    return take
+
+
+def _finisher(module: _Module, writer: Writer) -> Callable[[], None]:
+    return lambda: module.finish(writer)
+
+
+def _transform(name: str, piece: Parts, module: _Module | None, checks: Checks) -> _Done:
+    """On a worker: look at a piece's values and make what each scale wants of them."""
+    found: dict[str, int] = {}
+    if checks.finite:
+        for part, rows in piece.items():
+            if count := nonfinite(rows.data, rows.dtype):
+                found[f"{name}.{part}"] = count
+        if found and not checks.allow_nonfinite:
+            tensor, count = next(iter(found.items()))
+            raise CheckpointError(
+                f"{tensor} has {count} values that are NaN or infinite; the source is damaged, or"
+                " add --allow-nonfinite"
+            )
+    made: dict[float | None, Parts] = {}
+    for output in [] if module is None else module.outputs:
+        if output.scale not in made:
+            made[output.scale] = _made(output, piece, checks, bool(found))
+    return _Done(made, found)
+
+
+def _made(output: Output, piece: Parts, checks: Checks, was_nonfinite: bool) -> Parts:
+    if output.transform.keeps((rows.dtype for rows in piece.values()), output.scale):
+        made = piece
+    else:
+        with mx.stream(_local.cpu):
+            arrays = {part: rows.array() for part, rows in piece.items()}
+            arrays = output.transform.dense(arrays, output.scale)
+            mx.eval(arrays)
+        with mx.stream(_local.default):
+            arrays = output.transform.packed(arrays)
+            mx.eval(arrays)
+            made = {part: Rows.of(array) for part, array in arrays.items()}
+        if not checks.allow_nonfinite and not was_nonfinite:
+            for part, rows in made.items():
+                if nonfinite(rows.data, rows.dtype):
+                    raise CheckpointError(
+                        f"{output.name}.{part} has values too large for {FLOATS[rows.dtype]}"
+                        f"{'' if output.scale is None else f' once scaled by {output.scale:g}'};"
+                        " choose another --dtype, or add --allow-nonfinite"
+                    )
+    for spec in output.specs:
+        _check(spec, made)
+    return made
+
+
+def _check(spec: Spec, made: Parts) -> None:
+    """What the header promised must be what was computed."""
+    rows = made[spec.name.rpartition(".")[2]]
+    if (rows.dtype, rows.shape[1:]) != (spec.dtype, spec.shape[1:]):
+        raise CheckpointError(
+            f"{spec.name} came out as {rows.dtype} {list(rows.shape)}, not {spec.dtype} rows of"
+            f" {list(spec.shape)}"
+        )
+
+
+_local = local()
+
+
+@contextmanager
+def _workers() -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """Threads that compute, each with its own stream. A GPU keeps one thread busy enough."""
+    count = 1 if on_gpu() else min(4, os.cpu_count() or 1)
+
+    def start() -> None:
+        _local.cpu = mx.new_stream(mx.cpu)
+        _local.default = mx.new_stream(mx.gpu) if on_gpu() else _local.cpu
+
+    with ThreadPoolExecutor(count, "transform", initializer=start) as pool:
+        yield pool, count

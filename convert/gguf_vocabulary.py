@@ -1,0 +1,168 @@
+"""The tokenizer as GGUF metadata: `tokenizer.ggml.*` and the chat template.
+
+SentencePiece goes as llama.cpp's "llama" model, byte-level BPE as "gpt2" with the name of its
+pre-tokenizer, a GGUF source's own keys as they are. What is made here is read back and must
+give the source's ids on texts that tell tokenizers apart; else the export is refused.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mlx_cerebrum.checkpoint import Checkpoint
+from mlx_cerebrum.detokenizer import SPACE_MARK
+from mlx_cerebrum.errors import TokenizerError
+from mlx_cerebrum.gguf_checkpoint import GGUFCheckpoint
+from mlx_cerebrum.gguf_tokenizer import PRE_TOKENIZERS
+from mlx_cerebrum.load import load_tokenizer
+from mlx_cerebrum.sentencepiece_model import (
+    CONTROL,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    Piece,
+    SentencePieceVocabulary,
+    read_pieces,
+)
+from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer_files import TokenizerFiles, read_bytes
+from mlx_cerebrum.vocabulary import TokenizersVocabulary, Vocabulary
+
+# Runs of spaces, digits, newlines; contractions in both cases; letters with marks, composed and
+# not; scripts without spaces; symbols and what is outside the vocabulary.
+PROBES = (
+    "Hello, world! It's I'VE we'll  two   three",
+    "a  12 345 67890 3.14159 1,000,000 x1y2",
+    " leading\n\n  indented\r\n\ttab \n \n end ",
+    "caf\u00e9 cafe\u0301 na\u00efve \u00df\u00d8\u0142 \ufb01ne \u00bd \u2460",
+    "\u4f60\u597d\u4e16\u754c \u3053\u3093 \ud55c\uad6d \u0440\u0443\u0441 \u0639\u0631 \u0939",
+    "\U0001f642\U0001f468\u200d\U0001f469\u200d\U0001f467 \u2581 \u00a0\u3000 \x00\x7f <0x41>",
+    'def f(x):\n    return x**2  # ok\n\n\n<s>[INST] {"k": [1, 2]}</s> --- ...!?',
+)
+# llama.cpp's values for the entries it adds itself.
+_ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0
+_MODEL = "tokenizer.ggml.model"
+
+
+def tokenizer_metadata(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
+    """The metadata of the checkpoint's tokenizer, and notes a person should see.
+
+    Raises TokenizerError, one line, for one that GGUF can't express.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    notes = []
+    if tokenizer.chat_template is None:
+        notes.append("the source has no chat template: llama.cpp will chat in a format of its own")
+    if isinstance(checkpoint, GGUFCheckpoint):
+        keys = checkpoint.file.metadata.items()
+        return {key: value for key, value in keys if key.startswith("tokenizer.")}, notes
+    files = TokenizerFiles.read(checkpoint.path)
+    rows = checkpoint.config.vocab_size
+    if (checkpoint.path / "tokenizer.model").exists():
+        vocabulary: Vocabulary
+        vocabulary, metadata = _sentencepiece(checkpoint, files, rows)
+        candidates: Iterator[dict[str, Any]] = iter([metadata])
+    else:
+        vocabulary, metadata, pre_tokenizers = _byte_level(checkpoint, files, rows)
+        candidates = (metadata | {"tokenizer.ggml.pre": name} for name in pre_tokenizers)
+    common = _special(tokenizer, vocabulary, files, notes)
+    for found in candidates:
+        if _same_ids(tokenizer, Tokenizer.from_gguf(found | common)):
+            return found | common, notes
+    raise TokenizerError(
+        f"{checkpoint.path}: its tokenizer can't be expressed in GGUF, where the same text would"
+        " become other ids"
+    )
+
+
+def _same_ids(one: Tokenizer, other: Tokenizer) -> bool:
+    return all(one.encode(text, False) == other.encode(text, False) for text in PROBES)
+
+
+def _special(
+    tokenizer: Tokenizer, vocabulary: Vocabulary, files: TokenizerFiles, notes: list[str]
+) -> dict[str, Any]:
+    """Special tokens and the template. Adds to `notes` what GGUF has no key for."""
+    named = {"eos_token": "</s>"} | files.special_tokens
+    ids = {name: vocabulary.token_id(text) for name, text in named.items()}
+    first = ids["eos_token"]
+    ends = sorted(tokenizer.eos_token_ids, key=lambda token: (token != first, token))
+    if len(ends) > 3:
+        notes.append(f"GGUF names three end tokens at most; left out: {ends[3:]}")
+    special: dict[str, int | None] = dict(zip(("eos", "eot", "eom"), ends, strict=False))
+    special |= {"bos": tokenizer.bos_token_id}
+    special |= {"unknown": ids.get("unk_token"), "padding": ids.get("pad_token")}
+    metadata: dict[str, Any] = {
+        f"tokenizer.ggml.{name}_token_id": token
+        for name, token in special.items()
+        if token is not None
+    }
+    metadata["tokenizer.ggml.add_bos_token"] = tokenizer.add_bos
+    metadata["tokenizer.ggml.add_eos_token"] = False
+    if tokenizer.chat_template is not None:
+        metadata["tokenizer.chat_template"] = tokenizer.chat_template
+    return metadata
+
+
+def _sentencepiece(
+    checkpoint: Checkpoint, files: TokenizerFiles, rows: int
+) -> tuple[Vocabulary, dict[str, Any]]:
+    file = checkpoint.path / "tokenizer.model"
+    model = read_bytes(file)
+    vocabulary = SentencePieceVocabulary(model, str(file), files.added_tokens)
+    pieces: dict[int, Piece] = dict(enumerate(read_pieces(model)))
+    for token in files.added_tokens:
+        if token.id not in pieces or pieces[token.id][0] != token.content:
+            kind = CONTROL if token.special else USER_DEFINED
+            pieces[token.id] = (token.content, _ADDED_SCORE, kind)
+    entries = [pieces.get(i) or (_padding(i), _PADDING_SCORE, UNUSED) for i in range(rows)]
+    first = vocabulary.content(next(iter(vocabulary.encode("a")), -1)) or ""
+    return vocabulary, {
+        _MODEL: "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [text for text, _, _ in entries],
+        "tokenizer.ggml.scores": [score for _, score, _ in entries],
+        "tokenizer.ggml.token_type": [kind for _, _, kind in entries],
+        "tokenizer.ggml.add_space_prefix": first.startswith(SPACE_MARK),
+    }
+
+
+def _byte_level(
+    checkpoint: Checkpoint, files: TokenizerFiles, rows: int
+) -> tuple[Vocabulary, dict[str, Any], list[str]]:
+    """The vocabulary, its metadata, and names of pre-tokenizers, the likeliest first."""
+    file = checkpoint.path / "tokenizer.json"
+    text = read_bytes(file).decode("utf-8", "replace")
+    vocabulary = TokenizersVocabulary.from_text(text, str(file), files.control_tokens)
+    tokenizer = vocabulary.tokenizer
+    model: Mapping[str, Any] = json.loads(tokenizer.to_str())["model"]
+    if model.get("byte_fallback"):
+        raise TokenizerError(
+            f"{file} is a SentencePiece tokenizer, whose scores GGUF needs: put the model's"
+            " tokenizer.model beside it"
+        )
+    added = tokenizer.get_added_tokens_decoder()
+    tokens, types = [], []
+    for i in range(rows):
+        content = tokenizer.id_to_token(i)
+        tokens.append(_padding(i) if content is None else content)
+        if i in added:
+            types.append(CONTROL if added[i].special else USER_DEFINED)
+        else:
+            types.append(UNUSED if content is None else NORMAL)
+    metadata = {
+        _MODEL: "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
+    }
+    pre: Any = tokenizer.pre_tokenizer
+    # "default" means something else to llama.cpp. What is spelled the same goes first.
+    names = [name for name in PRE_TOKENIZERS if name != "default"]
+    own = None if pre is None else pre.__getstate__()
+    names.sort(key=lambda name: PRE_TOKENIZERS[name]().__getstate__() != own)
+    return vocabulary, metadata, names
+
+
+def _padding(token: int) -> str:
+    return f"[PAD{token}]"

@@ -1,0 +1,175 @@
+"""What every pass over weight files checks on the way: SHA-256, and that values are finite.
+
+Bytes are read once. The same buffer is hashed (on another thread, if wanted), looked through
+for NaN and Inf, and handed to whoever needs the values.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_cerebrum.errors import CheckpointError
+
+Bytes = npt.NDArray[np.uint8]
+
+PIECE = 4_000_000  # bytes read, hashed and looked at in one go; a multiple of every item size
+_QUEUED = 4  # pieces that may wait to be hashed
+
+# As an unsigned integer, a float without its sign is finite below this: its exponent's bits.
+_LIMITS: dict[str, tuple[type[np.unsignedinteger[Any]], type[np.signedinteger[Any]], int]] = {
+    "F32": (np.uint32, np.int32, 0x7F80_0000),
+    "F16": (np.uint16, np.int16, 0x7C00),
+    "BF16": (np.uint16, np.int16, 0x7F80),
+}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def nonfinite(data: Bytes, dtype: str) -> int:
+    """How many of the values in `data` (bytes, 1-D, contiguous) are NaN or infinite.
+
+    `dtype` is safetensors' name; integers and 8-bit floats count as finite. Two maxima find
+    whether there are any, without a copy: read as signed integers the largest positive value
+    comes out on top, read as unsigned ones the largest negative.
+    """
+    if dtype not in _LIMITS or data.size == 0:
+        return 0
+    unsigned, signed, limit = _LIMITS[dtype]
+    values = data.view(unsigned)
+    sign = int(np.iinfo(unsigned).max // 2 + 1)
+    if int(data.view(signed).max()) < limit and int(values.max()) < sign + limit:
+        return 0
+    return int(np.count_nonzero((values & unsigned(sign - 1)) >= limit))
+
+
+def expected_sha256(file: Path) -> str | None:
+    """The hash that the Hugging Face hub gave for a file it downloaded, where it left one.
+
+    The hub's cache names the blob a link points to by its hash; `hf download --local-dir`
+    notes it beside the files. Only large (LFS) files have a SHA-256; others a 40-digit git hash.
+    """
+    target = Path(os.path.realpath(file))
+    if target.parent.name == "blobs":
+        return target.name if _SHA256.fullmatch(target.name) else None
+    note = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
+    try:
+        _commit, etag, saved = note.read_text(encoding="utf-8").split()
+        # A file edited since (a damaged one keeps its time) is no longer the hub's.
+        unedited = file.stat().st_mtime <= float(saved) + 1
+    except (OSError, ValueError):
+        return None
+    return etag if unedited and _SHA256.fullmatch(etag) else None
+
+
+class HashedFile:
+    """A file read in mostly ascending order, each byte hashed once, as it is first read.
+
+    `executor` (of one worker, so that updates stay in order; it may serve several files) takes
+    the hashing off this thread. Arrays that `read` returns are read-only, because the hash
+    may not have seen them yet. Not for use from several threads at once.
+    """
+
+    def __init__(
+        self, path: Path, verify: bool = True, executor: ThreadPoolExecutor | None = None
+    ) -> None:
+        self.path = path
+        try:
+            self._file = path.open("rb", buffering=0)  # the interpreter sets O_CLOEXEC
+        except OSError as error:
+            raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
+        stat = os.fstat(self._file.fileno())
+        self.size, self._modified = stat.st_size, stat.st_mtime_ns
+        if hasattr(os, "posix_fadvise"):  # not on macOS, which reads ahead anyway
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        self._digest = hashlib.sha256() if verify else None
+        self._hashed = 0  # every byte before this one has been given to the digest
+        self._executor = executor
+        self._waiting: deque[Future[None]] = deque()
+
+    def read(self, offset: int, nbytes: int) -> Bytes:
+        """The `nbytes` bytes at `offset`; what lies before and was never read is hashed too.
+
+        Raises CheckpointError when the file ends before they do, or can't be read.
+        """
+        self._skip_to(offset)
+        data = self._load(offset, nbytes)
+        self._hash(data[max(self._hashed - offset, 0) :])
+        return data
+
+    def finish(self) -> str | None:
+        """Hash what is left, close, and return the file's SHA-256 (None without `verify`).
+
+        Raises CheckpointError when the file changed since it was opened.
+        """
+        try:
+            self._skip_to(self.size)
+            while self._waiting:
+                self._waiting.popleft().result()
+            stat = os.fstat(self._file.fileno())
+            if (stat.st_size, stat.st_mtime_ns) != (self.size, self._modified):
+                raise CheckpointError(f"{self.path} changed while it was read; start again")
+        finally:
+            self.close()
+        return None if self._digest is None else self._digest.hexdigest()
+
+    def close(self) -> None:
+        while self._waiting:  # what is still being hashed is not wanted any more
+            self._waiting.popleft().cancel()
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _skip_to(self, offset: int) -> None:
+        if self._digest is not None:
+            while self._hashed < offset:
+                self._hash(self._load(self._hashed, min(PIECE, offset - self._hashed)))
+
+    def _load(self, offset: int, nbytes: int) -> Bytes:
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:  # before memory is taken
+            raise self._truncated(offset + nbytes)
+        data = np.empty(nbytes, np.uint8)
+        view, done = data.data, 0
+        try:
+            self._file.seek(offset)
+            while done < nbytes:
+                got = self._file.readinto(view[done:])
+                if not got:
+                    raise self._truncated(offset + nbytes)
+                done += got
+        except OSError as error:
+            raise CheckpointError(f"{self.path} can't be read: {error.strerror}") from None
+        data.flags.writeable = False
+        return data
+
+    def _truncated(self, end: int) -> CheckpointError:
+        size = os.fstat(self._file.fileno()).st_size
+        return CheckpointError(
+            f"{self.path} is truncated, or changed while it was read: {size} bytes, not {end};"
+            " download or copy it again"
+        )
+
+    def _hash(self, data: Bytes) -> None:
+        """Give the bytes that follow the last hashed one to the digest."""
+        if self._digest is None:
+            return
+        self._hashed += data.size
+        if self._executor is None:
+            self._digest.update(data.data)
+            return
+        for start in range(0, data.size, PIECE):
+            while len(self._waiting) >= _QUEUED:
+                self._waiting.popleft().result()
+            piece = data.data[start : start + PIECE]
+            self._waiting.append(self._executor.submit(self._digest.update, piece))

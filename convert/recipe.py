@@ -1,0 +1,187 @@
+"""How many bits each matrix gets: one number for all, mlx-lm's mixtures, or what the plan asks.
+
+A bit is worth more where a matrix is sensitive and where it is small; in a self-merge also where
+its block runs more than once, since the block is stored once and its error made every time. The
+recipe `plan` spends a budget by that. Bits per weight means what mlx-lm means: all bytes stored
+(packed integers, their scales and biases, dense tensors) times 8 over all parameters.
+"""
+
+import heapq
+from collections.abc import Iterable, Mapping
+
+from convert.sensitivity import Sensitivity
+from mlx_cerebrum.checkpoint import matrix_shapes
+from mlx_cerebrum.config import ModelConfig
+from mlx_cerebrum.errors import ConfigError
+from mlx_cerebrum.quantize import AFFINE_BITS, Packing
+
+# mlx-lm's mixtures: bits for most matrices, bits for the favoured ones.
+MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
+RECIPES = ("uniform", *MIXED, "plan")
+
+
+def choose(
+    recipe: str,
+    config: ModelConfig,
+    base: Packing,
+    budget: float | None = None,
+    table: Sensitivity | None = None,
+    *,
+    unrolled: bool = False,
+    dense_bits: int = 16,
+) -> dict[str, Packing]:
+    """A packing for every matrix of `config`'s stored blocks, by module path.
+
+    Matrices whose rows don't divide into groups are left out: they stay dense. `base` is what
+    `uniform` gives to all; the other recipes take its group size.
+
+    budget: bits per weight for `plan` (default: what `uniform` would take).
+    table: sensitivities for `plan` (default: the ones that come with the package).
+    unrolled: each block will be stored as often as it runs; the budget counts it so.
+    dense_bits: of scales, biases and what stays dense.
+
+    Raises ConfigError for an unknown recipe, a budget that can't be kept or has no use, and a
+    recipe of several bit widths in a format that has one.
+    """
+    if recipe not in RECIPES:
+        raise ConfigError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
+    if recipe != "plan" and (budget is not None or table is not None):
+        raise ConfigError(f"a budget or a calibration is for the recipe plan, not {recipe}")
+    if recipe != "uniform" and base.mode != "affine":
+        raise ConfigError(f"recipe {recipe} mixes bit widths, and {base.mode} has only one")
+    shapes = matrix_shapes(config)
+    fitting = {name: base for name, (_, columns) in shapes.items() if base.fits(columns)}
+    if recipe == "uniform" or not fitting:
+        return fitting
+    if recipe in MIXED:
+        low, high = (Packing(bits, base.group_size) for bits in MIXED[recipe])
+        blocks = config.num_hidden_layers
+        return {name: high if _favoured(name, blocks) else low for name in fitting}
+    size = _Size(config, unrolled, dense_bits)
+    if budget is not None and not 0 < budget < 64:
+        raise ConfigError(f"a budget of {budget} bits per weight makes no sense; 4.5 would")
+    allowed = size.bits(fitting) if budget is None else int(budget * size.parameters)
+    found = table or Sensitivity.shipped()
+    return _allocate(fitting, allowed, {name: found.at(name, config) for name in fitting}, size)
+
+
+def bits_per_weight(
+    config: ModelConfig,
+    packings: Mapping[str, Packing],
+    *,
+    unrolled: bool = False,
+    dense_bits: int = 16,
+) -> float:
+    """All bits stored, norms too, over all parameters."""
+    size = _Size(config, unrolled, dense_bits)
+    return size.bits(packings) / size.parameters
+
+
+def bits_by_kind(config: ModelConfig, packings: Mapping[str, Packing]) -> dict[str, str]:
+    """For a report: each kind of matrix, and its bits block by block as digits (`-`: dense).
+
+    `{"lm_head": "6", "self_attn.q_proj": "5544...", ...}`
+    """
+    rows: dict[str, str] = {}
+    for name in matrix_shapes(config):
+        kind = name.split(".", 3)[3] if name.startswith("model.layers.") else name
+        rows[kind] = rows.get(kind, "") + (str(packings[name].bits) if name in packings else "-")
+    return rows
+
+
+def _favoured(name: str, blocks: int) -> bool:
+    """Whether mlx-lm's mixtures give a matrix their higher bits (its convert.py, after llama.cpp).
+
+    In the first and last eighth of the blocks and every third between, v_proj and down_proj;
+    and the head. Blocks are the stored ones, whatever order and how often they run: a folded
+    12.25B gets the mixture of the 7B it is made of.
+    """
+    if name == "lm_head":
+        return True
+    if not name.endswith(("v_proj", "down_proj")):
+        return False
+    block, eighth = int(name.split(".")[2]), blocks // 8
+    return block < eighth or block >= 7 * blocks // 8 or (block - eighth) % 3 == 2
+
+
+class _Size:
+    """What a set of packings takes on disk."""
+
+    def __init__(self, config: ModelConfig, unrolled: bool, dense_bits: int) -> None:
+        self.dense_bits = dense_bits
+        runs = [config.layer_map.count(i) for i in range(config.num_hidden_layers)]
+        self.weights: dict[str, int] = {}  # stored, of each matrix
+        for name, (rows, columns) in matrix_shapes(config).items():
+            inside = name.startswith("model.layers.")
+            copies = runs[int(name.split(".")[2])] if unrolled and inside else 1
+            self.weights[name] = rows * columns * copies
+        self.parameters = config.executed_parameters if unrolled else config.stored_parameters
+
+    def of(self, name: str, packing: Packing) -> int:
+        """Bits of one matrix."""
+        scales = 2 * self.dense_bits if packing.mode == "affine" else 8
+        return self.weights[name] * packing.bits + self.weights[name] // packing.group_size * scales
+
+    def bits(self, packings: Mapping[str, Packing]) -> int:
+        """Bits of everything."""
+        packed = sum(self.weights[name] for name in packings)
+        dense = (self.parameters - packed) * self.dense_bits
+        return dense + sum(self.of(name, packing) for name, packing in packings.items())
+
+
+def _allocate(
+    fitting: Mapping[str, Packing],
+    allowed: int,
+    sensitivity: Mapping[str, float],
+    size: _Size,
+) -> dict[str, Packing]:
+    """The least loss within `allowed` bits: start from the fewest, then keep buying the step
+    that spares most loss per bit, while one fits.
+
+    Losses of single matrices add up while they are small. Rounding to `b` bits errs by up to
+    `1 / (2 ** b - 1)` of a group's range, and the loss goes with its square: convex in `b`, so
+    that buying in this order is optimal but for the last few bits.
+    """
+    group = next(iter(fitting.values())).group_size
+    packings = [Packing(bits, group) for bits in AFFINE_BITS]
+    chosen = dict.fromkeys(fitting, packings[0])
+    left = allowed - size.bits(chosen)
+    if left < 0:
+        raise ConfigError(
+            f"a budget of {allowed / size.parameters:.3f} bits per weight can't be kept: with"
+            f" {packings[0]} everywhere this model takes {size.bits(chosen) / size.parameters:.3f}"
+        )
+
+    def step(unit: tuple[str, ...], level: int) -> tuple[float, int, int]:
+        """Loss spared per bit (negative, for the heap) and bits to pay, from `level` up."""
+        low, high = packings[level], packings[level + 1]
+        price = sum(size.of(name, high) - size.of(name, low) for name in unit)
+        spared = sum(sensitivity[name] for name in unit)
+        spared *= (2**low.bits - 1) ** -2 - (2**high.bits - 1) ** -2
+        return -spared / max(price, 1), price, level  # free: a block that is never written
+
+    units = _units(fitting)
+    heap = [(*step(unit, 0), number) for number, unit in enumerate(units)]
+    heapq.heapify(heap)
+    while heap:
+        _, price, level, number = heapq.heappop(heap)
+        if price > left:  # this one has all it can get; a smaller one may still fit
+            continue
+        left -= price
+        chosen |= dict.fromkeys(units[number], packings[level + 1])
+        if level + 2 < len(packings):
+            heapq.heappush(heap, (*step(units[number], level + 1), number))
+    return chosen
+
+
+def _units(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """What gets bits together: gate and up, alike in size and sensitivity.
+
+    Packed alike, the loader joins them into one matmul, and on the demo model that costs 1 % of
+    the loss spared. Joining q, k and v likewise would cost 11 %: v is far the most sensitive.
+    """
+    units: dict[str, list[str]] = {}
+    for name in names:
+        unit = name.replace("gate_proj", "gate_up_proj").replace(".up_proj", ".gate_up_proj")
+        units.setdefault(unit, []).append(name)
+    return [tuple(unit) for unit in units.values()]

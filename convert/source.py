@@ -1,0 +1,132 @@
+"""A checkpoint read once, in the order it lies on disk, a few megabytes at a time."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Self
+
+import mlx.core as mx
+import numpy as np
+
+from convert.integrity import PIECE, Bytes, HashedFile, expected_sha256
+from convert.outputs import modules
+from mlx_cerebrum.checkpoint import Checkpoint, SafetensorsCheckpoint
+from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.safetensors_file import ITEM_BYTES
+
+_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
+CODES = {
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.uint8: "U8",
+}
+_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of one of a module's arrays: bytes in row-major order, safetensors' dtype."""
+
+    data: Bytes
+    dtype: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, array: mx.array) -> "Rows":
+        flat = np.asarray(array.view(_UNSIGNED[array.dtype.size])).reshape(-1)
+        return cls(np.ascontiguousarray(flat).view(np.uint8), CODES[array.dtype], array.shape)
+
+    def array(self) -> mx.array:
+        array = mx.array(self.data.view(_NUMPY[self.dtype]).reshape(self.shape))
+        return array.view(mx.bfloat16) if self.dtype == "BF16" else array
+
+
+class Source:
+    """The pieces of a checkpoint's modules; with `verify`, every byte of its files is hashed.
+
+    `hasher` is a pool of one thread, which does the hashing beside everything else.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, verify: bool, hasher: ThreadPoolExecutor) -> None:
+        self.checkpoint = checkpoint
+        names = [*modules(checkpoint.config), *sorted(checkpoint.spare)]
+        at = {name: checkpoint.extents(name)["weight"] for name in names}
+        self.modules = sorted(names, key=lambda name: (at[name].path, at[name].offset))
+        self.paths = sorted({e.path for n in names for e in checkpoint.extents(n).values()})
+        self.nbytes = sum(e.nbytes for n in names for e in checkpoint.extents(n).values())
+        self._verify, self._hasher = verify, hasher
+        self._stored_as_is = isinstance(checkpoint, SafetensorsCheckpoint)
+        self._files: dict[Path, HashedFile] = {}
+
+    def pieces(self, module: str, limit: int | None = None) -> Iterator[dict[str, Rows]]:
+        """The module's parts, some rows of each at a time: about PIECE bytes.
+
+        limit: how many rows are wanted, from the first; None for all.
+
+        Raises CheckpointError where a file ends early, changes or can't be read.
+        """
+        names = {part: f"{module}.{part}" for part in ("weight", "scales", "biases")}
+        shapes = {p: self.checkpoint.shapes[n] for p, n in names.items() if self._has(n)}
+        dtypes = {part: self.checkpoint.dtypes[names[part]] for part in shapes}
+        rows = shapes["weight"][0]
+        width = sum(ITEM_BYTES[dtypes[p]] * prod(shapes[p][1:]) for p in shapes)
+        step = rows if len(shapes["weight"]) == 1 else max(1, PIECE // width)
+        decoded = None if self._stored_as_is else self.checkpoint.read(module)
+        extents = self.checkpoint.extents(module)
+        wanted = rows if limit is None else min(limit, rows)
+        for start in range(0, wanted, step):
+            stop = min(start + step, wanted)
+            if decoded is not None:
+                yield {p: Rows.of(decoded[p][start:stop]) for p in shapes}
+                continue
+            piece = {}
+            for part, shape in shapes.items():
+                extent, stride = extents[part], extents[part].nbytes // rows
+                file = self.open(extent.path)
+                data = file.read(extent.offset + start * stride, (stop - start) * stride)
+                piece[part] = Rows(data, dtypes[part], (stop - start, *shape[1:]))
+            yield piece
+
+    def _has(self, name: str) -> bool:
+        return name in self.checkpoint.shapes
+
+    def open(self, path: Path) -> HashedFile:
+        if path not in self._files:
+            self._files[path] = HashedFile(path, self._verify, self._hasher)
+        return self._files[path]
+
+    def finish(self) -> dict[str, str]:
+        """Each file's SHA-256 (none without `verify`), compared with what is known of it.
+
+        Raises CheckpointError for a file that is not what the hub sent, or what a conversion
+        recorded when it wrote it.
+        """
+        provenance = self.checkpoint.raw_config.get("provenance")
+        recorded = provenance.get("sha256") if isinstance(provenance, dict) else None
+        hashes: dict[str, str] = {}
+        for path in self.paths:
+            found = self.open(path).finish()
+            if found is None:
+                continue
+            hashes[path.name] = found
+            known = {"the hub's": expected_sha256(path)}
+            if isinstance(recorded, dict):
+                known["its provenance's"] = recorded.get(path.name)
+            for whose, expected in known.items():
+                if isinstance(expected, str) and expected != found:
+                    raise CheckpointError(
+                        f"{path} is damaged: its SHA-256 is {found[:12]}..., {whose}"
+                        f" {expected[:12]}...; fetch or convert it again (--no-verify ignores this)"
+                    )
+        return hashes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()

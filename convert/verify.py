@@ -1,0 +1,242 @@
+"""`python -m convert verify`: check every byte of a checkpoint, and report all that is wrong.
+
+Any directory of safetensors (ours, the hub's, mergekit's, mlx-lm's) or a GGUF file. Nothing is
+written and no weights are kept: one pass over the bytes, in pieces, hashes them and looks for
+NaN and Inf on the way.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import examine
+from convert.examine import Findings, Span
+from convert.integrity import PIECE, Bytes, HashedFile, expected_sha256, nonfinite
+from mlx_cerebrum import cli, hub
+from mlx_cerebrum.checkpoint import FLOATS
+from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.gguf_file import GGML_TYPES
+from mlx_cerebrum.memory import human
+from mlx_cerebrum.progress import progress as live_line
+
+UNSOUND = 1  # the exit code where problems were found
+_SHOWN = 8  # tensors that a printed line names; --json has them all
+_SOURCES = {
+    "provenance": "config.json's provenance has {} (damaged, or rewritten by another tool since)",
+    "hub": "the hub gave {} (damaged: download it again)",
+}
+_SMALL = 100_000_000  # what is no weight file, and still read for its hash
+_INTEGERS = re.compile(r"[IU]\d+|BOOL")
+_GIT_HASH = re.compile(r"[0-9a-f]{40}")
+# GGUF blocks that begin with float16 scales: how many. The rest of a block is integers.
+_SCALES = {"Q4_0": 1, "Q4_1": 2, "Q8_0": 1}
+_BLOCK_BYTES = {name: nbytes for name, _, nbytes in GGML_TYPES.values()}
+
+
+def verify(path: Path, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Check the checkpoint at `path`; `progress(done, total)` counts bytes.
+
+    Returns `sound`, `problems` (each with `file`, `problem`, `tensors`), the lines of `checked`,
+    `unchecked` and `notes`, the number of `tensors`, and `files`: for each its bytes, its SHA-256
+    and what that was compared with. Raises CheckpointError where there is nothing to check.
+    """
+    if path.is_dir():
+        found = examine.directory(path)
+    elif path.suffix == ".gguf" and path.is_file():
+        found = examine.gguf_file(path)
+    elif path.exists():
+        raise CheckpointError(f"{path} is not a checkpoint: name its directory, or a .gguf file")
+    else:
+        raise CheckpointError(f"{path} does not exist")
+    files = _read_all(found, progress)
+    if path.is_dir():
+        _small_files(found)
+    compared = [file for file, entry in files.items() if entry["compared_with"]]
+    if len(compared) < len(files):
+        rest = [file for file in files if file not in compared]
+        found.unchecked.append(f"hashes of {_some(rest)}: none recorded")
+    if compared:
+        found.checked.append(f"SHA-256 of {_some(compared)}")
+    return {
+        "path": str(path),
+        "sound": not found.problems,
+        "problems": found.problems,
+        "checked": found.checked,
+        "unchecked": found.unchecked,
+        "notes": found.notes,
+        "tensors": sum(len(spans or ()) for spans in found.spans.values()),
+        "bytes": sum(entry["bytes"] for entry in files.values()),
+        "files": files,
+    }
+
+
+def _read_all(
+    found: Findings, progress: Callable[[int, int], None] | None
+) -> dict[str, dict[str, Any]]:
+    """Read every weight file once: hash it, compare, look at its values."""
+    recorded = _provenance_hashes(found)
+    sizes = {file: _size(found.path / file) for file in found.spans}
+    files: dict[str, dict[str, Any]] = {}
+    odd: set[str] = set()
+    with ThreadPoolExecutor(1) as executor:
+        for file, spans in found.spans.items():
+            before, actual = sum(entry["bytes"] for entry in files.values()), None
+            wanted = {"provenance": recorded.get(file), "hub": expected_sha256(found.path / file)}
+            wanted = {source: sha256 for source, sha256 in wanted.items() if sha256}
+            with (
+                found.catch(file),
+                HashedFile(found.path / file, executor=executor) as reader,
+            ):
+                for done in _look_at(found, reader, file, spans or {}):
+                    if progress is not None:
+                        progress(before + done, sum(sizes.values()))
+                actual = reader.finish()
+            for source, sha256 in wanted.items():
+                if actual not in (None, sha256):
+                    text = _SOURCES[source].format(sha256)
+                    found.problem(f"its SHA-256 is {actual}; {text}", file)
+            odd |= {span.dtype for span in (spans or {}).values()} - {*FLOATS, *_SCALES}
+            files[file] = {"bytes": sizes[file], "sha256": actual, "compared_with": list(wanted)}
+    found.checked.append("finite values")
+    if odd := {kind for kind in odd if not _INTEGERS.fullmatch(kind)}:
+        found.unchecked.append(f"finite values of the types {', '.join(sorted(odd))}")
+    return files
+
+
+def _look_at(
+    found: Findings, reader: HashedFile, file: str, spans: dict[str, Span]
+) -> Iterator[int]:
+    """Read a file's tensors in pieces and note what is not finite; yields the bytes done."""
+    bad: list[str] = []
+    empty: list[str] = []
+    for name, span in sorted(spans.items(), key=lambda item: item[1].offset):
+        count, zero = 0, True
+        width = _BLOCK_BYTES.get(span.dtype, 8)
+        step = PIECE // width * width
+        for at in range(span.offset, span.offset + span.nbytes, step):
+            data = reader.read(at, min(step, span.offset + span.nbytes - at))
+            count += _nonfinite(data, span.dtype)
+            zero = zero and not data.any()
+            yield at + data.size
+        if count:
+            bad.append(f"{name} ({count})")
+        if zero and span.nbytes > 1000:  # a hole that an interrupted download left, perhaps
+            empty.append(name)
+    if bad:
+        found.problem("values that are NaN or infinite", file, bad)
+    if empty:
+        found.notes.append(f"{file}: all zero: {_some(empty)}")
+
+
+def _nonfinite(data: Bytes, kind: str) -> int:
+    """Values of a piece that are NaN or infinite: floats, or the scales of GGUF blocks."""
+    if kind not in _SCALES:
+        return nonfinite(data, kind)
+    scales = data.reshape(-1, _BLOCK_BYTES[kind])[:, : 2 * _SCALES[kind]]
+    return nonfinite(np.ascontiguousarray(scales).reshape(-1), "F16")
+
+
+def _provenance_hashes(found: Findings) -> dict[str, str]:
+    """What our converter recorded, by file."""
+    provenance = found.config.get("provenance")
+    recorded = provenance.get("sha256") if isinstance(provenance, dict) else None
+    if not isinstance(recorded, dict):
+        return {}
+    for file in recorded:
+        if not (found.path / file).exists():
+            found.problem("is missing, but config.json's provenance lists it", file)
+    return {file: str(sha256) for file, sha256 in recorded.items()}
+
+
+def _small_files(found: Findings) -> None:
+    """Config and tokenizer files against the hub's cache, which names a blob by its hash:
+    SHA-256 for large files, git's own (SHA-1) for the others."""
+    matched: list[str] = []
+    for path in sorted(found.path.iterdir()):
+        if path.name in found.spans or not path.is_file() or _size(path) > _SMALL:
+            continue
+        blob = Path(os.path.realpath(path))
+        wanted = expected_sha256(path)
+        if wanted is not None:
+            actual = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif blob.parent.name == "blobs" and _GIT_HASH.fullmatch(blob.name):
+            wanted, data = blob.name, path.read_bytes()
+            actual = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        else:
+            continue
+        matched.append(path.name)
+        if actual != wanted:
+            found.problem(f"its hash is {actual}; {_SOURCES['hub'].format(wanted)}", path.name)
+    if matched:
+        found.checked.append(f"the hub's hashes of {_some(matched)}")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0  # a link whose blob is gone
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _plain(text: str) -> str:
+    """The text with what a terminal would act on made visible: names come from the files."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def lines(result: dict[str, Any]) -> Iterator[str]:
+    """`verify`'s result for a person, problems first."""
+    for problem in result["problems"]:
+        where = f"{problem['file']}: " if problem["file"] else ""
+        names = f": {_some(problem['tensors'])}" if problem["tensors"] else ""
+        yield f"problem      {where}{problem['problem']}{names}"
+    for label, key in (("checked", "checked"), ("not checked", "unchecked"), ("note", "notes")):
+        yield from (f"{label:<12} {text}" for text in result[key])
+
+
+def parser() -> cli.ArgumentParser:
+    p = cli.ArgumentParser(
+        prog="python -m convert verify",
+        description="Check a checkpoint: headers, index, shapes, tokenizer, hashes, finite values."
+        " Exit code 0: sound; 1: problems were found; 2: it can't be examined.",
+    )
+    p.add_argument("path", metavar="DIR|FILE.gguf|HUBID", help="what to check; never changed")
+    p.add_argument("--quiet", action="store_true", help="print only the problems")
+    p.add_argument("--json", action="store_true", help="print one JSON object with everything")
+    p.add_debug()
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+
+    def run() -> int:
+        path, started = hub.resolve(args.path), time.perf_counter()
+        with live_line("verifying", not (args.quiet or args.json)) as report:
+            result = verify(path, report)
+        if args.json:
+            print(json.dumps(result))
+        else:
+            for line in lines(result):
+                if not args.quiet or line.startswith("problem"):
+                    print(_plain(line))
+        if not (args.json or args.quiet):
+            count = len(result["problems"])
+            verdict = f"{count} problem{'s' * (count > 1)}" if count else "sound"
+            print(
+                f"{_plain(result['path'])}: {verdict}; {len(result['files'])} files,"
+                f" {result['tensors']} tensors, {human(result['bytes'])},"
+                f" {time.perf_counter() - started:.1f} s"
+            )
+        return UNSOUND if result["problems"] else 0
+
+    return cli.run(run, args.debug)
