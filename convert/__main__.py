@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import arguments
-from convert.destination import check_free
+from convert.destination import check_free, partial_of
 from convert.layout import Options
 from convert.pipeline import convert
 from convert.sensitivity import Sensitivity
@@ -81,7 +81,8 @@ def _directory(
                 progress=report,
             )
         except KeyboardInterrupt:
-            print("stopped: run the same command again to go on from here", file=sys.stderr)
+            if partial_of(destination).exists():
+                print("stopped: run the same command again to go on from here", file=sys.stderr)
             raise
 
 

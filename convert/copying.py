@@ -38,6 +38,7 @@ class Copies:
             for number, path in enumerate(source.paths, start=1)
         }
         self.hashes: dict[str, str] = {}
+        self.resumed = 0  # modules that an earlier run had copied
 
     @property
     def weight_map(self) -> dict[str, str]:
@@ -73,6 +74,8 @@ class Copies:
                 if copied.finish() != hashes.get(path.name):
                     damaged.add(path)  # or nothing to compare it with
         copy(damaged)
+        names = (name for path in kept - damaged for name in read_header(path))
+        self.resumed = len({name.rpartition(".")[0] for name in names})
         self.hashes = {
             self.targets[path].name: hashes[path.name] for path in source.paths if hashes
         }

@@ -53,6 +53,11 @@ def check_free(destination: Path) -> None:
         raise CheckpointError(f"{destination.absolute().parent} does not exist; make it first")
 
 
+def partial_of(destination: Path) -> Path:
+    """Where `destination` is put together."""
+    return destination.absolute().parent / f".{destination.name}.partial"
+
+
 @contextmanager
 def new_directory(destination: Path, identity: str, needed: int) -> Iterator[Partial]:
     """A directory to fill that becomes `destination` when all went well.
@@ -61,7 +66,7 @@ def new_directory(destination: Path, identity: str, needed: int) -> Iterator[Par
     same fingerprint `identity`; after any other error it is removed. Raises CheckpointError when
     `destination` exists, or `needed` bytes, less what is there, are not free.
     """
-    partial = destination.absolute().parent / f".{destination.name}.partial"
+    partial = partial_of(destination)
     if not partial.exists() and _is_finished(destination, identity):
         destination.rename(partial)  # killed between the last two steps: check it again
     check_free(destination)

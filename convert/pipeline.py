@@ -102,7 +102,7 @@ def _attempt(
             if is_copy(source, outputs):
                 copies = Copies(source, partial.path)
                 read = copies.write(source, partial, checks, progress)
-                hashes, weight_map, resumed = copies.hashes, copies.weight_map, 0
+                hashes, weight_map, resumed = copies.hashes, copies.weight_map, copies.resumed
             else:
                 with Writer(partial.path, outputs, form, partial.journal) as writer:
                     writer.resume(_checking(layout, progress))

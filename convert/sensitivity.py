@@ -31,9 +31,9 @@ KINDS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
-# Repeated errors of a block add up, in the worst case in step (2), in the best at random (1).
-# Measured with the shipped table; see its provenance.
-RUN_EXPONENT = 1.0
+# Running twice multiplied a matrix's figure by 2.2 (log2: 1.15; the median of the 28 in blocks 13
+# to 16 of the demo model, in its own order and in `demo-interleaved`; 1.9 to 2.5 for four in five).
+RUN_EXPONENT = 1.15
 _LEAST = 1e-9  # below what 1000 tokens in float32 can tell from nothing
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import mlx_cerebrum
 from convert.arguments import parser as convert_parser
+from convert.verify import parser as verify_parser
 from mlx_cerebrum.generate import parser as generate_parser
 from mlx_cerebrum.plan_show import parser as plan_parser
 
@@ -50,11 +51,17 @@ def test_every_command_parses(command: str) -> None:
         "mlx_cerebrum.plan": plan_parser,
         "convert": convert_parser,
     }
+    if words[2:4] == ["convert", "verify"]:
+        verify_parser().parse_args(words[4:])
+        return
     parsers[words[2]]().parse_args(words[3:])
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "demo" in c or ".plan " in c])
 def test_commands_that_need_no_hub_run(command: str, demo: Path, tmp_path: Path) -> None:
+    if " verify " in command:  # of what another command wrote
+        made = next(c for c in COMMANDS if c.endswith(f"--mlx-path {command.split()[-1]}"))
+        run(made, tmp_path)
     run(command, tmp_path)
 
 

@@ -27,6 +27,7 @@ def test_what_it_ships(wheel: Path) -> None:
     assert tops == {"mlx_cerebrum", "convert"}
     assert "mlx_cerebrum/py.typed" in names
     assert {f"mlx_cerebrum/plans/{n}.yml" for n in ("cerebrum-12.25b", "cerebrum-7b")} <= set(names)
+    assert {"convert/mlx_lm_model.py", "convert/data/sensitivity.json"} <= set(names)
     assert not any(name.endswith((".safetensors", ".gguf")) for name in names)
 
 
