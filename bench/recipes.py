@@ -40,19 +40,19 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        uniform = ["-q", "--q-bits", str(args.q_bits)]
-        plan = [*uniform, "--q-recipe", "plan"]
+        bits = ["--q-bits", str(args.q_bits)]
+        plan = ["-q", "--q-recipe", "plan"]
         if args.calibrate:
             plan += ["--calibrate", args.calibrate]
         made = {
             "dense": convert(args, folder / "dense"),
-            "uniform": convert(args, folder / "uniform", *uniform),
-            "plan": convert(args, folder / "plan", *plan),
+            "uniform": convert(args, folder / "uniform", "-q", *bits),
+            "plan": convert(args, folder / "plan", *plan, *bits),
             args.mixed: convert(args, folder / args.mixed, "-q", "--q-recipe", args.mixed),
         }
-        bits = stored_bits(open_checkpoint(made[args.mixed]))
-        larger = f"plan at {bits:.2f}"
-        made[larger] = convert(args, folder / larger, *plan, "--q-budget", str(bits))
+        budget = stored_bits(open_checkpoint(made[args.mixed]))
+        larger = f"plan at {budget:.2f}"
+        made[larger] = convert(args, folder / larger, *plan, "--q-budget", str(budget))
         texts = [Path(text) for text in args.text]
         paths = [str(path) for path in made.values()]
         results = report(paths, None, texts, args.tokens, args.context)

@@ -5,19 +5,21 @@ import json
 import resource
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert import arguments
+from mlx_cerebrum import cli, hub  # isort: skip  # first: it quiets a Ctrl-C from here on
+from convert import arguments, fold
 from convert.destination import check_free, partial_of
 from convert.layout import Options
 from convert.pipeline import convert
+from convert.recipe import choose
 from convert.sensitivity import Sensitivity
 from convert.writer import JOURNAL
-from mlx_cerebrum import cli, hub
-from mlx_cerebrum.checkpoint import FLOATS, Checkpoint, open_checkpoint
+from mlx_cerebrum.checkpoint import Checkpoint, open_checkpoint
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.load import DTYPES, planned_config
+from mlx_cerebrum.load import planned_config
 from mlx_cerebrum.progress import progress
 
 
@@ -32,7 +34,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    destination: Path = args.mlx_path.expanduser()
+    try:
+        destination: Path = args.mlx_path.expanduser()
+    except RuntimeError as error:  # ~nosuchuser
+        raise ConfigError(f"{args.mlx_path}: {error}") from None
     options = arguments.options(args)
     if not (destination / JOURNAL).exists():  # before a download
         check_free(destination)
@@ -65,23 +70,23 @@ def _directory(
 ) -> dict[str, Any]:
     local = args.hf_path == "demo" or Path(args.hf_path).expanduser().exists()
     shown = not (args.quiet or args.json)
-    if options.packing is not None:
-        table = _calibrated(args, checkpoint, options, shown) if args.calibrate else None
-        stored = DTYPES[options.dtype or FLOATS[checkpoint.weight_dtype]]
-        recipe = arguments.recipe(args, table, 8 * stored.size)
-        options = replace(options, recipe=recipe)
+    if args.calibrate is not None:
+        table = _calibrated(args, checkpoint, options, shown)
+        options = replace(
+            options, recipe=partial(choose, "plan", budget=args.q_budget, table=table)
+        )
     with progress("", shown) as report:
         try:
             return convert(
                 checkpoint,
                 destination,
                 options,
-                source=checkpoint.path.name if local else args.hf_path,
+                source=checkpoint.path.resolve().name if local else args.hf_path,
                 revision=None if local else checkpoint.path.name,  # a snapshot's name is its commit
                 progress=report,
             )
         except KeyboardInterrupt:
-            if partial_of(destination).exists():
+            if not args.quiet and partial_of(destination).exists():
                 print("stopped: run the same command again to go on from here", file=sys.stderr)
             raise
 
@@ -91,6 +96,10 @@ def _calibrated(
 ) -> Sensitivity:
     from convert.calibrate import calibrate
 
+    if fold.predict(checkpoint).repeats:
+        raise ConfigError(
+            f"{checkpoint.path} repeats its layers: convert it folded, then calibrate"
+        )
     try:
         text = args.calibrate.expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -5,10 +5,8 @@ from functools import partial
 from pathlib import Path
 
 from convert.layout import DTYPES, LAYOUTS, Options
-from convert.recipe import RECIPES, choose
-from convert.sensitivity import Sensitivity
+from convert.recipe import MIXED, RECIPES, choose
 from mlx_cerebrum import cli, hub
-from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.plan import resolve
 from mlx_cerebrum.quantize import AFFINE_BITS, AFFINE_GROUPS, DEFAULTS, Packing
@@ -133,8 +131,16 @@ def options(args: argparse.Namespace) -> Options:
             raise ConfigError("--layout folded: GGUF has no repeated layers; drop it")
     if not args.quantize:
         _refuse(args, _NEEDS_Q, "only means something with -q")
-    elif args.calibrate is not None and args.q_recipe != "plan":
-        raise ConfigError("--calibrate is for --q-recipe plan")
+    recipe = args.q_recipe or "uniform"
+    for name in ("q_budget", "calibrate"):
+        if recipe != "plan":
+            _refuse(args, (name,), "is for --q-recipe plan")
+    if recipe in MIXED:
+        _refuse(args, ("q_bits",), f"can't be combined with {recipe}, which has its own")
+    if args.q_budget is not None:
+        _refuse(args, ("q_bits",), "can't be combined with --q-budget, which says how many")
+    if args.no_verify:
+        _refuse(args, ("allow_nonfinite",), "notes what --no-verify does not look for")
     mode = args.q_mode or "affine"
     bits, group_size = DEFAULTS[mode]
     packing = Packing(args.q_bits or bits, args.q_group_size or group_size, mode)
@@ -143,35 +149,13 @@ def options(args: argparse.Namespace) -> Options:
         layout=args.layout or "folded",
         dtype=args.dtype,
         packing=packing if args.quantize else None,
+        recipe=partial(choose, recipe, budget=args.q_budget),
         dequantize=args.dequantize,
         window=args.window,
         verify=not args.no_verify,
         allow_nonfinite=args.allow_nonfinite,
         shim=args.mlx_lm_shim,
     )
-
-
-def recipe(args: argparse.Namespace, table: Sensitivity | None, dense_bits: int) -> "_Recipe":
-    """--q-recipe with its budget, for `Options.recipe`."""
-    return partial(
-        _choose, args.q_recipe or "uniform", args.q_budget, table, args.layout, dense_bits
-    )
-
-
-_Recipe = partial[dict[str, Packing]]
-
-
-def _choose(
-    name: str,
-    budget: float | None,
-    table: Sensitivity | None,
-    layout: str | None,
-    dense_bits: int,
-    config: ModelConfig,
-    packing: Packing,
-) -> dict[str, Packing]:
-    unrolled = layout == "unrolled"
-    return choose(name, config, packing, budget, table, unrolled=unrolled, dense_bits=dense_bits)
 
 
 def _refuse(args: argparse.Namespace, names: tuple[str, ...], why: str) -> None:

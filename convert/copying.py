@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 from convert.destination import Partial, copy_file
 from convert.engine import Checks, Progress, run
@@ -22,6 +23,7 @@ def is_copy(source: Source, outputs: Sequence[Output]) -> bool:
     held = [name for path in source.paths for name in read_header(path)]
     return sorted(names) == sorted(held) and all(
         output.name == output.source
+        and all(spec.shape == checkpoint.shapes[spec.name] for spec in output.specs)
         and output.transform.keeps(
             (checkpoint.dtypes[spec.name] for spec in output.specs), output.scale
         )
@@ -58,16 +60,33 @@ class Copies:
             if target.exists() and partial.journal.entries.get(target.name) == "copied"
         }
 
+        stopped = Event()
+
+        def go_on(_: int) -> None:
+            if stopped.is_set():
+                raise InterruptedError
+
         def copy(paths: set[Path]) -> None:
             for path in sorted(paths):
-                copy_file(path, self.targets[path])
+                copy_file(path, self.targets[path], go_on)
                 partial.journal.add(self.targets[path].name, "copied")
 
         with ThreadPoolExecutor(1, "copy") as copier:
             copying = copier.submit(copy, set(self.targets) - kept)
-            run(source, [], None, checks, progress)
-            hashes = source.finish()
-            copying.result()
+
+            def watch(done: int, total: int, item: str = "") -> None:
+                if copying.done():
+                    copying.result()  # a full disk is told at once
+                if progress is not None:
+                    progress(done, total, item)
+
+            try:
+                run(source, [], None, checks, watch)
+                hashes = source.finish()
+                copying.result()
+            except BaseException:
+                stopped.set()
+                raise
         damaged = set()
         for path in kept:
             with HashedFile(self.targets[path]) as copied:

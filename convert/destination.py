@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from convert.integrity import ReadError
 from convert.outputs import Output
 from convert.source import Source
 from convert.writer import JOURNAL, Journal
@@ -30,19 +31,18 @@ _COPY = 64_000_000  # bytes the kernel is asked to copy at a time
 
 @dataclass(frozen=True)
 class Partial:
-    """A directory being filled; `resumed` where an earlier run had begun it."""
+    """A directory being filled, and the journal of what is in it."""
 
     path: Path
     journal: Journal
-    resumed: bool
 
 
-def fingerprint(source: Source, outputs: Sequence[Output]) -> str:
+def fingerprint(source: Source, outputs: Sequence[Output], *more: object) -> str:
     """What must be the same for a stopped conversion to go on: the source's files, everything
-    that is done to every tensor, and what computes it."""
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.paths]
-    said = [__version__, version("mlx"), str(mx.default_device()), *map(repr, stats)]
-    return hashlib.sha256("\n".join([*said, *map(repr, outputs)]).encode()).hexdigest()
+    that is done to every tensor, what computes it, and `more`."""
+    said = [__version__, version("mlx"), str(mx.default_device()), *more]
+    said += [*source.stats.values(), *outputs]
+    return hashlib.sha256("\n".join(map(repr, said)).encode()).hexdigest()
 
 
 def check_free(destination: Path) -> None:
@@ -51,6 +51,10 @@ def check_free(destination: Path) -> None:
         raise CheckpointError(f"{destination} exists already; name a new directory, or remove it")
     if not destination.absolute().parent.is_dir():
         raise CheckpointError(f"{destination.absolute().parent} does not exist; make it first")
+    try:
+        os.fsencode(destination.name).decode()
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{destination.name!r} is not a UTF-8 name; choose another") from None
 
 
 def partial_of(destination: Path) -> Path:
@@ -62,54 +66,70 @@ def partial_of(destination: Path) -> Path:
 def new_directory(destination: Path, identity: str, needed: int) -> Iterator[Partial]:
     """A directory to fill that becomes `destination` when all went well.
 
-    When the process is stopped or the disk is full it stays, to be resumed by a run with the
-    same fingerprint `identity`; after any other error it is removed. Raises CheckpointError when
-    `destination` exists, or `needed` bytes, less what is there, are not free.
+    When the process is stopped, the disk is full or a file can't be read it stays, to be resumed
+    by a run with the same fingerprint `identity`; an error that makes it worthless removes it.
+    Raises CheckpointError when `destination` exists, something else has the name it is put
+    together under, or `needed` bytes, less what is there, are not free.
     """
     partial = partial_of(destination)
-    if not partial.exists() and _is_finished(destination, identity):
+    if not partial.exists() and _begun(destination) == identity:
+        Journal(destination, identity).close()  # raises where that run is not over yet
         destination.rename(partial)  # killed between the last two steps: check it again
     check_free(destination)
-    there = [entry["fingerprint"] for entry in Journal.read(partial)[:1]]
-    if partial.exists() and there != [identity]:
-        _unlock_and_remove(partial)
-    _require_space(destination, partial, needed)
-    resumed = partial.exists()
-    partial.mkdir(exist_ok=True)
+    if partial.is_symlink() or (partial.exists() and _begun(partial) is None and _holds(partial)):
+        raise CheckpointError(f"{partial} is in the way and no conversion's; move it elsewhere")
+    try:
+        partial.mkdir(exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{partial} can't be made: {error.strerror}") from None
     journal = Journal(partial, identity)
     try:
-        yield Partial(partial, journal, resumed)
+        _clear(partial, shards=not journal.entries)
+        _require_space(destination, partial, needed)
+        yield Partial(partial, journal)
+        check_free(destination)
+        for file in partial.iterdir():
+            _sync(file)
         _sync(partial)
         partial.rename(destination)
         (destination / JOURNAL).unlink()
         _sync(destination.absolute().parent)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         free, missing = shutil.disk_usage(partial).free, max(0, needed - _size(partial))
         raise CheckpointError(
             f"the disk is full: {human(missing)} more are needed and {human(free)} are free; make"
             f" room and run the same command again to go on, or remove {partial}"
         ) from None
-    except KeyboardInterrupt:
-        if not _size(partial):
-            shutil.rmtree(partial, ignore_errors=True)
+    except ReadError:
         raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+    except Exception:
+        _clear(partial)
         raise
     finally:
+        if partial.exists() and not _size(partial):  # nothing to go on from
+            shutil.rmtree(partial, ignore_errors=True)
         journal.close()
 
 
-def _is_finished(destination: Path, identity: str) -> bool:
-    return Journal.read(destination)[:1] == [{"fingerprint": identity}]
+def _begun(directory: Path) -> str | None:
+    """The fingerprint of the conversion that `directory` is, or was, being written by."""
+    lines = Journal.read(directory)
+    return lines[0].get("fingerprint") if lines else None
 
 
-def _unlock_and_remove(partial: Path) -> None:
-    """Remove what another conversion left, unless that is still running."""
-    Journal(partial, "").close()  # raises where it is locked
-    shutil.rmtree(partial)
+def _holds(directory: Path) -> bool:
+    return not directory.is_dir() or any(f.name != JOURNAL for f in directory.iterdir())
+
+
+def _clear(directory: Path, shards: bool = True) -> None:
+    """Remove everything but the journal, whose lock is held, and but the shards if need be."""
+    for file in directory.iterdir():
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        elif file.name != JOURNAL and (shards or file.suffix != ".safetensors"):
+            file.unlink()
 
 
 def _require_space(destination: Path, partial: Path, needed: int) -> None:
@@ -126,9 +146,9 @@ def _size(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
-def _sync(directory: Path) -> None:
-    """Make the names in a directory survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a directory, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some file systems can't
             os.fsync(descriptor)

@@ -1,11 +1,10 @@
 """The pass over the weights: read, checked, transformed and written at the same time.
 
 The calling thread reads and writes; one thread hashes what comes, one what goes; a few
-transform. Only a handful of pieces of about 16 MB exist at any moment, so the peak of memory
+transform. Only a handful of pieces of about 4 MB exist at any moment, so the peak of memory
 does not depend on the model. Bytes reach the disk in one order, whatever finishes first.
 """
 
-import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -89,6 +88,7 @@ def run(
     that are not finite, or that a cast or scale makes infinite, unless allowed.
     """
     done = writer.done if writer is not None else 0
+    limits = {output.source: output.specs[0].shape[0] for output in outputs}
     due: dict[str, list[Output]] = {}
     for output in outputs[done:]:
         due.setdefault(output.source, []).append(output)
@@ -98,11 +98,10 @@ def run(
         try:
             for name in source.modules:
                 module = _Module(due[name]) if name in due else None
-                digest = hashlib.sha256() if name in checks.digests_of else None
+                digest = source.new_digest(name) if name in checks.digests_of else None
                 if module is None and not checks.finite and digest is None:
                     continue
-                limit = None if module is None else module.outputs[0].specs[0].shape[0]
-                for piece in source.pieces(name, limit):
+                for piece in source.pieces(name, limits.get(name)):
                     while len(waiting) > workers + 1:
                         waiting.popleft()()
                     if digest is not None:
@@ -113,7 +112,9 @@ def run(
                     read += sum(rows.data.nbytes for rows in piece.values())
                     del piece
                     if progress is not None:
-                        progress(min(read, source.nbytes), source.nbytes, name)
+                        progress(
+                            min(read, source.nbytes), source.nbytes, name.removeprefix("model.")
+                        )
                 if module is not None and writer is not None:
                     waiting.append(_finisher(module, writer))
                 if digest is not None:
@@ -156,19 +157,17 @@ def _transform(name: str, piece: Parts, module: _Module | None, checks: Checks) 
             if count := nonfinite(rows.data, rows.dtype):
                 found[f"{name}.{part}"] = count
         if found and not checks.allow_nonfinite:
-            tensor, count = next(iter(found.items()))
-            raise CheckpointError(
-                f"{tensor} has {count} values that are NaN or infinite; the source is damaged, or"
-                " add --allow-nonfinite"
-            )
+            raise _not_finite(*next(iter(found.items())))
     made: dict[float | None, Parts] = {}
     for output in [] if module is None else module.outputs:
         if output.scale not in made:
-            made[output.scale] = _made(output, piece, checks, bool(found))
+            made[output.scale] = _made(output, piece)
+            if not found and made[output.scale] is not piece:
+                found |= _overflowed(name, output, piece, made[output.scale], checks)
     return _Done(made, found)
 
 
-def _made(output: Output, piece: Parts, checks: Checks, was_nonfinite: bool) -> Parts:
+def _made(output: Output, piece: Parts) -> Parts:
     if output.transform.keeps((rows.dtype for rows in piece.values()), output.scale):
         made = piece
     else:
@@ -180,17 +179,37 @@ def _made(output: Output, piece: Parts, checks: Checks, was_nonfinite: bool) -> 
             arrays = output.transform.packed(arrays)
             mx.eval(arrays)
             made = {part: Rows.of(array) for part, array in arrays.items()}
-        if not checks.allow_nonfinite and not was_nonfinite:
-            for part, rows in made.items():
-                if nonfinite(rows.data, rows.dtype):
-                    raise CheckpointError(
-                        f"{output.name}.{part} has values too large for {FLOATS[rows.dtype]}"
-                        f"{'' if output.scale is None else f' once scaled by {output.scale:g}'};"
-                        " choose another --dtype, or add --allow-nonfinite"
-                    )
     for spec in output.specs:
         _check(spec, made)
     return made
+
+
+def _overflowed(
+    name: str, output: Output, piece: Parts, made: Parts, checks: Checks
+) -> dict[str, int]:
+    """What a cast or a scale made infinite, by tensor; refused unless that is allowed."""
+    found: dict[str, int] = {}
+    for part, rows in made.items():
+        if count := nonfinite(rows.data, rows.dtype):
+            found[f"{output.name}.{part}"] = count
+            if checks.allow_nonfinite:
+                continue
+            for stored_part, stored in piece.items():  # not looked at, without `finite`
+                if before := nonfinite(stored.data, stored.dtype):
+                    raise _not_finite(f"{name}.{stored_part}", before)
+            scaled = "" if output.scale is None else f" once scaled by {output.scale:g}"
+            raise CheckpointError(
+                f"{output.name}.{part} has values too large for {FLOATS[rows.dtype]}{scaled};"
+                " choose another --dtype, or add --allow-nonfinite"
+            )
+    return found
+
+
+def _not_finite(tensor: str, count: int) -> CheckpointError:
+    return CheckpointError(
+        f"{tensor} has {count} values that are NaN or infinite; the source is damaged, or add"
+        " --allow-nonfinite"
+    )
 
 
 def _check(spec: Spec, made: Parts) -> None:

@@ -29,7 +29,8 @@ class Folding:
     """Which stored layers are the same block.
 
     block_of: stored layer -> block, numbered as they first appear.
-    near: layers that share some matrices with an earlier layer -> it, and what differs.
+    near: layers that share some matrices with an earlier layer -> it, and what differs. Of a
+        prediction, only that they may.
     """
 
     block_of: tuple[int, ...]
@@ -40,8 +41,9 @@ class Folding:
         return len(set(self.block_of)) < len(self.block_of)
 
     def suspects(self) -> set[int]:
-        """The layers that are taken for the same as another."""
-        return {i for i, block in enumerate(self.block_of) if self.block_of.count(block) > 1}
+        """The layers that are taken for the same, or nearly the same, as another."""
+        same = {i for i, block in enumerate(self.block_of) if self.block_of.count(block) > 1}
+        return same | set(self.near) | {other for other, _ in self.near.values()}
 
 
 def none(config: ModelConfig) -> Folding:
@@ -64,7 +66,7 @@ def group(layers: int, digests: Digests, within: Folding | None = None) -> Foldi
     keys: list[tuple[object, ...]] = []
     block_of: list[int] = []
     blocks: dict[tuple[object, ...], int] = {}
-    near: dict[int, tuple[int, tuple[str, ...]]] = dict(within.near) if within else {}
+    near: dict[int, tuple[int, tuple[str, ...]]] = {}
     for layer in range(layers):
         names = [f"model.layers.{layer}.{kind}" for kind in KINDS]
         known = all(name in digests for name in names)
@@ -138,7 +140,8 @@ def notes(folding: Folding) -> list[str]:
 def _sample(checkpoint: Checkpoint, module: str) -> bytes:
     digest = hashlib.sha256()
     for part, extent in checkpoint.extents(module).items():
-        digest.update(f"{part} {checkpoint.shapes[f'{module}.{part}']} {extent.nbytes}".encode())
+        name = f"{module}.{part}"
+        digest.update(f"{part} {checkpoint.dtypes[name]} {checkpoint.shapes[name]}".encode())
         step = max(1, (extent.nbytes - _SAMPLE_BYTES) // (_SAMPLES - 1))
         try:
             with extent.path.open("rb", buffering=0) as file:

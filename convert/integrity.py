@@ -68,6 +68,10 @@ def expected_sha256(file: Path) -> str | None:
     return etag if unedited and _SHA256.fullmatch(etag) else None
 
 
+class ReadError(CheckpointError):
+    """A file could not be read just now; what was made of it so far is still good."""
+
+
 class HashedFile:
     """A file read in mostly ascending order, each byte hashed once, as it is first read.
 
@@ -149,7 +153,7 @@ class HashedFile:
                     raise self._truncated(offset + nbytes)
                 done += got
         except OSError as error:
-            raise CheckpointError(f"{self.path} can't be read: {error.strerror}") from None
+            raise ReadError(f"{self.path} can't be read: {error.strerror}") from None
         data.flags.writeable = False
         return data
 

@@ -7,18 +7,20 @@ from typing import Any
 from convert import fold, shim
 from convert.output_config import output_config
 from convert.outputs import Change, Output, folded, unrolled
+from convert.recipe import choose
 from mlx_cerebrum.checkpoint import FLOATS, Checkpoint, matrix_shapes
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.load import planned_config
 from mlx_cerebrum.plan import LayerPlan
 from mlx_cerebrum.quantize import Packing
+from mlx_cerebrum.safetensors_file import ITEM_BYTES
 
 LAYOUTS = ("folded", "unrolled")
 _CODES = {name: code for code, name in FLOATS.items()}
 DTYPES = tuple(_CODES)
 
-Recipe = Callable[[ModelConfig, Packing], dict[str, Packing]]  # by module path
+Recipe = Callable[..., dict[str, Packing]]  # convert.recipe.choose, its name and budget given
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,14 @@ class Layout:
 def lay_out(checkpoint: Checkpoint, options: Options, found: fold.Folding) -> Layout:
     """Decide every tensor of the output. Raises ConfigError or PlanError for what can't be."""
     plan, dtype = options.plan, options.dtype
+    if dtype not in (None, *DTYPES):
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     is_folded = options.layout == "folded"
     if options.dequantize and dtype is None and (is_folded or plan is None or plan.dtype is None):
         dtype = "float32"  # what the packed integers mean, exactly; norms with them
     quantized = checkpoint.config.quantization is not None and not options.dequantize
     follows = plan if dtype is None and not is_folded and not quantized else None
-    notes = fold.notes(found)
+    notes: list[str] = []
     if plan is not None and dtype is None and follows is None:
         planned, stored = plan.out_dtype or plan.dtype, FLOATS[checkpoint.weight_dtype]
         if planned not in (None, stored):
@@ -83,6 +87,10 @@ def lay_out(checkpoint: Checkpoint, options: Options, found: fold.Folding) -> La
         stated = checkpoint.raw_config.get("torch_dtype")  # mlx-lm casts to it before it packs
         first = stated if stated in DTYPES else None
     change = Change(options.dequantize, _CODES.get(first or ""), _CODES.get(last or ""))
+    if is_folded and plan is not None and plan.tokenizer_source:
+        tokens = checkpoint.tokenizer().vocab_size
+        if tokens < checkpoint.config.vocab_size:
+            notes.append("tokenizer_source cuts rows that have no token; folded keeps them")
     if is_folded:
         config = planned_config(checkpoint.config, plan, options.window)
         blocks = len(set(found.block_of))
@@ -97,7 +105,10 @@ def lay_out(checkpoint: Checkpoint, options: Options, found: fold.Folding) -> La
                 change = replace(change, vocabulary=tokens)
                 config = replace(config, vocab_size=tokens)
     if options.packing is not None:
-        change = replace(change, packings=_packings(checkpoint, config, options, found, notes))
+        written = last or first or FLOATS[checkpoint.weight_dtype]
+        bits = 8 * ITEM_BYTES[_CODES[written]]
+        packings = _packings(checkpoint, config, options, found, bits, notes)
+        change = replace(change, packings=packings)
     if is_folded:
         outputs = folded(checkpoint, found.block_of, change)
     else:
@@ -116,11 +127,16 @@ def _packings(
     config: ModelConfig,
     options: Options,
     found: fold.Folding,
+    dense_bits: int,
     notes: list[str],
 ) -> dict[str, Packing]:
-    """How each of the source's matrices is packed."""
+    """How each of the source's matrices is packed; scales have `dense_bits` bits."""
     assert options.packing is not None
-    chosen = (options.recipe or _uniform)(config, options.packing)
+    if options.recipe is None:
+        chosen = choose("uniform", config, options.packing)
+    else:
+        unrolled = options.layout == "unrolled"
+        chosen = options.recipe(config, options.packing, unrolled=unrolled, dense_bits=dense_bits)
     matrices = matrix_shapes(config)
     if not chosen:
         raise ConfigError(f"no matrix of {checkpoint.path} divides into {options.packing}")
@@ -135,8 +151,3 @@ def _packings(
         if name in chosen:
             found_in[module] = chosen[name]
     return found_in
-
-
-def _uniform(config: ModelConfig, packing: Packing) -> dict[str, Packing]:
-    fits = {name for name, (_, columns) in matrix_shapes(config).items() if packing.fits(columns)}
-    return dict.fromkeys(fits, packing)

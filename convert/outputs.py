@@ -172,7 +172,8 @@ def _output(
             f"{checkpoint.path}: {source} is quantized and can't be scaled; add --dequantize"
         )
     if transform.unpack is not None:
-        stored = {"weight": ("F32", matrix_shapes(checkpoint.config)[source])}
+        tables = {"lm_head": matrix_shapes(checkpoint.config)["model.embed_tokens"]}
+        stored = {"weight": ("F32", (tables | matrix_shapes(checkpoint.config))[source])}
     if change.vocabulary is not None and source in ("model.embed_tokens", "lm_head"):
         rows = change.vocabulary
         stored = {part: (dtype, (rows, *shape[1:])) for part, (dtype, shape) in stored.items()}

@@ -95,10 +95,10 @@ def _attempt(
         Source(checkpoint, options.verify, hasher) as source,
     ):
         outputs = in_order(source, layout.outputs)
-        identity = fingerprint(source, outputs)
+        ours = options.layout == "folded" or any(output.packing for output in outputs)
+        form = {"format": "mlx" if ours else "pt"}  # pt: as mergekit writes it
+        identity = fingerprint(source, outputs, form, options.allow_nonfinite)
         with new_directory(destination, identity, layout.nbytes) as partial:
-            ours = options.layout == "folded" or any(output.packing for output in outputs)
-            form = {"format": "mlx" if ours else "pt"}  # pt: as mergekit writes it
             if is_copy(source, outputs):
                 copies = Copies(source, partial.path)
                 read = copies.write(source, partial, checks, progress)
@@ -113,7 +113,8 @@ def _attempt(
             exact = fold.group(len(found.block_of), checks.digests, found)
             if exact.block_of != found.block_of:
                 raise _RefoldError(exact)
-            notes = layout.notes + [
+            notes = fold.notes(exact) + layout.notes
+            notes += [
                 f"{name} has {count} values that are NaN or infinite"
                 for name, count in checks.nonfinite.items()
             ]

@@ -16,6 +16,7 @@ What carries a table over to another model:
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -151,7 +152,9 @@ class Sensitivity:
         }
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(self.as_dict(), indent=1)
+        rows = re.sub(r"\[[^][]*\]", lambda row: re.sub(r"\s+", " ", row[0]), text)
+        path.write_text(rows + "\n", encoding="utf-8")
 
 
 def _parse(module: str) -> tuple[int, str]:

@@ -1,5 +1,6 @@
 """A checkpoint read once, in the order it lies on disk, a few megabytes at a time."""
 
+import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class Source:
         self.modules = sorted(names, key=lambda name: (at[name].path, at[name].offset))
         self.paths = sorted({e.path for n in names for e in checkpoint.extents(n).values()})
         self.nbytes = sum(e.nbytes for n in names for e in checkpoint.extents(n).values())
+        self.stats = {path: _stat(path) for path in self.paths}
         self._verify, self._hasher = verify, hasher
         self._stored_as_is = isinstance(checkpoint, SafetensorsCheckpoint)
         self._files: dict[Path, HashedFile] = {}
@@ -110,6 +112,8 @@ class Source:
         hashes: dict[str, str] = {}
         for path in self.paths:
             found = self.open(path).finish()
+            if _stat(path) != self.stats[path]:
+                raise CheckpointError(f"{path} changed while it was read; start again")
             if found is None:
                 continue
             hashes[path.name] = found
@@ -124,9 +128,31 @@ class Source:
                     )
         return hashes
 
+    def new_digest(self, module: str) -> "hashlib._Hash":
+        """A hash that the bytes of a module can go into: begun with what the bytes mean."""
+        names = (f"{module}.{part}" for part in ("weight", "scales", "biases"))
+        meant = [
+            (self.checkpoint.dtypes[n], self.checkpoint.shapes[n]) for n in names if self._has(n)
+        ]
+        return hashlib.sha256(repr(meant).encode())
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
             file.close()
+
+
+def _stat(path: Path) -> tuple[str, int, int, int, int, int]:
+    """What tells that a file is another one, or was written to since: the change time can't be
+    set back."""
+    found = path.stat()
+    return (
+        str(path.resolve()),
+        found.st_dev,
+        found.st_ino,
+        found.st_size,
+        found.st_mtime_ns,
+        found.st_ctime_ns,
+    )

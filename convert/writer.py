@@ -23,48 +23,54 @@ from mlx_cerebrum.errors import CheckpointError
 MAX_SHARD_BYTES = 5_000_000_000  # the hub's and mergekit's default
 JOURNAL = ".conversion"
 _QUEUED = 4  # pieces that may wait to be hashed
+_FLUSH = 100_000_000  # bytes after which the disk is set to work, so that little is left at the end
 
 
 class Journal:
-    """Lines of `{"key": ..., "sha256": ...}` under a first one with the conversion's fingerprint.
+    """Lines of `{"key": ..., "sha256": ...}` under one with the conversion's fingerprint.
 
-    Only whole lines of the same fingerprint count. The file is locked while it is open.
+    `entries` are those of this fingerprint. The file is locked while it is open; raises
+    CheckpointError where another process has it.
     """
 
     def __init__(self, directory: Path, fingerprint: str) -> None:
         self._file = (directory / JOURNAL).open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            held, named = os.fstat(self._file.fileno()), (directory / JOURNAL).stat()
+            if (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino):
+                raise BlockingIOError  # what was locked has been removed or renamed meanwhile
+        except (BlockingIOError, FileNotFoundError):
             self._file.close()
             raise CheckpointError(
                 f"{directory} is being written by another conversion; wait for it or stop it"
             ) from None
+        if self._file.tell() and not self._ends_whole():
+            self._write(b"\n")  # a line cut short must not swallow the next
         entries = self.read(directory)
-        self.entries: dict[str, str] = {}
-        if entries and entries[0] == {"fingerprint": fingerprint}:
-            self.entries = {entry["key"]: entry["sha256"] for entry in entries[1:]}
-        if not self.entries:
-            self._file.truncate(0)
+        if not entries or entries[0] != {"fingerprint": fingerprint}:
+            # Appended, not written over: at any moment the file says whose directory this is.
             self._append({"fingerprint": fingerprint})
-        elif not self._ends_whole():  # a line cut short must not swallow the next
-            self._file.write(b"\n")
-            self._file.flush()
+            entries = []
+        self.entries = {entry["key"]: entry["sha256"] for entry in entries[1:]}
 
     @staticmethod
     def read(directory: Path) -> list[dict[str, str]]:
-        """The lines of a directory's journal that are whole; none where there is no journal."""
+        """The last fingerprint of a directory's journal and what follows it, whole lines only;
+        empty where there is no journal."""
         try:
             lines = (directory / JOURNAL).read_bytes().split(b"\n")
         except OSError:
             return []
-        entries = []
+        entries: list[dict[str, str]] = []
         for line in lines:
             try:
                 entry = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(entry, dict) and (entry.keys() in ({"fingerprint"}, {"key", "sha256"})):
+            if isinstance(entry, dict) and entry.keys() == {"fingerprint"}:
+                entries = [entry]
+            elif isinstance(entry, dict) and entry.keys() == {"key", "sha256"} and entries:
                 entries.append(entry)
         return entries
 
@@ -75,7 +81,10 @@ class Journal:
         self._file.close()
 
     def _append(self, entry: dict[str, str]) -> None:
-        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._write(json.dumps(entry).encode() + b"\n")
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
         self._file.flush()
 
     def _ends_whole(self) -> bool:
@@ -109,6 +118,9 @@ class Writer:
         self._digest = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1, "hash-output")
         self._waiting: deque[Future[None]] = deque()
+        self._flusher = ThreadPoolExecutor(1, "flush-output")
+        self._flushing: Future[None] | None = None
+        self._unflushed = 0
         self._file: Any = None
 
     @property
@@ -179,6 +191,7 @@ class Writer:
 
     def close(self) -> None:
         self._hasher.shutdown(cancel_futures=True)
+        self._flusher.shutdown(cancel_futures=True)
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -199,6 +212,9 @@ class Writer:
         while self._waiting:
             self._waiting.popleft().result()
         self.hashes[self.names[self._shard]] = self._digest.hexdigest()
+        if self._flushing is not None:
+            self._flushing.result()
+            self._flushing = None
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
@@ -209,6 +225,12 @@ class Writer:
         while written < len(data):  # a raw write may take less than it was given
             written += self._file.write(data[written:])
         self._queue(lambda: self._digest.update(data))
+        self._unflushed += written
+        if self._unflushed > _FLUSH and (self._flushing is None or self._flushing.done()):
+            if self._flushing is not None:
+                self._flushing.result()
+            self._flushing = self._flusher.submit(os.fsync, self._file.fileno())
+            self._unflushed = 0
 
     def _queue(self, work: Callable[[], None]) -> None:
         """Hashing goes on beside, in order; an error of it surfaces here."""

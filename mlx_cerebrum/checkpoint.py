@@ -119,6 +119,11 @@ class Checkpoint(ABC):
                 expected |= {f"{module}.{name}": shape for name, shape in shapes.items()}
             else:
                 expected[f"{module}.weight"] = (rows, columns)
+        for module in self.spare:  # a head like the one that is used
+            rows, columns = self.config.vocab_size, self.config.hidden_size
+            packing = self.packing(module)
+            table = packing.shapes(rows, columns) if packing else {"weight": (rows, columns)}
+            expected |= {f"{module}.{part}": shape for part, shape in table.items()}
         expected |= dict.fromkeys(norm_names(self.config), (self.config.hidden_size,))
 
         def refuse(problem: str, names: list[str]) -> None:
@@ -127,11 +132,7 @@ class Checkpoint(ABC):
                 raise CheckpointError(f"{self.path}: {problem}: {', '.join(names[:3])}{more}")
 
         refuse("tensors missing", [name for name in expected if name not in self.shapes])
-        places = (name.rpartition(".")[0] for name in self.shapes)
-        found = [
-            n for n, module in zip(self.shapes, places, strict=True) if module not in self.spare
-        ]
-        refuse("tensors the model has no place for", [n for n in found if n not in expected])
+        refuse("tensors the model has no place for", [n for n in self.shapes if n not in expected])
         wrong = [
             f"{name} is {list(self.shapes[name])}, not {list(shape)}"
             for name, shape in expected.items()

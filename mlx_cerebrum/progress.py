@@ -37,6 +37,8 @@ def progress(what: str, show: bool, unit: str = "bytes") -> Iterator[Report | No
         task = bar.add_task(what)
 
         def report(done: int, total: int, item: str = "") -> None:
-            bar.update(task, completed=done, total=total, description=f"{what} {item}".strip())
+            # Names of one width, or the bar would jump.
+            text = f"{what} {item:<33}".lstrip() if item else what
+            bar.update(task, completed=done, total=total, description=text)
 
         yield report

@@ -143,6 +143,33 @@ def test_one_bit_keeps_layers_apart(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert 0 < unseen < 3
 
 
+def test_the_same_bytes_of_another_dtype_are_another_layer(tmp_path: Path) -> None:
+    config = tiny_config(**(SMALL | {"num_hidden_layers": 2}))
+    weights = tiny_weights(config, seed=3)
+    arrays = {name: mx.array(value).astype(mx.float16) for name, value in weights.items()}
+    for kind in fold.KINDS:
+        first = arrays[f"model.layers.0.{kind}.weight"]
+        arrays[f"model.layers.1.{kind}.weight"] = first.view(mx.bfloat16)
+    source = write_checkpoint(tmp_path / "s", config, weights)
+    mx.save_safetensors(str(source / "model.safetensors"), arrays, {"format": "pt"})
+    assert not fold.predict(open_checkpoint(source)).repeats
+
+
+def test_every_difference_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also those that no sample shows."""
+    kinds = ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+    def flip(weights: Weights) -> None:
+        weights["model.layers.5.input_layernorm.weight"][0] += 1
+        for kind in kinds:
+            weights[f"model.layers.5.{kind}.weight"].reshape(-1).view(np.uint32)[3571] ^= 1
+
+    source = merged(tmp_path / "m", MAP, flip)
+    assert main(["--hf-path", str(source), "--mlx-path", str(tmp_path / "f")]) == 0
+    differing = ", ".join(("input_layernorm", *kinds))
+    assert f"layer 5 is layer 3 but for {differing}\n" in capsys.readouterr().err
+
+
 def test_a_scaled_merge_is_not_folded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def scale(weights: Weights) -> None:
         for layer in (4, 5, 8, 9):

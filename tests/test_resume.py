@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from typing import Any
 
 import pytest
 from conftest import MakeCheckpoint
+from safetensors.numpy import load_file, save_file
 
 from convert import copying, destination, writer
 from convert.__main__ import main
-from convert.integrity import Bytes
+from convert.integrity import Bytes, ReadError
 from convert.verify import verify
 from convert.writer import JOURNAL, Writer
 
@@ -202,7 +204,8 @@ def test_two_at_once_are_refused(
     partial = tmp_path / ".x.partial"
     partial.mkdir()
     (partial / "mine").write_text("keep")
-    with (partial / JOURNAL).open("wb") as journal:
+    (partial / JOURNAL).write_text('{"fingerprint": "other"}\n')
+    with (partial / JOURNAL).open("ab") as journal:
         fcntl.flock(journal, fcntl.LOCK_EX)
         code = main(["--hf-path", str(checkpoint()), "--mlx-path", str(tmp_path / "x")])
     assert code == 2
@@ -210,14 +213,115 @@ def test_two_at_once_are_refused(
     assert (partial / "mine").read_text() == "keep"
 
 
-def test_leftovers_of_another_tool_version_are_replaced(
+def test_leftovers_of_another_conversion_are_replaced(
     checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    (tmp_path / ".x.partial").mkdir()
-    (tmp_path / ".x.partial" / "model-00009-of-00009.safetensors").write_text("stale")
+    partial = tmp_path / ".x.partial"
+    partial.mkdir()
+    (partial / "model-00009-of-00009.safetensors").write_text("stale")
+    (partial / JOURNAL).write_text('{"fingerprint": "other"}\n{"key": "lm_head", "sha256": "0"}\n')
     argv = ["--hf-path", str(checkpoint()), "--mlx-path", str(tmp_path / "x"), "--quiet"]
     assert main(argv) == 0
     assert not list((tmp_path / "x").glob("*00009*"))
+
+
+def test_what_is_not_ours_is_left_alone(
+    checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(checkpoint())
+    thesis = tmp_path / ".x.partial" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("precious")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / ".y.partial").symlink_to(tmp_path / "folder")
+    shutil.copytree(source, tmp_path / ".z.partial")
+    for name, flags in (("x", []), ("y", []), ("z", ["--hf-path", str(tmp_path / ".z.partial")])):
+        argv = ["--hf-path", source, "--mlx-path", str(tmp_path / name), *flags]
+        assert main(argv) == 2
+        assert "in the way" in capsys.readouterr().err
+    assert thesis.read_text() == "precious"
+    assert there(tmp_path / "folder") == []
+    assert there(tmp_path / ".z.partial") == there(Path(source))
+
+
+def test_a_source_of_the_same_size_and_time_is_another(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = checkpoint("one"), checkpoint("other", rms_norm_eps=1e-6)
+    (other / "model.safetensors").write_bytes(
+        (one / "model.safetensors").read_bytes()[:-64] + bytes(64)
+    )
+    for path in (one, other):
+        os.utime(path / "model.safetensors", ns=(10**18, 10**18))
+    target = ["--mlx-path", str(tmp_path / "x"), "--dtype", "float16", "--quiet"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 50, KeyboardInterrupt())
+        assert main(["--hf-path", str(one), *target]) == 130
+    assert main(["--hf-path", str(other), *target]) == 0
+    target[1] = str(tmp_path / "y")
+    assert main(["--hf-path", str(other), *target]) == 0
+    for file in (tmp_path / "y").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "x" / file.name).read_bytes()
+
+
+def test_a_source_that_changes_meanwhile_is_refused(
+    checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = checkpoint(shards=3)
+    last = sorted(source.glob("*.safetensors"))[-1]
+    start = Writer._start
+
+    def overwriting(self: Writer) -> None:
+        data = last.read_bytes()
+        last.write_bytes(data[:-4] + bytes(4))
+        start(self)
+
+    monkeypatch.setattr(Writer, "_start", overwriting)
+    argv = ["--hf-path", str(source), "--mlx-path", str(tmp_path / "x"), "--dtype", "float16"]
+    assert main(argv) == 2
+    assert "changed while it was read" in capsys.readouterr().err
+    assert there(tmp_path) == ["source"]
+
+
+def test_a_read_error_keeps_what_there_is(
+    checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["--hf-path", str(checkpoint()), "--mlx-path", str(tmp_path / "x"), "--dtype", "float16"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 50, ReadError("disk: Input/output error"))
+        assert main(argv) == 2
+    assert there(tmp_path) == [".x.partial", "source"]
+    capsys.readouterr()
+    assert main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["resumed_modules"] > 40
+
+
+def test_allowing_nonfinite_is_not_forgotten_by_a_resume(
+    checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = checkpoint()
+    weights = load_file(source / "model.safetensors")
+    name = "lm_head.weight"  # the first that is written
+    weights[name][0, 0] = 1e30
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    argv = ["--hf-path", str(source), "--mlx-path", str(tmp_path / "x"), "--dtype", "float16"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 50, KeyboardInterrupt())
+        assert main([*argv, "--allow-nonfinite"]) == 130
+    capsys.readouterr()
+    assert main(argv) == 2
+    assert f"{name} has values too large for float16" in capsys.readouterr().err
+    assert main([*argv, "--allow-nonfinite", "--json"]) == 0
+    assert f"{name} has 1 values that are NaN" in json.loads(capsys.readouterr().out)["notes"][0]
 
 
 @pytest.mark.parametrize("dtype", [[], ["--dtype", "float16"]], ids=["copied", "cast"])
@@ -278,9 +382,9 @@ def test_copies_of_an_earlier_run_are_checked(
     first.write_bytes(data)
     copied.clear()
 
-    def counting(path: Path, target: Path) -> None:
+    def counting(path: Path, target: Path, *rest: Any) -> None:
         copied.append(path.name)
-        copy(path, target)
+        copy(path, target, *rest)
 
     monkeypatch.setattr(copying, "copy_file", counting)
     assert main(argv) == 0
