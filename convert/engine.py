@@ -23,6 +23,8 @@ from mlx_cerebrum.checkpoint import FLOATS
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.memory import on_gpu
 
+_AHEAD = 6  # pieces read while as many as there are workers are being transformed
+
 Progress = Callable[[int, int, str], None]  # bytes done, of all, what is being done
 Parts = dict[str, Rows]
 
@@ -102,7 +104,7 @@ def run(
                 if module is None and not checks.finite and digest is None:
                     continue
                 for piece in source.pieces(name, limits.get(name)):
-                    while len(waiting) > workers + 1:
+                    while len(waiting) > workers + _AHEAD:
                         waiting.popleft()()
                     if digest is not None:
                         for rows in piece.values():
@@ -227,8 +229,9 @@ _local = local()
 
 @contextmanager
 def _workers() -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """Threads that compute, each with its own stream. A GPU keeps one thread busy enough."""
-    count = 1 if on_gpu() else min(4, os.cpu_count() or 1)
+    """Threads that compute, each with its own stream: on the CPU one more than it has cores, for
+    some are always waiting or copying (measured); a GPU is kept busy by one."""
+    count = 1 if on_gpu() else min(4, os.cpu_count() or 1) + 1
 
     def start() -> None:
         _local.cpu = mx.new_stream(mx.cpu)
