@@ -96,6 +96,8 @@ def _calibrated(
 ) -> Sensitivity:
     from convert.calibrate import calibrate
 
+    if args.calibrate.suffix == ".json":  # what `python -m convert.calibrate --out` wrote
+        return Sensitivity.load(args.calibrate.expanduser())
     if fold.predict(checkpoint).repeats:
         raise ConfigError(
             f"{checkpoint.path} repeats its layers: convert it folded, then calibrate"

@@ -100,9 +100,9 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--calibrate",
         type=Path,
-        metavar="TEXTFILE",
-        help="measure this model's sensitivities on a text, with the whole model in memory"
-        " (default: the table of a small model)",
+        metavar="TEXTFILE|TABLE.json",
+        help="measure this model's sensitivities on a text, with the whole model in memory, or"
+        " take a table measured before (default: the table of a small model)",
     )
 
 

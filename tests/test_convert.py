@@ -15,6 +15,7 @@ from convert import writer
 from convert.__main__ import main
 from convert.layout import Options
 from convert.pipeline import convert
+from convert.sensitivity import Sensitivity
 from mlx_cerebrum import load
 from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.decode import generate_step
@@ -248,6 +249,18 @@ def test_defaults_of_the_sources_model_type_are_written_out(
     assert run("--hf-path", source, "--mlx-path", out, "--plan", plan_file()) == 0
     ids = mx.array([PROMPT])
     assert mx.array_equal(load(out)[0](ids), load(source, plan=str(tmp_path / "plan.yml"))[0](ids))
+
+
+def test_a_table_measured_before_is_taken(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    Sensitivity.shipped().save(tmp_path / "table.json")
+    common = ["--hf-path", checkpoint(), "-q", "--q-group-size", 32, "--q-recipe", "plan"]
+    assert run(*common, "--mlx-path", tmp_path / "a") == 0
+    table = ["--calibrate", tmp_path / "table.json"]
+    assert run(*common, "--mlx-path", tmp_path / "b", *table) == 0
+    ours, expected = config_of(tmp_path / "b"), config_of(tmp_path / "a")
+    assert ours["quantization"] == expected["quantization"]
+    assert len({q["bits"] for q in ours["quantization"].values() if isinstance(q, dict)}) > 1
+    assert run(*common, "--mlx-path", tmp_path / "c", "--calibrate", tmp_path / "no.json") == 2
 
 
 def test_not_into_the_source(checkpoint: MakeCheckpoint) -> None:
