@@ -79,18 +79,6 @@ def bits_per_weight(
     return size.bits(packings) / size.parameters
 
 
-def bits_by_kind(config: ModelConfig, packings: Mapping[str, Packing]) -> dict[str, str]:
-    """For a report: each kind of matrix, and its bits block by block as digits (`-`: dense).
-
-    `{"lm_head": "6", "self_attn.q_proj": "5544...", ...}`
-    """
-    rows: dict[str, str] = {}
-    for name in matrix_shapes(config):
-        kind = name.split(".", 3)[3] if name.startswith("model.layers.") else name
-        rows[kind] = rows.get(kind, "") + (str(packings[name].bits) if name in packings else "-")
-    return rows
-
-
 def _favoured(name: str, blocks: int) -> bool:
     """Whether mlx-lm's mixtures give a matrix their higher bits (its convert.py, after llama.cpp).
 

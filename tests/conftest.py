@@ -22,6 +22,22 @@ def parameters(model: Model) -> dict[str, mx.array]:
     return dict(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
 
 
+def config_of(path: Path) -> dict[str, Any]:
+    """A directory's config.json."""
+    raw: dict[str, Any] = json.loads((path / "config.json").read_text())
+    return raw
+
+
+def tensors(path: Path) -> dict[str, mx.array]:
+    """Every tensor of a directory's safetensors files."""
+    found: dict[str, mx.array] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        loaded = mx.load(str(file))
+        assert isinstance(loaded, dict)
+        found |= loaded
+    return found
+
+
 MakeCheckpoint = Callable[..., Path]
 INTERLEAVED_8 = "0-4,2-6,4-8"  # 12 positions over 8 blocks
 SMALL = {"num_hidden_layers": 8, "vocab_size": 260}

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import MakeCheckpoint, parameters
+from conftest import MakeCheckpoint, config_of, parameters, tensors
 from safetensors.numpy import load_file
 
 from convert import writer
@@ -34,20 +34,6 @@ def run(*args: Any) -> int:
 def tokens(path: Path, count: int = 40, **options: Any) -> list[int]:
     model, _ = load(path, **options)
     return list(generate_step(PROMPT, model, max_tokens=count))
-
-
-def tensors(path: Path) -> dict[str, mx.array]:
-    found: dict[str, mx.array] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        loaded = mx.load(str(file))
-        assert isinstance(loaded, dict)
-        found |= loaded
-    return found
-
-
-def config_of(path: Path) -> dict[str, Any]:
-    raw: dict[str, Any] = json.loads((path / "config.json").read_text())
-    return raw
 
 
 @pytest.mark.parametrize("quantize", [[], ["-q", "--q-bits", "4", "--q-group-size", "32"]])

@@ -1,14 +1,12 @@
 """Folding what is merged already: identical layers once, near-identical ones never."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import SMALL, MakeCheckpoint, write_checkpoint
+from conftest import SMALL, MakeCheckpoint, config_of, tensors, write_checkpoint
 from tiny import Weights, tiny_config, tiny_weights
 
 from convert import fold
@@ -19,20 +17,6 @@ from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.plan import LayerPlan
 
 MAP = (0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7)
-
-
-def config_of(path: Path) -> dict[str, Any]:
-    raw: dict[str, Any] = json.loads((path / "config.json").read_text())
-    return raw
-
-
-def tensors(path: Path) -> dict[str, mx.array]:
-    found: dict[str, mx.array] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        loaded = mx.load(str(file))
-        assert isinstance(loaded, dict)
-        found |= loaded
-    return found
 
 
 def merged(path: Path, layer_map: tuple[int, ...], change: Callable[[Weights], None]) -> Path:

@@ -18,7 +18,7 @@ from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.utils import compute_bits_per_weight
 from tiny import tiny_config
 
-from convert.recipe import MIXED, RECIPES, bits_by_kind, bits_per_weight, choose
+from convert.recipe import MIXED, RECIPES, bits_per_weight, choose
 from convert.sensitivity import EMBEDDING, HEAD, KINDS, Sensitivity, module_of
 from mlx_cerebrum.checkpoint import matrix_shapes
 from mlx_cerebrum.config import ModelConfig
@@ -196,10 +196,14 @@ def test_unrolled_the_budget_counts_copies() -> None:
 
 
 def test_the_report_shows_every_block() -> None:
-    rows = bits_by_kind(config(8), choose("mixed_4_6", config(8), BASE))
-    assert rows["lm_head"] == "6"
-    assert rows["self_attn.q_proj"] == "44444444"
-    assert rows["mlp.down_proj"] == "64464466"  # [0], then every third from 3 on, then [7]
+    chosen = choose("mixed_4_6", config(8), BASE)
+
+    def row(kind: str) -> str:
+        return "".join(str(chosen[f"model.layers.{i}.{kind}"].bits) for i in range(8))
+
+    assert chosen["lm_head"].bits == 6
+    assert row("self_attn.q_proj") == "44444444"
+    assert row("mlp.down_proj") == "64464466"  # [0], then every third from 3 on, then [7]
 
 
 @pytest.mark.parametrize(
