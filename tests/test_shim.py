@@ -287,21 +287,27 @@ def test_mlx_lm_asks_for_trust_first(folded: Folded) -> None:
         mlx_lm_load(folded())
 
 
-def test_the_config_says_what_mlx_lm_would_guess(folded: Folded) -> None:
-    raw = read_json(folded() / "config.json")
-    # Keys that may be absent, as our reader takes them and as mlx-lm does not.
+def test_the_config_says_what_mlx_lm_would_guess(
+    checkpoint: MakeCheckpoint, plan_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Keys that may be absent, as our reader takes them and as mlx-lm does not."""
+    source = checkpoint(num_attention_heads=16, num_key_value_heads=8, head_dim=4)
+    raw = read_json(source / "config.json")
     for key in ("rms_norm_eps", "rope_theta", "sliding_window", "tie_word_embeddings", "head_dim"):
         del raw[key]
-    del raw["model_file"]
+    del raw["num_key_value_heads"]
     raw["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
-    filled = shim.with_shim(raw)
-    assert filled["model_file"] == shim.NAME
-    assert filled["rms_norm_eps"] == 1e-6
-    assert filled["rope_theta"] == 5000.0
-    assert filled["sliding_window"] is None
-    assert filled["tie_word_embeddings"] is False
-    assert filled["head_dim"] == 16
-    assert "model_file" not in raw
+    (source / "config.json").write_text(json.dumps(raw))
+    plan = resolve(str(plan_file()))
+    convert(open_checkpoint(source), tmp_path / "f", Options(plan=plan, shim=True))
+    written = read_json(tmp_path / "f" / "config.json")
+    assert written["model_file"] == shim.NAME
+    assert written["rms_norm_eps"] == 1e-6
+    assert written["rope_theta"] == 5000.0
+    assert written["sliding_window"] == 4096
+    assert written["tie_word_embeddings"] is False
+    assert written["head_dim"] == 4
+    assert written["num_key_value_heads"] == 8
 
 
 def test_a_plain_directory_needs_no_shim(checkpoint: MakeCheckpoint) -> None:
