@@ -31,10 +31,12 @@ _COPY = 64_000_000  # bytes the kernel is asked to copy at a time
 
 @dataclass(frozen=True)
 class Partial:
-    """A directory being filled, and the journal of what is in it."""
+    """A directory being filled, the journal of what is in it, and how many bytes of another
+    conversion it took the place of."""
 
     path: Path
     journal: Journal
+    replaced: int
 
 
 def fingerprint(source: Source, outputs: Sequence[Output], *more: object) -> str:
@@ -82,11 +84,12 @@ def new_directory(destination: Path, identity: str, needed: int) -> Iterator[Par
         partial.mkdir(exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{partial} can't be made: {error.strerror}") from None
+    replaced = _size(partial) if _begun(partial) != identity else 0
     journal = Journal(partial, identity)
     try:
         _clear(partial, shards=not journal.entries)
         _require_space(destination, partial, needed)
-        yield Partial(partial, journal)
+        yield Partial(partial, journal, replaced)
         check_free(destination)
         for file in partial.iterdir():
             _sync(file)

@@ -18,7 +18,7 @@ from mlx_cerebrum import __version__
 from mlx_cerebrum.checkpoint import INDEX, Checkpoint, open_checkpoint
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.load import load_tokenizer
-from mlx_cerebrum.memory import kv_bytes
+from mlx_cerebrum.memory import human, kv_bytes
 
 
 class _RefoldError(Exception):
@@ -142,6 +142,9 @@ def _attempt(
                 shim.write(partial.path)
             write_json(partial.path / "config.json", raw)
             open_checkpoint(partial.path)  # what was written reads back: names, shapes, sizes
+    if partial.replaced:
+        done = human(partial.replaced)
+        notes = [*notes, f"{done} of a stopped conversion, of something else, were given up"]
     return _summary(layout, options, hashes, notes, resumed)
 
 

@@ -214,14 +214,15 @@ def test_two_at_once_are_refused(
 
 
 def test_leftovers_of_another_conversion_are_replaced(
-    checkpoint: MakeCheckpoint, tmp_path: Path
+    checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     partial = tmp_path / ".x.partial"
     partial.mkdir()
     (partial / "model-00009-of-00009.safetensors").write_text("stale")
     (partial / JOURNAL).write_text('{"fingerprint": "other"}\n{"key": "lm_head", "sha256": "0"}\n')
-    argv = ["--hf-path", str(checkpoint()), "--mlx-path", str(tmp_path / "x"), "--quiet"]
+    argv = ["--hf-path", str(checkpoint()), "--mlx-path", str(tmp_path / "x")]
     assert main(argv) == 0
+    assert "of a stopped conversion, of something else, were given up" in capsys.readouterr().err
     assert not list((tmp_path / "x").glob("*00009*"))
 
 
