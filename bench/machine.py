@@ -8,6 +8,7 @@ every MLX engine up alike, and what is compared is then the engines' own work.
 import ctypes
 import os
 import platform
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -68,11 +69,11 @@ def card() -> dict[str, Any]:
     """What a reader must know to judge or repeat a figure."""
     return {
         "os": platform.platform(terse=True),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "backend": backend(),
-        "device": _device(),
+        "device": chip() if backend() != "cpu" else "cpu",
         "blas": blas(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
@@ -93,14 +94,20 @@ def version(package: str) -> str | None:
         return None
 
 
-def _device() -> str:
-    return str(mx.device_info().get("device_name", "")) if backend() != "cpu" else "cpu"
+def chip() -> str:
+    """The name of what MLX computes on, as its maker has it, such as Apple M2 Pro."""
+    return processor() if backend() == "cpu" else str(mx.device_info().get("device_name", ""))
 
 
-def _processor() -> str:
+def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
+    if sys.platform == "darwin":
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        if found:
+            return found
     return platform.processor() or platform.machine()

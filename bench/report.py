@@ -7,6 +7,8 @@ for the rounds, the lowest and highest show how far to trust it.
 
 import argparse
 import json
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,15 +46,26 @@ def ratio(ours: Sequence[float], peers: Sequence[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(ours, peers, strict=True)])
 
 
-def rounds(sides: Mapping[str, Callable[[], T]], count: int) -> dict[str, list[T]]:
+def rounds(
+    sides: Mapping[str, Callable[[], T]],
+    count: int,
+    *,
+    seconds: float = math.inf,
+    warm: bool = True,
+) -> dict[str, list[T]]:
     """Run every side once to warm up, then `count` times in turns.
 
-    Every second round goes backwards, so that no side always follows the same other.
+    Every second round goes backwards, so that no side always follows the same other. No round
+    begins after `seconds` (one always does), so a slow machine gives fewer rounds: the length
+    of the lists says how many. `warm=False` where every kernel has just run.
     """
-    for run in sides.values():
+    for run in sides.values() if warm else ():
         run()
     results: dict[str, list[T]] = {name: [] for name in sides}
+    started = time.perf_counter()
     for number in range(count):
+        if number and time.perf_counter() - started > seconds:
+            break
         for name in list(sides) if number % 2 == 0 else reversed(list(sides)):
             results[name].append(sides[name]())
     return results

@@ -1,0 +1,155 @@
+"""The two models of a comparison: one set of weights, two orders of running its blocks."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_cerebrum import hub
+from mlx_cerebrum.checkpoint import Checkpoint, open_checkpoint
+from mlx_cerebrum.config import ModelConfig
+from mlx_cerebrum.errors import CerebrumError, RequestError
+from mlx_cerebrum.load import SMALLER, choose_storage, load_model, load_tokenizer, planned_config
+from mlx_cerebrum.memory import require
+from mlx_cerebrum.model import Model
+from mlx_cerebrum.plan import LayerPlan, interleave, resolve
+from mlx_cerebrum.tokenizer import Tokenizer
+
+_CARDS_BLOCKS = 32  # what the plans of the two Cerebrum models are written for
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two: a name for the tables, and its layer plan (None: the checkpoint's order)."""
+
+    name: str
+    plan: LayerPlan | None
+
+    def config(self, checkpoint: Checkpoint, window: int | None = None) -> ModelConfig:
+        return planned_config(checkpoint.config, self.plan, window)
+
+    def plan_file(self, folder: Path) -> Path:
+        """The plan as a YAML file, for a process of its own."""
+        if self.plan is None:
+            raise RequestError(f"{self.name} is the checkpoint's own order: it has no plan file")
+        path = folder / f"{self.name}.yml"
+        path.write_text(self.plan.text, encoding="utf-8")
+        return path
+
+
+@dataclass
+class Pair:
+    """Two sides over the checkpoint at `path`. Nothing is loaded before `models` is called."""
+
+    model: str  # as the user named it
+    path: Path
+    a: Side
+    b: Side
+    window: int | None = None  # overrides the checkpoint's; 0: full attention
+    _loaded: tuple[Model, Model] | None = field(default=None, repr=False)
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return self.a.name, self.b.name
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return self.a, self.b
+
+    def checkpoint(self) -> Checkpoint:
+        """Opened anew each time: a checkpoint's modules can be read once."""
+        return open_checkpoint(self.path)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """None for a checkpoint that has none, as one of random weights."""
+        checkpoint = self.checkpoint()
+        try:
+            return load_tokenizer(checkpoint)
+        except CerebrumError:
+            return None
+
+    def models(self) -> tuple[Model, Model]:
+        """Both models over one copy of the weights, loaded at the first call.
+
+        Raises MemoryBudgetError where they don't fit.
+        """
+        if self._loaded is None:
+            checkpoint = self.checkpoint()
+            storage = choose_storage(checkpoint, None, "auto")
+            require(storage.nbytes + storage.transient, f"loading {self.path.name}", SMALLER)
+            first = load_model(checkpoint, self.a.config(checkpoint, self.window), storage)
+            other = self.b.config(checkpoint, self.window)
+            self._loaded = first, first.view(other.layer_map, other.residual_scales)
+        return self._loaded
+
+    def release(self) -> None:
+        """Let go of the weights, for measurements in processes of their own."""
+        self._loaded = None
+
+    def card(self) -> dict[str, Any]:
+        """What the results say about the models."""
+        checkpoint = self.checkpoint()
+        sides = {}
+        for key, side in zip("ab", self.sides, strict=True):
+            config = side.config(checkpoint, self.window)
+            sides[key] = {
+                "name": side.name,
+                "positions": config.num_positions,
+                "executed_parameters": config.executed_parameters,
+                "layer_map": list(config.layer_map),
+            }
+        config = (
+            checkpoint.config if self.window is None else self.a.config(checkpoint, self.window)
+        )
+        return {
+            "model": shown(self.model),
+            "blocks": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "parameters": config.stored_parameters,
+            "window": config.sliding_window,
+            "stored": config.quantization or checkpoint.weight_dtype,
+            "loaded": str(choose_storage(checkpoint, None, "auto").dtype).rpartition(".")[2],
+        } | sides
+
+
+def shown(model: str) -> str:
+    """A model's name for a report others read: a path's last part, a hub id whole."""
+    return Path(model).name if os.sep in model and Path(model).exists() else model
+
+
+def open_pair(
+    model: str, plan_a: str | None = None, plan_b: str | None = None, window: int | None = None
+) -> Pair:
+    """The pair of `python -m bench`; raises a CerebrumError for plans the model can't run.
+
+    Of a model of 32 blocks the default sides are the two Cerebrum models; of another the model
+    as it is, and the model card's formula applied to it.
+    """
+    path = hub.resolve(model)
+    checkpoint = open_checkpoint(path)
+    blocks = checkpoint.config.num_hidden_layers
+    cards = blocks == _CARDS_BLOCKS
+    a = _side(plan_a, LayerPlan.named("cerebrum-7b") if cards else None)
+    b = _side(plan_b, LayerPlan.named("cerebrum-12.25b") if cards else formula(blocks))
+    if a.name == b.name:
+        raise RequestError(f"--plan-a and --plan-b are both {a.name}; give two different plans")
+    for side in (a, b):
+        side.config(checkpoint, window)  # a plan for other blocks is refused here
+    return Pair(model, path, a, b, window)
+
+
+def formula(blocks: int) -> LayerPlan:
+    """The 12.25B's plan for any number of blocks: rows of a quarter of them, half-row steps.
+
+    Where a quarter does not come out even, the next wider row that does. Of 32 blocks that is
+    the 12.25B itself. Raises PlanError where no row fits.
+    """
+    for half in range(-(-blocks // 8), blocks // 2 + 1):
+        if blocks % half == 0:
+            return interleave(blocks, 2 * half)
+    return interleave(blocks, blocks)
+
+
+def _side(given: str | None, default: LayerPlan | None) -> Side:
+    plan = default if given is None else resolve(given)
+    return Side("as it is" if plan is None else plan.name, plan)
