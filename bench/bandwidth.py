@@ -63,8 +63,8 @@ def measured(dtype: mx.Dtype = mx.float32) -> dict[str, float]:
     matrix = mx.zeros((size // dtype.size // columns, columns), dtype) + 1
     vector = mx.ones((columns, 1), dtype)
     mx.eval(source, matrix, vector)
-    copy = _seconds(lambda: mx.eval(-source))  # a kernel that only moves: MLX may alias a copy
-    matvec = _seconds(lambda: mx.eval(matrix @ vector))
+    copy = seconds_of(lambda: mx.eval(-source))  # a kernel that only moves: MLX may alias a copy
+    matvec = seconds_of(lambda: mx.eval(matrix @ vector))
     mx.clear_cache()
     return {
         "copy": 2 * source.nbytes / copy / GB,
@@ -72,10 +72,11 @@ def measured(dtype: mx.Dtype = mx.float32) -> dict[str, float]:
     }
 
 
-def _seconds(run: Callable[[], None]) -> float:
+def seconds_of(run: Callable[[], None], count: int = _ROUNDS) -> float:
+    """The median of `count` runs, after one to warm up."""
     run()
     took = []
-    for _ in range(_ROUNDS):
+    for _ in range(count):
         started = time.perf_counter()
         run()
         took.append(time.perf_counter() - started)

@@ -1,18 +1,28 @@
 """The two models of a comparison: one set of weights, two orders of running its blocks."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.random_model import RandomCheckpoint
 from mlx_cerebrum import hub
 from mlx_cerebrum.checkpoint import Checkpoint, open_checkpoint
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import CerebrumError, RequestError
-from mlx_cerebrum.load import SMALLER, choose_storage, load_model, load_tokenizer, planned_config
+from mlx_cerebrum.load import (
+    SMALLER,
+    Storage,
+    choose_storage,
+    load_model,
+    load_tokenizer,
+    planned_config,
+)
 from mlx_cerebrum.memory import require
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.plan import LayerPlan, interleave, resolve
+from mlx_cerebrum.quantize import Packing
 from mlx_cerebrum.tokenizer import Tokenizer
 
 _CARDS_BLOCKS = 32  # what the plans of the two Cerebrum models are written for
@@ -46,6 +56,8 @@ class Pair:
     a: Side
     b: Side
     window: int | None = None  # overrides the checkpoint's; 0: full attention
+    packing: Packing | None = None  # for dense weights on the way in
+    opener: Callable[[Path], Checkpoint] = open_checkpoint
     _loaded: tuple[Model, Model] | None = field(default=None, repr=False)
 
     @property
@@ -57,8 +69,11 @@ class Pair:
         return self.a, self.b
 
     def checkpoint(self) -> Checkpoint:
-        """Opened anew each time: a checkpoint's modules can be read once."""
-        return open_checkpoint(self.path)
+        return self.opener(self.path)
+
+    def storage(self) -> Storage:
+        """How `models` holds the weights."""
+        return choose_storage(self.checkpoint(), self.packing, "auto")
 
     def tokenizer(self) -> Tokenizer | None:
         """None for a checkpoint that has none, as one of random weights."""
@@ -74,8 +89,7 @@ class Pair:
         Raises MemoryBudgetError where they don't fit.
         """
         if self._loaded is None:
-            checkpoint = self.checkpoint()
-            storage = choose_storage(checkpoint, None, "auto")
+            checkpoint, storage = self.checkpoint(), self.storage()
             require(storage.nbytes + storage.transient, f"loading {self.path.name}", SMALLER)
             first = load_model(checkpoint, self.a.config(checkpoint, self.window), storage)
             other = self.b.config(checkpoint, self.window)
@@ -108,7 +122,8 @@ class Pair:
             "parameters": config.stored_parameters,
             "window": config.sliding_window,
             "stored": config.quantization or checkpoint.weight_dtype,
-            "loaded": str(choose_storage(checkpoint, None, "auto").dtype).rpartition(".")[2],
+            "loaded": str(self.storage().dtype).rpartition(".")[2],
+            "q_bits": self.packing.bits if self.packing else None,
         } | sides
 
 
@@ -118,7 +133,12 @@ def shown(model: str) -> str:
 
 
 def open_pair(
-    model: str, plan_a: str | None = None, plan_b: str | None = None, window: int | None = None
+    model: str,
+    plan_a: str | None = None,
+    plan_b: str | None = None,
+    *,
+    window: int | None = None,
+    q_bits: int | None = None,
 ) -> Pair:
     """The pair of `python -m bench`; raises a CerebrumError for plans the model can't run.
 
@@ -126,28 +146,45 @@ def open_pair(
     as it is, and the model card's formula applied to it.
     """
     path = hub.resolve(model)
-    checkpoint = open_checkpoint(path)
+    packing = None if q_bits is None else Packing(q_bits, 64)
+    pair = Pair(model, path, *_sides(open_checkpoint(path), plan_a, plan_b), window, packing)
+    for side in pair.sides:
+        side.config(pair.checkpoint(), window)  # a plan for other blocks is refused here
+    pair.storage()  # and bits it can't be given
+    return pair
+
+
+def random_pair(
+    plan_a: str | None = None, plan_b: str | None = None, q_bits: int | None = None
+) -> Pair:
+    """The pair over random weights of the 7B's exact geometry, made in memory: no file."""
+    path = Path("random-7b")
+    packing = None if q_bits is None else Packing(q_bits, 64)
+    sides = _sides(RandomCheckpoint(path), plan_a, plan_b)
+    return Pair(path.name, path, *sides, None, packing, RandomCheckpoint)
+
+
+def _sides(checkpoint: Checkpoint, plan_a: str | None, plan_b: str | None) -> tuple[Side, Side]:
     blocks = checkpoint.config.num_hidden_layers
     cards = blocks == _CARDS_BLOCKS
     a = _side(plan_a, LayerPlan.named("cerebrum-7b") if cards else None)
     b = _side(plan_b, LayerPlan.named("cerebrum-12.25b") if cards else formula(blocks))
     if a.name == b.name:
         raise RequestError(f"--plan-a and --plan-b are both {a.name}; give two different plans")
-    for side in (a, b):
-        side.config(checkpoint, window)  # a plan for other blocks is refused here
-    return Pair(model, path, a, b, window)
+    return a, b
 
 
 def formula(blocks: int) -> LayerPlan:
     """The 12.25B's plan for any number of blocks: rows of a quarter of them, half-row steps.
 
-    Where a quarter does not come out even, the next wider row that does. Of 32 blocks that is
-    the 12.25B itself. Raises PlanError where no row fits.
+    Where a quarter does not come out even, the next wider row that does, else the next narrower.
+    Of 32 blocks that is the 12.25B itself. Raises RequestError for fewer than 3 blocks.
     """
-    for half in range(-(-blocks // 8), blocks // 2 + 1):
-        if blocks % half == 0:
-            return interleave(blocks, 2 * half)
-    return interleave(blocks, blocks)
+    halves = [half for half in range(1, -(-blocks // 2)) if blocks % half == 0]
+    if not halves:
+        raise RequestError(f"{blocks} blocks do not interleave; give --plan-b")
+    wide = [half for half in halves if 8 * half >= blocks]
+    return interleave(blocks, 2 * (wide[0] if wide else halves[-1]))
 
 
 def _side(given: str | None, default: LayerPlan | None) -> Side:

@@ -1,8 +1,39 @@
-"""Pictures of results, in a light and a dark version, as PNG and SVG."""
+"""Pictures of results, in a light and a dark version, as PNG and SVG.
 
-from collections.abc import Callable
+matplotlib is imported where something is drawn, so that a run without it still gives tables,
+and used without its global state: no window, no current figure, and a file's bytes depend on
+the results alone.
+"""
+
+import contextlib
+import logging
+import math
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.axes import (
+    LINES,
+    MARKERS,
+    apart,
+    axes,
+    colour,
+    legend,
+    log_ticks,
+    nothing,
+    number,
+    ticks,
+    whiskers,
+)
+from bench.report import Spread
+from bench.roofline import roofline as roofline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -15,7 +46,34 @@ class Theme:
     colours: tuple[str, ...]  # of the first side, the second, then peers
 
 
-Draw = Callable[[Any, Theme], None]  # draws on an empty matplotlib Figure
+Draw = Callable[[Any, Theme], object]  # draws on an empty matplotlib Figure; returns what it likes
+
+# Told apart by hue and by lightness, so also by readers who see no red or green.
+LIGHT = Theme(
+    "#ffffff", "#1f2328", "#d1d9e0", ("#0b5fa5", "#c4500b", "#00806a", "#a0498a", "#6e7781")
+)
+DARK = Theme(
+    "#0d1117", "#e6edf3", "#30363d", ("#58a6ff", "#f0883e", "#3fc9a8", "#e29ac9", "#9198a1")
+)
+THEMES = {"": LIGHT, "-dark": DARK}
+_DPI = 110
+_LABEL = 8.5  # points
+_STYLE = {
+    "axes.axisbelow": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.h_pad": 0.1,  # inches
+    "figure.constrained_layout.w_pad": 0.1,
+    "font.size": 10,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "svg.fonttype": "none",  # text stays text; any sans-serif a reader has is no wider
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+}
 
 
 @dataclass(frozen=True)
@@ -25,3 +83,190 @@ class Picture:
     draw: Draw
     alt: str
     size: tuple[float, float] = (8.0, 4.5)
+
+
+def save(picture: Picture, directory: Path, name: str) -> list[Path]:
+    """NAME.png, NAME-dark.png, NAME.svg, NAME-dark.svg. Raises ImportError without matplotlib."""
+    written = []
+    for ending, theme in THEMES.items():
+        png, svg = (directory / f"{name}{ending}.{kind}" for kind in ("png", "svg"))
+        with _quiet(name):
+            figure = drawn(picture, theme)
+            _save_png(figure, png)
+            figure.savefig(svg, metadata={"Date": None, "Creator": None, "Title": picture.alt})
+        written += [png, svg]
+    return written
+
+
+def _save_png(figure: "Figure", path: Path) -> None:
+    """In 256 colours, which pictures of lines and text don't exceed by much: a quarter the size."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
+    colours = image.convert("RGB").quantize(
+        256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+    )
+    colours.save(path, optimize=True)
+
+
+def drawn(picture: Picture, theme: Theme) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(picture.size, _DPI, facecolor=theme.paper, layout="constrained")
+    picture.draw(figure, theme)
+    return figure
+
+
+@contextlib.contextmanager
+def _quiet(salt: str) -> Iterator[None]:
+    """matplotlib at its own defaults, whatever the user's are, and no word about its fonts."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # "building the font cache", at the first import
+    try:
+        from matplotlib import style
+
+        with (
+            style.context([_STYLE | {"svg.hashsalt": salt}], after_reset=True),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # shown as a box
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def curves(
+    figure: "Figure",
+    theme: Theme,
+    series: Mapping[str, Sequence[tuple[float, Spread]]],
+    *,
+    x: str,
+    y: str,
+    title: str,
+    log_x: bool = True,
+    log_y: bool = False,
+) -> "Axes":
+    """A line for each series through its medians, with a whisker from lowest to highest.
+
+    What a logarithmic axis can't show (zero and below) is left out.
+    """
+    plot = axes(figure, theme, x=x, y=y, title=title)
+    at: set[float] = set()
+    for index, (name, points) in enumerate(series.items()):
+        kept = [
+            (where, spread)
+            for where, spread in points
+            if math.isfinite(spread.median)
+            and (where > 0 or not log_x)
+            and (spread.low > 0 or not log_y)
+        ]
+        if not kept:
+            continue
+        at |= {where for where, _ in kept}
+        plot.errorbar(
+            [where for where, _ in kept],
+            [spread.median for _, spread in kept],
+            yerr=whiskers([spread for _, spread in kept]),
+            color=colour(theme, index),
+            marker=MARKERS[index % len(MARKERS)],
+            linestyle=LINES[index // len(theme.colours) % len(LINES)],
+            markeredgecolor=theme.paper,
+            elinewidth=1.2,
+            capsize=3,
+            label=name,
+        )
+    if not at:
+        return nothing(plot, theme)
+    if log_x:
+        plot.set_xscale("log")
+        ticks(plot.xaxis, apart(sorted(at), 14))
+    if log_y:
+        plot.set_yscale("log")
+        log_ticks(plot.yaxis, *plot.get_ylim())
+    else:
+        plot.set_ylim(bottom=min(0.0, plot.get_ylim()[0]))
+        plot.yaxis.set_major_formatter(lambda value, _: number(value))
+    plot.margins(x=0.04)
+    legend(figure, plot, theme)
+    return plot
+
+
+def bars(
+    figure: "Figure",
+    theme: Theme,
+    groups: Mapping[str, Mapping[str, float]],
+    *,
+    y: str,
+    title: str,
+) -> "Axes":
+    """Groups of bars, each with its value on it; a series that a group lacks leaves a gap."""
+    plot = axes(figure, theme, x="", y=y, title=title)
+    plot.grid(visible=False, axis="x")
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    if not names:
+        return nothing(plot, theme)
+    width = 0.8 / len(names)
+    room = figure.get_size_inches()[0] * 72 / (len(groups) * len(names)) * 0.7  # points a bar
+    for index, name in enumerate(names):
+        found = [(k, group[name]) for k, group in enumerate(groups.values()) if name in group]
+        drawn_bars = plot.bar(
+            [k + (index - (len(names) - 1) / 2) * width for k, _ in found],
+            [value for _, value in found],
+            width * 0.92,
+            color=colour(theme, index),
+            label=name,
+        )
+        labels = [number(value) for _, value in found]
+        upright = room < max(map(len, labels)) * _LABEL * 0.62
+        plot.bar_label(
+            drawn_bars,
+            labels,
+            padding=2,
+            color=theme.ink,
+            fontsize=_LABEL,
+            rotation=90 if upright else 0,
+        )
+    characters = max(8, int(figure.get_size_inches()[0] * 10 / len(groups)))
+    plot.set_xticks(range(len(groups)), [textwrap.fill(name, characters) for name in groups])
+    plot.tick_params(axis="x", length=0)
+    plot.yaxis.set_major_formatter(lambda value, _: number(value))
+    plot.margins(y=0.14)
+    if len(names) > 1:
+        legend(figure, plot, theme)
+    return plot
+
+
+def intervals(
+    figure: "Figure",
+    theme: Theme,
+    rows: Sequence[tuple[str, float, float, float]],
+    *,
+    x: str,
+    title: str,
+) -> "Axes":
+    """A row for each (label, value, low, high), around a line at 0.
+
+    A hollow point's interval includes 0: no difference was shown.
+    """
+    plot = axes(figure, theme, x=x, y="", title=title)
+    plot.grid(visible=False, axis="y")
+    if not rows:
+        return nothing(plot, theme)
+    plot.axvline(0, color=theme.ink, linewidth=1)
+    for place, (_, value, low, high) in enumerate(rows):
+        shown = low > 0 or high < 0
+        hue = colour(theme, 0) if shown else colour(theme, len(theme.colours) - 1)
+        plot.plot([low, high], [place, place], color=hue, solid_capstyle="round")
+        plot.plot(value, place, "o", color=hue, markerfacecolor=hue if shown else theme.paper)
+    plot.set_yticks(range(len(rows)), [textwrap.fill(label, 34) for label, *_ in rows])
+    plot.set_ylim(len(rows) - 0.5, -0.5)
+    plot.tick_params(axis="y", length=0)
+    if any(low <= 0 <= high for _, _, low, high in rows):
+        figure.supxlabel(
+            "hollow: the interval includes 0", color=theme.ink, fontsize=_LABEL, x=0.99, ha="right"
+        )
+    return plot

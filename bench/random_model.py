@@ -21,10 +21,11 @@ import numpy as np
 
 from bench.directory import Arrays, by_block, write_checkpoint
 from mlx_cerebrum import cli
-from mlx_cerebrum.checkpoint import matrix_shapes
+from mlx_cerebrum.checkpoint import Checkpoint, Extent, matrix_shapes, norm_names
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.memory import GB
+from mlx_cerebrum.tokenizer import Tokenizer
 from mlx_cerebrum.tokenizer_files import FILES
 
 _CEREBRUM: dict[str, Any] = {
@@ -88,6 +89,37 @@ def write_random(
     drawn = [0, *(1 + block for block in blocks)]
     files = [partial(file, *each) for each in zip(by_block(config), drawn, strict=True)]
     return write_checkpoint(directory, raw, files, shards)
+
+
+class RandomCheckpoint(Checkpoint):
+    """The 7B's geometry with weights that are made when they are read: nothing on disk.
+
+    Seeds differ by tensor, so no two are alike; read again, a tensor is the same again.
+    """
+
+    def __init__(self, path: Path, raw: dict[str, Any] | None = None) -> None:
+        self.path = path
+        self.raw_config = dict(_CEREBRUM if raw is None else raw)
+        self.config = ModelConfig.from_dict(self.raw_config)
+        self._matrices = matrix_shapes(self.config)
+        self.shapes = {f"{name}.weight": shape for name, shape in self._matrices.items()}
+        self.shapes |= dict.fromkeys(norm_names(self.config), (self.config.hidden_size,))
+        self.dtypes = dict.fromkeys(self.shapes, "BF16")
+
+    def read(self, module: str) -> Arrays:
+        shape = self.shapes[f"{module}.weight"]
+        if module not in self._matrices:  # RMSNorm
+            return {"weight": mx.ones(shape, mx.bfloat16)}
+        # Uniform: drawn twice as fast as a normal on the CPU, and of the same deviation.
+        reach = (3 / shape[1]) ** 0.5
+        key = mx.random.key(list(self._matrices).index(module))
+        return {"weight": mx.random.uniform(-reach, reach, shape, mx.bfloat16, key)}
+
+    def extents(self, module: str) -> dict[str, Extent]:
+        raise NotImplementedError("random weights are stored nowhere")
+
+    def tokenizer(self) -> Tokenizer:
+        raise ConfigError(f"{self.path} has no tokenizer: its weights are random")
 
 
 def _normal(random: np.random.Generator, rows: int, columns: int) -> mx.array:

@@ -74,7 +74,8 @@ def rounds(
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table that reads well as plain text too; the first column is the labels."""
     cells = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    # Two at least: Markdown's rule of an aligned column is a dash and a colon.
+    widths = [max(2, *(len(row[i]) for row in cells)) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
         aligned = [row[0].ljust(widths[0])]
@@ -98,6 +99,19 @@ def parser(module: str, question: str) -> cli.ArgumentParser:
     return p
 
 
+def public(word: str) -> str:
+    """A word of a command line without the folders of this machine: results are for others."""
+    flag, equals, value = word.rpartition("=")
+    outside = value.startswith(("/", "~", "..")) or Path(value).is_absolute()
+    return f"{flag}{equals}{Path(value).name}" if outside else word
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_public(one) for one in value]
+    return public(str(value)) if isinstance(value, str | Path) else value
+
+
 def publish(
     args: argparse.Namespace,
     bench: str,
@@ -110,7 +124,7 @@ def publish(
     """
     machine_card = machine.card()
     plumbing = ("json", "debug", "no_openblas", "measure")
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    settings = {key: _public(value) for key, value in vars(args).items()}
     document = {
         "bench": bench,
         "machine": machine_card,

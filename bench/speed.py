@@ -1,112 +1,246 @@
-"""Decode and prefill, ours against mlx-lm: same weights, same prompt, same process.
+"""What the second model costs in time: prefill, decode, first token, from one set of weights.
 
-Generating has two phases with different limits. Prefill runs the whole prompt through the
-model at once: large matrix products, bound by arithmetic. Decode runs one token at a time:
-every weight is read once per token, so it is bound by memory bandwidth, and next to that by
-the work around the matrices (kernels to launch, Python to run), which is what two engines on
-the same matrices can differ in.
+Generating has two phases with different limits. *Prefill* runs the whole prompt through the
+model at once, in large matrix products: bound by arithmetic. *Decode* runs one token at a
+time and reads every weight it uses for it: bound by memory bandwidth. So for each side the
+bytes a token reads are counted, and its pace times these bytes, over the bandwidth measured on
+this machine, says how near decoding is to its ceiling. What is missing to 1 is work around the
+weights: kernels to launch, attention, Python.
 
-Both engines read one directory of dense float32 weights, made from the model for the
-occasion, and the weights are compared bit for bit before anything is timed. mlx-lm's
-`generate_step` runs as it comes. A ratio above 1 means that ours is faster. Tokens are
-compared too: a faster engine that says something else would prove nothing.
+Folding saves memory, not bandwidth: a block that runs twice is read twice. So B is expected
+to decode at bytes(A) / bytes(B) of A's pace, and the ratio measured stands beside it.
+
+*Time to first token* is what a person waits after the prompt is known; *process start* is
+what a person waits after pressing return, with the files in the page cache.
+
+Both sides run over one copy of the weights, in turns; a ratio is taken round by round. Long
+prompts get fewer rounds on a slow machine, and the tables say how many.
 """
 
-import argparse
-import sys
-import tempfile
-from pathlib import Path
+import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from bench import machine
-from bench.directory import export
-from bench.engines import Run, mlx_lm, ours, prompt_ids, same_weights
-from bench.report import Spread, parser, publish, ratio, rounds, table
-from mlx_cerebrum import cli, hub
-from mlx_cerebrum.checkpoint import open_checkpoint
-from mlx_cerebrum.decode import PREFILL_STEP
-from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.stream import check_request
+import mlx.core as mx
 
-TARGET = 1.0  # ours is to be no slower
-PHASES = ("prefill_tps", "decode_tps")
+from bench import bandwidth, process
+from bench.engines import prompt_ids
+from bench.pair import Pair, Side
+from bench.plots import Picture, curves, roofline
+from bench.report import Spread, ratio, rounds, table
+from bench.suite import Results, Settings
+from mlx_cerebrum.decode import generate_step
+from mlx_cerebrum.memory import GB
+from mlx_cerebrum.model import Model
 
-
-def main(argv: list[str] | None = None) -> int:
-    p = parser("speed", "Decode and prefill tokens per second, ours against mlx-lm.")
-    p.add_argument("--model", default="demo", metavar="DIR|FILE.gguf|HUBID|demo", help="which")
-    p.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="default: 512")
-    p.add_argument("--tokens", type=int, default=64, metavar="N", help="to generate (default: 64)")
-    p.add_argument("--rounds", type=int, default=5, metavar="N", help="each side (default: 5)")
-    args = p.parse_args(argv)
-    machine.use_openblas(not args.no_openblas)
-    return cli.run(lambda: _run(args), args.debug)
+LENGTHS = (128, 512, 2048, 8192)
+QUESTION = "The capital of France is"
 
 
-def _run(args: argparse.Namespace) -> int:
-    if args.tokens < 2 or args.rounds < 1:
-        raise RequestError("a pace needs --tokens of 2 or more and --rounds of 1 or more")
-    checkpoint = open_checkpoint(hub.resolve(args.model))
-    check_request(checkpoint.config, args.prompt_tokens, args.tokens, PREFILL_STEP)
-    prompt = prompt_ids(checkpoint, args.prompt_tokens)
-    with tempfile.TemporaryDirectory() as folder:
-        dense = Path(folder) / "dense"
-        export(checkpoint, dense, dense=True)
-        our_engine, our_model = ours(dense)
-        peer_engine, peer_model = mlx_lm(dense)
-    weights = same_weights(our_model, peer_model)
-    runs = rounds(
-        {
-            "mlx-cerebrum": lambda: our_engine(prompt, args.tokens),
-            "mlx-lm": lambda: peer_engine(prompt, args.tokens),
+def measure(pair: Pair, settings: Settings, lengths: Sequence[int] = LENGTHS) -> Results:
+    """Lengths that the model has no positions for are left out."""
+    # Whole processes first, while this one holds no weights beside them.
+    start = _start(pair, settings)
+    models = dict(zip(pair.names, pair.models(), strict=True))
+    most = next(iter(models.values())).config.max_position_embeddings
+    lengths = [length for length in lengths if length + settings.tokens <= most]
+    prompt = prompt_ids(pair.checkpoint(), max(lengths))
+
+    seconds: dict[int, dict[str, list[float]]] = {}
+    before = 0.0  # what the length before took, to know whether a warm-up is worth its time
+    for length in lengths:
+        settings.say(f"prefill of {length} tokens")
+        sides = {name: partial(_first, model, prompt[:length]) for name, model in models.items()}
+        warm = before * (length / lengths[0]) < settings.seconds / 2
+        seconds[length] = rounds(sides, settings.rounds, seconds=settings.seconds, warm=warm)
+        if length == lengths[0]:
+            before = sum(found[-1] for found in seconds[length].values())
+
+    settings.say(f"decoding {settings.tokens} tokens")
+    short = prompt[: lengths[0]]
+    decoders = {n: partial(_decode, m, short, settings.tokens) for n, m in models.items()}
+    paces = rounds(decoders, settings.rounds, seconds=2 * settings.seconds)
+
+    settings.say("memory bandwidth")
+    ceiling = bandwidth.card(next(iter(models.values())).model.norm.weight.dtype)
+    context = lengths[0] + settings.tokens // 2
+    a, b = pair.names
+    return {
+        "names": [a, b],
+        "lengths": list(lengths),
+        "tokens": settings.tokens,
+        "prompt_tokens": lengths[0],
+        "bandwidth": ceiling,
+        "sides": {
+            name: {
+                "prefill": {str(n): _spread([n / s for s in seconds[n][name]]) for n in lengths},
+                "ttft": {str(n): _spread(seconds[n][name]) for n in lengths},
+                "decode": _spread(paces[name]),
+                "start": _spread(start[name]) if start else None,
+                **_ceiling(model, context, Spread.of(paces[name]).median, ceiling),
+            }
+            for name, model in models.items()
         },
-        args.rounds,
-    )
-    results = compare(runs["mlx-cerebrum"], runs["mlx-lm"])
-    results["weights_equal"] = weights
-    publish(args, "speed", results, _text(args, results))
-    return 0
+        "ratios": {
+            "prefill": {str(n): ratio(seconds[n][a], seconds[n][b]).as_json() for n in lengths},
+            "decode": ratio(paces[b], paces[a]).as_json(),
+            "start": ratio(start[b], start[a]).as_json() if start else None,
+        },
+    }
 
 
-def compare(ours: list[Run], peers: list[Run]) -> dict[str, Any]:
-    """Both sides' pace, the ratio (ours over the peer's) of each phase, tokens compared."""
-    results: dict[str, Any] = {}
-    for phase in PHASES:
-        mine, theirs = ([getattr(run, phase) for run in runs] for runs in (ours, peers))
-        results[phase] = {
-            "mlx-cerebrum": Spread.of(mine).as_json(),
-            "mlx-lm": Spread.of(theirs).as_json(),
-            "ratio": ratio(mine, theirs).as_json(),
-        }
-    agreeing = [a == b for a, b in zip(ours[0].tokens, peers[0].tokens, strict=True)]
-    results["tokens_equal"] = all(agreeing)
-    results["tokens_agreeing"] = agreeing.index(False) if False in agreeing else len(agreeing)
-    return results
+def _first(model: Model, prompt: Sequence[int]) -> float:
+    """Seconds until the first token after `prompt`."""
+    started = time.perf_counter()
+    next(generate_step(prompt, model, max_tokens=1))
+    took = time.perf_counter() - started
+    mx.clear_cache()
+    return took
 
 
-def _text(args: argparse.Namespace, results: dict[str, Any]) -> list[str]:
+def _decode(model: Model, prompt: Sequence[int], tokens: int) -> float:
+    """Tokens a second after the first."""
+    steps = generate_step(prompt, model, max_tokens=tokens)
+    next(steps)
+    started = time.perf_counter()
+    for _ in steps:
+        pass
+    return (tokens - 1) / (time.perf_counter() - started)
+
+
+def _start(pair: Pair, settings: Settings) -> dict[str, list[float]] | None:
+    """Seconds of whole processes that print one token; None for a model without text."""
+    if pair.tokenizer() is None:
+        return None
+    settings.say("process start to first token")
+    pair.release()
+
+    def run(side: Side) -> float:
+        plan = [] if side.plan is None else ["--plan", str(side.plan_file(settings.work))]
+        window = [] if pair.window is None else ["--window", str(pair.window)]
+        bits = [] if pair.packing is None else ["--q-bits", str(pair.packing.bits)]
+        asked = ["--prompt", QUESTION, "--raw", "--max-tokens", "1", "--quiet"]
+        model = ["mlx_cerebrum.generate", "--model", str(pair.path)]
+        return process.seconds([*model, *plan, *window, *bits, *asked])
+
+    sides = {side.name: partial(run, side) for side in pair.sides}
+    return rounds(sides, settings.rounds, seconds=settings.seconds)
+
+
+def _ceiling(model: Model, context: int, pace: float, ceiling: dict[str, Any]) -> Results:
+    """Bytes a token reads, and the share of each bandwidth that the pace makes of it."""
+    nbytes = bandwidth.token_bytes(model, context)
+    reached = pace * nbytes / GB
+    published = ceiling["published"]
+    return {
+        "bytes_per_token": nbytes,
+        "reached": reached,
+        "share": {
+            "measured": reached / max(ceiling["measured"].values()),
+            # Of two figures for one chip's name, the larger: no more than this is claimed.
+            "published": reached / max(published) if published else None,
+        },
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return Spread.of(values).as_json() | {"rounds": len(values)}
+
+
+def spread(found: dict[str, float]) -> Spread:
+    """A Spread from its JSON form, which may say the rounds too."""
+    return Spread(found["median"], found["low"], found["high"])
+
+
+def text(results: Results) -> list[str]:
+    a, b = results["names"]
+    sides, ratios = results["sides"], results["ratios"]
+
+    def row(label: str, digits: int, find: Any, share: dict[str, float] | None) -> list[str]:
+        cells = [spread(find(sides[name])).text(digits) for name in (a, b)]
+        return [label, *cells, spread(share).text(2) if share else "", _rounds(find(sides[a]))]
+
     rows = []
-    for phase, label in zip(PHASES, ("prefill, tokens/s", "decode, tokens/s"), strict=True):
-        found = {name: Spread(**spread) for name, spread in results[phase].items()}
-        rows.append(
-            [
-                label,
-                found["mlx-cerebrum"].text(),
-                found["mlx-lm"].text(),
-                found["ratio"].text(2),
-                "yes" if found["ratio"].median >= TARGET else "no",
-            ]
-        )
-    header = ["phase", "mlx-cerebrum", "mlx-lm", "ratio", f"at least {TARGET}"]
+    for n in map(str, results["lengths"]):
+        find = partial(lambda side, n: side["prefill"][n], n=n)
+        rows.append(row(f"prefill of {n}, tokens/s", 1, find, ratios["prefill"][n]))
+    for n in map(str, results["lengths"]):
+        find = partial(lambda side, n: side["ttft"][n], n=n)
+        rows.append(row(f"first token after {n}, s", 2, find, None))
+    rows.append(row("decode, tokens/s", 2, lambda side: side["decode"], ratios["decode"]))
+    if ratios["start"]:
+        start = row("process start to first token, s", 2, lambda s: s["start"], ratios["start"])
+        rows.append(start)
     return [
-        f"{args.model} in float32, {args.prompt_tokens} prompt tokens, {args.tokens} generated;"
-        f" median (lowest-highest) of {args.rounds} rounds in turns.",
-        table(header, rows),
-        f"Weights equal bit for bit: {'yes' if results['weights_equal'] else 'NO'}. Generated"
-        f" tokens equal: {'yes' if results['tokens_equal'] else 'NO'}"
-        f" ({results['tokens_agreeing']} of {args.tokens} before any difference).",
+        f"Both models over one copy of the weights. Median (lowest-highest) of rounds in turns;"
+        f" decode: {results['tokens']} tokens after a prompt of {results['prompt_tokens']}.",
+        table(["", a, b, f"{b} / {a}", "rounds"], rows),
+        _roofline_text(results),
     ]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _rounds(found: dict[str, float]) -> str:
+    return str(found["rounds"])
+
+
+def _roofline_text(results: Results) -> str:
+    a, b = results["names"]
+    sides = results["sides"]
+    measured = results["bandwidth"]["measured"]
+    rows = [
+        ["read a token, GB", *(f"{sides[n]['bytes_per_token'] / GB:.3f}" for n in (a, b))],
+        ["reached, GB/s", *(f"{sides[n]['reached']:.2f}" for n in (a, b))],
+        ["share of the measured ceiling", *(_share(sides[n], "measured") for n in (a, b))],
+    ]
+    published = results["bandwidth"]["published"]
+    if published:
+        rows.append(["share of the published", *(_share(sides[n], "published") for n in (a, b))])
+    expected = sides[a]["bytes_per_token"] / sides[b]["bytes_per_token"]
+    figure = f" Published: {' or '.join(f'{f:g}' for f in published)} GB/s." if published else ""
+    return (
+        table(["the roofline of decoding", a, b], rows)
+        + f"\n\nMeasured here: a matrix-vector product reads {measured['matvec']:.1f} GB/s, a copy"
+        f" moves {measured['copy']:.1f} GB/s; the ceiling is the larger.{figure} From bytes alone"
+        f" {b} should decode at {expected:.2f} of {a}'s pace;"
+        f" measured {results['ratios']['decode']['median']:.2f}."
+    )
+
+
+def _share(side: Results, which: str) -> str:
+    return f"{side['share'][which]:.0%}"
+
+
+def plots(results: Results, machine: Results) -> dict[str, Picture]:
+    a, b = results["names"]
+    sides = results["sides"]
+    prefill = {
+        name: [(float(n), spread(sides[name]["prefill"][n])) for n in sides[name]["prefill"]]
+        for name in (a, b)
+    }
+    band = results["bandwidth"]
+    ceilings = {f"measured {kind}": value for kind, value in band["measured"].items()}
+    if band["published"]:
+        ceilings[f"{band['chip']}, published"] = max(band["published"])
+    points = {
+        name: (sides[name]["bytes_per_token"], spread(sides[name]["decode"])) for name in (a, b)
+    }
+    return {
+        "speed-prefill": Picture(
+            lambda figure, theme: curves(
+                figure,
+                theme,
+                prefill,
+                x="prompt tokens",
+                y="tokens/s",
+                title="Prefill: prompt tokens read a second",
+            ),
+            f"Prefill pace of {a} and {b} over the prompt's length.",
+        ),
+        "speed-roofline": Picture(
+            lambda figure, theme: roofline(
+                figure, theme, ceilings, points, title="Decode under the bandwidth's roof"
+            ),
+            f"Decode pace of {a} and {b} against bytes read a token, under the bandwidth's limit.",
+        ),
+    }

@@ -53,7 +53,7 @@ def read(directory: Path) -> Results:
     path = directory / FILE
     try:
         document: Results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"{path} can't be read as results: {error}") from None
     if not isinstance(document, dict) or "suites" not in document:
         raise RequestError(f"{path} is not a results file of python -m bench")

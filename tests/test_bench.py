@@ -1,0 +1,273 @@
+"""python -m bench: its pair of models, the roofline's arithmetic, rounds, and the runner."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import MakeCheckpoint, parameters
+from tiny import tiny_config
+
+from bench import bandwidth, full_size, machine, pair, projection, report, speed, suite
+from bench.__main__ import _joined, main
+from bench.random_model import RandomCheckpoint
+from mlx_cerebrum.config import ModelConfig
+from mlx_cerebrum.errors import PlanError, RequestError
+from mlx_cerebrum.memory import kv_bytes
+from mlx_cerebrum.plan import LayerPlan
+
+
+def quick(work: Path) -> suite.Settings:
+    return suite.Settings(work, rounds=2, tokens=3, seconds=0.1, say=lambda line: None)
+
+
+def random_tiny(**changes: object) -> pair.Pair:
+    raw = tiny_config(torch_dtype="bfloat16", **changes)
+
+    def opener(path: Path) -> RandomCheckpoint:
+        return RandomCheckpoint(path, raw)
+
+    a, b = (pair.Side(n, LayerPlan.named(n)) for n in ("cerebrum-7b", "cerebrum-12.25b"))
+    return pair.Pair("tiny", Path("tiny"), a, b, opener=opener)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "name", "positions"),
+    [(32, "interleave-32-8", 56), (30, "interleave-30-10", 50), (8, "interleave-8-2", 14)],
+)
+def test_the_formula_is_the_cards(blocks: int, name: str, positions: int) -> None:
+    plan = pair.formula(blocks)
+    assert plan.name == name
+    assert len(plan.layer_map(blocks)) == positions
+
+
+def test_of_32_blocks_the_formula_is_the_12b() -> None:
+    assert pair.formula(32).layer_map(32) == LayerPlan.named("cerebrum-12.25b").layer_map(32)
+
+
+@pytest.mark.parametrize("blocks", range(3, 70))
+def test_any_number_of_blocks_has_a_formula(blocks: int) -> None:
+    layers = pair.formula(blocks).layer_map(blocks)
+    assert set(layers) == set(range(blocks))
+    assert len(layers) > blocks
+
+
+def test_defaults_follow_the_number_of_blocks(checkpoint: MakeCheckpoint) -> None:
+    eight = pair.open_pair(str(checkpoint("eight")))
+    assert eight.names == ("as it is", "interleave-8-2")
+    both = pair.open_pair(str(checkpoint("both", num_hidden_layers=32)))
+    assert both.names == ("cerebrum-7b", "cerebrum-12.25b")
+    a, b = both.models()
+    assert (a.config.num_positions, b.config.num_positions) == (32, 56)
+    assert b.model is a.model  # one set of weights
+    assert both.models()[0] is a
+    both.release()
+    assert both.models()[0] is not a
+
+
+def test_plans_that_can_not_be_compared_are_refused(checkpoint: MakeCheckpoint) -> None:
+    with pytest.raises(PlanError):
+        pair.open_pair(str(checkpoint()), "cerebrum-7b")
+    path = str(checkpoint("other", num_hidden_layers=32))
+    with pytest.raises(RequestError, match="two different plans"):
+        pair.open_pair(path, "cerebrum-12.25b", "cerebrum-12.25b")
+
+
+def test_a_card_names_no_path(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint("my-model")
+    card = pair.open_pair(str(path)).card()
+    assert card["model"] == "my-model"
+    assert str(path.parent) not in json.dumps(card)
+    assert card["b"]["executed_parameters"] > card["parameters"] == card["a"]["executed_parameters"]
+
+
+def test_bytes_a_token_are_the_unrolled_models(checkpoint: MakeCheckpoint) -> None:
+    """A block that runs twice is read twice; the embedding is a row, so it is left out."""
+    a, b = pair.open_pair(str(checkpoint("m", sliding_window=12))).models()
+    held = parameters(a)
+    embedding = held["model.embed_tokens.weight"].nbytes
+    assert bandwidth.token_bytes(a) == sum(w.nbytes for w in held.values()) - embedding
+    assert bandwidth.token_bytes(b) == 4 * b.config.executed_parameters - embedding
+    one = 4 * b.config.kv_values_per_token()
+    assert bandwidth.token_bytes(b, 5) - bandwidth.token_bytes(b) == 5 * one
+    assert bandwidth.token_bytes(b, 500) - bandwidth.token_bytes(b) == 12 * one  # the window
+
+
+def test_chips_are_known_by_their_own_names() -> None:
+    assert bandwidth.published("Apple M2 Max") == (400,)
+    assert bandwidth.published("Apple M2") == (100,)
+    assert bandwidth.published("Apple M4 Max") == (410, 546)
+    assert bandwidth.published("NVIDIA H100 80GB HBM3") == (2039, 3352)
+    assert bandwidth.published("AMD EPYC") is None
+    assert bandwidth.published("Apple M99") is None
+
+
+def test_bandwidth_is_measured() -> None:
+    found = bandwidth.measured(mx.float32)
+    assert set(found) == {"copy", "matvec"}
+    assert all(0.01 < value < 10_000 for value in found.values())
+
+
+def test_rounds_take_turns_and_end_in_time() -> None:
+    order: list[str] = []
+    sides = {name: partial(order.append, name) for name in "ab"}
+    report.rounds(sides, 2)
+    assert "".join(order) == "ab" + "ab" + "ba"
+    order.clear()
+    found = report.rounds(sides, 5, seconds=-1, warm=False)
+    assert order == ["a", "b"]  # one round is always run
+    assert {name: len(values) for name, values in found.items()} == {"a": 1, "b": 1}
+
+
+def test_speed_of_two_sides(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    pairs = pair.open_pair(str(checkpoint()))
+    found = speed.measure(pairs, quick(tmp_path), (8, 16, 100_000))
+    assert found == json.loads(json.dumps(found))
+    assert found["lengths"] == [8, 16]  # the model has 512 positions
+    side = found["sides"]["interleave-8-2"]
+    assert side["prefill"]["16"]["median"] == pytest.approx(16 / side["ttft"]["16"]["median"], 0.6)
+    best = max(found["bandwidth"]["measured"].values())
+    assert side["share"]["measured"] == pytest.approx(side["reached"] / best)
+    assert side["share"]["published"] is None
+    assert side["start"]["median"] > 0.1
+    text = "\n".join(speed.text(found))
+    assert "interleave-8-2 / as it is" in text
+    assert "prefill of 16" in text
+    assert set(speed.plots(found, {})) == {"speed-prefill", "speed-roofline"}
+
+
+def test_the_chips_published_figure_is_shown() -> None:
+    spread = {"median": 10.0, "low": 9.0, "high": 11.0, "rounds": 3}
+    side = {
+        "prefill": {"8": spread},
+        "ttft": {"8": spread},
+        "decode": spread,
+        "start": None,
+        "bytes_per_token": 4_000_000_000,
+        "reached": 40.0,
+        "share": {"measured": 0.5, "published": 0.4},
+    }
+    results = {
+        "names": ["x", "y"],
+        "lengths": [8],
+        "tokens": 4,
+        "prompt_tokens": 8,
+        "bandwidth": {
+            "chip": "Apple M2",
+            "published": [100],
+            "measured": {"copy": 70.0, "matvec": 80.0},
+        },
+        "sides": {"x": side, "y": side},
+        "ratios": {"prefill": {"8": spread}, "decode": spread, "start": None},
+    }
+    text = "\n".join(speed.text(results))
+    assert "40%" in text
+    assert "Published: 100 GB/s" in text
+    assert "process start" not in text
+
+
+def test_full_size_counts_bytes(tmp_path: Path) -> None:
+    tiny = random_tiny()
+    found = full_size.measure(tiny, quick(tmp_path))
+    assert found == json.loads(json.dumps(found))
+    big, small = found["sides"]["cerebrum-12.25b"], found["sides"]["cerebrum-7b"]
+    assert big["kv"] / small["kv"] == 56 / 32
+    config = tiny.b.config(tiny.checkpoint())
+    assert big["kv_predicted"] == kv_bytes(config, 32, 4, tiny.storage().dtype.size, 256)
+    norms = 4 * (2 * 32 + 1) * 64
+    assert found["weights"]["loaded"] == pytest.approx(found["weights"]["predicted"] + norms, 0.02)
+    assert set(found["blocks"]) == {"bfloat16", "float32", "8-bit", "4-bit"}
+    text = "\n".join(full_size.text(found))
+    assert "say nothing about Metal" in text
+    assert "A projection, not a measurement" in text
+
+
+def test_random_weights_are_the_same_twice_and_all_different() -> None:
+    checkpoint = RandomCheckpoint(Path("x"), tiny_config())
+    checkpoint.check()
+    first, other = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"
+    assert mx.array_equal(checkpoint.read(first)["weight"], checkpoint.read(first)["weight"])
+    a, b = checkpoint.read(first)["weight"], checkpoint.read(other)["weight"]
+    assert not mx.array_equal(a, b)
+    assert a.dtype == mx.bfloat16
+    assert float(mx.std(a.astype(mx.float32))) == pytest.approx(64**-0.5, rel=0.05)
+
+
+def test_projections_follow_from_bytes() -> None:
+    raw = tiny_config(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=32000,
+    )
+    config = ModelConfig.from_dict(raw)
+    plan = LayerPlan.named("cerebrum-12.25b").layer_map(32)
+    found = projection.project({"7B": config, "12.25B": config.with_map(plan)})
+    models = found["models"]
+    assert models["7B, bf16"]["bytes_per_token"] == pytest.approx(14.22e9, rel=1e-3)
+    assert models["12.25B, bf16"]["bytes_per_token"] == pytest.approx(24.69e9, rel=1e-3)
+    assert models["12.25B, 4-bit"]["bytes_per_token"] == pytest.approx(6.94e9, rel=1e-3)
+    assert models["7B, bf16"]["roof"]["Apple M2 Ultra"][0] == pytest.approx(56, rel=0.01)
+    # What the 60% rests on: 120.5 tokens/s of a 7B in 4 bits on an M2 Ultra.
+    roof = models["7B, 4-bit"]["roof"]["Apple M2 Ultra"][0]
+    assert pytest.approx(120.5 / roof, abs=0.01) == projection.TYPICAL
+    assert math.isclose(models["12.25B, 8-bit"]["stored"] / 1e9, 7.69, abs_tol=0.01)
+
+
+def test_results_of_two_machines_do_not_mix(tmp_path: Path) -> None:
+    document = {"machine": machine.card(), "model": {"model": "m"}, "suites": {}, "seconds": {}}
+    assert _joined(tmp_path / "new", document) is document
+    suite.write(tmp_path / "out", document | {"suites": {"speed": {"x": 1}}})
+    later = document | {"machine": document["machine"] | {"load_average": 9.0}}
+    assert _joined(tmp_path / "out", later)["suites"] == {"speed": {"x": 1}}
+    for key in ("machine", "model"):
+        with pytest.raises(RequestError, match=f"another {key}"):
+            _joined(tmp_path / "out", document | {key: {"model": "other"}})
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").touch()
+    with pytest.raises(RequestError, match="in use"):
+        _joined(tmp_path / "used", document)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--suite", "speeed"],
+        ["--rounds", "0"],
+        ["--tokens", "1"],
+        ["--random-7b", "--suite", "quality"],
+        ["--random-7b", "--model", "other"],
+        ["--model", "no-such-directory"],
+        ["--plan-b", "no-such-plan"],
+    ],
+)
+def test_bad_flags_end_in_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*flags, "--no-openblas"]) == 2
+    found = capsys.readouterr()
+    assert found.err.startswith("error: ")
+    assert found.err.count("\n") == 1
+    assert found.out == ""
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("/Users/ada/models/cerebrum", "cerebrum"),
+        ("--model=/Users/ada/models/cerebrum", "--model=cerebrum"),
+        ("~/models/x", "x"),
+        ("../../secret/x", "x"),
+        ("speed,memory", "speed,memory"),
+        ("bench/results/mine", "bench/results/mine"),
+        ("AetherResearch/Cerebrum-1.0-7b", "AetherResearch/Cerebrum-1.0-7b"),
+    ],
+)
+def test_results_hold_no_folder_of_the_machine(word: str, shown: str) -> None:
+    assert report.public(word) == shown
+
+
+def test_a_tables_rule_is_markdown() -> None:
+    assert report.table(["", "x"], [["a", "1"]]).splitlines()[1] == "| -- | -: |"
