@@ -1,20 +1,30 @@
-"""The engines of a comparison on one footing: same directory, ids in, every token timed."""
+"""The engines of a comparison on one footing: token ids in, token ids out, two times.
+
+Each engine is called as a library, greedily, with the settings that its own library knows and
+that were fastest here; where there was a choice it was tried before anything was timed, and the
+engine says which it is. Nothing stops at an end-of-text token: all decode the same number.
+"""
 
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_cerebrum.checkpoint import Checkpoint, open_checkpoint
-from mlx_cerebrum.decode import generate_step
-from mlx_cerebrum.errors import CerebrumError
-from mlx_cerebrum.load import choose_storage, load_model, load_tokenizer
+from bench import bandwidth, machine
+from mlx_cerebrum.checkpoint import Checkpoint
+from mlx_cerebrum.config import ModelConfig
+from mlx_cerebrum.decode import PREFILL_STEP, generate_step
+from mlx_cerebrum.errors import CerebrumError, RequestError
+from mlx_cerebrum.load import load_tokenizer
 from mlx_cerebrum.model import Model
+from mlx_cerebrum.quantize import FUSED
 
 # Public domain: Lewis Carroll, Alice's Adventures in Wonderland (1865), its opening.
 TEXT = """Alice was beginning to get very tired of sitting by her sister on the bank, and of
@@ -30,72 +40,175 @@ Oh dear! I shall be late!" """.replace("\n", " ")
 
 @dataclass(frozen=True)
 class Run:
-    """One generation: its tokens, and when each was there (seconds after the start)."""
+    """One generation: its tokens, and the seconds to the first and from there to the last."""
 
     tokens: list[int]
-    times: list[float]
+    first: float
+    rest: float
     prompt_tokens: int
 
     @property
     def prefill_tps(self) -> float:
         """Prompt tokens per second, until the first new token was there."""
-        return self.prompt_tokens / self.times[0]
+        return self.prompt_tokens / self.first
 
     @property
     def decode_tps(self) -> float:
         """Tokens per second after the first."""
-        return (len(self.times) - 1) / (self.times[-1] - self.times[0])
+        return (len(self.tokens) - 1) / self.rest
 
 
-Engine = Callable[[Sequence[int], int], Run]  # prompt ids, tokens wanted
+Generate = Callable[[Sequence[int], int], Run]  # prompt ids, tokens wanted
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine with a model loaded, and what a reader must know to judge its figures."""
+
+    version: str
+    settings: str
+    weights: int  # bytes its weights take
+    reads: int  # bytes of weights that a decoded token reads
+    kv: int  # bytes of keys and values that it reads besides, for each token before it
+    generate: Generate
+    same_weights: bool | None = None  # as ours, bit for bit; None: not compared
+
+    def token_bytes(self, context: int) -> int:
+        return self.reads + self.kv * context
+
+
+def required(package: str, extra: str) -> str:
+    """The installed version. Raises RequestError, saying how to get the package."""
+    version = machine.version(package)
+    if version is None:
+        raise RequestError(f"{package} is not installed; pip install 'mlx-cerebrum[{extra}]'")
+    return version
 
 
 def timed(steps: Iterator[int], prompt_tokens: int) -> Run:
+    """Runs `steps` to its end; what it does before its first token counts for that token."""
     started = time.perf_counter()
-    tokens, times = [], []
-    for token in steps:
-        times.append(time.perf_counter() - started)
-        tokens.append(token)
-    return Run(tokens, times, prompt_tokens)
+    tokens = [next(steps)]
+    first = time.perf_counter()
+    tokens += steps
+    return Run(tokens, first - started, time.perf_counter() - first, prompt_tokens)
 
 
-def ours(directory: Path) -> tuple[Engine, Model]:
-    checkpoint = open_checkpoint(directory)
-    storage = choose_storage(checkpoint, None, "auto")
-    model = load_model(checkpoint, checkpoint.config, storage)
-
-    def run(prompt: Sequence[int], max_tokens: int) -> Run:
+def ours(model: Model) -> Engine:
+    def generate(prompt: Sequence[int], max_tokens: int) -> Run:
         return timed(generate_step(prompt, model, max_tokens=max_tokens), len(prompt))
 
-    return run, model
+    dtype = model.model.norm.weight.dtype
+    weights = sum(_sizes(model).values())
+    kv = model.config.kv_values_per_token() * dtype.size
+    settings = f"{_name(dtype)} activations, prefill in chunks of {PREFILL_STEP}"
+    version = machine.version("mlx-cerebrum") or ""
+    return Engine(version, settings, weights, bandwidth.token_bytes(model), kv, generate)
 
 
-def mlx_lm(directory: Path) -> tuple[Engine, nn.Module]:
-    """mlx-lm as a library: its own `generate_step` with its own defaults, which are greedy."""
+def mlx_lm(
+    directory: Path, config: ModelConfig, sample: Sequence[int], reference: Model | None
+) -> Engine:
+    """mlx-lm's own `generate_step`, greedy. Its weights are compared with those of `reference`.
+
+    Prefill runs in the faster of its default chunks and ours, tried on `sample`.
+    """
     from mlx_lm.generate import generate_step as peer_step
     from mlx_lm.utils import load_model as peer_load
 
     model, _ = peer_load(directory)
 
-    def run(prompt: Sequence[int], max_tokens: int) -> Run:
-        steps = peer_step(mx.array(list(prompt)), model, max_tokens=max_tokens)
+    def generate(prompt: Sequence[int], max_tokens: int, **chunks: int) -> Run:
+        steps = peer_step(mx.array(list(prompt)), model, max_tokens=max_tokens, **chunks)
         return timed((int(token) for token, _ in steps), len(prompt))
 
-    return run, model
+    generate(sample[:8], 2)
+    default, smaller = generate(sample, 1), generate(sample, 1, prefill_step_size=PREFILL_STEP)
+    chunks = {} if default.first <= smaller.first else {"prefill_step_size": PREFILL_STEP}
+    sizes = _sizes(model)
+    dtype = model.model.norm.weight.dtype
+    how = f"chunks of {PREFILL_STEP}, faster than its default" if chunks else "its default chunks"
+    return Engine(
+        version=machine.version("mlx-lm") or "",
+        settings=f"{_name(dtype)} activations, prefill in {how}",
+        weights=sum(sizes.values()),
+        reads=reads(sizes, "model.embed_tokens.", "lm_head."),
+        kv=config.kv_values_per_token() * dtype.size,
+        generate=lambda prompt, max_tokens: generate(prompt, max_tokens, **chunks),
+        same_weights=None if reference is None else same_weights(reference, model),
+    )
+
+
+def transformers(directory: Path, config: ModelConfig, sample: Sequence[int]) -> Engine:
+    """A plain loop over a transformers model's forward pass and its own cache, greedy.
+
+    Attention is the faster of sdpa and eager, tried on `sample`.
+    """
+    version = f"{required('transformers', 'oracle')}, torch {required('torch', 'oracle')}"
+    torch: Any = import_module("torch")
+    library: Any = import_module("transformers")
+    library.utils.logging.disable_progress_bar()
+    mps = torch.backends.mps.is_available()
+    device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    model = library.AutoModelForCausalLM.from_pretrained(
+        directory, dtype="auto", local_files_only=True
+    )
+    model = model.to(device).eval()
+
+    def steps(prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
+        ids, cache = torch.tensor([list(prompt)], device=device), None
+        for _ in range(max_tokens):
+            with torch.inference_mode():
+                out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+                token = int(ids.item())
+            yield token
+
+    def generate(prompt: Sequence[int], max_tokens: int) -> Run:
+        return timed(steps(prompt, max_tokens), len(prompt))
+
+    took = {}
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        generate(sample[:8], 2)
+        run = generate(sample[:128], 8)
+        took[attention] = run.first + run.rest
+    attention = min(took, key=lambda name: took[name])
+    model.set_attn_implementation(attention)
+    sizes = {n: p.numel() * p.element_size() for n, p in model.named_parameters()}  # tied: once
+    threads = f", threads: {torch.get_num_threads()}" if device == "cpu" else ""
+    dtype = str(model.dtype).rpartition(".")[2]
+    return Engine(
+        version=version,
+        settings=f"{dtype} on {device}{threads}, attention {attention}, a loop over forward passes",
+        weights=sum(sizes.values()),
+        reads=reads(sizes, "model.embed_tokens.", "lm_head."),
+        kv=config.kv_values_per_token() * model.dtype.itemsize,
+        generate=generate,
+    )
+
+
+def reads(sizes: dict[str, int], embedding: str, head: str) -> int:
+    """Bytes of tensors that a token reads: all but the embedding, unless it is the head too."""
+    untied = any(name.startswith(head) for name in sizes)
+    return sum(n for name, n in sizes.items() if not (untied and name.startswith(embedding)))
 
 
 def same_weights(model: Model, peer: nn.Module) -> bool:
-    """Whether both models hold the same numbers, bit for bit. Ours may be fused."""
+    """Whether `peer`, unrolled, holds the numbers ours runs, bit for bit. Ours may be fused."""
     theirs: dict[str, mx.array] = dict(tree_flatten(peer.parameters()))
-    fused = {
-        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-        "gate_up_proj": ("gate_proj", "up_proj"),
-    }
+    layer_map = model.config.layer_map
     for name, array in dict(tree_flatten(model.parameters())).items():
         kind = name.split(".")[-2]
-        parts = [theirs.pop(name.replace(kind, part)) for part in fused.get(kind, (kind,))]
-        if not mx.array_equal(array, mx.concatenate(parts)).item():
-            return False
+        block = int(name.split(".")[2]) if ".layers." in name else None
+        positions = [p for p, b in enumerate(layer_map) if b == block]
+        places = [name.replace(f".{block}.", f".{p}.", 1) for p in positions]
+        for place in [name] if block is None else places:
+            sources = FUSED.get(kind, (kind,))
+            parts = [theirs.pop(place.replace(kind, part), None) for part in sources]
+            found = [part for part in parts if part is not None]
+            if len(found) < len(parts) or not mx.array_equal(array, mx.concatenate(found)).item():
+                return False
     return not theirs
 
 
@@ -109,3 +222,12 @@ def prompt_ids(checkpoint: Checkpoint, count: int) -> list[int]:
     while len(ids) < count:
         ids += tokenizer.encode(TEXT, add_bos=False)
     return ids[:count]
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    return {name: array.nbytes for name, array in arrays.items()}
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]

@@ -1,0 +1,117 @@
+"""llama.cpp as an engine: its server in this process, through xllamacpp's prebuilt wheel.
+
+The server takes token ids and says in every answer how long prompt and tokens took, so the
+figures are its own, without the time that Python takes around them. It counts the tokens of
+its pace from the first, which belongs to the prompt; here the first is left out for everyone.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from bench.engines import Engine, Run, reads, required
+from mlx_cerebrum.config import ModelConfig
+from mlx_cerebrum.errors import CerebrumError
+from mlx_cerebrum.gguf_file import GGUFFile
+
+_SAMPLE = 128  # tokens of the prompt that settings are tried on
+_GPU_LAYERS = 1000  # more than any model has: all of them
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What can be set and is not the same best for every machine."""
+
+    threads: int
+    flash_attention: bool
+
+
+class _Server:
+    """A loaded file. Raises CerebrumError when it answers with an error."""
+
+    def __init__(self, path: Path, tuning: Tuning, exact: bool, context: int) -> None:
+        library: Any = import_module("xllamacpp")  # 100 MB, needed here only
+        params = library.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, _GPU_LAYERS
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = tuning.threads
+        params.warmup, params.verbosity = False, -1
+        kind = library.ggml_type
+        cache = kind.GGML_TYPE_F32 if exact else kind.GGML_TYPE_F16
+        params.cache_type_k = params.cache_type_v = cache
+        flash = "ENABLED" if tuning.flash_attention else "DISABLED"
+        attention = getattr(library.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{flash}")
+        params.flash_attn_type = attention
+        self._server = library.Server(params)
+        self._said: dict[tuple[tuple[int, ...], int], tuple[str, list[int]]] = {}
+
+    def ask(self, prompt: Sequence[int], max_tokens: int, **more: Any) -> dict[str, Any]:
+        """Its answer, greedy; nothing of an earlier prompt is reused."""
+        greedy = {"temperature": 0.0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True}
+        asked = {"prompt": list(prompt), "max_tokens": max_tokens, "cache_prompt": False}
+        answer: dict[str, Any] = self._server.handle_completions(asked | greedy | more)
+        if "choices" not in answer:
+            raise CerebrumError(f"llama.cpp: {answer.get('error', answer)}")
+        return answer
+
+    def generate(self, prompt: Sequence[int], max_tokens: int) -> Run:
+        """Which ids it says comes with probabilities, which take time: asked once, untimed."""
+        key = tuple(prompt), max_tokens
+        if key not in self._said:
+            choice = self.ask(prompt, max_tokens, n_probs=1)["choices"][0]
+            ids = [token["id"] for token in choice["logprobs"]["content"]]
+            self._said[key] = choice["text"], ids
+        answer = self.ask(prompt, max_tokens)
+        text, ids = self._said[key]
+        if answer["choices"][0]["text"] != text:
+            raise CerebrumError("llama.cpp did not say the same twice")
+        spent = answer["timings"]
+        return Run(ids, spent["prompt_ms"] / 1000, spent["predicted_ms"] / 1000, len(prompt))
+
+
+def on_gpu() -> bool:
+    library: Any = import_module("xllamacpp")
+    return any("GPU" in device["type"].name for device in library.get_device_info())
+
+
+def tune(path: Path, exact: bool, sample: Sequence[int]) -> Tuning:
+    """The fastest of: all cores or half of them; with flash attention or without."""
+    sample, tokens = sample[:_SAMPLE], 8
+
+    def took(tuning: Tuning) -> float:
+        server = _Server(path, tuning, exact, len(sample) + tokens + 1)
+        server.ask(sample[:8], 2)
+        spent = server.ask(sample, tokens)["timings"]
+        return float(spent["prompt_ms"] + spent["predicted_ms"])
+
+    cores = os.cpu_count() or 1
+    tried = {Tuning(n, True): 0.0 for n in {cores, max(1, cores // 2)}}
+    tried = {tuning: took(tuning) for tuning in tried}
+    best = min(tried, key=lambda tuning: tried[tuning])
+    plain = Tuning(best.threads, False)
+    tried[plain] = took(plain)
+    return min(tried, key=lambda tuning: tried[tuning])
+
+
+def open_engine(
+    path: Path, config: ModelConfig, tuning: Tuning, *, exact: bool, context: int
+) -> Engine:
+    """`exact`: keys and values in float32, for arithmetic like ours in float32; else float16,
+    its default. `context` is the most tokens it has to hold."""
+    version = required("xllamacpp", "bench")
+    server = _Server(path, tuning, exact, context)
+    sizes = {name: tensor.nbytes for name, tensor in GGUFFile.open(path).tensors.items()}
+    place = "all layers on the GPU" if on_gpu() else f"CPU, threads: {tuning.threads}"
+    flash = "on" if tuning.flash_attention else "off"
+    keys = "float32" if exact else "float16"
+    return Engine(
+        version=f"xllamacpp {version}",
+        settings=f"{place}, flash attention {flash}, keys and values in {keys}, greedy",
+        weights=sum(sizes.values()),
+        reads=reads(sizes, "token_embd.", "output."),
+        kv=config.kv_values_per_token() * (4 if exact else 2),
+        generate=server.generate,
+    )

@@ -1,0 +1,180 @@
+"""The peers' results as tables, sentences and pictures."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from bench import profile
+from bench.plots import Picture, Theme, bars
+from bench.report import Spread, table
+from bench.suite import Results
+from mlx_cerebrum.memory import GB
+
+OURS = "mlx-cerebrum"
+PHASES = {"prefill": "Prefill", "decode": "Decode"}
+
+
+def text(results: Results) -> list[str]:
+    parts = [
+        f"The same {results['prompt_tokens']} prompt tokens for every engine,"
+        f" {results['tokens']} generated; median (lowest-highest) of the rounds. Ratios are ours"
+        " over theirs, round by round: above 1 ours is faster."
+    ]
+    for side in results["sides"].values():
+        parts += _side(side, results["profile"])
+    parts.append("Where our time goes, each kind of operation alone, on the first side:")
+    parts += profile.text(results["profile"])
+    return [*parts, _settings(results)]
+
+
+def _measured(side: Results) -> dict[str, Results]:
+    return {name: row for name, row in side["engines"].items() if "failure" not in row}
+
+
+def _side(side: Results, profiled: Results) -> list[str]:
+    found = _measured(side)
+    how = (
+        "all engines loaded, in turns"
+        if side["together"]
+        else "one engine after another, since they do not fit in memory together: not in turns"
+    )
+    paces = [
+        [name, *_pace(row, "prefill"), *_pace(row, "decode"), _same(row)]
+        for name, row in found.items()
+    ]
+    header = ["engine", "prefill, tokens/s", "ours/its", "decode, tokens/s", "ours/its"]
+    costs = [
+        [
+            name,
+            Spread(**row["first"]).text(2),
+            f"{row['weights'] / GB:.3f}",
+            f"{row['token_bytes'] / GB:.3f}",
+            f"{row['gb_s']:.2f}",
+            f"{row['gflop_s']:.1f}",
+        ]
+        for name, row in found.items()
+    ]
+    costs_header = ["first token, s", "weights, GB", "read a token, GB"]
+    parts = [
+        f"**{side['name']}**; rounds: {side['rounds']}; {how}.",
+        table([*header, "same tokens"], paces),
+        table(["engine", *costs_header, "decode, GB/s", "prefill, GFLOP/s"], costs),
+        *_start(side["start"]),
+    ]
+    notes = [*_missing(side), *_differing(found), *_reasons(found, profiled)]
+    return [*parts, "\n".join(f"- {note}" for note in notes)] if notes else parts
+
+
+def _pace(row: Results, phase: str) -> list[str]:
+    share = row.get("ratios", {}).get(phase)
+    return [Spread(**row[phase]).text(), Spread(**share).text(2) if share else ""]
+
+
+def _same(row: Results) -> str:
+    if "equal" not in row:
+        return ""
+    return "yes" if row["equal"] else f"NO, {row['agreeing']} of {row['compared']}"
+
+
+def _start(start: Results) -> list[str]:
+    if "failure" in start:
+        return [f"Process start to first token: not measured ({start['failure']})."]
+    rows = [
+        [name, Spread(**took).text(2), Spread(**start["ratios"][name]).text(2)]
+        if name in start["ratios"]
+        else [name, Spread(**took).text(2), ""]
+        for name, took in start["seconds"].items()
+    ]
+    header = [f"process start to first token (rounds: {start['rounds']})", "s", "mlx-lm's/its"]
+    return [table(header, rows)]
+
+
+def _missing(side: Results) -> Iterator[str]:
+    for name, row in side["engines"].items():
+        if "failure" in row:
+            yield f"{name}: not measured: {row['failure']}"
+
+
+def _differing(found: dict[str, Results]) -> Iterator[str]:
+    for name, row in found.items():
+        if row["same_weights"] is not None:
+            equal = "equal ours bit for bit" if row["same_weights"] else "are NOT equal to ours"
+            yield f"{name}: its weights {equal}."
+        if row.get("equal", True):
+            continue
+        if row["exact"]:
+            yield f"{name}: says other tokens than ours on the same weights; this is a finding."
+        else:
+            yield f"{name}: quantized weights of its own, other arithmetic; tokens may differ."
+
+
+def _reasons(found: dict[str, Results], profiled: Results) -> Iterator[str]:
+    """One line for every ratio below 1, with what was measured about it."""
+    ours, told = found[OURS], set()
+    for name, row in found.items():
+        for phase, label in PHASES.items():
+            share = row.get("ratios", {}).get(phase)
+            if share is None or share["median"] >= 1:
+                continue
+            noise = f" (up to {share['high']:.2f}: the rounds disagree)" * (share["high"] >= 1)
+            begin = f"{label} is {share['median']:.2f} of {name}'s{noise}:"
+            rate, unit = ("gb_s", "GB/s") if phase == "decode" else ("gflop_s", "GFLOP/s")
+            reached = f"ours reaches {ours[rate]:.1f} {unit}, it {row[rate]:.1f}"
+            if phase == "decode":
+                fewer = row["token_bytes"] / ours["token_bytes"]
+                work = (
+                    f" it reads {row['token_bytes'] / GB:.3f} GB a token, ours"
+                    f" {ours['token_bytes'] / GB:.3f} ({fewer:.2f} from bytes alone)"
+                )
+            else:
+                work = " the same work a token"
+            where = "" if phase in told else _largest(profiled, phase, unit)
+            told.add(phase)
+            yield f"{begin}{work}; {reached}.{where}"
+
+
+def _largest(profiled: Results, phase: str, unit: str) -> str:
+    """What most of our time in that phase goes to, and at which rates."""
+    found = profiled[phase]
+    kinds = sorted(found["kinds"].items(), key=lambda kind: -kind[1]["seconds"])[:3]
+
+    def said(name: str, kind: dict[str, Any]) -> str:
+        rate = f" at {kind['rate']:.1f} {unit}" if kind["rate"] else ""
+        return f"{name} {kind['seconds'] / found['total']:.0%}{rate}"
+
+    return f" Of our time: {', '.join(said(*kind) for kind in kinds)}."
+
+
+def _settings(results: Results) -> str:
+    """Versions and settings, with the side where the sides' differ."""
+    sides = results["sides"].values()
+    lines: dict[str, list[str]] = {}
+    for side in sides:
+        for name, row in _measured(side).items():
+            lines.setdefault(f"- {name}: {row['version']}; {row['settings']}", []).append(
+                side["name"]
+            )
+    said = [
+        line if len(names) == len(sides) else f"{line} ({', '.join(names)})"
+        for line, names in lines.items()
+    ]
+    return "Versions and settings:\n\n" + "\n".join(said)
+
+
+def plots(results: Results, machine: Results) -> dict[str, Picture]:
+    return {f"peers-{phase}": _picture(results, phase) for phase in PHASES}
+
+
+def _picture(results: Results, phase: str) -> Picture:
+    groups: dict[str, dict[str, float]] = {}
+    for side in results["sides"].values():
+        for name, row in _measured(side).items():
+            groups.setdefault(name, {})[side["name"]] = row[phase]["median"]
+    names = " and ".join(side["name"] for side in results["sides"].values())
+
+    def draw(figure: Any, theme: Theme) -> None:
+        bars(figure, theme, groups, y="tokens/s", title=f"{PHASES[phase]} by engine")
+
+    return Picture(
+        draw,
+        f"{PHASES[phase]} pace of {', '.join(groups)}, each running {names}.",
+    )

@@ -1,0 +1,304 @@
+"""The peers suite on tiny models. Needs mlx-lm, gguf and xllamacpp; torch is not needed."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakeCheckpoint
+
+from bench import bandwidth, copies, engines, llama_cpp, machine, peers, process, profile
+from bench.attempts import Attempt, Source, in_turns, one_by_one
+from bench.engines import Engine, Run
+from bench.pair import Pair, Side, open_pair
+from bench.suite import Results, Settings
+from convert.__main__ import main as convert
+from mlx_cerebrum.decode import generate_step
+from mlx_cerebrum.memory import GB
+
+PROMPT = [5 + (7 * i) % 200 for i in range(24)]
+TOKENS = 6
+
+
+Start = Callable[[Pair, Side, copies.Copies, Settings], Results]
+
+
+@pytest.fixture
+def start(_quick: Start) -> Start:
+    return _quick
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Conversions in this process; neither torch nor llama.cpp; no processes to time."""
+
+    def run(arguments: Sequence[str]) -> float:
+        assert arguments[0] == "convert"
+        assert convert(list(arguments[1:])) == 0
+        return 0.5
+
+    found = machine.version
+    absent = ("torch", "xllamacpp")
+    monkeypatch.setattr(machine, "version", lambda p: None if p in absent else found(p))
+    monkeypatch.setattr(process, "seconds", run)
+    start: Start = peers._start
+    monkeypatch.setattr(peers, "_start", lambda *_: {"failure": "not asked for"})
+    return start
+
+
+@pytest.fixture
+def pair(checkpoint: MakeCheckpoint, plan_file: Callable[..., Path]) -> Pair:
+    """8 blocks in 12 positions, its window wider than any prompt here."""
+    path = checkpoint(sliding_window=256)
+    # llama.cpp asks for at least one merge, which the fixture's tokenizer has not.
+    raw = json.loads((path / "tokenizer.json").read_text())
+    raw["model"]["vocab"]["th"] = 259
+    raw["model"]["merges"] = [["t", "h"]]
+    (path / "tokenizer.json").write_text(json.dumps(raw))
+    return open_pair(str(path), plan_b=str(plan_file()))
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    work = tmp_path / "work"
+    work.mkdir()
+    return Settings(work=work, rounds=2, seconds=5.0, tokens=TOKENS, say=lambda line: None)
+
+
+def measured(pair: Pair, settings: Settings) -> Results:
+    results = peers.measure(pair, settings, len(PROMPT))
+    assert json.loads(json.dumps(results)) == results
+    return results
+
+
+def test_every_engine_says_what_ours_says(
+    pair: Pair, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "version", lambda p: None if p == "torch" else "1.0")
+    # More threads, and settings tried first, would take their time on a busy machine.
+    monkeypatch.setattr(llama_cpp, "tune", lambda *_: llama_cpp.Tuning(1, True))
+    results = measured(pair, settings)
+    assert results["prompt_tokens"] == len(PROMPT)
+    assert not list(settings.work.iterdir())
+    for side, model in zip(results["sides"].values(), pair.models(), strict=True):
+        rows = side["engines"]
+        names = ["mlx-cerebrum", "mlx-lm", "transformers", "llama.cpp F32", "llama.cpp Q8_0"]
+        assert list(rows) == names
+        assert side["together"]
+        assert side["rounds"] == 2
+        assert "pip install 'mlx-cerebrum[oracle]'" in rows["transformers"]["failure"]
+        for name in ("mlx-lm", "llama.cpp F32"):
+            assert (rows[name]["agreeing"], rows[name]["compared"]) == (TOKENS, TOKENS)
+            assert rows[name]["equal"]
+        assert rows["mlx-lm"]["same_weights"] is True
+        context = len(PROMPT) + TOKENS // 2
+        expected = bandwidth.token_bytes(model, context)
+        assert rows["mlx-cerebrum"]["token_bytes"] == expected
+        # llama.cpp keeps one more table, RoPE's frequencies, in some files.
+        for name in ("mlx-lm", "llama.cpp F32"):
+            assert rows[name]["token_bytes"] == pytest.approx(expected, rel=0.01)
+        assert rows["llama.cpp Q8_0"]["token_bytes"] < 0.4 * expected
+        for name in ("mlx-cerebrum", "mlx-lm"):
+            row = rows[name]
+            assert row["gb_s"] == pytest.approx(row["decode"]["median"] * row["token_bytes"] / GB)
+    a, b = (side["engines"] for side in results["sides"].values())
+    assert a["mlx-cerebrum"]["weights"] == b["mlx-cerebrum"]["weights"]  # a view takes nothing
+    assert a["mlx-lm"]["weights"] < b["mlx-lm"]["weights"]
+    said = "\n".join(peers.text(results))
+    assert "its weights equal ours bit for bit" in said
+    assert "transformers: not measured: torch is not installed" in said
+    assert set(peers.plots(results, {})) == {"peers-prefill", "peers-decode"}
+
+
+def test_engines_say_what_generate_step_says(pair: Pair, settings: Settings) -> None:
+    for side, model in zip(pair.sides, pair.models(), strict=True):
+        folder = settings.work / side.name
+        folder.mkdir()
+        config = side.config(pair.checkpoint())
+        directory = copies.Copies(pair, side, folder).directory()
+        expected = list(generate_step(PROMPT, model, max_tokens=TOKENS))
+        peer = engines.mlx_lm(directory, config, PROMPT, model)
+        for engine in (engines.ours(model), peer):
+            run = engine.generate(PROMPT, TOKENS)
+            assert run.tokens == expected
+            assert min(run.first, run.rest, run.prefill_tps, run.decode_tps) > 0
+    assert directory.parent == settings.work / pair.b.name
+    # The stored directory is what mlx-lm reads already: no copy of side A is written.
+    assert copies.Copies(pair, pair.a, settings.work).directory() == pair.path
+
+
+def test_other_weights_are_seen(pair: Pair, settings: Settings) -> None:
+    a, b = pair.models()
+    config = pair.a.config(pair.checkpoint())
+    swapped = a.view((0, 2, 1, *range(3, 8)))
+    assert engines.mlx_lm(pair.path, config, PROMPT, a).same_weights is True
+    for other in (swapped, b):
+        assert engines.mlx_lm(pair.path, config, PROMPT, other).same_weights is False
+
+
+def fails(*args: Any) -> Engine:
+    raise ValueError("no\nluck")
+
+
+def test_one_failing_engine_costs_only_its_row(
+    pair: Pair, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "mlx_lm", fails)
+    results = measured(pair, settings)
+    rows = results["sides"]["a"]["engines"]
+    assert rows["mlx-lm"] == {"failure": "ValueError: no luck"}
+    missing = "xllamacpp is not installed; pip install 'mlx-cerebrum[bench]'"
+    assert rows["llama.cpp F32"] == {"failure": missing}
+    assert rows["mlx-cerebrum"]["decode"]["median"] > 0
+    assert f"llama.cpp Q8_0: not measured: {missing}" in "\n".join(peers.text(results))
+
+
+def test_a_disagreeing_peer_is_reported(
+    pair: Pair, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = engines.mlx_lm
+
+    def other(*args: Any) -> Engine:
+        engine = load(*args)
+
+        def generate(prompt: Sequence[int], max_tokens: int) -> Run:
+            run = engine.generate(prompt, max_tokens)
+            return replace(run, tokens=[*run.tokens[:3], 0, *run.tokens[4:]])
+
+        return replace(engine, generate=generate)
+
+    monkeypatch.setattr(engines, "mlx_lm", other)
+    results = measured(pair, settings)
+    row = results["sides"]["b"]["engines"]["mlx-lm"]
+    assert (row["equal"], row["agreeing"], row["compared"]) == (False, 3, TOKENS)
+    said = "\n".join(peers.text(results))
+    assert f"NO, 3 of {TOKENS}" in said
+    assert "mlx-lm: says other tokens than ours on the same weights" in said
+
+
+def test_agreement_ends_where_ours_ends() -> None:
+    assert peers.agreement([5, 6, 2, 7], [5, 6, 9, 9], (2,)) == {
+        "agreeing": 2,
+        "compared": 2,
+        "equal": True,
+    }
+    assert not peers.agreement([5, 6, 7], [5, 6], ())["equal"]
+
+
+def test_engines_that_do_not_fit_run_one_after_another(
+    pair: Pair, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "_fit_together", lambda *_: False)
+    results = measured(pair, settings)
+    side = results["sides"]["b"]
+    assert not side["together"]
+    assert side["engines"]["mlx-lm"]["equal"]
+    assert side["engines"]["mlx-lm"]["same_weights"] is None  # never in memory with ours
+    assert "one engine after another" in "\n".join(peers.text(results))
+
+
+def test_attempts_stop_at_their_failure() -> None:
+    calls: list[str] = []
+
+    def engine(name: str, lives: int) -> Engine:
+        def generate(prompt: Sequence[int], max_tokens: int) -> Run:
+            calls.append(name)
+            if calls.count(name) > lives:
+                raise OSError("gone")
+            return Run([1, 2], 1.0, 1.0, len(prompt))
+
+        return Engine("1", "", 0, 0, 0, generate)
+
+    attempts = {
+        name: Attempt(partial(engine, name, lives), PROMPT, 2)
+        for name, lives in {"good": 9, "bad": 2}.items()
+    }
+    in_turns(attempts, 3, 60.0)
+    assert [len(attempt.runs) for attempt in attempts.values()] == [3, 1]
+    assert attempts["bad"].failure == "OSError: gone"
+    assert calls == ["good", "bad", "good", "bad", "bad", "good", "good"]
+    released: list[bool] = []
+    alone = {"good": Attempt(lambda: engine("later", 9), PROMPT, 2)}
+    one_by_one(alone, 2, 60.0, lambda: released.append(True))
+    assert len(alone["good"].runs) == 2
+    assert released == [True]
+
+
+def test_memory_is_asked_for_before_loading(pair: Pair, settings: Settings) -> None:
+    too_large = {"mlx-lm": Source(10**15, fails)}
+    assert not peers._fit_together(pair, list(too_large.values()))
+    attempts = peers._attempts(pair, 0, too_large, PROMPT, TOKENS, True)
+    attempts["mlx-lm"].start()
+    assert "loading it needs 1000000.00 GB" in str(attempts["mlx-lm"].failure)
+
+
+def test_reads() -> None:
+    tied = {"embed.weight": 10, "layers.0": 5}
+    assert engines.reads(tied, "embed.", "head.") == 15
+    assert engines.reads(tied | {"head.weight": 10}, "embed.", "head.") == 15
+
+
+def test_reasons_are_figures(pair: Pair, settings: Settings) -> None:
+    results = measured(pair, settings)
+    row = results["sides"]["a"]["engines"]["mlx-lm"]
+    row["ratios"]["decode"] = {"median": 0.25, "low": 0.2, "high": 0.3}
+    row["ratios"]["prefill"] = {"median": 0.9, "low": 0.8, "high": 1.1}
+    said = "\n".join(peers.text(results))
+    assert "Decode is 0.25 of mlx-lm's: it reads" in said
+    assert "Prefill is 0.90 of mlx-lm's (up to 1.10: the rounds disagree)" in said
+    row["ratios"]["decode"]["median"] = row["ratios"]["prefill"]["median"] = 1.0
+    results["sides"].pop("b")
+    assert " is 0." not in "\n".join(peers.text(results))
+
+
+def test_the_fastest_settings_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Server:
+        def __init__(self, path: Path, tuning: llama_cpp.Tuning, *_: object) -> None:
+            self.tuning = tuning
+
+        def ask(self, prompt: Sequence[int], max_tokens: int) -> dict[str, Any]:
+            slow = 2.0 if self.tuning.flash_attention else 1.0
+            return {"timings": {"prompt_ms": slow, "predicted_ms": 8.0 / self.tuning.threads}}
+
+    monkeypatch.setattr(llama_cpp, "_Server", Server)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert llama_cpp.tune(Path("x"), True, PROMPT) == llama_cpp.Tuning(4, False)
+
+
+def test_process_starts(
+    pair: Pair, settings: Settings, monkeypatch: pytest.MonkeyPatch, start: Start
+) -> None:
+    asked: list[list[str]] = []
+
+    def seconds(arguments: Sequence[str]) -> float:
+        asked.append(list(arguments))
+        return {"convert": 0.1, "mlx_lm.generate": 3.0}.get(arguments[0], 2.0)
+
+    monkeypatch.setattr(process, "seconds", seconds)
+    found = start(pair, pair.b, copies.Copies(pair, pair.b, settings.work), settings)
+    assert found["rounds"] == 2
+    assert found["seconds"]["mlx-lm"]["median"] == 3.0
+    assert {name: each["median"] for name, each in found["ratios"].items()} == {
+        "mlx-cerebrum": 1.5,
+        "mlx-cerebrum, mlx-lm's directory": 1.5,
+    }
+    assert any("--plan" in words and str(pair.path) in words for words in asked)
+
+
+def test_profile_counts_what_a_token_reads(pair: Pair) -> None:
+    for model in pair.models():
+        results = profile.measure(model, PROMPT, 1)
+        kinds = results["decode"]["kinds"]
+        work = sum(k["seconds"] * k["rate"] for k in kinds.values() if k["rate"]) * GB
+        assert work == pytest.approx(bandwidth.token_bytes(model, len(PROMPT)), rel=0.02)
+        for phase in ("decode", "prefill"):
+            total = sum(kind["seconds"] for kind in results[phase]["kinds"].values())
+            assert total == pytest.approx(results[phase]["total"], rel=0.01)
+        blocks = 2 * len(PROMPT) * len(model.config.layer_map) * model.config.block_parameters
+        kinds = results["prefill"]["kinds"]
+        work = sum(kinds[k]["seconds"] * kinds[k]["rate"] for k in ("qkv", "o", "mlp")) * 1e9
+        assert 0.85 * blocks < work < blocks  # all but the last position's o and mlp
+        assert len(profile.text(results)) == 2
