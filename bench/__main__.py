@@ -101,7 +101,12 @@ def parser() -> cli.ArgumentParser:
         help="of lm-evaluation-harness, zero-shot: arc_challenge,gsm8k,minerva_math need the hub"
         " (default: arithmetic that comes along)",
     )
-    quality.add_argument("--task-dir", type=Path, metavar="DIR", help="more task files for it")
+    quality.add_argument(
+        "--task-dir",
+        type=Path,
+        metavar="DIR",
+        help="more task files for it; they can name Python code, which then runs",
+    )
     quality.add_argument(
         "--limit", type=int, metavar="N", help="questions of each task (default: all of them)"
     )

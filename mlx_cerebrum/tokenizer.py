@@ -20,6 +20,7 @@ from mlx_cerebrum.template import (
     CEREBRUM_STOP,
     CEREBRUM_TEMPLATE,
     ChatTemplate,
+    Segment,
     check_messages,
     strip_eos,
 )
@@ -162,19 +163,32 @@ class Tokenizer:
         Raises RequestError for messages that are malformed or that the template refuses,
         TokenizerError for a template that fails.
         """
+        return self.encode_segments(self.render(messages, add_generation_prompt))
+
+    def render(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> list[Segment]:
+        """The conversation as text and control tokens in turn; raises as `apply_chat_template`."""
         conversation = check_messages(messages)
         endings = [self._vocabulary.content(token) or "" for token in self.eos_token_ids]
         for message in conversation:
             if message["role"] == "assistant":
                 message["content"] = strip_eos(message["content"], endings)
+        return self._template.render(conversation, add_generation_prompt)
+
+    def encode_segments(
+        self, segments: Iterable[Segment], add_bos: bool | None = None
+    ) -> list[int]:
+        """Ids of text and control tokens in turn. No second BOS where they begin with one."""
         ids: list[int] = []
-        for segment in self._template.render(conversation, add_generation_prompt):
+        for segment in segments:
             if isinstance(segment, AddedToken):
                 ids.append(segment.id)
             else:
                 ids += self._encode(segment, at_start=not ids)
+        bos = self.add_bos if add_bos is None else add_bos
         # Most templates write the BOS themselves.
-        if self.add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
+        if bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             ids.insert(0, self.bos_token_id)
         return ids
 

@@ -1,6 +1,7 @@
 """Tiny checkpoints, made where a test wants them."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -109,6 +110,16 @@ def plan_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+def mistral_model() -> Path:
+    """Mistral's real 32000-piece tokenizer.model. `make test` puts it beside the environment's
+    packages: where transformers finds the package it comes from, it wants to use it."""
+    data = Path(sys.prefix) / "test-data"
+    found = data / "mistral_common" / "data" / "tokenizer.model.v1"
+    if not found.exists():
+        pytest.fail(f"needs: pip install --no-deps --target {data} mistral-common==1.13.1")
+    return found
 
 
 @pytest.fixture(scope="session")

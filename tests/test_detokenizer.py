@@ -1,10 +1,8 @@
 """Streaming: pieces joined are the decoded text, for any ids, as early as they are final."""
 
-from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
-
 import pytest
 import sentencepiece
+from conftest import mistral_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,11 +16,7 @@ BYTE_0 = 3  # the id of <0x00> in Mistral's vocabulary
 
 @pytest.fixture(scope="module")
 def mistral() -> SentencePieceVocabulary:
-    try:
-        found = distribution("mistral-common").locate_file("mistral_common/data/tokenizer.model.v1")
-    except PackageNotFoundError:
-        pytest.fail("needs: pip install --no-deps mistral-common==1.13.1")
-    return SentencePieceVocabulary(Path(str(found)).read_bytes(), "tokenizer.model.v1")
+    return SentencePieceVocabulary(mistral_model().read_bytes(), "tokenizer.model.v1")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 from importlib import import_module
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import INTERLEAVED_8, MakeCheckpoint, byte_tokenizer, write_checkpoint
+from conftest import INTERLEAVED_8, MakeCheckpoint, byte_tokenizer, mistral_model, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_weights
@@ -213,8 +212,7 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     config = tiny_config(num_hidden_layers=1, vocab_size=32064, torch_dtype="float32")
     write_checkpoint(path, config, tiny_weights(config, seed=5))
     (path / "tokenizer.json").unlink()
-    data = distribution("mistral-common").locate_file("mistral_common/data/tokenizer.model.v1")
-    shutil.copyfile(str(data), path / "tokenizer.model")
+    shutil.copyfile(mistral_model(), path / "tokenizer.model")
     settings = {"add_bos_token": True, "chat_template": "{{ bos_token }}{{ messages[0].content }}"}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return open_checkpoint(path)

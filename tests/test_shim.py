@@ -12,13 +12,12 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import MakeCheckpoint, parameters
+from conftest import MakeCheckpoint, mistral_model, parameters
 from mlx_lm.convert import convert as mlx_lm_convert
 from mlx_lm.generate import generate_step as mlx_lm_generate_step
 from mlx_lm.models.cache import KVCache, RotatingKVCache, load_prompt_cache, save_prompt_cache
@@ -171,8 +170,7 @@ def test_mlx_lm_reads_the_same_token_ids(
     """With a tokenizer class whose own rules differ from those of its tokenizer.json."""
     source, out = checkpoint(vocab_size=32000), tmp_path / "folded"
     (source / "tokenizer.json").unlink()
-    model = distribution("mistral-common").locate_file("mistral_common/data/tokenizer.model.v1")
-    shutil.copyfile(str(model), source / "tokenizer.model")
+    shutil.copyfile(mistral_model(), source / "tokenizer.model")
     config = read_json(source / "tokenizer_config.json") | {"tokenizer_class": "LlamaTokenizer"}
     (source / "tokenizer_config.json").write_text(json.dumps(config))
     convert(open_checkpoint(source), out, Options(plan=resolve(str(plan_file())), shim=True))

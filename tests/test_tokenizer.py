@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
+from conftest import mistral_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -53,11 +53,7 @@ DEMO_HI = [
 @pytest.fixture(scope="session")
 def model() -> bytes:
     """Mistral's real 32000-piece tokenizer.model."""
-    try:
-        found = distribution("mistral-common").locate_file("mistral_common/data/tokenizer.model.v1")
-    except PackageNotFoundError:
-        pytest.fail("needs: pip install --no-deps mistral-common==1.13.1")
-    return Path(str(found)).read_bytes()
+    return mistral_model().read_bytes()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,522 @@
+"""Answer accuracy through lm-evaluation-harness. Needs lm-eval and mistral-common (a data file)."""
+
+import json
+import math
+import re
+import socket
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import mistral_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench import harness, harness_model, scoring
+from bench.data import make_arithmetic
+from bench.harness import evaluate
+from bench.harness_model import Adapter, cerebrum_lm
+from bench.scoring import Scorer
+from mlx_cerebrum.errors import CerebrumError, RequestError
+from mlx_cerebrum.load import load
+from mlx_cerebrum.model import Model
+from mlx_cerebrum.stream import generate
+from mlx_cerebrum.tokenizer import Tokenizer
+
+CHATML = (
+    "{% for m in messages %}{{ bos_token + m['role'] + '\n' + m['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ bos_token + 'assistant\n' }}{% endif %}"
+)
+Loaded = tuple[Model, Tokenizer]
+
+
+@pytest.fixture
+def tiny(checkpoint: Callable[..., Path]) -> Loaded:
+    """8 blocks, a window of 12, a token a byte, the built-in Cerebrum template."""
+    return load(checkpoint(max_position_embeddings=400), dtype="float32")
+
+
+@pytest.fixture
+def chatml(checkpoint: Callable[..., Path]) -> Loaded:
+    """The same with a template of its own, which writes control tokens around each message."""
+    path = checkpoint("chatml", max_position_embeddings=400)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHATML}))
+    return load(path, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Mistral's real tokenizer: 32000 pieces, BOS, the built-in template."""
+    path = tmp_path_factory.mktemp("mistral")
+    (path / "tokenizer.model").write_bytes(mistral_model().read_bytes())
+    return Tokenizer.from_directory(path)
+
+
+def request(*arguments: Any) -> Any:
+    return SimpleNamespace(args=arguments)
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def alone(model: Model, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """One pair, in one forward pass without a cache, in float64."""
+    ids = mx.array([context + continuation[:-1]])
+    logits = np.array(model(ids)[0, len(context) - 1 :]).astype(np.float64)
+    chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    chosen = chances[range(len(continuation)), continuation]
+    return float(chosen.sum()), bool((logits.argmax(-1) == continuation).all())
+
+
+def next_token(model: Model, ids: list[int]) -> int:
+    return cast(int, mx.argmax(model(mx.array([ids]))[0, -1]).item())
+
+
+def random_pairs(model: Model, count: int = 24) -> list[tuple[list[int], list[int]]]:
+    """Contexts of up to 50 tokens that share beginnings; some continuations are greedy."""
+    random = np.random.default_rng(0)
+    head = random.integers(3, 260, 20).tolist()
+    pairs: list[tuple[list[int], list[int]]] = []
+    for number in range(count):
+        own = random.integers(3, 260, random.integers(1, 4) * 10).tolist()
+        context = head[: number % 3 * 10] + own if number % 5 else pairs[-1][0] if pairs else head
+        length = int(random.integers(1, 9))
+        continuation = random.integers(3, 260, length).tolist()
+        if number % 4 == 0:
+            continuation = []
+            for _ in range(length):
+                continuation.append(next_token(model, context + continuation))
+            if number % 8 == 0:  # all but the last
+                continuation[-1] = 3 + (continuation[-1] - 2) % 257
+        pairs.append((context, continuation))
+    return pairs
+
+
+# ---- likelihoods and answers of token ids
+
+
+@pytest.mark.parametrize("batch", [1, 3, 32])
+@pytest.mark.parametrize("step", [7, 256])
+def test_scores_are_those_of_one_pair_at_a_time(
+    tiny: Loaded, batch: int, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = tiny
+    monkeypatch.setattr(scoring, "BATCH", batch)
+    monkeypatch.setattr(scoring, "PREFILL_STEP", step)
+    pairs = random_pairs(model)
+    expected = [alone(model, *pair) for pair in pairs]
+    found = Scorer(model).score(pairs)
+    assert [flag for _, flag in found] == [flag for _, flag in expected]
+    assert 3 <= sum(flag for _, flag in found) < len(found)
+    assert np.allclose([x for x, _ in found], [x for x, _ in expected], atol=1e-4)
+
+
+def test_a_context_is_rewound_past_what_the_window_keeps(tiny: Loaded) -> None:
+    model, _ = tiny
+    random = np.random.default_rng(1)
+    long = random.integers(3, 260, 350).tolist()
+    # In order: a turn just before the end, then back to where the entries are long gone.
+    contexts = [long, long[:-6] + long[:6], long[:5] + long[9:19], long, long[:2]]
+    pairs = [(context, random.integers(3, 260, 3).tolist()) for context in contexts]
+    expected = [alone(model, *pair)[0] for pair in pairs]
+    scorer = Scorer(model)
+    # One at a time, so that each rewinds the one before.
+    found = [scorer.score([pair])[0][0] for pair in pairs]
+    assert np.allclose(found, expected, atol=1e-4)
+
+
+def test_nothing_to_score_is_certain(tiny: Loaded) -> None:
+    assert Scorer(tiny[0]).score([([5, 6], []), ([5, 6], [])]) == [(0.0, True)] * 2
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_answers_are_those_of_one_prompt_at_a_time(
+    tiny: Loaded, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny
+    monkeypatch.setattr(scoring, "BATCH", batch)
+    prompts = [context for context, _ in random_pairs(model, 14)]
+    plain = [generate(model, tokenizer, prompt, max_tokens=8) for prompt in prompts]
+    # Stop strings that some answers reach early, some late, some never.
+    stop = tuple({text[k : k + 1] for k, text in enumerate(plain[:9]) if text[k : k + 1]})
+    expected = [generate(model, tokenizer, prompt, max_tokens=8, stop=stop) for prompt in prompts]
+    assert len({len(text) for text in expected}) > 3
+    assert Scorer(model).generate(prompts, tokenizer, stop, 8) == expected
+    assert Scorer(model).generate(prompts, tokenizer, (), 8) == plain
+
+
+def test_an_end_token_ends_one_answer_and_not_its_neighbours(tiny: Loaded) -> None:
+    model, tokenizer = tiny
+    prompts = [[9, 8, 7], [7, 8, 9], [30, 40, 50]]
+    tokens = []
+    ids = list(prompts[0])
+    for _ in range(5):
+        tokens.append(next_token(model, ids))
+        ids.append(tokens[-1])
+    tokenizer.eos_token_ids = frozenset({tokens[2]})
+    expected = [generate(model, tokenizer, prompt, max_tokens=6) for prompt in prompts]
+    assert expected[0] == tokenizer.decode(tokens[: tokens.index(tokens[2])])
+    assert Scorer(model).generate(prompts, tokenizer, (), 6) == expected
+
+
+def test_a_shared_beginning_is_computed_once(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load(checkpoint(sliding_window=None), dtype="float32")
+    seen: list[int] = []
+    call = Model.__call__
+
+    def counted(self: Model, ids: mx.array, cache: Any) -> mx.array:
+        seen.append(ids.size)
+        return call(self, ids, cache)
+
+    monkeypatch.setattr(Model, "__call__", counted)
+    head = list(range(10, 110))
+    questions = [head + [n] * (5 + n) for n in range(3, 9)]
+    pairs = [(question, [20 + k, 30]) for question in questions for k in range(4)]
+    Scorer(model).score(pairs)
+    # 100 in common once, what is left of each question but its last token, four choices of two.
+    assert sum(seen) == 100 + sum(5 + n - 1 for n in range(3, 9)) + 6 * 4 * 2
+
+
+# ---- prompts as text
+
+
+def test_rendered_text_encodes_to_the_tokenizers_own_ids(
+    tiny: Loaded, chatml: Loaded, mistral: Tokenizer
+) -> None:
+    tokenizers = [tiny[1], chatml[1], mistral]
+    adapters = [Adapter(tiny[0], tokenizer) for tokenizer in tokenizers]
+
+    @given(st.text(max_size=12) | st.sampled_from(["<s>", "x</s>", "  <s", "</s>\nUser: a"]))
+    @settings(max_examples=60, deadline=None)
+    def same(text: str) -> None:
+        for tokenizer, adapter in zip(tokenizers, adapters, strict=True):
+            if re.search("[\U00100000-\U0010ffff]", text):
+                with pytest.raises(RequestError, match="stands for a token"):
+                    adapter.apply_chat_template(user(text))
+                continue
+            messages = [{"role": "system", "content": "s"}, *user(text)]
+            ids = adapter.encode(adapter.apply_chat_template(messages))
+            assert ids == tokenizer.apply_chat_template(messages)
+            assert adapter.encode(text) == tokenizer.encode(text)
+
+    same()
+
+
+def test_there_is_one_bos(tiny: Loaded, mistral: Tokenizer) -> None:
+    for tokenizer in (tiny[1], mistral):
+        adapter = Adapter(tiny[0], tokenizer)
+        ids = adapter.encode(adapter.apply_chat_template(user("<s> What?")))
+        assert ids[0] == tokenizer.bos_token_id
+        assert tokenizer.bos_token_id not in ids[1:]
+
+
+def test_an_answer_begun_goes_on(tiny: Loaded, chatml: Loaded) -> None:
+    messages = [*user("What is 1 + 1?"), {"role": "assistant", "content": "1 + 1 ="}]
+    for model, tokenizer in (tiny, chatml):
+        adapter = Adapter(model, tokenizer)
+        text = adapter.apply_chat_template(messages, add_generation_prompt=False)
+        whole = adapter.apply_chat_template(user("What is 1 + 1?"))
+        assert text == whole + ("" if whole[-1].isspace() else " ") + "1 + 1 ="
+
+
+def test_pairs_split_where_the_tokens_of_the_whole_do(tiny: Loaded, mistral: Tokenizer) -> None:
+    adapter = Adapter(tiny[0], mistral)
+    for context, continuation in [("The quick br", "own fox"), ("one  ", "two"), ("a\n", " b")]:
+        before, after = adapter.encode_pair(context, continuation)
+        whole = mistral.encode(context + continuation)
+        assert before == mistral.encode(context.rstrip())
+        assert after == whole[len(before) :]
+    # A space belongs to the word after it.
+    assert mistral.decode(adapter.encode_pair("one ", "two")[1]) == "two"
+    assert adapter.encode_pair("one ", "two") == adapter.encode_pair("one", " two")
+
+
+def test_a_prompt_that_ends_in_a_word_leaves_the_space_to_the_model(
+    tiny: Loaded, chatml: Loaded, mistral: Tokenizer
+) -> None:
+    adapter = Adapter(tiny[0], mistral)
+    prompt = adapter.apply_chat_template(user("What is 3 + 4?"))
+    assert prompt.endswith("AI:")
+    assert adapter.encode_pair(prompt, "To") == adapter.encode_pair(prompt, " To")
+    assert adapter.encode_pair(prompt, "To")[1] == [mistral.encode("To", add_bos=False)[0]]
+    # After a line's end, or in plain text, nothing is added.
+    adapter = Adapter(*chatml)
+    prompt = adapter.apply_chat_template(user("What is 3 + 4?"))
+    assert adapter.encode_pair(prompt, "7")[1] == adapter.encode("\n7", add_bos=False)
+    assert adapter.encode_pair("AI:", "7")[1] == adapter.encode("7", add_bos=False)
+
+
+def test_a_text_with_nothing_before_it_follows_bos(tiny: Loaded) -> None:
+    adapter = Adapter(*tiny)
+    assert adapter.encode_pair("", "ab") == ([1], tiny[1].encode("ab", add_bos=False))
+    assert adapter.encode_pair(" ", "ab") == ([1], tiny[1].encode(" ab", add_bos=False))
+
+
+def test_a_choice_cannot_spell_a_token(chatml: Loaded) -> None:
+    adapter = Adapter(*chatml)
+    mark = adapter.apply_chat_template(user("Hi"))[0]
+    with pytest.raises(RequestError, match="U\\+100000"):
+        adapter.encode_pair("Hi", mark)
+
+
+# ---- the harness's requests
+
+
+def test_whole_texts_are_scored_in_windows(checkpoint: Callable[..., Path]) -> None:
+    model, tokenizer = load(checkpoint(max_position_embeddings=32), dtype="float32")
+    text = "It was a dark and stormy night, and nothing else was known of it. " * 2
+    ids = tokenizer.encode(text, add_bos=False)
+    expected = alone(model, [1], ids[:32])[0]
+    for start in range(32, len(ids), 32):
+        end = min(start + 32, len(ids))
+        # As much context as positions allow, never less than a token.
+        expected += alone(model, ids[end - 33 : start], ids[start:end])[0]
+    found = cerebrum_lm(model, tokenizer).loglikelihood_rolling([request(text), request("")])
+    assert found == [pytest.approx(expected, abs=1e-3), 0]
+
+
+def test_what_is_too_long_loses_its_beginning_and_says_so(
+    checkpoint: Callable[..., Path],
+) -> None:
+    model, tokenizer = load(checkpoint(max_position_embeddings=32), dtype="float32")
+    said: list[str] = []
+    lm = cerebrum_lm(model, tokenizer, said.append)
+    text = "x" * 20 + "abcdefghijklmnopqrstuvwxyz"
+    found = lm.loglikelihood([request(text, " yes"), request("short", " yes")])
+    ids = tokenizer.encode(text + " yes")
+    assert found[0][0] == pytest.approx(alone(model, ids[-33:-4], ids[-4:])[0], abs=1e-4)
+    answer = lm.generate_until([request(text, {"max_gen_toks": 8})])
+    assert answer == [generate(model, tokenizer, tokenizer.encode(text)[-24:], max_tokens=8)]
+    assert len(said) == 2
+    assert said[0].startswith("1 of 2 prompts are longer than the model's 32 positions")
+    with pytest.raises(RequestError, match="32 positions"):
+        lm.generate_until([request(text, {"max_gen_toks": 32})])
+    with pytest.raises(RequestError, match="32 positions"):
+        lm.loglikelihood([request("a", "b" * 40)])
+
+
+def test_each_request_keeps_its_own_settings(tiny: Loaded) -> None:
+    model, tokenizer = tiny
+    lm = cerebrum_lm(model, tokenizer)
+    prompt = lm.apply_chat_template(user("Go on."))
+    ids = tokenizer.apply_chat_template(user("Go on."))
+    text = generate(model, tokenizer, ids, max_tokens=20)
+    requests = [
+        request(prompt, {"max_gen_toks": 20, "temperature": 0.0, "do_sample": False}),
+        request(prompt, {"until": text[3], "max_tokens": 20}),
+        request(prompt, {"until": ["\n\n\n", text[1], ""], "max_new_tokens": 20}),
+        request(prompt, {"until": [], "max_gen_toks": 2}),
+    ]
+    expected = [generate(model, tokenizer, ids, max_tokens=2)]
+    expected = [text, text[: text.index(text[3])], text[: text.index(text[1])], *expected]
+    assert lm.generate_until(requests) == expected
+
+
+def test_the_templates_own_stop_ends_an_answer(tiny: Loaded) -> None:
+    model, tokenizer = tiny
+    lm = cerebrum_lm(model, tokenizer)
+    assert tokenizer.stop_strings == ("\nUser:",)
+    text = lm.generate_until([request("Go on.", {"max_gen_toks": 9})])[0]
+    tokenizer.stop_strings = (text[2:4],)
+    assert lm.generate_until([request("Go on.", {"max_gen_toks": 9})]) == [text[:2]]
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"do_sample": True}, {"temperature": 0.7}, {"num_beams": 4}], ids=str
+)
+def test_samples_and_beams_are_refused(tiny: Loaded, wanted: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="greedy"):
+        Adapter(*tiny).generate_until([request("a", wanted)])
+
+
+def test_the_harness_takes_it_for_one_of_its_own(tiny: Loaded) -> None:
+    from lm_eval.api.model import LM
+
+    lm = cerebrum_lm(*tiny)
+    assert isinstance(lm, LM)
+    assert (lm.rank, lm.world_size) == (0, 1)
+    assert lm.chat_template(True)
+
+
+# ---- the questions
+
+
+def test_the_script_makes_the_file() -> None:
+    assert make_arithmetic.FILE.read_bytes() == make_arithmetic.text().encode()
+
+
+def test_every_question_has_its_right_answer_once() -> None:
+    rows = [json.loads(line) for line in make_arithmetic.FILE.read_text().splitlines()]
+    assert len(rows) == len({row["question"] for row in rows}) == 60
+    for row in rows:
+        numbers = [int(n) for n in re.findall(r"\d+", row["question"])]
+        symbol = re.search("[+*]", row["question"])
+        if symbol:
+            assert row["start"] == row["question"][len("What is ") : -1] + " ="
+            expected = sum(numbers) if symbol[0] == "+" else math.prod(numbers)
+        elif len(numbers) == 2:
+            expected = sum(numbers)
+        else:
+            expected = numbers[0] * numbers[1] - numbers[2]
+        assert row["answer"] == row["choices"][row["label"]] == str(expected)
+        assert len(set(row["choices"])) == 4
+        assert {len(choice) for choice in row["choices"]} == {len(row["answer"])}
+    # Any first N hold every level about equally often.
+    for n in range(1, 60):
+        counts = Counter(row["level"] for row in rows[:n])
+        assert max(counts.values()) - min(counts[level] for level in range(1, 7)) <= 1
+
+
+# ---- whole runs
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def listing(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+def expected_scores(model: Model, tokenizer: Tokenizer, count: int) -> list[list[float]]:
+    """Of the default tasks, worked out without the harness: written, chosen."""
+    written, chosen = [], []
+    for line in make_arithmetic.FILE.read_text().splitlines()[:count]:
+        row = json.loads(line)
+        ids = tokenizer.apply_chat_template(user(row["question"]))
+        ids += tokenizer.encode(row["start"], add_bos=False)
+        text = generate(model, tokenizer, ids, max_tokens=8, stop=["\n"])
+        number = re.search(r"-?\d[\d,]*", text)
+        written.append(float(number is not None and number[0].replace(",", "") == row["answer"]))
+        choices = [tokenizer.encode(f" {c}", add_bos=False) for c in row["choices"]]
+        chances = [alone(model, ids, choice)[0] for choice in choices]
+        chosen.append(float(np.argmax(chances) == row["label"]))
+    return [written, chosen]
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_default_tasks(
+    chatml: Loaded,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    model, tokenizer = chatml
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    before = listing(harness.TASKS.parent)
+    found = evaluate(model, tokenizer, limit=8, say=lambda line: pytest.fail(line))
+    written, chosen = expected_scores(model, tokenizer, 8)
+    assert 0 < sum(chosen) < 8
+    assert found == {
+        "cerebrum_arithmetic": {"exact_match, first number": written},
+        "cerebrum_arithmetic_choice": {"acc": chosen},
+    }
+    # Another order of the same blocks: other scores, question by question comparable.
+    other = evaluate(model.view((0, 2, 1, 0, 3, 5, 4)), tokenizer, limit=8)
+    assert [len(s) for task in other.values() for s in task.values()] == [8, 8]
+    assert evaluate(model, tokenizer, limit=8) == found
+    assert listing(harness.TASKS.parent) == before
+    assert listing(folder) == set()
+    assert capfd.readouterr() == ("", "")
+
+
+def write_task(folder: Path, name: str, **changes: Any) -> None:
+    """A local task over a local JSON file; YAML takes JSON."""
+    folder.mkdir(exist_ok=True)
+    data = folder / "data.json"
+    rows = [{"q": f"Say {word}.", "a": f" {word}"} for word in ("yes", "no", "perhaps")]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")},
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(task | changes))
+
+
+MEAN = {"aggregation": "mean", "higher_is_better": True}
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_directory_of_local_tasks(tiny: Loaded, tmp_path: Path) -> None:
+    model, tokenizer = tiny
+    folder = tmp_path / "tasks"
+    acc = [{"metric": "acc", **MEAN}]
+    write_task(folder, "said", output_type="loglikelihood", metric_list=acc)
+    words = {"metric": "word_perplexity"}
+    write_task(folder, "told", output_type="loglikelihood_rolling", metric_list=[words])
+    found = evaluate(model, tokenizer, task_dir=folder)
+    flags = [
+        alone(
+            model, tokenizer.apply_chat_template(user(f"Say {w}.")), tokenizer.encode(f" {w}")[1:]
+        )
+        for w in ("yes", "no", "perhaps")
+    ]
+    # A pair (likelihood, words) is not a score.
+    assert found == {"said": {"acc": [float(flag) for _, flag in flags]}, "told": {}}
+    assert set(evaluate(model, tokenizer, ["said"], folder, limit=1)) == {"said"}
+
+
+def refusal(run: Callable[[], object]) -> str:
+    with pytest.raises(CerebrumError) as caught:
+        run()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_cannot_be_run_is_named(
+    tiny: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny
+    folder = tmp_path / "tasks"
+    write_task(folder, "far", dataset_path="nobody/nothing", dataset_kwargs={})
+    write_task(folder, "odd", output_type="guess")
+    write_task(folder, "drawn", generation_kwargs={"do_sample": True, "until": ["x"]})
+
+    def run(*tasks: str, task_dir: Path | None = folder) -> str:
+        return refusal(lambda: evaluate(model, tokenizer, tasks, task_dir, say=lambda _: None))
+
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert run("far").startswith("task far can't be loaded: Couldn't reach 'nobody/nothing'")
+    assert "task odd can't be loaded: Got invalid output_type 'guess'" in run("odd")
+    assert "greedy" in run("drawn")
+    # Reading the harness's own thousands of task files takes ten seconds.
+    few = harness._manager
+    monkeypatch.setattr(harness, "_manager", lambda folders, everything=False: few(folders))
+    assert "no task 'arc_chalenge'" in run("arc_chalenge", task_dir=None)
+    assert "not a directory" in run(task_dir=tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    assert "no task" in run(task_dir=tmp_path / "empty")
+    monkeypatch.setattr(harness, "installed", lambda: False)
+    assert "pip install lm-eval" in run()
+
+
+def test_long_runs_tell_how_far_they_are(tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness_model, "SECONDS", 0.0)
+    monkeypatch.setattr(scoring, "BATCH", 2)
+    said: list[str] = []
+    requests: Sequence[Any] = [request("a", letter) for letter in "bcdef"]
+    Adapter(*tiny, said.append).loglikelihood(requests)
+    assert said == [f"{n} of 5 choices scored" for n in (2, 4, 5)]
