@@ -49,7 +49,7 @@ def entries_held(window: int | None, prompt: int, generated: int, prefill_step: 
     for length in [*chunks, *([1] * generated)]:
         if used + length > room:
             used = used if window is None else min(used, window - 1 + REWIND)
-            room = used + max(length, STEP)
+            room = used + max(length + 1, STEP)
             most = max(most, room)
         used += length
     return most
@@ -89,7 +89,9 @@ class WindowedKVCache:
         """Move what is still needed to the front of a new buffer with room for `keys`."""
         used = self._used()
         keep = used if self.window is None else min(used, self.window - 1 + self.rewind)
-        spare = max(keys.shape[2], self.step)
+        # One entry more than `keys` has: what fills an array whole, MLX does not copy into it. The
+        # buffer would be a view of qkv_proj's output, and keep all of that, several times as much.
+        spare = max(keys.shape[2] + 1, self.step)
 
         def moved(old: mx.array | None, new: mx.array) -> mx.array:
             B, H, _, D = new.shape

@@ -19,7 +19,7 @@ from mlx_cerebrum.load import (
     load_tokenizer,
     planned_config,
 )
-from mlx_cerebrum.memory import human, kv_bytes, require, wired
+from mlx_cerebrum.memory import human, request_bytes, require, wired
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.quantize import AFFINE_BITS, AFFINE_GROUPS, Packing
 from mlx_cerebrum.sampling import make_sampler
@@ -138,11 +138,13 @@ def _run(args: argparse.Namespace) -> int:
     check_request(config, len(ids), args.max_tokens, args.prefill_step_size)
 
     storage = choose_storage(checkpoint, packing, args.dtype)
-    cache = kv_bytes(config, len(ids), args.max_tokens, storage.dtype.size, args.prefill_step_size)
+    request = request_bytes(
+        config, len(ids), args.max_tokens, storage.dtype.size, args.prefill_step_size
+    )
     require(
-        storage.nbytes + max(cache, storage.transient),
-        f"the model ({human(storage.nbytes)}) with a cache for {len(ids)} + {args.max_tokens}"
-        f" tokens ({human(cache)})",
+        storage.nbytes + max(request, storage.transient),
+        f"the model ({human(storage.nbytes)}) with {len(ids)} + {args.max_tokens} tokens"
+        f" ({human(request)})",
         f"{SMALLER}, a smaller --window, or fewer --max-tokens",
     )
     show = not (args.quiet or args.json)

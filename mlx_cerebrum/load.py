@@ -117,7 +117,10 @@ def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str
         size = sum(_nbytes(shape, held[module], dtype) for module, shape in shapes.items())
         block = sum(rows * columns for m, (rows, columns) in shapes.items() if ".0." in m)
         table = checkpoint.config.vocab_size * checkpoint.config.hidden_size
-        return Storage(dtype, packings, dequantize, size, max(block, table) * stored.size)
+        # As read; and what the CPU packs it widens to float32, a matrix at a time.
+        widened = 4 * table if requested is not None and not on_gpu() else 0
+        transient = max(block, table) * stored.size + widened
+        return Storage(dtype, packings, dequantize, size, transient)
 
     if dtype != "auto":
         if dtype not in DTYPES:

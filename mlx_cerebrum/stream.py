@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.decode import PREFILL_STEP, Sampler, generate_step, greedy
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.memory import kv_bytes, require
+from mlx_cerebrum.memory import request_bytes, require
 from mlx_cerebrum.model import Cache, Model
 from mlx_cerebrum.tokenizer import Tokenizer
 
@@ -90,7 +90,7 @@ def stream_generate(
     A `str` prompt is encoded as plain text (with BOS where the tokenizer wants one); for a
     conversation pass `tokenizer.apply_chat_template(messages)`. Neither EOS nor the stop string
     is in the text. Raises RequestError for an empty or overlong request, MemoryBudgetError
-    when its caches can't fit.
+    when its caches and a forward pass can't fit.
     """
     cached = cache[0].offset if cache else 0
     if isinstance(prompt, str):  # BOS belongs to the start of a conversation only
@@ -101,9 +101,9 @@ def stream_generate(
     if cache is None:
         item_bytes = model.model.norm.weight.dtype.size
         require(
-            kv_bytes(model.config, len(ids), max_tokens, item_bytes, prefill_step_size),
-            f"the cache for {len(ids)} + {max_tokens} tokens",
-            "use a smaller window or fewer tokens",
+            request_bytes(model.config, len(ids), max_tokens, item_bytes, prefill_step_size),
+            f"the cache for {len(ids)} + {max_tokens} tokens, with what computing them takes,",
+            "use a smaller window, fewer tokens or a smaller prefill step",
         )
     outside = [i for i in ids if not 0 <= i < model.config.vocab_size]
     if outside:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_cerebrum.cache import WindowedKVCache, attention_mask, causal_mask, entries_held
+from mlx_cerebrum.cache import STEP, WindowedKVCache, attention_mask, causal_mask, entries_held
 
 
 def entries(start: int, length: int) -> mx.array:
@@ -164,3 +164,18 @@ def test_mask_matches_what_is_fetched() -> None:
         assert isinstance(mask, mx.array)
         assert mx.array_equal(mask, causal_mask(length, cache.size(), 4))
         assert mask.shape == (length, len(feed(cache, length)))
+
+
+@pytest.mark.parametrize("length", [STEP, 2 * STEP])
+def test_a_chunk_that_fills_the_buffer_is_copied(length: int) -> None:
+    """Keys are a view of a larger array, as qkv_proj's output is; only they may stay."""
+    mx.synchronize()
+    before = mx.get_active_memory()
+    cache = WindowedKVCache()
+    both = mx.zeros((1, 20, length, 32)) + 1
+    _, keys = mx.split(both, [16], axis=1)
+    cache.update_and_fetch(keys, keys)
+    mx.eval(cache.keys, cache.values)
+    del both, keys, _
+    mx.synchronize()
+    assert mx.get_active_memory() - before <= 1.1 * cache.nbytes
