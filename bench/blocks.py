@@ -9,7 +9,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from bench.index import LENGTH, chip, index
 from bench.markdown import picture
+from bench.peers_report import measured, reasons
 from bench.report import Spread, table
 from bench.runs import Runs
 from bench.suite import Results
@@ -18,73 +20,7 @@ from mlx_cerebrum.memory import GB
 DEMO = "linux-epyc-2-demo"  # the demo model, every suite
 FULL = "linux-epyc-2-7b"  # random weights of the 7B's geometry, and its conversion
 SHOWN = (DEMO,)  # the runs whose speed README.md shows, a column each
-LENGTH = "512"  # the prompt that tables with room for one show
-CLASSES = {"metal": "Apple silicon (Metal)", "cuda": "NVIDIA (CUDA)", "cpu": "CPU"}
 _SUITES = ("memory", "context", "peers", "quality", "plans", "full_size")
-
-
-def index(runs: Runs) -> str:
-    """A row for each run of the speed suite; the GPUs without one ask for it."""
-    header = [
-        "processor",
-        "memory",
-        "system",
-        "backend",
-        "mlx",
-        "date",
-        "model",
-        "side A",
-        "side B",
-    ]
-    header += ["decode A", "decode B", "B / A", "prefill A", "prefill B", "B of ceiling", "run"]
-    rows = []
-    found = [(name, runs.document(name)) for name in runs.names()]
-    for backend, label in CLASSES.items():
-        of_class = [
-            _index_row(name, document)
-            for name, document in found
-            if document["machine"]["backend"] == backend
-        ]
-        if not of_class and backend != "cpu":
-            of_class = [[f"{label}: not measured yet, send yours", *[""] * (len(header) - 1)]]
-        rows += sorted(of_class)
-    unit = "Decode at short context and prefill of a prompt of 512, tokens/s; share of"
-    return f"{table(header, rows)}\n\n{unit} the bandwidth measured on that machine."
-
-
-def _index_row(name: str, document: Results) -> list[str]:
-    card, model = document["machine"], document["model"]
-    row = [
-        _chip(card),
-        f"{card['memory_bytes'] / GB:.0f} GB",
-        str(card["os"]),
-        str(card["backend"]),
-        str(card["mlx"]),
-        str(document["date"]),
-        str(model["model"]),
-        *(str(model[side]["name"]) for side in "ab"),
-    ]
-    speed = document["suites"].get("speed", {})
-    if "sides" not in speed:
-        return [*row, *["-"] * 6, _link(name)]
-    sides = [speed["sides"][side] for side in speed["names"]]
-    row += [f"{side['decode']['median']:.1f}" for side in sides]
-    row.append(f"{speed['ratios']['decode']['median']:.2f}")
-    row += [f"{side['prefill'][LENGTH]['median']:.0f}" for side in sides]
-    return [*row, f"{sides[1]['share']['measured']:.0%}", _link(name)]
-
-
-def _link(name: str) -> str:
-    return f"[{name}]({name}/README.md)"
-
-
-def _chip(card: Results) -> str:
-    """What computed: the GPU, or the processor and its cores."""
-    return (
-        f"{card['processor']}, {card['cores']} cores"
-        if card["device"] == "cpu"
-        else str(card["device"])
-    )
 
 
 def speed(runs: Runs) -> str:
@@ -109,7 +45,7 @@ def speed(runs: Runs) -> str:
     header = [""]
     for document, results in zip(documents, found, strict=True):
         a, b = results["names"]
-        header.append(f"{_chip(document['machine'])}, {document['date']}: {a} / {b} (B over A)")
+        header.append(f"{chip(document['machine'])}, {document['date']}: {a} / {b} (B over A)")
     rows = [
         [
             f"prefill of {LENGTH}, tokens/s",
@@ -202,7 +138,7 @@ def conversion(runs: Runs) -> str:
         f" {sum(cost['wall'] for cost in peers):.0f} s,"
         f" {max(cost['peak_memory'] for cost in peers) / GB:.0f} GB of memory and"
         f" {peers[0]['result'] / GB:.0f} GB of disk in between (`python -m bench.conversion`,"
-        f" random weights of the exact geometry, {_chip(document['machine'])})."
+        f" random weights of the exact geometry, {chip(document['machine'])})."
     )
 
 
@@ -224,21 +160,13 @@ def conversion_table(runs: Runs) -> str:
     cold = results["cold"]
     return "\n\n".join(
         [
-            f"{_chip(card)}, mlx {card['mlx']} on {card['device']}:",
+            f"{chip(card)}, mlx {card['mlx']} on {card['device']}:",
             table(["", "wall", "CPU", "peak memory", "written"], rows),
             f"Wall time, folded in 4 bits: {ratios}. From a cold disk it took"
             f" {cold['converted']:.0f} s, {cold['ratio']:.1f} times as long as plainly reading the"
             " source.",
         ]
     )
-
-
-def start(runs: Runs) -> str:
-    """Whole processes against mlx-lm's."""
-    results = runs.bench(DEMO, "start")["results"]
-    seconds = [[name, _spread(found).text(2)] for name, found in results["seconds"].items()]
-    ratios = [[name, _spread(found).text(2)] for name, found in results["ratios"].items()]
-    return f"{table(['process', 'seconds'], seconds)}\n\n{table(['', 'ratio'], ratios)}"
 
 
 def peers_short(runs: Runs) -> str:
@@ -259,6 +187,48 @@ def peers_short(runs: Runs) -> str:
 
 
 _SAME_FILES = "mlx-cerebrum, mlx-lm's directory"  # ours, started on what mlx-lm reads
+
+
+def peers_why(runs: Runs) -> str:
+    """The measured reason for every ratio below 1."""
+    results = runs.suite(DEMO, "peers")
+    lines = [
+        f"- {side['name']}: {line}"
+        for side in results["sides"].values()
+        for line in reasons(measured(side), results["profile"])
+    ]
+    return "\n".join(lines) or "No ratio was below 1."
+
+
+def full_size_short(runs: Runs) -> str:
+    """Bytes at full size, and what they say about other machines."""
+    results = runs.suite(FULL, "full_size")
+    weights, sides = results["weights"], results["sides"]
+    a, b = results["names"]
+    peaks = " and ".join(f"{sides[name]['peak'] / GB:.1f} GB ({name})" for name in (a, b))
+    chips = ("Apple M2", "Apple M4 Pro", "Apple M2 Ultra")
+    models = {
+        f"{name}, 4-bit": results["projection"]["models"][f"{name}, 4-bit"] for name in (a, b)
+    }
+    roofs = [[of, *(f"{max(one['roof'][of]):.0f}" for one in models.values())] for of in chips]
+    return (
+        f"Both models held in {weights['loaded'] / GB:.2f} GB of {weights['dtype']}"
+        f" (predicted {weights['predicted'] / GB:.2f}), at most {peaks} while generating.\n\n"
+        f"{table(['projected, not measured: the roof in tokens/s', *models], roofs)}\n\n"
+        "Published bandwidth over the bytes a token reads; engines reach"
+        f" {results['projection']['typical']:.0%} or so of it."
+    )
+
+
+def plans_short(runs: Runs) -> str:
+    """The card's plans, and the picture of the sweep."""
+    from bench.plans import plots
+
+    results = runs.suite(DEMO, "plans")
+    found = plots(results, runs.document(DEMO)["machine"])
+    name = next(iter(found))
+    said = _paragraphs(runs, "plans")[:3]
+    return "\n\n".join([*said, picture(name, found[name].alt, f"bench/results/{DEMO}/")])
 
 
 def quality_short(runs: Runs) -> str:
@@ -290,9 +260,11 @@ BLOCKS: dict[str, Block] = {
     "recipes": recipes,
     "conversion": conversion,
     "conversion-table": conversion_table,
-    "start": start,
     "peers-short": peers_short,
+    "peers-why": peers_why,
     "quality-short": quality_short,
+    "full-size-short": full_size_short,
+    "plans-short": plans_short,
     # Of the other suites everything they say, or their first table.
     **{suite: partial(_whole, suite=suite) for suite in _SUITES},
     **{f"{suite}-table": partial(_first_table, suite=suite) for suite in _SUITES},

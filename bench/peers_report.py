@@ -26,12 +26,12 @@ def text(results: Results) -> list[str]:
     return [*parts, _settings(results)]
 
 
-def _measured(side: Results) -> dict[str, Results]:
+def measured(side: Results) -> dict[str, Results]:
     return {name: row for name, row in side["engines"].items() if "failure" not in row}
 
 
 def _side(side: Results, profiled: Results) -> list[str]:
-    found = _measured(side)
+    found = measured(side)
     how = (
         "all engines loaded, in turns"
         if side["together"]
@@ -60,7 +60,7 @@ def _side(side: Results, profiled: Results) -> list[str]:
         table(["engine", *costs_header, "decode, GB/s", "prefill, GFLOP/s"], costs),
         *_start(side["start"]),
     ]
-    notes = [*_missing(side), *_differing(found), *_reasons(found, profiled)]
+    notes = [*_missing(side), *_differing(found), *reasons(found, profiled)]
     return [*parts, "\n".join(f"- {note}" for note in notes)] if notes else parts
 
 
@@ -107,7 +107,7 @@ def _differing(found: dict[str, Results]) -> Iterator[str]:
             yield f"{name}: quantized weights of its own, other arithmetic; tokens may differ."
 
 
-def _reasons(found: dict[str, Results], profiled: Results) -> Iterator[str]:
+def reasons(found: dict[str, Results], profiled: Results) -> Iterator[str]:
     """One line for every ratio below 1, with what was measured about it."""
     ours, told = found[OURS], set()
     for name, row in found.items():
@@ -149,7 +149,7 @@ def _settings(results: Results) -> str:
     sides = results["sides"].values()
     lines: dict[str, list[str]] = {}
     for side in sides:
-        for name, row in _measured(side).items():
+        for name, row in measured(side).items():
             lines.setdefault(f"- {name}: {row['version']}; {row['settings']}", []).append(
                 side["name"]
             )
@@ -167,7 +167,7 @@ def plots(results: Results, machine: Results) -> dict[str, Picture]:
 def _picture(results: Results, phase: str) -> Picture:
     groups: dict[str, dict[str, float]] = {}
     for side in results["sides"].values():
-        for name, row in _measured(side).items():
+        for name, row in measured(side).items():
             groups.setdefault(name, {})[side["name"]] = row[phase]["median"]
     names = " and ".join(side["name"] for side in results["sides"].values())
 

@@ -16,12 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, cast
+from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-
-from bench import machine
+from bench import likelihood, machine
 from bench.report import parser, publish, table
 from mlx_cerebrum import cli, hub
 from mlx_cerebrum.checkpoint import Checkpoint, open_checkpoint
@@ -61,22 +58,33 @@ def token_losses(
 
     Raises RequestError for a text with none.
     """
-    start = tokenizer.encode("")
+    start, ids = split(tokenizer, text)
     step = context - len(start)
     if step < 2:
         raise RequestError(f"a context of {context} tokens leaves none to score")
-    ids = tokenizer.encode(text)[len(start) :]
     losses: list[float] = []
     for first in range(0, len(ids), step):
-        window = mx.array(start + ids[first : first + step], dtype=mx.int32)
-        if window.size < 2 or len(losses) >= tokens:
+        window = start + ids[first : first + step]
+        if len(window) < 2 or len(losses) >= tokens:
             break
-        logits = model(window[None, :-1])[0].astype(mx.float32)
-        losses += cast(list[float], nn.losses.cross_entropy(logits, window[1:]).tolist())
-        mx.clear_cache()
+        losses += likelihood.losses(model, window).tolist()
     if not losses:
         raise RequestError("the text has no token to score")
     return losses[:tokens]
+
+
+def split(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """What the tokenizer begins a text with (BOS, or nothing), and the text's own ids."""
+    start = tokenizer.encode("")
+    return start, tokenizer.encode(text)[len(start) :]
+
+
+def read(file: Path) -> str:
+    """Raises RequestError for a file that is no UTF-8 text."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{file} can't be read as UTF-8 text: {error}") from None
 
 
 def perplexity(losses: Sequence[float]) -> float:
@@ -94,14 +102,9 @@ def measure(
 ) -> dict[str, list[float]]:
     """A model's losses on each text, by the text's name."""
     model, tokenizer = load(path, plan)
-    found = {}
-    for file in texts:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"{file} can't be read as UTF-8 text: {error}") from None
-        found[file.stem] = token_losses(model, tokenizer, text, tokens, context)
-    return found
+    return {
+        file.stem: token_losses(model, tokenizer, read(file), tokens, context) for file in texts
+    }
 
 
 def stored_bits(checkpoint: Checkpoint) -> float:
