@@ -92,7 +92,11 @@ def parser() -> cli.ArgumentParser:
         "--text", nargs="+", default=[], metavar="FILE", help="UTF-8 (default: two that come along)"
     )
     quality.add_argument(
-        "--text-tokens", type=int, default=2048, metavar="N", help="of each text, for each window length (default: 2048)"
+        "--text-tokens",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="of each text, for each window length (default: 2048)",
     )
     quality.add_argument(
         "--tasks",

@@ -84,7 +84,7 @@ def measure(
         "positions": config.max_position_embeddings,
         "tokens": _tokens(settings),
         "model": model,
-        "not_measured": missing,
+        "model_missing": missing,
         "random": _random(settings, lengths, geometry),
     }
 

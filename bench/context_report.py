@@ -40,8 +40,8 @@ def _model_text(results: Results) -> str:
 
 
 def _model_table(results: Results) -> list[str]:
-    if results["not_measured"]:
-        return [f"Not measured: {results['not_measured']}"]
+    if results["model_missing"]:
+        return [f"Not measured: {results['model_missing']}"]
     return [_table(results["model"], results["names"], "this model", with_ratio=False)]
 
 

@@ -24,7 +24,7 @@ from mlx_cerebrum.model import Model
 
 PASSAGES = 16
 LENGTH = 64  # tokens of a passage
-TOKENS = 128  # new ones
+TOKENS = 96  # new ones
 LEAST = 24  # tokens of a loop
 
 Ids = list[int]

@@ -39,12 +39,12 @@ QUESTION = "The capital of France is"
 
 
 def measure(pair: Pair, settings: Settings, lengths: Sequence[int] = LENGTHS) -> Results:
-    """Lengths that the model has no positions for are left out."""
+    """A prompt longer than the model has positions for, and one token, is cut to them."""
     # Whole processes first, while this one holds no weights beside them.
     start = _start(pair, settings)
     models = dict(zip(pair.names, pair.models(), strict=True))
     most = next(iter(models.values())).config.max_position_embeddings
-    lengths = [length for length in lengths if length + settings.tokens <= most]
+    lengths = list(dict.fromkeys(min(length, most - 1) for length in lengths))
     prompt = prompt_ids(pair.checkpoint(), max(lengths))
 
     seconds: dict[int, dict[str, list[float]]] = {}
