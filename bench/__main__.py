@@ -25,7 +25,7 @@ from bench.report import public
 from bench.suite import Results, Settings, Suite
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError, RequestError
-from mlx_cerebrum.memory import on_gpu
+from mlx_cerebrum.memory import on_gpu, wired
 
 # Those that measure in processes of their own come first, before this one holds weights.
 SUITES = ("memory", "peers", "speed", "context", "quality")
@@ -148,8 +148,9 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
         )
     document = new_document(["python", "-m", "bench", *words], pair)
     if args.out is not None:
-        document = _joined(args.out, document)
-    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        document = joined(args.out, document)
+    # As generate runs, and mlx-lm: on Metal the weights stay resident.
+    with tempfile.TemporaryDirectory(dir=args.work) as folder, wired():
         settings = _settings(args, Path(folder))
         for name in names:
             try:
@@ -207,6 +208,7 @@ def new_document(command: list[str], pair: Pair) -> Results:
         "machine": machine.card(),
         "model": pair.card(),
         "seconds": {},
+        "runs": {},
         "suites": {},
     }
 
@@ -216,11 +218,22 @@ def run_suite(document: Results, name: str, pair: Pair, settings: Settings) -> N
     settings.say(f"== {name}")
     module = cast(Suite, importlib.import_module(f"bench.{name}"))
     started = time.perf_counter()
-    document["suites"][name] = module.measure(pair, settings)
-    document["seconds"][name] = round(time.perf_counter() - started, 1)
+    results = module.measure(pair, settings)
+    record(document, name, results, time.perf_counter() - started)
 
 
-def _joined(directory: Path, document: Results) -> Results:
+def record(document: Results, name: str, results: Results, seconds: float) -> None:
+    """Put a suite's results into the document, with what made them."""
+    document["suites"][name] = results
+    document["seconds"][name] = round(seconds, 1)
+    document["runs"][name] = {
+        "command": document["command"],
+        "date": document["date"],
+        "commit": machine.commit(),
+    }
+
+
+def joined(directory: Path, document: Results) -> Results:
     """The document to go on with: what `directory` holds already, of this machine and model.
 
     Raises RequestError where it holds another's: a table must not mix two.
@@ -234,7 +247,8 @@ def _joined(directory: Path, document: Results) -> Results:
         found = [one.get(key, {}) | {"load_average": None} for one in (document, before)]
         if found[0] != found[1]:
             raise RequestError(f"{directory} holds results of another {key}; name another --out")
-    return document | {"suites": before["suites"], "seconds": before.get("seconds", {})}
+    kept = {key: before.get(key, {}) for key in ("suites", "seconds", "runs")}
+    return document | kept
 
 
 if __name__ == "__main__":

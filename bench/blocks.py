@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.index import LENGTH, chip, index
 from bench.markdown import picture
-from bench.peers_report import measured, reasons
+from bench.peers_report import OURS, measured, reasons
 from bench.report import Spread, table
 from bench.runs import Runs
 from bench.suite import Results
@@ -136,9 +136,9 @@ def conversion(runs: Runs) -> str:
         f"From the 7B to the folded 4-bit 12.25B took {ours['wall']:.0f} s and"
         f" {ours['peak_memory'] / GB:.1f} GB of memory; mergekit and then mlx_lm.convert took"
         f" {sum(cost['wall'] for cost in peers):.0f} s,"
-        f" {max(cost['peak_memory'] for cost in peers) / GB:.0f} GB of memory and"
+        f" {max(cost['peak_memory'] for cost in peers) / GB:.0f} GB resident (mapped files too) and"
         f" {peers[0]['result'] / GB:.0f} GB of disk in between (`python -m bench.conversion`,"
-        f" random weights of the exact geometry, {chip(document['machine'])})."
+        f" random weights of the exact geometry, one round, {chip(document['machine'])})."
     )
 
 
@@ -169,6 +169,9 @@ def conversion_table(runs: Runs) -> str:
     )
 
 
+_SAME_FILES = "mlx-cerebrum, mlx-lm's directory"  # ours, started on what mlx-lm reads
+
+
 def peers_short(runs: Runs) -> str:
     """Ours over each peer, both sides; above 1 ours is faster."""
     results = runs.suite(DEMO, "peers")
@@ -176,26 +179,23 @@ def peers_short(runs: Runs) -> str:
     for side in results["sides"].values():
         for name, row in side["engines"].items():
             if "failure" in row:
-                rows.append([f"{name}, {side['name']}", "not measured", "", "", ""])
+                rows.append([f"{name}, {side['name']}", "not measured", "", "", "", ""])
             elif "ratios" in row:
                 same = "yes" if row["equal"] else f"{row['agreeing']} of {row['compared']}"
                 pair = [_spread(row["ratios"][phase]).text(2) for phase in ("prefill", "decode")]
                 started = side["start"].get("ratios", {}) if name == "mlx-lm" else {}
                 start = _spread(started[_SAME_FILES]).text(2) if started else ""
-                rows.append([f"{name}, {side['name']}", *pair, start, same])
-    return table(["ours over", "prefill", "decode", "process start", "same tokens"], rows)
-
-
-_SAME_FILES = "mlx-cerebrum, mlx-lm's directory"  # ours, started on what mlx-lm reads
+                read = row["token_bytes"] / measured(side)[OURS]["token_bytes"]
+                rows.append([f"{name}, {side['name']}", *pair, start, f"{read:.2f}", same])
+    header = ["ours over", "prefill", "decode", "process start", "bytes it reads / ours"]
+    return table([*header, "same tokens"], rows)
 
 
 def peers_why(runs: Runs) -> str:
     """The measured reason for every ratio below 1."""
     results = runs.suite(DEMO, "peers")
     lines = [
-        f"- {side['name']}: {line}"
-        for side in results["sides"].values()
-        for line in reasons(measured(side), results["profile"])
+        f"- {side['name']}: {line}" for side in results["sides"].values() for line in reasons(side)
     ]
     return "\n".join(lines) or "No ratio was below 1."
 
@@ -215,9 +215,13 @@ def full_size_short(runs: Runs) -> str:
         f"Both models held in {weights['loaded'] / GB:.2f} GB of {weights['dtype']}"
         f" (predicted {weights['predicted'] / GB:.2f}), at most {peaks} while generating.\n\n"
         f"{table(['projected, not measured: the roof in tokens/s', *models], roofs)}\n\n"
-        "Published bandwidth over the bytes a token reads; engines reach"
-        f" {results['projection']['typical']:.0%} or so of it."
+        "Published bandwidth over the bytes a token reads; of that engines are known to reach"
+        f" {_range(results['projection']['known'])}."
     )
+
+
+def _range(known: list[float]) -> str:
+    return " to ".join(f"{share:.0%}" for share in known)
 
 
 def plans_short(runs: Runs) -> str:

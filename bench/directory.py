@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_cerebrum.checkpoint import INDEX, Checkpoint, matrix_shapes, norm_names
+from mlx_cerebrum.checkpoint import INDEX, matrix_shapes, norm_names
 from mlx_cerebrum.config import ModelConfig
 
 Arrays = dict[str, mx.array]  # tensors by name
@@ -79,38 +79,6 @@ def _write_file(path: Path, parts: Sequence[Callable[[], Arrays]]) -> dict[str, 
         file.write((room - 8).to_bytes(8, "little") + text.ljust(room - 8))
     del header["__metadata__"]
     return {name: b - a for name, (a, b) in ((n, e["data_offsets"]) for n, e in header.items())}
-
-
-def export(checkpoint: Checkpoint, directory: Path, *, dense: bool) -> None:
-    """Copy `checkpoint` so that mlx-lm reads it, tokenizer included.
-
-    Dense: every tensor in float32, packed ones dequantized in float32. Else as stored, in
-    mlx-lm's quantized layout.
-    """
-
-    def tensors(module: str) -> Arrays:
-        arrays = checkpoint.read(module)
-        packing = checkpoint.packing(module)
-        if dense and packing is not None:
-            arrays = {"weight": packing.dequantize(arrays, mx.float32)}
-        if dense:
-            arrays = {"weight": arrays["weight"].astype(mx.float32)}
-        return {f"{module}.{part}": array for part, array in arrays.items()}
-
-    def file(modules: list[str]) -> Callable[[], Arrays]:
-        return lambda: {name: a for m in modules for name, a in tensors(m).items()}
-
-    config = checkpoint.config
-    raw = checkpoint.raw_config | {
-        # What mlx-lm would guess otherwise: it takes a missing tie_word_embeddings as true.
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "rope_theta": config.rope_theta,
-    }
-    if dense:
-        raw = {key: value for key, value in raw.items() if not key.startswith("quantization")}
-        raw["torch_dtype"] = raw["dtype"] = "float32"
-    write_checkpoint(directory, raw, [file(modules) for modules in by_block(config)])
-    checkpoint.tokenizer().save(directory)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

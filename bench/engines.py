@@ -23,19 +23,12 @@ from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.decode import PREFILL_STEP, generate_step
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.load import load_tokenizer
+from mlx_cerebrum.memory import on_gpu
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.quantize import FUSED
 
-# Public domain: Lewis Carroll, Alice's Adventures in Wonderland (1865), its opening.
-TEXT = """Alice was beginning to get very tired of sitting by her sister on the bank, and of
-having nothing to do: once or twice she had peeped into the book her sister was reading, but
-it had no pictures or conversations in it, "and what is the use of a book," thought Alice,
-"without pictures or conversations?" So she was considering in her own mind (as well as she
-could, for the hot day made her feel very sleepy and stupid), whether the pleasure of making
-a daisy-chain would be worth the trouble of getting up and picking the daisies, when suddenly
-a White Rabbit with pink eyes ran close by her. There was nothing so very remarkable in that;
-nor did Alice think it so very much out of the way to hear the Rabbit say to itself, "Oh dear!
-Oh dear! I shall be late!" """.replace("\n", " ")
+# A prompt that says nothing twice: continuing a repetition would say little of an engine.
+PROSE = Path(__file__).parent / "data" / "austen.txt"
 
 
 @dataclass(frozen=True)
@@ -122,9 +115,11 @@ def mlx_lm(
         steps = peer_step(mx.array(list(prompt)), model, max_tokens=max_tokens, **chunks)
         return timed((int(token) for token, _ in steps), len(prompt))
 
-    generate(sample[:8], 2)
-    default, smaller = generate(sample, 1), generate(sample, 1, prefill_step_size=PREFILL_STEP)
-    chunks = {} if default.first <= smaller.first else {"prefill_step_size": PREFILL_STEP}
+    generate(sample, 2)
+    chunks = {}
+    if len(sample) > PREFILL_STEP + 1:  # else both are one chunk
+        default, smaller = generate(sample, 1), generate(sample, 1, prefill_step_size=PREFILL_STEP)
+        chunks = {} if default.first <= smaller.first else {"prefill_step_size": PREFILL_STEP}
     sizes = _sizes(model)
     dtype = model.model.norm.weight.dtype
     how = f"chunks of {PREFILL_STEP}, faster than its default" if chunks else "its default chunks"
@@ -150,6 +145,8 @@ def transformers(directory: Path, config: ModelConfig, sample: Sequence[int]) ->
     library.utils.logging.disable_progress_bar()
     mps = torch.backends.mps.is_available()
     device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if on_gpu() and device == "cpu":
+        raise RequestError("this torch computes on the CPU only; install one for this GPU")
     model = library.AutoModelForCausalLM.from_pretrained(
         directory, dtype="auto", local_files_only=True
     )
@@ -218,9 +215,10 @@ def prompt_ids(checkpoint: Checkpoint, count: int) -> list[int]:
         tokenizer = load_tokenizer(checkpoint)
     except CerebrumError:
         return random.Random(0).choices(range(checkpoint.config.vocab_size), k=count)
-    ids = tokenizer.encode(TEXT)
+    text = PROSE.read_text(encoding="utf-8")
+    ids = tokenizer.encode(text)
     while len(ids) < count:
-        ids += tokenizer.encode(TEXT, add_bos=False)
+        ids += tokenizer.encode(text, add_bos=False)
     return ids[:count]
 
 

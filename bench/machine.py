@@ -94,6 +94,21 @@ def version(package: str) -> str | None:
         return None
 
 
+def commit() -> str | None:
+    """What is checked out, with a + where files of it were changed; None outside of git."""
+    folder = Path(__file__).parent
+    said = []
+    for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno", "--", "."]):
+        try:
+            done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
+        except OSError:
+            return None
+        if done.returncode != 0:
+            return None
+        said.append(done.stdout.strip())
+    return said[0] + ("+" if said[1] else "")
+
+
 def chip() -> str:
     """The name of what MLX computes on, as its maker has it, such as Apple M2 Pro."""
     return processor() if backend() == "cpu" else str(mx.device_info().get("device_name", ""))

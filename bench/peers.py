@@ -11,15 +11,16 @@ full size in memory; ours runs B over the weights of A. What a token *reads* is 
 
 Read the ratios as ours over theirs: above 1 ours is faster, for every measure. Prefill is prompt
 tokens over the time to the first token, decode what comes after. A ratio below 1 is explained
-with figures: decode's pace is GB/s reached over GB read a token, so its ratio is a product of
-two ratios, fewer bytes and faster bytes; prefill's is GFLOP/s over the same work a token. Where
-our time goes is measured by `bench.profile`.
+with figures: where the other reads fewer bytes a token, by these; else by where our time goes, in
+matrix products and beside them, which `bench.profile` measures for each side.
 """
 
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+
+import mlx.core as mx
 
 from bench import engines, llama_cpp, process, profile
 from bench.attempts import Attempt, Source, forget, in_turns, one_by_one, one_line
@@ -30,8 +31,8 @@ from bench.peers_report import OURS, plots, text
 from bench.report import Spread, ratio, rounds
 from bench.suite import Results, Settings
 from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.errors import CerebrumError, MemoryBudgetError
-from mlx_cerebrum.memory import GB, require
+from mlx_cerebrum.errors import CerebrumError, MemoryBudgetError, RequestError
+from mlx_cerebrum.memory import GB, human, on_gpu, require
 from mlx_cerebrum.model import Model
 
 __all__ = ["measure", "plots", "text"]
@@ -50,11 +51,13 @@ def measure(pair: Pair, settings: Settings, prompt_tokens: int = PROMPT_TOKENS) 
     for index, key in enumerate("ab"):
         sides[key] = _side(pair, index, settings, prompt, tunings)
     settings.say("profile of our forward pass")
+    for side, model in zip(sides.values(), pair.models(), strict=True):
+        side["profile"] = profile.measure(model, prompt, 2)
     return {
         "prompt_tokens": len(prompt),
         "tokens": settings.tokens,
+        "float32": pair.storage().dtype == mx.float32,
         "sides": sides,
-        "profile": profile.measure(pair.models()[0], prompt, 2),
     }
 
 
@@ -72,7 +75,8 @@ def _side(
         context = len(prompt) + settings.tokens
         peers: dict[str, Source | str] = {}
         for name, prepare in _sources(copies, config, prompt, context, tunings).items():
-            settings.say(f"{side.name}: the weights for {name}")
+            size = human(config.executed_parameters * pair.storage().dtype.size)
+            settings.say(f"{side.name}: the weights for {name}, up to {size} in {folder}")
             try:
                 peers[name] = prepare()
             except Exception as error:
@@ -124,10 +128,14 @@ def _sources(
         for package in ("transformers", "torch"):  # before anything is written for them
             required(package, "oracle")
         path = copies.directory()
-        return Source(nbytes(path), lambda _: engines.transformers(path, config, prompt))
+        # Twice: it loads on the CPU and then moves what it loaded.
+        size = nbytes(path) * (2 if on_gpu() else 1)
+        return Source(size, lambda _: engines.transformers(path, config, prompt))
 
     def llama(kind: str, exact: bool) -> Source:
         required("xllamacpp", "bench")
+        if on_gpu() and not llama_cpp.on_gpu():
+            raise RequestError("this xllamacpp computes on the CPU only; install its GPU wheel")
         path = copies.native if kind == "native" else copies.gguf(kind)
         assert path is not None
 
@@ -170,7 +178,7 @@ def _start(pair: Pair, side: Side, copies: Copies, settings: Settings) -> Result
         }
         settings.say(f"{side.name}: process start to first token")
         sides = {name: partial(process.seconds, words) for name, words in processes.items()}
-        took = rounds(sides, _most(settings), seconds=settings.seconds, warm=False)
+        took = rounds(sides, _most(settings), seconds=settings.seconds)
     except CerebrumError as error:
         return {"failure": one_line(error)}
     return {

@@ -10,6 +10,7 @@ from bench.suite import Results
 from mlx_cerebrum.memory import GB
 
 OURS = "mlx-cerebrum"
+_MATRICES = ("qkv", "o", "mlp", "head")
 PHASES = {"prefill": "Prefill", "decode": "Decode"}
 
 
@@ -20,9 +21,9 @@ def text(results: Results) -> list[str]:
         " over theirs, round by round: above 1 ours is faster."
     ]
     for side in results["sides"].values():
-        parts += _side(side, results["profile"])
-    parts.append("Where our time goes, each kind of operation alone, on the first side:")
-    parts += profile.text(results["profile"])
+        parts += _side(side, results["float32"])
+        parts.append(f"Where our time goes, each kind of operation alone, {side['name']}:")
+        parts += profile.text(side["profile"])
     return [*parts, _settings(results)]
 
 
@@ -30,7 +31,7 @@ def measured(side: Results) -> dict[str, Results]:
     return {name: row for name, row in side["engines"].items() if "failure" not in row}
 
 
-def _side(side: Results, profiled: Results) -> list[str]:
+def _side(side: Results, float32: bool) -> list[str]:
     found = measured(side)
     how = (
         "all engines loaded, in turns"
@@ -60,7 +61,7 @@ def _side(side: Results, profiled: Results) -> list[str]:
         table(["engine", *costs_header, "decode, GB/s", "prefill, GFLOP/s"], costs),
         *_start(side["start"]),
     ]
-    notes = [*_missing(side), *_differing(found), *reasons(found, profiled)]
+    notes = [*_missing(side), *_differing(found, float32), *reasons(side)]
     return [*parts, "\n".join(f"- {note}" for note in notes)] if notes else parts
 
 
@@ -94,54 +95,62 @@ def _missing(side: Results) -> Iterator[str]:
             yield f"{name}: not measured: {row['failure']}"
 
 
-def _differing(found: dict[str, Results]) -> Iterator[str]:
+def _differing(found: dict[str, Results], float32: bool) -> Iterator[str]:
     for name, row in found.items():
         if row["same_weights"] is not None:
             equal = "equal ours bit for bit" if row["same_weights"] else "are NOT equal to ours"
             yield f"{name}: its weights {equal}."
         if row.get("equal", True):
             continue
-        if row["exact"]:
+        if not row["exact"]:
+            yield f"{name}: quantized weights of its own, other arithmetic; tokens may differ."
+        elif float32:
             yield f"{name}: says other tokens than ours on the same weights; this is a finding."
         else:
-            yield f"{name}: quantized weights of its own, other arithmetic; tokens may differ."
+            yield f"{name}: other tokens than ours; rounding to 16 bits can turn near ties."
 
 
-def reasons(found: dict[str, Results], profiled: Results) -> Iterator[str]:
-    """One line for every ratio below 1, with what was measured about it."""
+def reasons(side: Results) -> Iterator[str]:
+    """Where the other reads other bytes than ours, and what was measured of every ratio below 1."""
+    found = measured(side)
     ours, told = found[OURS], set()
     for name, row in found.items():
+        share = row["token_bytes"] / ours["token_bytes"]
+        if not 0.9 <= share <= 1.1:
+            yield (
+                f"{name} reads {row['token_bytes'] / GB:.3f} GB a token, ours"
+                f" {ours['token_bytes'] / GB:.3f}: from bytes alone ours would decode at"
+                f" {share:.2f} of its pace."
+            )
         for phase, label in PHASES.items():
-            share = row.get("ratios", {}).get(phase)
-            if share is None or share["median"] >= 1:
+            ratio = row.get("ratios", {}).get(phase)
+            if ratio is None or ratio["median"] >= 1:
                 continue
-            noise = f" (up to {share['high']:.2f}: the rounds disagree)" * (share["high"] >= 1)
-            begin = f"{label} is {share['median']:.2f} of {name}'s{noise}:"
+            noise = f" (up to {ratio['high']:.2f}: the rounds disagree)" * (ratio["high"] >= 1)
             rate, unit = ("gb_s", "GB/s") if phase == "decode" else ("gflop_s", "GFLOP/s")
-            reached = f"ours reaches {ours[rate]:.1f} {unit}, it {row[rate]:.1f}"
-            if phase == "decode":
-                fewer = row["token_bytes"] / ours["token_bytes"]
-                work = (
-                    f" it reads {row['token_bytes'] / GB:.3f} GB a token, ours"
-                    f" {ours['token_bytes'] / GB:.3f} ({fewer:.2f} from bytes alone)"
-                )
-            else:
-                work = " the same work a token"
-            where = "" if phase in told else _largest(profiled, phase, unit)
+            where = "" if phase in told else _beside(side["profile"][phase], unit)
             told.add(phase)
-            yield f"{begin}{work}; {reached}.{where}"
+            yield (
+                f"{label} is {ratio['median']:.2f} of {name}'s{noise}: over the whole of it ours"
+                f" reaches {ours[rate]:.1f} {unit}, it {row[rate]:.1f}.{where}"
+            )
 
 
-def _largest(profiled: Results, phase: str, unit: str) -> str:
-    """What most of our time in that phase goes to, and at which rates."""
-    found = profiled[phase]
-    kinds = sorted(found["kinds"].items(), key=lambda kind: -kind[1]["seconds"])[:3]
-
-    def said(name: str, kind: dict[str, Any]) -> str:
-        rate = f" at {kind['rate']:.1f} {unit}" if kind["rate"] else ""
-        return f"{name} {kind['seconds'] / found['total']:.0%}{rate}"
-
-    return f" Of our time: {', '.join(said(*kind) for kind in kinds)}."
+def _beside(profiled: Results, unit: str) -> str:
+    """What our matrix products reach by themselves, and what the rest of the time goes to."""
+    kinds, total = profiled["kinds"], profiled["total"]
+    products = [kinds[kind] for kind in _MATRICES if kind in kinds]
+    seconds = sum(kind["seconds"] for kind in products)
+    work = sum(kind["seconds"] * kind["rate"] for kind in products)
+    others = sorted(
+        ((kind["seconds"], name) for name, kind in kinds.items() if name not in _MATRICES),
+        reverse=True,
+    )
+    beside = ", ".join(f"{name} {taken / total:.0%}" for taken, name in others[:3])
+    return (
+        f" Our matrix products alone reach {work / seconds:.1f} {unit} and are"
+        f" {seconds / total:.0%} of our time; beside them: {beside}."
+    )
 
 
 def _settings(results: Results) -> str:

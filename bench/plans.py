@@ -33,7 +33,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from bench import machine, render, suite
-from bench.__main__ import new_document
+from bench.__main__ import joined, new_document, record
 from bench.pair import Pair, open_pair
 from bench.perplexity import TEXTS, compare, perplexity
 from bench.plan_family import SQRT_HALF, Cell, Grid, card, grids, other_ways, scale
@@ -47,6 +47,7 @@ from bench.trie import Scores, evaluate, pace, path, positions
 from mlx_cerebrum import cli, hub
 from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.memory import wired
 from mlx_cerebrum.plan import LayerPlan, resolve
 from mlx_cerebrum.tokenizer import Tokenizer
 
@@ -56,7 +57,7 @@ TOKENS = 256  # of each text
 _LISTS = ("starts", "widths", "repeats", "scales")
 
 
-def main(argv: list[str] | None = None) -> int:
+def command_line() -> cli.ArgumentParser:
     p = parser("plans", "Perplexity and agreement of many layer plans over one loaded model.")
     p.add_argument("--model", default="demo", metavar="DIR|FILE.gguf|HUBID|demo", help="which")
     p.add_argument("--sweep", action="store_true", help="try a family of plans, draw its map")
@@ -88,7 +89,11 @@ def main(argv: list[str] | None = None) -> int:
         help=f"what a sweep should take: as many starts as fit (default: {SECONDS:.0f})",
     )
     p.add_argument("--out", type=Path, metavar="DIR", help="write results, pictures, best plans")
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = command_line().parse_args(argv)
     machine.use_openblas(not args.no_openblas)
     words = sys.argv[1:] if argv is None else argv
     return cli.run(lambda: _run(args, words), args.debug)
@@ -243,8 +248,9 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
     if any(lists) and not args.sweep:
         raise RequestError("--starts, --widths, --repeats and --scales are for --sweep")
     sweep = grids(blocks, *lists) if args.sweep else []
-    if args.out is not None and (args.out / suite.FILE).exists():
-        raise RequestError(f"{args.out} holds results already; name another --out")
+    document = new_document(["python", "-m", "bench", "plans", *words], pair)
+    if args.out is not None:
+        document = joined(args.out, document)
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(
             work=Path(folder),
@@ -253,10 +259,9 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
             text_tokens=args.tokens,
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )
-        results = measure(pair, settings, context=args.context, sweep=sweep, plans=plans)
-    document = new_document(["python", "-m", "bench", "plans", *words], pair)
-    document["suites"]["plans"] = results
-    document["seconds"]["plans"] = results["seconds"]
+        with wired():
+            results = measure(pair, settings, context=args.context, sweep=sweep, plans=plans)
+    record(document, "plans", results, results["seconds"])
     if args.out is not None:
         suite.write(args.out, document)
         write_plans(args.out / "plans", results)

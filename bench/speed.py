@@ -14,11 +14,11 @@ to decode at bytes(A) / bytes(B) of A's pace, and the ratio measured stands besi
 what a person waits after pressing return, with the files in the page cache.
 
 Both sides run over one copy of the weights, in turns; a ratio is taken round by round. Long
-prompts get fewer rounds on a slow machine, and the tables say how many.
+prompts get fewer rounds on a slow machine, or are left out; the tables say which.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,7 @@ from mlx_cerebrum.memory import GB
 from mlx_cerebrum.model import Model
 
 LENGTHS = (128, 512, 2048, 8192)
+_PATIENCE = 6  # times settings.seconds: a longer round is not run
 QUESTION = "The capital of France is"
 
 
@@ -48,14 +49,19 @@ def measure(pair: Pair, settings: Settings, lengths: Sequence[int] = LENGTHS) ->
     prompt = prompt_ids(pair.checkpoint(), max(lengths))
 
     seconds: dict[int, dict[str, list[float]]] = {}
-    before = 0.0  # what the length before took, to know whether a warm-up is worth its time
+    left_out: dict[str, float] = {}
     for length in lengths:
+        expected = _expected(
+            {n: sum(f[-1] for f in s.values()) for n, s in seconds.items()}, length
+        )
+        if expected > _PATIENCE * settings.seconds:
+            left_out[str(length)] = expected
+            continue
         settings.say(f"prefill of {length} tokens")
         sides = {name: partial(_first, model, prompt[:length]) for name, model in models.items()}
-        warm = before * (length / lengths[0]) < settings.seconds / 2
+        warm = expected < settings.seconds / 2
         seconds[length] = rounds(sides, settings.rounds, seconds=settings.seconds, warm=warm)
-        if length == lengths[0]:
-            before = sum(found[-1] for found in seconds[length].values())
+    lengths = list(seconds)
 
     settings.say(f"decoding {settings.tokens} tokens")
     short = prompt[: lengths[0]]
@@ -68,7 +74,8 @@ def measure(pair: Pair, settings: Settings, lengths: Sequence[int] = LENGTHS) ->
     a, b = pair.names
     return {
         "names": [a, b],
-        "lengths": list(lengths),
+        "lengths": lengths,
+        "left_out": left_out,
         "tokens": settings.tokens,
         "prompt_tokens": lengths[0],
         "bandwidth": ceiling,
@@ -88,6 +95,18 @@ def measure(pair: Pair, settings: Settings, lengths: Sequence[int] = LENGTHS) ->
             "start": ratio(start[b], start[a]).as_json() if start else None,
         },
     }
+
+
+def _expected(took: Mapping[int, float], length: int) -> float:
+    """Seconds that `length` tokens should take after what shorter prompts took.
+
+    Matrix products grow with the length, attention with its square.
+    """
+    if len(took) < 2:
+        return 0.0
+    (n, first), (m, second) = list(took.items())[-2:]
+    square = max(0.0, (second / m - first / n) / (m - n))
+    return length * (second / m + square * (length - m))
 
 
 def _first(model: Model, prompt: Sequence[int]) -> float:
@@ -176,7 +195,16 @@ def text(results: Results) -> list[str]:
         f"Both models over one copy of the weights. Median (lowest-highest) of rounds in turns;"
         f" decode: {results['tokens']} tokens after a prompt of {results['prompt_tokens']}.",
         table(["", a, b, f"{b} / {a}", "rounds"], rows),
+        *_left_out(results["left_out"]),
         _roofline_text(results),
+    ]
+
+
+def _left_out(found: dict[str, float]) -> list[str]:
+    return [
+        f"Left out: {n} tokens, which would take both sides some {expected:.0f} s a round"
+        f" (--seconds {expected / _PATIENCE:.0f} measures it)."
+        for n, expected in found.items()
     ]
 
 

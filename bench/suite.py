@@ -31,7 +31,7 @@ class Settings:
     text_tokens: int = 2048  # of each text
     tasks: tuple[str, ...] = ()  # of lm-evaluation-harness; none: those in bench/tasks
     task_dir: Path | None = None  # more task files for it
-    limit: int | None = None  # questions of each task; None: as many as the suite's default
+    limit: int | None = None  # questions of each task; None: all of them
     say: Callable[[str], None] = print  # one line of progress, for a person
 
 

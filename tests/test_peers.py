@@ -17,6 +17,7 @@ from bench.pair import Pair, Side, open_pair
 from bench.suite import Results, Settings
 from convert.__main__ import main as convert
 from mlx_cerebrum.decode import generate_step
+from mlx_cerebrum.load import load_tokenizer
 from mlx_cerebrum.memory import GB
 
 PROMPT = [5 + (7 * i) % 200 for i in range(24)]
@@ -69,7 +70,11 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def measured(pair: Pair, settings: Settings) -> Results:
-    results = peers.measure(pair, settings, len(PROMPT))
+    with pytest.MonkeyPatch.context() as patch:
+        # llama.cpp says ids as text: those of a random model must be whole characters.
+        ids = load_tokenizer(pair.checkpoint()).encode("Alice was beginning to get very tired")
+        patch.setattr(peers, "prompt_ids", lambda checkpoint, count: ids[:count])
+        results = peers.measure(pair, settings, len(PROMPT))
     assert json.loads(json.dumps(results)) == results
     return results
 
@@ -91,6 +96,7 @@ def test_every_engine_says_what_ours_says(
         assert side["rounds"] == 2
         assert "pip install 'mlx-cerebrum[oracle]'" in rows["transformers"]["failure"]
         for name in ("mlx-lm", "llama.cpp F32"):
+            assert "failure" not in rows[name], rows[name]
             assert (rows[name]["agreeing"], rows[name]["compared"]) == (TOKENS, TOKENS)
             assert rows[name]["equal"]
         assert rows["mlx-lm"]["same_weights"] is True
@@ -247,7 +253,12 @@ def test_reasons_are_figures(pair: Pair, settings: Settings) -> None:
     row["ratios"]["decode"] = {"median": 0.25, "low": 0.2, "high": 0.3}
     row["ratios"]["prefill"] = {"median": 0.9, "low": 0.8, "high": 1.1}
     said = "\n".join(peers.text(results))
-    assert "Decode is 0.25 of mlx-lm's: it reads" in said
+    assert "Decode is 0.25 of mlx-lm's: over the whole of it ours reaches" in said
+    assert "Our matrix products alone reach" in said
+    assert "reads" not in said.partition("Decode is 0.25")[0].splitlines()[-1]  # the same bytes
+    row["token_bytes"] /= 4
+    fewer = "\n".join(peers.text(results))
+    assert "from bytes alone ours would decode at 0.25 of its pace" in fewer
     assert "Prefill is 0.90 of mlx-lm's (up to 1.10: the rounds disagree)" in said
     row["ratios"]["decode"]["median"] = row["ratios"]["prefill"]["median"] = 1.0
     results["sides"].pop("b")
