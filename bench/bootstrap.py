@@ -8,7 +8,8 @@ by question): what is hard for both cancels, and only their difference has an in
 
 A difference that few questions make is not trusted either, whatever its interval: as long as fewer
 than 6 tell the two apart, a fair coin would favour one side as clearly once in 16 times (sign test,
-2 x 0.5^5).
+2 x 0.5^5). Of outcomes that are 0 or 1 the interval stays too narrow beyond that (7 against 1 of 60
+leaves 0 out, and a fair coin does that 7 times in 100), so `sign_test` has to agree.
 
 Few blocks give a percentile interval that is too narrow by sqrt(1 - 1/blocks) (Hesterberg 2015,
 arXiv 1411.5279, "narrowness bias"); it is widened by that.
@@ -16,6 +17,7 @@ arXiv 1411.5279, "narrowness bias"); it is widened by that.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ RESAMPLES = 4000
 FEWEST = 8  # blocks; from fewer no interval says much
 DIFFERENT = 6  # of them, at least, before a difference counts as shown
 TOKENS = 32  # consecutive tokens in a block
+UNLIKELY = 0.05  # a sign test below this shows a difference
 
 Values = Sequence[float] | npt.NDArray[np.float64]
 
@@ -94,3 +97,9 @@ def paired(a: Values, b: Values, *, block: int = 1, seed: int = 0) -> Interval:
     if len(a) != len(b):
         raise ValueError(f"{len(a)} values can't be paired with {len(b)}")
     return interval(np.asarray(b) - np.asarray(a), block=block, seed=seed)
+
+
+def sign_test(a: int, b: int) -> float:
+    """Exact two-sided p of `a` items for one side and `b` for the other, were a coin to decide."""
+    n = a + b
+    return min(1.0, 2 * sum(comb(n, i) for i in range(min(a, b) + 1)) / 2**n)

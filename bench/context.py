@@ -14,48 +14,49 @@ prompt comes, instead of running tens of thousands of tokens through the model; 
 that a cache so filled has the sizes of one filled by a prompt. Each round decodes and takes the
 tokens back, the sides in turns.
 
-Two parts: the model itself as each side runs it, as far as it has positions; and the 7B's and
-the 12.25B's positions over random weights 1/16 as wide with the real window, to its 32768
-tokens, where mlx-lm runs the 12.25B unrolled.
+Two parts: the model itself as each side runs it, as far as it has positions, mlx-lm on a copy of
+each side with a layer for each position; and the 7B's and the 12.25B's positions over random
+weights 1/16 as wide with the real window, to its 32768 tokens, where mlx-lm runs the 12.25B
+unrolled. Narrow weights are few for their keys and values, so what the window saves is more there
+than at full size: what bytes alone allow stands below, for both.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import tempfile
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from bench import machine
+from bench import machine, projection
+from bench.attempts import one_line
 from bench.context_report import plots as plots
 from bench.context_report import text as text
-from bench.engines import timed
+from bench.context_sides import Decode, Prepare, difference, load_peer, ours, peer
+from bench.copies import Copies
 from bench.memory import NARROW
-from bench.pair import Pair
-from bench.random_model import write_random
+from bench.pair import Pair, Side
+from bench.random_model import GEOMETRIES, write_random
 from bench.report import Spread, ratio, rounds
 from bench.suite import Results, Settings
-from mlx_cerebrum.cache import REWIND, STEP, WindowedKVCache
+from mlx_cerebrum.cache import REWIND, STEP
 from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.decode import PREFILL_STEP, generate_step
+from mlx_cerebrum.decode import PREFILL_STEP
 from mlx_cerebrum.errors import MemoryBudgetError
 from mlx_cerebrum.load import choose_storage, load_model, planned_config
-from mlx_cerebrum.memory import request_bytes, require
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.memory import require
 from mlx_cerebrum.plan import resolve
 
 LENGTHS = (1024, 4096, 8192, 16384, 32768)
 PLANS = ("cerebrum-12.25b", "cerebrum-7b")
 PEER = "mlx-lm, 12.25b unrolled"
-_PEER_CHUNK = 2048  # mlx-lm's own default
+BYTES_AT = (4096, 16384, 32768)
+_KV_ITEM = 2  # bytes of a key or value at full size
 _TOKENS = 6  # decoded in a round at most: fewer than ours can always take back
 _SHARE = 0.3  # of settings.seconds, for the rounds of one length
-
-Decode = Callable[[], float]  # one round: tokens a second
-Prepare = Callable[[int, int], tuple[Decode, Sequence[Any]]]  # length, tokens -> and its caches
 
 
 def measure(
@@ -66,16 +67,11 @@ def measure(
 ) -> Results:
     """Lengths that a model has no positions for are left out."""
     config = pair.a.config(pair.checkpoint(), pair.window)
-    model: list[Results] = []
-    missing = None
+    model: Results = {"peers": {}, "peers_missing": {}, "lengths": [], "missing": None}
     try:
-        sides = {
-            name: partial(_ours, one) for name, one in zip(pair.names, pair.models(), strict=True)
-        }
-        model = _lengths(_fitting(lengths, config), sides, settings)
-        del sides
+        model |= _model(pair, settings, _fitting(lengths, config))
     except MemoryBudgetError as error:
-        missing = str(error)
+        model["missing"] = str(error)
     pair.release()
     mx.clear_cache()
     return {
@@ -84,9 +80,43 @@ def measure(
         "positions": config.max_position_embeddings,
         "tokens": _tokens(settings),
         "model": model,
-        "model_missing": missing,
         "random": _random(settings, lengths, geometry),
     }
+
+
+def _model(pair: Pair, settings: Settings, lengths: Sequence[int]) -> Results:
+    """The model itself, and mlx-lm on each side. Raises MemoryBudgetError where ours can't fit."""
+    sides: dict[str, Prepare] = {}
+    theirs: dict[str, Prepare] = {}
+    peers: Results = {}
+    missing = {}
+    for side, model in zip(pair.sides, pair.models(), strict=True):
+        sides[side.name] = partial(ours, model)
+        if machine.version("mlx-lm") is None:
+            continue
+        name = f"mlx-lm, {side.name}"
+        try:
+            copy = _copy(pair, side, model.config, settings)
+            peers[name] = {"of": side.name, "logits_differ_by": difference(model, copy)}
+            theirs[name] = partial(peer, copy, model.config)
+        except Exception as error:  # a peer may raise anything
+            missing[name] = one_line(error)
+    compared = {name: found["of"] for name, found in peers.items()}
+    measured = _lengths(lengths, sides | theirs, compared, settings)
+    return {"peers": peers, "peers_missing": missing, "lengths": measured}
+
+
+def _copy(pair: Pair, side: Side, config: ModelConfig, settings: Settings) -> nn.Module:
+    """mlx-lm's model of one side. Its files are gone when it is loaded.
+
+    Raises CerebrumError for what can't be written, MemoryBudgetError for what can't be loaded.
+    """
+    settings.say(f"context: {side.name} for mlx-lm")
+    storage = pair.storage()
+    needed = storage.nbytes * config.executed_parameters // config.stored_parameters
+    require(needed, "loading its copy", "measure it where there is more memory")
+    with tempfile.TemporaryDirectory(dir=settings.work) as folder:
+        return load_peer(Copies(pair, side, Path(folder)).directory(), storage.dtype)
 
 
 def _random(settings: Settings, lengths: Sequence[int], geometry: dict[str, Any]) -> Results:
@@ -101,36 +131,49 @@ def _random(settings: Settings, lengths: Sequence[int], geometry: dict[str, Any]
     base = merged.view(resolve(PLANS[1]).layer_map(32))
     dtype = merged.model.norm.weight.dtype
     sides: dict[str, Prepare] = {
-        name: partial(_ours, model) for name, model in zip(PLANS, (merged, base), strict=True)
+        name: partial(ours, model) for name, model in zip(PLANS, (merged, base), strict=True)
     }
-    peer, difference = None, None
+    differ = None
     if machine.version("mlx-lm") is not None:
-        peer = _load_peer(copied, dtype)
-        difference = _difference(merged, peer)
-        sides[PEER] = partial(_peer, peer, config)
+        copy = load_peer(copied, dtype)
+        differ = difference(merged, copy)
+        sides[PEER] = partial(peer, copy, config)
+    compared = {PEER: PLANS[0]} if PEER in sides else {}
     return {
         "names": list(sides),
+        "peers": {name: {"of": of, "logits_differ_by": differ} for name, of in compared.items()},
         "mlx_lm": machine.version("mlx-lm"),
-        "logits_differ_by": difference,
         "dtype": str(dtype).rpartition(".")[2],
         "hidden_size": config.hidden_size,
         "window": config.sliding_window,
         "most_held": _most_held(config, dtype.size),
-        "lengths": _lengths(_fitting(lengths, config), sides, settings),
+        "bytes_alone": _bytes_alone(config),
+        "lengths": _lengths(_fitting(lengths, config), sides, compared, settings),
     }
 
 
 def _lengths(
-    lengths: Sequence[int], sides: Mapping[str, Prepare], settings: Settings
+    lengths: Sequence[int],
+    sides: Mapping[str, Prepare],
+    compared: Mapping[str, str],
+    settings: Settings,
 ) -> list[Results]:
     """The first length warms up; after it every kernel has run."""
-    return [_length(n, sides, settings, warm=n == lengths[0]) for n in lengths]
+    return [_length(n, sides, compared, settings, warm=n == lengths[0]) for n in lengths]
 
 
 def _length(
-    length: int, sides: Mapping[str, Prepare], settings: Settings, *, warm: bool
+    length: int,
+    sides: Mapping[str, Prepare],
+    compared: Mapping[str, str],
+    settings: Settings,
+    *,
+    warm: bool,
 ) -> Results:
-    """Rounds of all sides that fit in memory, each decoding its last tokens up to `length`."""
+    """Rounds of all sides that fit in memory, each decoding its last tokens up to `length`.
+
+    `compared` names the side of ours that each peer stands beside.
+    """
     settings.say(f"context: {length} tokens")
     runs: dict[str, Decode] = {}
     caches: dict[str, Sequence[Any]] = {}
@@ -149,7 +192,11 @@ def _length(
         }
         for name, pace in paces.items()
     }
-    compared = [paces[name] for name in (PLANS[0], PEER) if name in paces]
+    ratios = {
+        name: ratio(paces[of], paces[name]).as_json()
+        for name, of in compared.items()
+        if of in paces and name in paces
+    }
     caches.clear()
     runs.clear()
     mx.clear_cache()
@@ -158,98 +205,31 @@ def _length(
         "rounds": max(map(len, paces.values()), default=0),
         "sides": found,
         "missing": missing,
-        "ratio": ratio(*compared).as_json() if len(compared) == 2 else None,
+        "ratios": ratios,
     }
 
 
-def _ours(model: Model, length: int, tokens: int) -> tuple[Decode, Sequence[WindowedKVCache]]:
-    """Raises MemoryBudgetError for a length whose caches can't fit."""
-    dtype = model.model.norm.weight.dtype
-    _require(model.config, length, tokens, dtype.size)
-    cache = model.make_cache()
-    filled = length - tokens
-    for layer in cache:
-        fill_ours(layer, filled, model.config, dtype)
-    mx.eval([layer.state for layer in cache])
+def _bytes_alone(narrow: ModelConfig) -> list[Results]:
+    """Bytes that mlx-lm reads for a token over those that ours reads, with nothing measured.
 
-    def decode() -> float:
-        run = timed(generate_step([1], model, max_tokens=tokens, cache=cache), 1)
-        for layer in cache:
-            layer.trim(layer.offset - filled)
-        return run.decode_tps
-
-    return decode, cache
-
-
-def _peer(
-    peer: nn.Module, config: ModelConfig, length: int, tokens: int
-) -> tuple[Decode, Sequence[Any]]:
-    """mlx-lm's own loop and caches. Raises MemoryBudgetError for what can't fit."""
-    from mlx_lm.generate import generate_step as peer_step
-    from mlx_lm.models.cache import make_prompt_cache
-
-    dtype = peer.model.norm.weight.dtype
-    _require(replace(config, sliding_window=None), length, tokens, dtype.size)
-    cache: list[Any] = make_prompt_cache(peer)
-    filled = length - tokens
-    for layer in cache:
-        fill(layer, filled, _PEER_CHUNK, config, dtype)
-    mx.eval([(layer.keys, layer.values) for layer in cache])
-
-    def decode() -> float:
-        steps = peer_step(mx.array([1]), peer, max_tokens=tokens, prompt_cache=cache)
-        run = timed((int(token) for token, _ in steps), 1)
-        for layer in cache:
-            layer.trim(layer.offset - filled)
-        return run.decode_tps
-
-    return decode, cache
-
-
-def _require(config: ModelConfig, length: int, tokens: int, item_bytes: int) -> None:
-    needed = request_bytes(config, length - tokens + 1, tokens, item_bytes, PREFILL_STEP)
-    require(needed, f"a context of {length} tokens", "measure it where there is more memory")
-
-
-def fill(cache: Any, length: int, chunk: int, config: ModelConfig, dtype: mx.Dtype) -> None:
-    """Append random keys and values of `length` tokens, in chunks as a prompt comes.
-
-    All but the last chunks at once: the buffer that leaves is the same.
+    Ours reads the weights and the window's keys and values, mlx-lm those of all tokens.
     """
-    first = max(chunk, length // chunk * chunk - 2 * chunk)
-    pieces = [min(first, length)]
-    while sum(pieces) < length:
-        pieces.append(min(chunk, length - sum(pieces)))
-    for rows in filter(None, pieces):
-        shape = (1, config.num_key_value_heads, rows, config.head_dim)
-        cache.update_and_fetch(*(mx.random.uniform(-1, 1, shape, dtype) for _ in range(2)))
-        mx.eval(cache.keys, cache.values)
-
-
-def fill_ours(cache: WindowedKVCache, length: int, config: ModelConfig, dtype: mx.Dtype) -> None:
-    """`fill`, but tokens that nothing is left of at the end are only counted."""
-    window = cache.window
-    needed = length if window is None else window + cache.rewind + 4 * PREFILL_STEP
-    skipped = max(0, length - needed) // PREFILL_STEP * PREFILL_STEP
-    cache.state = (None, None, skipped, skipped, window or 0, cache.rewind, cache.step)
-    fill(cache, length - skipped, PREFILL_STEP, config, dtype)
-
-
-def _load_peer(directory: Path, dtype: mx.Dtype) -> nn.Module:
-    from mlx_lm.utils import load_model as peer_load
-
-    peer: nn.Module
-    peer, _ = peer_load(directory)
-    peer.set_dtype(dtype)  # what ours computes in: the same numbers, widened
-    mx.eval(peer.parameters())
-    return peer
-
-
-def _difference(model: Model, peer: nn.Module) -> float:
-    """The largest difference of the logits inside the window."""
-    ids = mx.array([[1 + 37 * n % (model.config.vocab_size - 1) for n in range(32)]])
-    difference = mx.max(mx.abs(model(ids).astype(mx.float32) - peer(ids).astype(mx.float32)))
-    return cast(float, difference.item())
+    full = planned_config(ModelConfig.from_dict(GEOMETRIES["cerebrum-7b"]), PLANS[0], None)
+    models = {
+        "narrow": (narrow, "bf16"),
+        f"{PLANS[0]}, bf16": (full, "bf16"),
+        f"{PLANS[0]}, 4-bit": (full, "4-bit"),
+    }
+    rows = []
+    for length in BYTES_AT:
+        row = {}
+        for name, (config, kind) in models.items():
+            weights = projection.project({"": config})["models"][f", {kind}"]["bytes_per_token"]
+            token = config.kv_values_per_token() * _KV_ITEM
+            seen = min(length, config.sliding_window or length)
+            row[name] = round((weights + length * token) / (weights + seen * token), 4)
+        rows.append({"length": length, "ratios": row})
+    return rows
 
 
 def _most_held(config: ModelConfig, item_bytes: int) -> int | None:

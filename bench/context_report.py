@@ -13,19 +13,21 @@ Side = dict[str, Any]
 
 
 def text(results: Results) -> list[str]:
-    random = results["random"]
+    model, random = results["model"], results["random"]
     return [
         f"Decode at a context, keys and values filled at random; each round decodes"
         f" {results['tokens']} tokens and takes them back. Median (lowest-highest) of rounds in"
         " turns.",
         _model_text(results),
         *_model_table(results),
-        *_missing(results["model"]),
+        *_missing(model["lengths"]),
+        *_copies_text(model, results["window"]),
         _random_text(random),
-        _table(random["lengths"], random["names"], "random weights", with_ratio=True),
+        _table(random, random["names"], "random weights"),
         *_missing(random["lengths"]),
         *_bound(random),
         *_peer_text(random),
+        *_bytes_text(random),
     ]
 
 
@@ -40,9 +42,29 @@ def _model_text(results: Results) -> str:
 
 
 def _model_table(results: Results) -> list[str]:
-    if results["model_missing"]:
-        return [f"Not measured: {results['model_missing']}"]
-    return [_table(results["model"], results["names"], "this model", with_ratio=False)]
+    model = results["model"]
+    if model["missing"]:
+        return [f"Not measured: {model['missing']}"]
+    return [_table(model, [*results["names"], *model["peers"]], "this model")]
+
+
+def _copies_text(model: Results, window: int | None) -> list[str]:
+    """What mlx-lm ran beside the model itself, and what it could not."""
+    reasons = [f"{name}: not measured: {said}" for name, said in model["peers_missing"].items()]
+    if not model["peers"]:
+        return reasons
+    past = "" if window is None else f" Past {window} tokens it attends to all, the model does not."
+    differ = [f"{name} {_differ(peer)}" for name, peer in model["peers"].items()]
+    return [
+        "mlx-lm runs each side's weights in the dtype and bits ours computes with, a layer for"
+        f" each position. Its logits for a short prompt: {'; '.join(differ)}.{past}",
+        *reasons,
+    ]
+
+
+def _differ(peer: Results) -> str:
+    differ = peer["logits_differ_by"]
+    return f"differ from ours by {differ:.1g} at most" if differ else "equal ours bit for bit"
 
 
 def _random_text(random: Results) -> str:
@@ -52,23 +74,23 @@ def _random_text(random: Results) -> str:
     )
 
 
-def _table(
-    lengths: Sequence[Results], names: Sequence[str], label: str, *, with_ratio: bool
-) -> str:
+def _table(part: Results, names: Sequence[str], label: str) -> str:
+    """A part's lengths: paces, bytes, and ours over each peer that was measured beside it."""
+    lengths = part["lengths"]
     measured = [name for name in names if any(name in row["sides"] for row in lengths)]
     header = [f"context, {label}"]
     header += [f"{name}, {unit}" for unit in ("tokens/s", "MB") for name in measured]
-    compared = with_ratio and any(row["ratio"] for row in lengths)
+    compared = [name for name in part["peers"] if any(name in row["ratios"] for row in lengths)]
+    header += [f"ours / {name}" for name in compared]
     rows = []
     for row in lengths:
         sides = [row["sides"].get(name) for name in measured]
+        ratios = [row["ratios"].get(name) for name in compared]
         cells = [spread(side["decode"]).text() if side else "" for side in sides]
         cells += [f"{side['kv'] / MB:.1f}" if side else "" for side in sides]
-        if compared:
-            cells.append(Spread(**row["ratio"]).text(2) if row["ratio"] else "")
-        cells.append(str(row["rounds"]))
-        rows.append([str(row["length"]), *cells])
-    return table([*header, *(["ours / mlx-lm"] if compared else []), "rounds"], rows)
+        cells += [spread(ratio).text(2) if ratio else "" for ratio in ratios]
+        rows.append([str(row["length"]), *cells, str(row["rounds"])])
+    return table([*header, "rounds"], rows)
 
 
 def _missing(lengths: Sequence[Results]) -> list[str]:
@@ -95,14 +117,32 @@ def _bound(random: Results) -> list[str]:
 def _peer_text(random: Results) -> list[str]:
     if random["mlx_lm"] is None:
         return ["mlx-lm is not installed (pip install mlx-lm): no comparison."]
-    differ = random["logits_differ_by"]
-    same = f"differ from ours by {differ:.1g} at most" if differ else "equal ours bit for bit"
+    same = "; ".join(_differ(peer) for peer in random["peers"].values())
     return [
         f"mlx-lm {random['mlx_lm']} runs the same weights, unrolled, with full attention. Inside"
         f" the window (a prompt of 32 tokens) its logits {same}. Past"
         f" {random['window']} tokens the two do not compute the same function: the model was"
         " trained to see the window only, and stock mlx-lm attends to everything. A ratio there"
         " says what the window saves, not how well a kernel is written."
+    ]
+
+
+def _bytes_text(random: Results) -> list[str]:
+    """What the window can save of the bytes: less at full size than of the narrow weights."""
+    rows = random["bytes_alone"]
+    names = list(rows[0]["ratios"])
+    return [
+        "**From bytes alone, not measured**: what mlx-lm reads for a token (weights, and keys and"
+        " values of all tokens) over what ours reads (weights, and the window's). More than that"
+        " the window can't save where decoding is bound by bandwidth. The narrow weights are few"
+        " for their keys and values, so their ratios above are higher than full size can give.",
+        table(
+            ["context, from bytes alone", *names],
+            [
+                [str(row["length"]), *(f"{row['ratios'][name]:.2f}" for name in names)]
+                for row in rows
+            ],
+        ),
     ]
 
 
@@ -114,7 +154,9 @@ def plots(results: Results, machine: Results) -> dict[str, Picture]:
     random = results["random"]
     pace = _series(random["lengths"], random["names"], lambda side: spread(side["decode"]))
     kv = _series(random["lengths"], random["names"], _held)
-    model = _series(results["model"], results["names"], lambda side: spread(side["decode"]))
+    itself = results["model"]
+    names = [*results["names"], *itself["peers"]]
+    model = _series(itself["lengths"], names, lambda side: spread(side["decode"]))
     x = "tokens of context"
     return {
         "context": Picture(
@@ -133,7 +175,7 @@ def plots(results: Results, machine: Results) -> dict[str, Picture]:
             lambda figure, theme: curves(
                 figure, theme, model, x=x, y="tokens/s", title="Decode over the context, this model"
             ),
-            f"Decode pace of {' and '.join(results['names'])} over the context.",
+            f"Decode pace of {', '.join(names)} over the context.",
         ),
     }
 

@@ -31,7 +31,7 @@ from mlx_cerebrum.tokenizer import Tokenizer
 
 TASKS = Path(__file__).parent / "tasks"
 DEFAULT = ("cerebrum_arithmetic", "cerebrum_arithmetic_choice")
-INSTALL = "pip install lm-eval"
+INSTALL = "pip install 'lm-eval[math]'"  # math: what minerva_math checks answers with
 
 Scores = dict[str, dict[str, list[float]]]  # task -> metric -> one score per question
 

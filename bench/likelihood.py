@@ -103,11 +103,11 @@ def keep(chunks: Chunks, file: Path) -> Iterator[mx.array]:
             yield chunk
 
 
-def kept(file: Path, vocab_size: int) -> Iterator[mx.array]:
-    """The chunks that `keep` wrote, as they are asked for."""
+def kept(file: Path, vocab_size: int, step: int = PREFILL_STEP) -> Iterator[mx.array]:
+    """What `keep` wrote, in chunks of `step`, as they are asked for."""
     stored = np.memmap(file, np.float32, "r").reshape(-1, vocab_size)
-    for first in range(0, len(stored), PREFILL_STEP):
-        yield mx.array(stored[first : first + PREFILL_STEP])
+    for first in range(0, len(stored), step):
+        yield mx.array(stored[first : first + step])
 
 
 def figures(found: Sequence[Comparison]) -> dict[str, Any]:

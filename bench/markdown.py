@@ -1,7 +1,8 @@
 """Text from a results file, made safe to put into a page.
 
 Results come from anyone who sends them, so their strings must stay text: no HTML, no link, no
-image that tells someone who reads the page, no cell or block of ours broken up.
+image that tells someone who reads the page, no cell or block of ours broken up, no fence, heading
+or formula begun.
 """
 
 import getpass
@@ -10,7 +11,7 @@ import platform
 import re
 from typing import Any
 
-_ENTITIES = str.maketrans({c: f"&#{ord(c)};" for c in "|[]\\"})
+_ENTITIES = str.maketrans({c: f"&#{ord(c)};" for c in "|[]\\`~#$"})
 # Where a path of the sender's machine begins; "tokens/s" and "ours / theirs" are none.
 _PATH = re.compile(r"""(?:^|[\s'"=(,:])(?:~?/[\w.-]+/|~/\w|\.\./|[A-Za-z]:\\)""")
 

@@ -4,7 +4,9 @@ Perplexity is exp of the mean negative log-likelihood a token, in nats. The text
 windows that don't overlap; each starts with BOS where the tokenizer adds one, and the first
 token of a window without one is only context. Models that share a vocabulary are compared token by
 token with the first: what one word is harder than another cancels in the difference, so that
-its standard error is far smaller than that of either perplexity.
+its standard error is far smaller than that of either perplexity. It comes from the means of blocks
+of 32 consecutive tokens: a hard passage is hard for many tokens, and taken one by one they would
+promise more than they know.
 
 The default texts are not those that `convert --calibrate` is meant to be given. What a figure
 says of a large model has to be measured on that model.
@@ -15,10 +17,11 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from bench import likelihood, machine
+from bench.bootstrap import TOKENS
 from bench.report import parser, publish, table
 from mlx_cerebrum import cli, hub
 from mlx_cerebrum.checkpoint import Checkpoint, open_checkpoint
@@ -92,9 +95,20 @@ def perplexity(losses: Sequence[float]) -> float:
 
 
 def compare(losses: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
-    """Mean difference in nats a token, and its standard error."""
+    """Mean difference in nats a token, and its standard error.
+
+    The error is that of means of blocks of 32 tokens; of fewer than 64 tokens, of the tokens. A
+    shorter last block weighs less.
+    """
     pairs = [a - b for a, b in zip(losses, reference, strict=True)]
-    return fmean(pairs), stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.inf
+    mean = fmean(pairs)
+    block = TOKENS if len(pairs) >= 2 * TOKENS else 1
+    sums = [math.fsum(pairs[k : k + block]) for k in range(0, len(pairs), block)]
+    if len(sums) < 2:
+        return mean, math.inf
+    sizes = [min(block, len(pairs) - k) for k in range(0, len(pairs), block)]
+    squares = math.fsum((s - mean * n) ** 2 for s, n in zip(sums, sizes, strict=True))
+    return mean, math.sqrt(squares * len(sums) / (len(sums) - 1)) / len(pairs)
 
 
 def measure(

@@ -95,7 +95,8 @@ def _findings(results: Results) -> list[str]:
     lines = [
         f"Of {len(no_longer)} other plans with no more positions than {label}, {better} have a"
         " lower perplexity.",
-        f"Below the base's perplexity by more than two standard errors: {surely} of {len(plans)}.",
+        f"Below the base's perplexity by more than two standard errors: {surely} of {len(plans)};"
+        f" by chance alone about 2.5% of them, {len(plans) / 40:.1f}, would be.",
     ]
     cells = [plan for plan in plans.values() if "start" in plan]
     lines += _scaling(cells)

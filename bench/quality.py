@@ -17,7 +17,8 @@ trained. So everything is measured side by side, over one copy of the weights:
 
 Both models see the same tokens and questions, so only their paired difference gets an interval:
 95%, bootstrapped over blocks of 32 tokens, over passages, or over questions (bench/bootstrap.py).
-The table names the better model only where that interval leaves 0 out (bench/verdict.py).
+The table names the better model only where that interval leaves 0 out, and for loops and answers a
+sign test agrees (bench/verdict.py).
 """
 
 from dataclasses import astuple
@@ -65,10 +66,11 @@ def measure(pair: Pair, settings: Settings) -> Results:
     results["window"] = _window(models, start, texts, known, settings)
     settings.say(f"quality: greedy continuations of {repetition.TOKENS} tokens")
     results["repetition"] = repetition.measure(models, start, texts, tokenizer.eos_token_ids)
+    noise = quantized.noise(models, references, settings)
     del models
     pair.release()  # quantized weights come in their place
     results["quantization"] = (
-        quantized.measure(pair, references, settings)
+        quantized.measure(pair, references, settings) | {"noise": noise}
         if references
         else {"not_measured": why_not or "no text is long enough"}
     )
@@ -164,16 +166,24 @@ def _accuracy(pair: Pair, tokenizer: Tokenizer, settings: Settings) -> Results:
 
     if not harness.installed():
         return {"not_measured": f"lm-evaluation-harness is not installed: {harness.INSTALL}"}
-    scores = []
-    try:
-        for name, model in zip(pair.names, pair.models(), strict=True):
-            settings.say(f"quality: questions to {name}")
-            asked = (settings.tasks, settings.task_dir, settings.limit, settings.say)
-            scores.append(harness.evaluate(model, tokenizer, *asked))
-    except CerebrumError as error:  # a task that can't be had costs the others nothing
-        return {"not_measured": str(error)}
-    a, b = scores
-    return {"tasks": [_answers(task, m, a[task][m], b[task][m]) for task in a for m in a[task]]}
+    a: harness.Scores = {}
+    b: harness.Scores = {}
+    missing = []
+    for task in dict.fromkeys(settings.tasks) or ("",):  # "": the harness picks
+        asked = (task,) if task else (), settings.task_dir, settings.limit, settings.say
+        found = []
+        try:
+            for name, model in zip(pair.names, pair.models(), strict=True):
+                settings.say(f"quality: questions {f'of {task} ' if task else ''}to {name}")
+                found.append(harness.evaluate(model, tokenizer, *asked))
+        except CerebrumError as error:  # a task that can't be had costs the others nothing
+            missing.append({"task": task, "not_measured": str(error)})
+            continue
+        a, b = a | found[0], b | found[1]
+    if not a:
+        return {"not_measured": "; ".join(one["not_measured"] for one in missing)}
+    tasks = [_answers(task, m, a[task][m], b[task][m]) for task in a for m in a[task]]
+    return {"tasks": tasks, "missing": missing}
 
 
 def _answers(task: str, metric: str, a: list[float], b: list[float]) -> dict[str, Any]:

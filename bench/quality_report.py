@@ -16,7 +16,8 @@ NATS = "nats a token"
 def text(results: Results) -> list[str]:
     """The verdict first, then what it rests on."""
     names = dict(zip("ab", results["names"], strict=True))
-    parts = verdict.text(results["verdict"], results["names"], results["positions"])
+    # From the figures, not results["verdict"]: a page drawn again follows the rule as it is now.
+    parts = verdict.text(verdict.rows(results), results["names"], results["positions"])
     parts += _apart(results) + _repetition(results["repetition"])
     parts += _accuracy(results["accuracy"], names)
     parts += _quantization(results["quantization"], names)
@@ -79,39 +80,53 @@ def _accuracy(found: Results, names: dict[str, str]) -> list[str]:
         ]
         for one in found["tasks"]
     ]
+    missing = [
+        f"{one['task']}: not measured. {one['not_measured']}" for one in found.get("missing", [])
+    ]
     header = ["task", "questions", f"A: {names['a']}", f"B: {names['b']}", "only A", "only B"]
     return [
         "Accuracy, zero-shot in the model's own chat template. What counts are the questions"
         " that only one of the two gets right (or more right):",
         table(header, rows),
+        *missing,
     ]
 
 
 def _quantization(found: Results, names: dict[str, str]) -> list[str]:
     if "not_measured" in found:
         return [f"Quantization: not measured. {found['not_measured']}"]
-    rows, missing = [], []
+    noise = found.get("noise", [])
+    rows = [_cells(one, names, f"as loaded, by {one['step']}") for one in noise]
+    missing = []
     for one in found["rows"]:
         if "not_measured" in one:
             missing.append(f"{one['bits']} bits: not measured. {one['not_measured']}")
-            continue
-        rows.append(
-            [
-                f"{one['side'].upper()}: {names[one['side']]}, {one['bits']} bits",
-                f"{math.exp(one['loss_a']):.2f}",
-                f"{math.exp(one['loss_b']):.2f}",
-                _interval(one["difference"], sign=True),
-                _interval(one["kl"], 4),
-                _percent(one["agreement"]),
-            ]
-        )
+        else:
+            rows.append(_cells(one, names, f"{one['bits']} bits"))
     header = ["", "perplexity as loaded", "quantized", NATS, "KL from as loaded", "same token"]
     lead = (
         f"Quantized in groups of {found['group']}, embedding and head too, against the weights as"
         f" loaded, on {found['tokens']} tokens (strided). Where the checkpoint is packed already,"
         " the reference is its exact dequantized form."
+        + (
+            " The first rows are the weights as loaded against themselves, read in chunks of"
+            f" {noise[0]['step']} tokens: what rounding to 16 bits does alone."
+            if noise
+            else ""
+        )
     )
     return [lead, *([table(header, rows)] if rows else []), *missing]
+
+
+def _cells(one: Results, names: dict[str, str], form: str) -> list[str]:
+    return [
+        f"{one['side'].upper()}: {names[one['side']]}, {form}",
+        f"{math.exp(one['loss_a']):.2f}",
+        f"{math.exp(one['loss_b']):.2f}",
+        _interval(one["difference"], sign=True),
+        _interval(one["kl"], 4),
+        _percent(one["agreement"]),
+    ]
 
 
 def _window(found: Results, names: dict[str, str]) -> list[str]:
@@ -148,7 +163,7 @@ def plots(results: Results, machine: Results) -> dict[str, Picture]:
         ("quality-perplexity", ("perplexity",), f"{NATS}; left is better for {b}", 1.0),
         ("quality-answers", ("accuracy", "repetition"), "percentage points", 100.0),
     ):
-        rows = [one for one in results["verdict"] if one["kind"] in kinds]
+        rows = [one for one in verdict.rows(results) if one["kind"] in kinds]
         if rows:
             drawn[name] = _differences(rows, a, b, unit, scale)
     if "not_measured" not in results["window"]:

@@ -3,12 +3,18 @@
 The reference is what the loaded model says of some windows of text, kept in files, so that one
 set of weights is in memory at a time. A checkpoint that is packed already is its own reference:
 its packed values, exactly. Every matrix is quantized in groups of 64, embedding and head too.
+One whose weights are mostly in so few bits already, and in groups no smaller, comes through nearly
+unchanged: what those bits cost was paid before, and nothing is measured.
+
+Two runs of one model differ too where activations have 16 bits: products of other shapes add up in
+another order. So the loaded weights are also compared with themselves, read in shorter chunks.
 
 Where quantized matrix products are slow (the CPU backend) the packed weights are made dense again
 after packing: the same numbers, in other hands.
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +26,7 @@ from bench.likelihood import compare, figures, kept, log_probs
 from bench.pair import Pair
 from bench.suite import Settings
 from mlx_cerebrum.checkpoint import FLOATS, Checkpoint, Extent, matrix_shapes
+from mlx_cerebrum.decode import PREFILL_STEP
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.load import DTYPES, SMALLER, choose_storage, load_model
 from mlx_cerebrum.memory import human, require
@@ -29,6 +36,7 @@ from mlx_cerebrum.tokenizer import Tokenizer
 
 BITS = (8, 4)
 GROUP = 64
+STEP = 32  # tokens of a chunk, for other shapes than the reference's
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,9 @@ def quota(pair: Pair, settings: Settings, texts: int, context: int) -> tuple[int
     """
     if pair.packing is not None:
         return 0, "the weights were packed while loading; leave out --q-bits to compare bits"
+    whys = [settled(pair.checkpoint(), Packing(bits, GROUP)) for bits in BITS]
+    if all(whys):
+        return 0, whys[0]
     count = max(1, settings.text_tokens // 4 // context)
     tokens = count * texts * context
     needed = 2 * tokens * 4 * pair.checkpoint().config.vocab_size
@@ -89,6 +100,25 @@ def quota(pair: Pair, settings: Settings, texts: int, context: int) -> tuple[int
     return count, ""
 
 
+def settled(source: Checkpoint, asked: Packing) -> str:
+    """Why packing `source` as `asked` would say nothing of those bits; empty where it would.
+
+    Most of its weights are packed at most as finely: in as many bits or fewer, groups as large or
+    larger. Affine packing then finds nearly the same levels again.
+    """
+    held: Counter[int] = Counter()
+    shapes = matrix_shapes(source.config)
+    for module, (rows, columns) in shapes.items():
+        own = source.packing(module)
+        if own is None or own.mode != asked.mode:
+            continue
+        if own.bits <= asked.bits and own.group_size >= asked.group_size:
+            held[own.bits] += rows * columns
+    if 2 * held.total() <= sum(rows * columns for rows, columns in shapes.values()):
+        return ""
+    return f"the source is {held.most_common(1)[0][0]}-bit already; give the dense model"
+
+
 def files(folder: Path, number: int) -> tuple[Path, Path]:
     """Where both sides' log-probabilities of one window go."""
     return folder / f"logprobs-{number}-a.f32", folder / f"logprobs-{number}-b.f32"
@@ -97,14 +127,18 @@ def files(folder: Path, number: int) -> tuple[Path, Path]:
 def measure(pair: Pair, references: Sequence[Reference], settings: Settings) -> dict[str, Any]:
     """A row for each side and number of bits. The pair's own weights must be released.
 
-    A form that doesn't fit in memory gets a row that says so.
+    A form that doesn't fit in memory, and one the source has already, gets a row that says so.
     """
     tokens = sum(len(one.window) - 1 for one in references)
     rows: list[dict[str, Any]] = []
     for bits in BITS:
+        packing = Packing(bits, GROUP)
+        if why := settled(pair.checkpoint(), packing):
+            rows.append({"bits": bits, "not_measured": why})
+            continue
         settings.say(f"quality: {bits}-bit weights on {len(references)} windows")
         try:
-            models = load(pair, Packing(bits, GROUP))
+            models = load(pair, packing)
             for side, model in enumerate(models):
                 rows.append({"bits": bits, "side": "ab"[side]} | against(model, references, side))
         except CerebrumError as error:
@@ -114,6 +148,22 @@ def measure(pair: Pair, references: Sequence[Reference], settings: Settings) -> 
     for path in (path for one in references for path in one.files):
         path.unlink()
     return {"group": GROUP, "tokens": tokens, "rows": rows}
+
+
+def noise(
+    models: Sequence[Model], references: Sequence[Reference], settings: Settings
+) -> list[dict[str, Any]]:
+    """A row for each side against itself, read in chunks of STEP: what rounding alone does.
+
+    None in float32, where that is nothing to speak of, and would cost another pass.
+    """
+    if not references or models[0].model.norm.weight.dtype.size > 2:
+        return []
+    settings.say(f"quality: the loaded weights again, {STEP} tokens at a time")
+    return [
+        {"side": "ab"[side], "step": STEP} | against(model, references, side, STEP)
+        for side, model in enumerate(models)
+    ]
 
 
 def load(pair: Pair, packing: Packing) -> tuple[Model, ...]:
@@ -126,12 +176,14 @@ def load(pair: Pair, packing: Packing) -> tuple[Model, ...]:
     return first, first.view(configs[1].layer_map, configs[1].residual_scales)
 
 
-def against(model: Model, references: Sequence[Reference], side: int) -> dict[str, Any]:
-    """The model compared with what the same side said as loaded."""
+def against(
+    model: Model, references: Sequence[Reference], side: int, step: int = PREFILL_STEP
+) -> dict[str, Any]:
+    """The model, read in chunks of `step`, compared with what the same side said as loaded."""
     found = [
         compare(
-            kept(one.files[side], model.config.vocab_size),
-            log_probs(model, one.window[:-1]),
+            kept(one.files[side], model.config.vocab_size, step),
+            log_probs(model, one.window[:-1], step),
             one.window,
         )
         for one in references

@@ -42,7 +42,7 @@ _MISSHAPEN = (
 )
 
 
-def main(argv: list[str] | None = None) -> int:
+def command_line() -> cli.ArgumentParser:
     p = cli.ArgumentParser(
         prog="python -m bench render", description="Draw the pages of results again."
     )
@@ -52,6 +52,11 @@ def main(argv: list[str] | None = None) -> int:
         "--figures", action="store_true", help="the figures in README.md and bench/README.md too"
     )
     p.add_debug()
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = command_line()
     args = p.parse_args(argv)
     if not (args.directory or args.index or args.figures):
         p.error("name a run's directory, or give --index or --figures")
@@ -88,7 +93,7 @@ def report(document: Results, directory: Path | None = None) -> str:
         if name not in SUITES:
             raise RequestError(f"suite {name!r} is not one of {', '.join(SUITES)}")
     try:
-        parts = _head(safe(document), str(document["command"]))
+        parts = [*_head(safe(document), str(document["command"])), *_took(document)]
     except _MISSHAPEN as error:
         raise _misshapen("its machine or model", error) from error
     for name in SUITES:
@@ -110,7 +115,7 @@ def _head(document: Results, command: str) -> list[str]:
     """Machine and models. `document` is escaped already; `command` is not."""
     card, model = document["machine"], document["model"]
     a, b = model["a"], model["b"]
-    parts = [
+    return [
         f"# {a['name']} against {b['name']}",
         f"{code(command)}, {document['date']}. Made from `{suite.FILE}` by"
         " `python -m bench render`.",
@@ -129,8 +134,32 @@ def _head(document: Results, command: str) -> list[str]:
             ],
         ),
     ]
-    took = [f"{name} {seconds:.0f} s" for name, seconds in document.get("seconds", {}).items()]
-    return parts + ([f"Measuring took: {', '.join(took)}."] if took else [])
+
+
+def _took(document: Results) -> list[str]:
+    """How long each suite measured, and which command, when, of which commit of this project.
+
+    `document` is not escaped yet: a command is code, where entities mean nothing.
+    """
+    runs = document.get("runs", {})
+    found = {}
+    for name, seconds in document.get("seconds", {}).items():
+        said = [f"{seconds:.0f} s"]
+        if name in runs:
+            run = runs[name]
+            said.append(escape(str(run["date"])))
+            if run.get("commit") is not None:
+                said.append(f"commit {escape(str(run['commit']))}")
+            said.append(code(str(run["command"])))
+        found[escape(name)] = said
+    if not found:
+        return []
+    if not runs:
+        return [
+            f"Measuring took: {', '.join(f'{name} {said[0]}' for name, said in found.items())}."
+        ]
+    lines = [f"- {name}: {', '.join(said)}" for name, said in found.items()]
+    return ["Measuring took:", "\n".join(lines)]
 
 
 def _facts(rows: list[list[str]]) -> str:

@@ -297,6 +297,7 @@ def test_a_sweep_end_to_end(
             assert len(again.layer_map(8)) == next(
                 p["positions"] for p in results["plans"] if p["name"] == name
             )
+    (out / suite.FILE).write_text(json.dumps(document | {"model": {"model": "another"}}))
     assert run([*words, "--out", out]) == 2  # what is there stays
     assert "name another" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import bootstrap
-from bench.bootstrap import Interval, Values, interval, paired
+from bench.bootstrap import Interval, Values, interval, paired, sign_test
 
 
 def coverage(draws: Sequence[Values], block: int) -> float:
@@ -70,6 +70,24 @@ def test_few_that_differ_show_nothing() -> None:
     assert found.sign == 0
     assert paired([1.0] * 6 + [0.0] * 14, [0.0] * 20).sign == -1
     assert paired([1.0] * 6, [0.0] * 6).sign == 0  # too few questions in all
+
+
+@pytest.mark.parametrize("few", range(7))
+def test_the_sign_test_is_a_coin_s(few: int) -> None:
+    for many in range(few, 10):
+        heads = [bin(k).count("1") for k in range(2 ** (few + many))]
+        as_clear = sum(min(k, few + many - k) <= few for k in heads) / len(heads)
+        assert sign_test(few, many) == sign_test(many, few) == pytest.approx(as_clear)
+
+
+def test_the_interval_alone_says_too_much_of_few_outcomes() -> None:
+    for few, many in ((1, 7), (2, 9), (3, 11)):
+        found = paired([0.0] * 60, [1.0] * many + [-1.0] * few + [0.0] * (60 - few - many))
+        assert found.sign == 1
+        assert sign_test(few, many) > bootstrap.UNLIKELY
+    assert sign_test(0, 6) < bootstrap.UNLIKELY
+    assert sign_test(0, 0) == sign_test(500, 500) == 1
+    assert 0 <= sign_test(0, 5000) < 1e-300
 
 
 def test_json_and_back() -> None:

@@ -1,6 +1,7 @@
 """The documentation, checked by running it."""
 
 import ast
+import os
 import re
 import shlex
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 
 import mlx_cerebrum
+from bench.__main__ import parser as bench_parser
+from bench.plans import command_line as plans_parser
+from bench.render import command_line as render_parser
 from convert.arguments import parser as convert_parser
 from convert.verify import parser as verify_parser
 from mlx_cerebrum.generate import parser as generate_parser
@@ -17,12 +21,22 @@ from mlx_cerebrum.plan_show import parser as plan_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line
-    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-    if line.startswith("python -m")
-]
+BENCHES = [ROOT / "bench" / "README.md", ROOT / "bench" / "results" / "README.md"]
+
+
+def commands(text: str) -> list[str]:
+    return [
+        line.partition("#")[0].strip()
+        for block in re.findall(r"```sh\n(.*?)```", text, re.S)
+        for line in block.splitlines()
+        if line.startswith("python -m")
+    ]
+
+
+COMMANDS = commands(README)
+THE_BENCHS = [command for path in BENCHES for command in commands(path.read_text("utf-8"))]
+# A sweep of minutes, made one of seconds.
+QUICK = {"bench": ["--tokens", "60", "--seconds", "1", "--no-openblas"]}
 
 
 def blocks(language: str) -> list[str]:
@@ -31,8 +45,14 @@ def blocks(language: str) -> list[str]:
 
 def run(command: str, cwd: Path) -> str:
     words = shlex.split(command)
+    words += QUICK.get(words[2], [])
     done = subprocess.run(
-        [sys.executable, *words[1:]], capture_output=True, text=True, cwd=cwd, timeout=300
+        [sys.executable, *words[1:]],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},  # the bench runs from a checkout
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -40,9 +60,10 @@ def run(command: str, cwd: Path) -> str:
 
 def test_there_are_commands() -> None:
     assert len(COMMANDS) >= 5
+    assert len(THE_BENCHS) >= 4
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *THE_BENCHS])
 def test_every_command_parses(command: str) -> None:
     """Also those that need the hub: their flags exist and are spelled right."""
     words = shlex.split(command)
@@ -50,11 +71,16 @@ def test_every_command_parses(command: str) -> None:
         "mlx_cerebrum.generate": generate_parser,
         "mlx_cerebrum.plan": plan_parser,
         "convert": convert_parser,
+        "convert verify": verify_parser,
+        "bench": bench_parser,
+        "bench plans": plans_parser,
+        "bench render": render_parser,
     }
-    if words[2:4] == ["convert", "verify"]:
-        verify_parser().parse_args(words[4:])
-        return
-    parsers[words[2]]().parse_args(words[3:])
+    two = " ".join(words[2:4])
+    if two in parsers:
+        parsers[two]().parse_args(words[4:])
+    else:
+        parsers[words[2]]().parse_args(words[3:])
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "demo" in c or ".plan " in c])

@@ -510,7 +510,7 @@ def test_what_cannot_be_run_is_named(
     (tmp_path / "empty").mkdir()
     assert "no task" in run(task_dir=tmp_path / "empty")
     monkeypatch.setattr(harness, "installed", lambda: False)
-    assert "pip install lm-eval" in run()
+    assert harness.INSTALL in run()
 
 
 def test_long_runs_tell_how_far_they_are(tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,34 @@ def test_perplexity_of_a_coin_is_two() -> None:
     assert error == pytest.approx(1.0)
 
 
+def test_the_standard_error_is_of_blocks() -> None:
+    random = np.random.default_rng(1)
+    hard = random.standard_normal(10)
+    alike = np.repeat(hard, 32).tolist()  # 10 values, however many tokens say them
+    more, error = compare(alike, [0.0] * 320)
+    assert more == pytest.approx(hard.mean())
+    assert error == pytest.approx(hard.std(ddof=1) / math.sqrt(10))
+    # A last token alone is a block that weighs a 320th of the others' sum.
+    assert compare([*alike, 5.0], [0.0] * 321)[1] == pytest.approx(error, rel=0.1)
+    # Of fewer than 64, the tokens'.
+    few = random.standard_normal(63)
+    assert compare(few.tolist(), [0.0] * 63)[1] == pytest.approx(few.std(ddof=1) / math.sqrt(63))
+    two = random.standard_normal(64)
+    means = two.reshape(2, 32).mean(axis=1)
+    assert compare(two.tolist(), [0.0] * 64)[1] == pytest.approx(abs(means[0] - means[1]) / 2)
+    assert compare([2.0], [1.0]) == (1.0, math.inf)
+
+
+def test_two_standard_errors_are_what_they_say_where_neighbours_are_alike() -> None:
+    """Of means that are 0, about one in 20 lies more than two errors away; by tokens, one in 2."""
+    random = np.random.default_rng(2)
+    outside = 0
+    for row in random.standard_normal((200, 1024)):
+        more, error = compare(np.convolve(row, np.ones(8), "valid").tolist(), [0.0] * 1017)
+        outside += abs(more) > 2 * error
+    assert outside < 30
+
+
 def test_a_text_without_a_token_is_refused(checkpoint: MakeCheckpoint) -> None:
     model, tokenizer = load(checkpoint(), dtype="float32")
     for text, context in (("", 16), (TEXT, 2)):

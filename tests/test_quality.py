@@ -17,9 +17,10 @@ from conftest import MakeCheckpoint
 
 from bench import bootstrap, harness, quality, quantized, repetition, verdict, window_loss
 from bench.likelihood import Comparison, Values, compare, keep, kept, log_probs, losses, windows
-from bench.markdown import safe
+from bench.markdown import escape, safe
 from bench.pair import Pair, Side, open_pair, random_pair
 from bench.plots import LIGHT, drawn
+from bench.quality_report import _accuracy, _quantization
 from bench.suite import Settings
 from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.errors import CerebrumError, RequestError
@@ -172,6 +173,107 @@ def test_more_bits_are_nearer(checkpoint: MakeCheckpoint, ids: list[int], tmp_pa
     assert not files[0].exists()
 
 
+def packed_checkpoint(path: Path, packing: Packing, target: Path) -> Path:
+    """`path` in `packing`, as a directory of its own."""
+    source = quantized.Repacked(open_checkpoint(path), packing)
+    modules = {name.rpartition(".")[0] for name in source.shapes}
+    arrays = {
+        f"{module}.{part}": array
+        for module in modules
+        for part, array in source.read(module).items()
+    }
+    target.mkdir()
+    mx.save_safetensors(str(target / "model.safetensors"), arrays)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization"] = packing.as_config()
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_bits_the_source_has_already_are_not_measured(
+    checkpoint: MakeCheckpoint, ids: list[int], tmp_path: Path
+) -> None:
+    path = checkpoint(hidden_size=128, head_dim=64, intermediate_size=256)
+    settings = Settings(work=tmp_path, say=lambda line: None)
+    dense = open_checkpoint(path)
+    assert quantized.settled(dense, Packing(8, 64)) == ""
+
+    four = pair_of(packed_checkpoint(path, Packing(4, 64), tmp_path / "four"))
+    why = "the source is 4-bit already; give the dense model"
+    assert quantized.quota(four, settings, 2, 512) == (0, why)
+    found = quantized.measure(four, [], settings)
+    assert found["rows"] == [{"bits": bits, "not_measured": why} for bits in (8, 4)]
+
+    six = pair_of(packed_checkpoint(path, Packing(6, 64), tmp_path / "six"))
+    assert quantized.quota(six, settings, 2, 512) == (1, "")
+    window = ids[:40]
+    files = quantized.files(tmp_path, 0)
+    for model, file in zip(six.models(), files, strict=True):
+        for _ in keep(log_probs(model, window[:-1]), file):
+            pass
+    six.release()
+    eight, *fours = quantized.measure(six, [quantized.Reference(window, files)], settings)["rows"]
+    assert eight["not_measured"] == "the source is 6-bit already; give the dense model"
+    assert [(one["bits"], one["side"]) for one in fours] == [(4, "a"), (4, "b")]
+
+    for stored, asked, same in (
+        (Packing(4, 32), Packing(4, 64), False),  # smaller groups are finer
+        (Packing(4, 32), Packing(8, 64), False),
+        (Packing(8, 64), Packing(4, 64), False),
+        (Packing(4, 128), Packing(4, 64), True),
+        (Packing(8, 64), Packing(8, 64), True),
+    ):
+        source = quantized.Repacked(dense, stored)
+        assert bool(quantized.settled(source, asked)) == same
+
+
+def test_the_demo_is_packed_more_finely(demo: Path) -> None:
+    """4 bits in groups of 32, its embedding in 8: both bits are still measured."""
+    source = open_checkpoint(demo)
+    assert {quantized.settled(source, Packing(bits, 64)) for bits in (8, 4)} == {""}
+
+
+def test_rounding_alone_has_a_row(
+    checkpoint: MakeCheckpoint, ids: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU there is none: its products give the same bits in chunks of any length."""
+    path, window = checkpoint(), ids[:200]
+    files = quantized.files(tmp_path, 0)
+    settings = Settings(work=tmp_path, say=lambda line: None)
+    reference = quantized.Reference(window, files)
+    steps: list[int] = []
+    call = Model.__call__
+
+    def counted(self: Model, tokens: mx.array, cache: Any) -> mx.array:
+        steps.append(tokens.shape[1])
+        return call(self, tokens, cache)
+
+    rows = {}
+    for dtype, chunks in (("bfloat16", [*6 * [32], 7] * 2), ("float32", [])):
+        a, _ = load(path, dtype=dtype)
+        models = a, a.view(interleave(8, 4).layer_map(8))
+        for file in files:  # A's on both sides, so that B's row has something to find
+            for _ in keep(log_probs(a, window[:-1]), file):
+                pass
+        with monkeypatch.context() as patch:
+            patch.setattr(Model, "__call__", counted)
+            assert quantized.noise(models, [], settings) == []
+            rows[dtype] = quantized.noise(models, [reference], settings)
+        assert steps == chunks
+        steps.clear()
+    assert rows["float32"] == []  # not worth a pass
+    one, other = rows["bfloat16"]
+    assert (one["side"], other["side"]) == ("a", "b")
+    assert one["tokens"] == 199
+    assert 0 <= one["kl"]["value"] < 1e-3 < other["kl"]["value"]
+    assert one["agreement"]["value"] > 0.95
+    rest = {"group": 64, "tokens": 199, "rows": [{"bits": 8, "not_measured": "so"}]}
+    page = "\n".join(_quantization(rest | {"noise": rows["bfloat16"]}, {"a": "7B", "b": "12B"}))
+    assert "| A: 7B, as loaded, by 32 " in page
+    assert "what rounding to 16 bits does alone" in page
+    assert "16 bits" not in "\n".join(_quantization(rest, {"a": "7B", "b": "12B"}))
+
+
 def test_packed_weights_are_the_packing_s_own(checkpoint: MakeCheckpoint) -> None:
     path = checkpoint()
     pair, packing = pair_of(path), Packing(4, 64)
@@ -228,10 +330,10 @@ def test_what_a_loop_is() -> None:
     for period in (1, 5, 21):
         loop = text[500 : 500 + period] * 99
         tail = max(24, 3 * period)
-        assert repetition.loops(text[: 128 - tail] + loop[:tail])
-        assert not repetition.loops(text[: 128 - tail + 1] + loop[: tail - 1])
-    assert not repetition.loops(text[:20] + (text[500:522] * 9)[:108])  # a period of 22
-    assert not repetition.loops([7] * 100)  # ended by itself
+        assert repetition.loops(text[: 128 - tail] + loop[:tail], 128)
+        assert not repetition.loops(text[: 128 - tail + 1] + loop[: tail - 1], 128)
+    assert not repetition.loops(text[:20] + (text[500:522] * 9)[:108], 128)  # a period of 22
+    assert not repetition.loops([7] * 100, 128)  # ended by itself
 
 
 def test_passages_do_not_overlap() -> None:
@@ -255,6 +357,64 @@ def test_better_is_what_the_interval_says() -> None:
     assert row("repetition", 0.1, 0.2)["better"] == "a"
     assert row("accuracy", -0.1, 0.2)["better"] == "none"
     assert row("accuracy", 0.1, 0.2, blocks=7)["better"] == "few"
+
+
+def answers(only_a: int, only_b: int, questions: int = 60) -> dict[str, Any]:
+    """A task's row of results; the rest of the questions are both's."""
+    a = [1.0] * only_a + [0.0] * only_b + [1.0] * (questions - only_a - only_b)
+    b = [0.0] * only_a + [1.0] * only_b + [1.0] * (questions - only_a - only_b)
+    return quality._answers("sums", "acc", a, b)
+
+
+def results_of(**parts: Any) -> dict[str, Any]:
+    empty: dict[str, Any] = {"perplexity": [], "window": {}, "repetition": None, "accuracy": {}}
+    return empty | parts
+
+
+@pytest.mark.parametrize(
+    ("few", "many", "shown"),
+    [(1, 7, False), (2, 9, False), (3, 11, False), (0, 6, True), (3, 12, True)],
+)
+def test_a_sign_test_has_to_agree(few: int, many: int, shown: bool) -> None:
+    for only, better in (((few, many), "b"), ((many, few), "a")):
+        one = answers(*only)
+        assert bootstrap.Interval.from_json(one["difference"]).sign != 0  # too narrow
+        (found,) = verdict.rows(results_of(accuracy={"tasks": [one]}))
+        assert found["better"] == (better if shown else "none")
+        # The same items as loops, where fewer are better, and nobody counted them.
+        loops = {"a": {"value": 0.5}, "b": {"value": 0.5}, "difference": one["difference"]}
+        (found,) = verdict.rows(results_of(repetition={"loops": loops}))
+        assert found["better"] == ({"a": "b", "b": "a"}[better] if shown else "none")
+        # A share of 4-grams is no such outcome.
+        (found,) = verdict.rows(results_of(repetition={"seq_rep_4": loops}))
+        assert found["better"] == {"a": "b", "b": "a"}[better]
+
+
+def test_one_perplexity_of_each_text_counts() -> None:
+    worse = {"loss_a": 1.0, "loss_b": 2.0, "difference": paired_json(0.5)}
+    both = {"strided": worse, "sliding": worse}
+    contexts = (("x", 512), ("y", 512), ("x", 2048))
+    perplexity = [{"text": text, "context": context} | both for text, context in contexts]
+    window = {"text": "x", "beyond": worse}
+    found = verdict.rows(results_of(perplexity=perplexity, window=window))
+    assert [one["measure"] for one in found if one["counts"]] == [
+        "perplexity, y, sliding 512",
+        "perplexity, x, sliding 2048",
+    ]
+    page, said, trust = verdict.text(found, ("7B", "12B"), (32, 56))
+    assert said.endswith(
+        "perplexity (both rows). More layers (56 positions against 32) were"
+        " better on 0 of 2 rows and worse on 2."
+    )
+    marked = [line.split("|")[-2].strip() for line in page.splitlines()[2:]]
+    assert marked == ["(A)", "(A)", "(A)", "A", "(A)", "A", "(A)"]
+    assert "in parentheses don't count" in trust
+    assert "With 2 intervals of 95%" in trust
+    assert "parentheses" not in verdict.text(found[3:4], ("7B", "12B"), (32, 56))[2]
+
+
+def paired_json(value: float) -> dict[str, float]:
+    return bootstrap.paired([0.0] * 20, [value] * 20).as_json()
 
 
 def test_the_sentence_takes_no_side() -> None:
@@ -326,11 +486,15 @@ def test_the_suite(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     assert short["sliding"]["loss_b"] == pytest.approx(np.concatenate(parts).mean(), 1e-3)
     assert results["accuracy"]["tasks"][0]["only_a"] == 10
     assert results["window"]["own"]
-    assert results["repetition"]["passages"] == 5
+    assert results["repetition"]["passages"] == 6
 
     kinds = [one["kind"] for one in results["verdict"]]
     assert kinds == 5 * ["perplexity"] + 2 * ["repetition"] + ["accuracy"]
     page = "\n".join(quality.text(safe(results)))
+    # A file written by an older rule follows this one.
+    older = [{**one, "better": "b"} for one in results["verdict"]]
+    assert quality.text(safe(results | {"verdict": older})) == quality.text(safe(results))
+    assert results["quantization"]["noise"] == []
     assert "| perplexity, prose, sliding 64" in page
     assert "More layers (12 positions against 8)" in page
     assert "short at 64" in page
@@ -341,17 +505,52 @@ def test_the_suite(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
+def test_one_failing_task_costs_the_others_nothing(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def answers(model: Model, _: Any, tasks: tuple[str, ...], *__: Any) -> harness.Scores:
+        asked.append(tasks)
+        if "bad" in tasks or ("late" in tasks and model.config.num_positions > 8):
+            raise RequestError(f"no task {tasks[0]!r}")
+        return {task: {"acc": [1.0, 0.0]} for task in tasks or ("own",)}
+
+    monkeypatch.setattr(harness, "evaluate", answers)
+    pair = pair_of(checkpoint())
+    tokenizer = pair.tokenizer()
+    assert tokenizer is not None
+    settings = Settings(tmp_path, say=lambda line: None)
+
+    def accuracy(*tasks: str) -> dict[str, Any]:
+        return quality._accuracy(pair, tokenizer, replace(settings, tasks=tasks))
+
+    found = accuracy("bad", "good", "late", "good", "fine")
+    assert [one["task"] for one in found["tasks"]] == ["good", "fine"]
+    assert [(one["task"], one["not_measured"]) for one in found["missing"]] == [
+        ("bad", "no task 'bad'"),
+        ("late", "no task 'late'"),
+    ]
+    assert asked == [(t,) for t in ("bad", "good", "good", "late", "late", "fine", "fine")]
+    page = "\n".join(_accuracy(found, {"a": "7B", "b": "12B"}))
+    assert "| good, acc" in page
+    assert "bad: not measured. no task 'bad'" in page
+    assert accuracy("bad") == {"not_measured": "no task 'bad'"}
+    assert accuracy()["tasks"][0]["task"] == "own"  # none named: the harness's choice, at once
+
+
+@pytest.mark.usefixtures("small")
 def test_what_can_t_be_measured_is_said(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "prose.txt").write_bytes(TEXT.read_bytes()[:130])
+    (tmp_path / "prose.txt").write_bytes(TEXT.read_bytes()[:100])
     texts = (tmp_path / "prose.txt",)
     monkeypatch.setattr(harness, "installed", lambda: False)
     pair = replace(pair_of(checkpoint(sliding_window=200)), packing=Packing(8, 64))
     settings = Settings(tmp_path, texts=texts, text_tokens=64, say=lambda line: None)
     results = quality.measure(pair, settings)
     page = "\n".join(quality.text(safe(results)))
-    assert harness.INSTALL in page
+    assert escape(harness.INSTALL) in page
     assert "leave out --q-bits" in page
     assert "Beyond the sliding window: not measured." in page
     assert "Repetition: not measured" in page
