@@ -239,7 +239,8 @@ def joined(directory: Path, document: Results) -> Results:
     Raises RequestError where it holds another's: a table must not mix two.
     """
     if not (directory / suite.FILE).exists():
-        if directory.exists() and any(directory.iterdir()):
+        # What single benches printed with --json may lie there already.
+        if directory.exists() and any(path.suffix != ".json" for path in directory.iterdir()):
             raise RequestError(f"{directory} is in use and holds no {suite.FILE}; name another")
         return document
     before = suite.read(directory)

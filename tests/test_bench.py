@@ -151,7 +151,8 @@ def test_speed_of_two_sides(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     pairs = pair.open_pair(str(checkpoint()))
     found = speed.measure(pairs, quick(tmp_path), (8, 16, 100_000))
     assert found == json.loads(json.dumps(found))
-    assert found["lengths"] == [8, 16, 511]  # the model has 512 positions
+    # The model has 512 positions; where that takes long it is left out, and said so.
+    assert sorted([*found["lengths"], *map(int, found["left_out"])]) == [8, 16, 511]
     side = found["sides"]["interleave-8-2"]
     assert side["prefill"]["16"]["median"] == pytest.approx(16 / side["ttft"]["16"]["median"], 0.6)
     best = max(found["bandwidth"]["measured"].values())
