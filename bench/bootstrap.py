@@ -102,4 +102,4 @@ def paired(a: Values, b: Values, *, block: int = 1, seed: int = 0) -> Interval:
 def sign_test(a: int, b: int) -> float:
     """Exact two-sided p of `a` items for one side and `b` for the other, were a coin to decide."""
     n = a + b
-    return min(1.0, 2 * sum(comb(n, i) for i in range(min(a, b) + 1)) / 2**n)
+    return float(min(1.0, 2 * sum(comb(n, i) for i in range(min(a, b) + 1)) / 2**n))
