@@ -36,7 +36,7 @@ def commands(text: str) -> list[str]:
 COMMANDS = commands(README)
 THE_BENCHS = [command for path in BENCHES for command in commands(path.read_text("utf-8"))]
 # A sweep of minutes, made one of seconds.
-QUICK = {"bench": ["--tokens", "60", "--seconds", "1", "--no-openblas"]}
+QUICK = {"bench": ["--tokens", "40", "--starts", "5", "--widths", "5", "--repeats", "1"]}
 
 
 def blocks(language: str) -> list[str]:
