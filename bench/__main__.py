@@ -21,7 +21,7 @@ from typing import cast
 
 from bench import machine, render, suite
 from bench.pair import Pair, open_pair, random_pair
-from bench.report import public
+from bench.report import add_common, public
 from bench.suite import Results, Settings, Suite
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError, RequestError
@@ -115,13 +115,7 @@ def parser() -> cli.ArgumentParser:
         "--limit", type=int, metavar="N", help="questions of each task (default: all of them)"
     )
     p.add_argument("--work", type=Path, metavar="DIR", help="for large files (default: temporary)")
-    p.add_argument("--json", action="store_true", help="print one JSON line, nothing else")
-    p.add_argument(
-        "--no-openblas",
-        action="store_true",
-        help="on Linux without a GPU: keep MLX's own BLAS instead of preloading OpenBLAS",
-    )
-    p.add_debug()
+    add_common(p)
     return p
 
 
@@ -173,8 +167,8 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
 
 def _names(args: argparse.Namespace) -> tuple[str, ...]:
     if args.random_7b:
-        if args.suite not in ("all", "speed,memory", "speed", "memory"):
-            raise RequestError("--random-7b measures speed and memory; random weights know nothing")
+        if args.suite != "all":
+            raise RequestError("--random-7b has suites of its own, speed and memory: drop --suite")
         # Paces at all lengths would take hours on a CPU.
         return (FULL_SIZE, "speed") if on_gpu() else (FULL_SIZE,)
     asked = SUITES if args.suite == "all" else tuple(args.suite.split(","))

@@ -89,14 +89,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def parser(module: str, question: str) -> cli.ArgumentParser:
     """A bench's command line with the flags that all of them have."""
     p = cli.ArgumentParser(prog=f"bench.{module}", description=question)
-    p.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    add_common(p)
+    return p
+
+
+def add_common(p: cli.ArgumentParser) -> None:
+    p.add_argument("--json", action="store_true", help="print one JSON line, nothing else")
     p.add_argument(
         "--no-openblas",
         action="store_true",
         help="on Linux without a GPU: keep MLX's own BLAS instead of preloading OpenBLAS",
     )
     p.add_debug()
-    return p
 
 
 def public(word: str) -> str:
