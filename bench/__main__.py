@@ -25,7 +25,8 @@ from bench.report import add_common, public
 from bench.suite import Results, Settings, Suite
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError, RequestError
-from mlx_cerebrum.memory import on_gpu, wired
+from mlx_cerebrum.memory import on_gpu
+from mlx_cerebrum.memory_limits import limits
 
 # Those that measure in processes of their own come first, before this one holds weights.
 SUITES = ("memory", "peers", "speed", "context", "quality")
@@ -144,7 +145,7 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
     if args.out is not None:
         document = joined(args.out, document)
     # As generate runs, and mlx-lm: on Metal the weights stay resident.
-    with tempfile.TemporaryDirectory(dir=args.work) as folder, wired():
+    with tempfile.TemporaryDirectory(dir=args.work) as folder, limits():
         settings = _settings(args, Path(folder))
         for name in names:
             try:

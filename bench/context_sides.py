@@ -115,5 +115,5 @@ def fill_ours(cache: WindowedKVCache, length: int, config: ModelConfig, dtype: m
     window = cache.window
     needed = length if window is None else window + cache.rewind + 4 * PREFILL_STEP
     skipped = max(0, length - needed) // PREFILL_STEP * PREFILL_STEP
-    cache.state = (None, None, skipped, skipped, window or 0, cache.rewind, cache.step)
+    cache.state = (None, None, skipped, skipped, window or 0, cache.rewind, cache.step, 0)
     fill(cache, length - skipped, PREFILL_STEP, config, dtype)

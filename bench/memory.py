@@ -180,9 +180,10 @@ def inspect(case: Case) -> Results:
     peak, kv = mx.get_peak_memory() - before, _active() - before - weights
     cache.clear()
 
-    view = model.view(other.layer_map, other.residual_scales)
     probe = [[token % config.vocab_size for token in _PROBE]]
     logits = model(mx.array(probe))[0, -1, :8].tolist()
+    alone = _active() - before
+    view = model.view(other.layer_map, other.residual_scales)
     mx.eval(view(mx.array(probe)))  # nothing more is made by running it, either
     viewed = _active() - before
     model.model.layers.clear()
@@ -199,7 +200,7 @@ def inspect(case: Case) -> Results:
             "kv": kv,
             "peak": peak,
             "loading": loading,
-            "view": viewed - weights,
+            "view": viewed - alone,
             "blocks": viewed - (_active() - before),
             "logits": logits,
         },

@@ -47,7 +47,7 @@ from bench.trie import Scores, evaluate, pace, path, positions
 from mlx_cerebrum import cli, hub
 from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.memory import wired
+from mlx_cerebrum.memory_limits import limits
 from mlx_cerebrum.plan import LayerPlan, resolve
 from mlx_cerebrum.tokenizer import Tokenizer
 
@@ -259,7 +259,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
             text_tokens=args.tokens,
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )
-        with wired():
+        with limits():
             results = measure(pair, settings, context=args.context, sweep=sweep, plans=plans)
     record(document, "plans", results, results["seconds"])
     if args.out is not None:

@@ -186,6 +186,6 @@ def _rows(cache: WindowedKVCache, rows: mx.array) -> WindowedKVCache:
     keys, values, *numbers = cache.state
     if keys is None or values is None:
         return cache  # empty: it takes any number of rows
-    offset, start, window, rewind, step = numbers
-    state = (keys[rows], values[rows], offset, start, window, rewind, step)
+    offset, start, window, rewind, step, kv_bits = numbers
+    state = (keys[rows], values[rows], offset, start, window, rewind, step, kv_bits)
     return WindowedKVCache.from_state(state)

@@ -9,11 +9,37 @@ Call signatures are those of mlx-lm's caches (its models/cache.py), so that eith
 generation loop runs on the other's caches.
 """
 
-from typing import Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import mlx.core as mx
 
+from mlx_cerebrum.marks import Marks, Stretch, each, nbytes
+
 Mask = mx.array | str | None
+
+
+class Packed(NamedTuple):
+    """Keys or values `[B, H, T, D]` in fewer bits, as `mx.quantize` packs rows of D values."""
+
+    weight: mx.array  # [B, H, T, D * bits / 32]
+    scales: mx.array  # [B, H, T, D / group_size]
+    biases: mx.array
+
+
+Entries = mx.array | Packed  # of keys or of values
+State = tuple[Any, Any, int, int, int, int, int, int]  # what WindowedKVCache.state says
+
+
+class Cache(Protocol):
+    """What attention asks of a cache; mlx-lm's caches answer it too."""
+
+    @property
+    def offset(self) -> Any: ...
+    @property
+    def state(self) -> Any: ...
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]: ...
+    def trim(self, n: int) -> int: ...
+    def make_mask(self, N: int, return_array: bool, window_size: int | None) -> Mask: ...
 
 
 def causal_mask(length: int, start: int, window: int | None) -> mx.array:
@@ -36,7 +62,13 @@ def attention_mask(length: int, start: int, window: int | None) -> Mask:
 
 
 REWIND = 64  # tokens that can always be taken back
+KV_BITS = (8, 4)  # of cached keys and values
 STEP = 256  # least number of entries a full buffer grows by
+
+
+def kv_group(width: int) -> int:
+    """Values that share a scale when entries `width` wide are packed (mx.quantize's groups)."""
+    return 64 if width % 64 == 0 else 32
 
 
 def entries_held(window: int | None, prompt: int, generated: int, prefill_step: int) -> int:
@@ -56,51 +88,85 @@ def entries_held(window: int | None, prompt: int, generated: int, prefill_step: 
 
 
 class WindowedKVCache:
-    """Keys and values `[B, H, T, D]` of one position; `offset` counts the tokens seen."""
+    """Keys and values `[B, H, T, D]` of one position; `offset` counts the tokens seen.
 
-    def __init__(self, window: int | None = None, rewind: int = REWIND, step: int = STEP) -> None:
+    `mark` makes a point one that `rewind_to` can come back to, however far the window moves on:
+    the `window - 1` entries before it are set aside when they leave the buffer, and marks that
+    are near each other share them. With `kv_bits` 8 or 4, entries are packed.
+    """
+
+    def __init__(
+        self,
+        window: int | None = None,
+        rewind: int = REWIND,
+        step: int = STEP,
+        kv_bits: int | None = None,
+    ) -> None:
         self.window = window
         self.rewind = rewind
         self.step = step
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        self.kv_bits = kv_bits
+        self.keys: Any = None  # Entries
+        self.values: Any = None
         self.offset = 0
         self._start = 0  # which token the buffer's first entry belongs to
+        self._marks = Marks(window)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append `[B, H, L, D]`; return the `size() + L` entries these L queries may see."""
         length = keys.shape[2]
-        if self.keys is None or self._used() + length > self.keys.shape[2]:
-            self._make_room(keys, values)
-        assert self.keys is not None
-        assert self.values is not None
+        new = self._pack(keys), self._pack(values)
+        if self.keys is None or self._used() + length > self._room():
+            self._make_room(*new)
         used = self._used()
         first, end = used - self.size(), used + length
-        self.keys[..., used:end, :] = keys
-        self.values[..., used:end, :] = values
+
+        def write(buffer: mx.array, entries: mx.array) -> mx.array:
+            buffer[..., used:end, :] = entries
+            return buffer
+
+        self.keys, self.values = each(write, self.keys, new[0]), each(write, self.values, new[1])
         self.offset += length
-        return self.keys[..., first:end, :], self.values[..., first:end, :]
+        return self._slice(self.keys, first, end), self._slice(self.values, first, end)
+
+    def _pack(self, entries: mx.array) -> Entries:
+        if self.kv_bits is None:
+            return entries
+        return Packed(*mx.quantize(entries, kv_group(entries.shape[-1]), self.kv_bits))
+
+    @staticmethod
+    def _slice(entries: Entries, first: int, end: int) -> Entries:
+        sliced: Entries = each(lambda array: array[..., first:end, :], entries)
+        return sliced
 
     def _used(self) -> int:
         """Entries in the buffer: those kept for `trim`, then the visible ones; then room."""
         return self.offset - self._start
 
-    def _make_room(self, keys: mx.array, values: mx.array) -> None:
+    def _room(self) -> int:
+        keys = self.keys.weight if isinstance(self.keys, Packed) else self.keys
+        return int(keys.shape[2])
+
+    def _make_room(self, keys: Entries, values: Entries) -> None:
         """Move what is still needed to the front of a new buffer with room for `keys`."""
         used = self._used()
         keep = used if self.window is None else min(used, self.window - 1 + self.rewind)
-        # One entry more than `keys` has: what fills an array whole, MLX does not copy into it. The
-        # buffer would be a view of qkv_proj's output, and keep all of that, several times as much.
-        spare = max(keys.shape[2] + 1, self.step)
+        self._marks.leave(Stretch(self.keys, self.values, self._start, self.offset - keep))
 
-        def moved(old: mx.array | None, new: mx.array) -> mx.array:
-            B, H, _, D = new.shape
-            room = mx.zeros((B, H, spare, D), new.dtype)
+        def moved(new: mx.array, old: mx.array | None = None) -> mx.array:
+            B, H, L, D = new.shape
+            # One entry more than `keys` has: what fills an array whole, MLX does not copy into it.
+            # The buffer would be a view of qkv_proj's output, and keep all of that.
+            room = mx.zeros((B, H, max(L + 1, self.step), D), new.dtype)
             if old is None:
                 return room
             return mx.concatenate([old[..., used - keep : used, :], room], axis=2)
 
-        self.keys, self.values = moved(self.keys, keys), moved(self.values, values)
+        if self.keys is None:
+            self.keys, self.values = each(moved, keys), each(moved, values)
+        else:
+            self.keys = each(moved, keys, self.keys)
+            self.values = each(moved, values, self.values)
         self._start = self.offset - keep
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
@@ -123,19 +189,16 @@ class WindowedKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, room to grow included."""
-        if self.keys is None or self.values is None:
-            return 0
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes allocated: room to grow included, and what is kept for marks."""
+        live = 0 if self.keys is None else nbytes(self.keys) + nbytes(self.values)
+        return live + sum(stretch.nbytes for stretch in self._marks.aside)
 
     def is_trimmable(self) -> bool:
         return True
 
     def rewindable(self) -> int:
         """How many tokens `trim` can take back: `min(offset, rewind)` at least."""
-        if self._start == 0 or self.window is None:
-            return self.offset
-        return self._used() - (self.window - 1)
+        return self.offset - self._marks.earliest(self._start)
 
     def trim(self, n: int) -> int:
         """Take back the last `n` tokens, as if they had never been seen.
@@ -151,25 +214,75 @@ class WindowedKVCache:
         return n
 
     @property
-    def state(self) -> tuple[mx.array | None, mx.array | None, int, int, int, int, int]:
-        """What a saved cache holds: arrays, then offset, start, window (0: none), rewind, step."""
+    def marks(self) -> tuple[int, ...]:
+        """The marked points, ascending."""
+        return self._marks.points
+
+    def mark(self, offset: int | None = None) -> None:
+        """Keep this point, or one yet to come, reachable for `rewind_to`.
+
+        Costs nothing until the window leaves it, then `window - 1` entries at most. Marked points
+        less than a window apart share them, and keep every point between them reachable.
+        """
+        self._marks.add(self.offset if offset is None else offset)
+
+    def drop_mark(self) -> None:
+        """Give up the oldest mark, and what was kept for it alone."""
+        self._marks.drop_oldest()
+
+    def entries_for_marks(self) -> int:
+        """Entries that going back to the marks takes: in the buffer, set aside, or yet to come."""
+        return sum(end - start for start, end in self._marks.needed())
+
+    def reachable(self, offset: int) -> int:
+        """The latest point at or before `offset` that `rewind_to` can go to; 0 always can be."""
+        return self._marks.reachable(offset, self._start, self.offset)
+
+    def rewind_to(self, offset: int) -> None:
+        """Go back to when `offset` tokens had been seen; later marks are forgotten.
+
+        Raises ValueError for a point that is not `reachable`.
+        """
+        if self.reachable(offset) != offset:
+            raise ValueError(f"the entries before token {offset} are gone")
+        if offset == 0:
+            self.keys, self.values, self._start = None, None, 0
+        elif offset < self._marks.earliest(self._start):
+            self.keys, self.values, self._start, _ = self._marks.take_back(offset, self._live())
+        self.offset = offset
+        self._marks.forget_after(offset)
+
+    def _live(self) -> Stretch:
+        return Stretch(self.keys, self.values, self._start, self.offset)
+
+    def whole(self) -> Stretch:
+        """The buffer's entries with those set aside right before them: what a file holds."""
+        run = [self._live().part(self._start, self.offset)]
+        for stretch in reversed(self._marks.aside):
+            if stretch.end == run[0].start:
+                run.insert(0, stretch)
+        return Stretch.joined(run)
+
+    @property
+    def state(self) -> State:
+        """What a saved cache holds: keys, values, offset, start, window (0: none), rewind, step,
+        bits (0: not packed). Marks are not part of it."""
         keys, values = self.keys, self.values
-        if keys is not None and values is not None:
-            keys, values = keys[..., : self._used(), :], values[..., : self._used(), :]
-        numbers = (self.offset, self._start, self.window or 0, self.rewind, self.step)
-        return (keys, values, *numbers)
+        if keys is not None:
+            keys = self._slice(keys, 0, self._used())
+            values = self._slice(values, 0, self._used())
+        settings = (self.window or 0, self.rewind, self.step, self.kv_bits or 0)
+        return (keys, values, self.offset, self._start, *settings)
 
     @state.setter
-    def state(
-        self, value: tuple[mx.array | None, mx.array | None, int, int, int, int, int]
-    ) -> None:
-        self.keys, self.values, self.offset, self._start, window, self.rewind, self.step = value
-        self.window = window or None
+    def state(self, value: State) -> None:
+        self.keys, self.values, self.offset, self._start, *settings = value
+        window, self.rewind, self.step, bits = settings
+        self.window, self.kv_bits = window or None, bits or None
+        self._marks = Marks(self.window)
 
     @classmethod
-    def from_state(
-        cls, state: tuple[mx.array | None, mx.array | None, int, int, int, int, int]
-    ) -> Self:
+    def from_state(cls, state: State) -> Self:
         cache = cls()
         cache.state = state
         return cache

@@ -1,21 +1,23 @@
 """Token ids in, token ids out: prefill, then one token at a time. Knows no text."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import cast
 
 import mlx.core as mx
 
+from mlx_cerebrum.cache import Cache
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.memory import on_gpu
-from mlx_cerebrum.model import Cache, Model
+from mlx_cerebrum.model import Model
 
-Sampler = Callable[[mx.array], mx.array]  # logits [B, V] -> token ids [B]
+# Logits [L, V] of the answer's tokens number n, n + 1, ... -> their ids [L].
+Sampler = Callable[[mx.array, int], mx.array]
 # Measured (bench.speed): on the CPU small chunks waste less on keys a causal mask hides.
 PREFILL_STEP = 512 if on_gpu() else 256
 
 
-def greedy(logits: mx.array) -> mx.array:
-    """The most likely token: `[B, V]` -> `[B]`. No softmax, it would not change the order."""
+def greedy(logits: mx.array, number: int = 0) -> mx.array:
+    """The most likely tokens: `[L, V]` -> `[L]`. No softmax, it would not change the order."""
     return mx.argmax(logits, axis=-1)
 
 
@@ -39,6 +41,23 @@ def prefill(
             progress(min(start + step, tokens.size), tokens.size)
 
 
+def decode_step(
+    model: Model, token: mx.array, cache: Sequence[Cache], sampler: Sampler, number: int
+) -> mx.array:
+    """Start computing what follows `token [1]`: the answer's token `number`, `[1]`."""
+    following = sampler(model(token[None], cache)[0, -1:], number)
+    mx.async_eval(following)
+    return following
+
+
+def check_prompt(prompt: Sequence[int], prefill_step_size: int) -> None:
+    """Raise RequestError for an empty prompt or steps of nothing."""
+    if not prompt:
+        raise RequestError("the prompt is empty; there is nothing to continue")
+    if prefill_step_size < 1:
+        raise RequestError(f"prefill-step-size must be at least 1, not {prefill_step_size}")
+
+
 def generate_step(
     prompt: Sequence[int],
     model: Model,
@@ -48,7 +67,7 @@ def generate_step(
     cache: Sequence[Cache] | None = None,
     prefill_step_size: int = PREFILL_STEP,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Yield up to `max_tokens` tokens that continue `prompt`; the caller decides when to stop.
 
     On a GPU the step after the current one is already running when a token is yielded, so the
@@ -58,30 +77,25 @@ def generate_step(
 
     Raises RequestError when `prompt` is empty.
     """
-    if not prompt:
-        raise RequestError("the prompt is empty; there is nothing to continue")
-    if prefill_step_size < 1:
-        raise RequestError(f"prefill-step-size must be at least 1, not {prefill_step_size}")
+    check_prompt(prompt, prefill_step_size)
     cache = model.make_cache() if cache is None else cache
     tokens = mx.array(list(prompt), dtype=mx.int32)
     # The CPU's queue is short: launching a step there waits for most of it, and delays a token.
     ahead = on_gpu()
 
-    def step(token: mx.array) -> mx.array:
-        following = sampler(model(token[None], cache)[:, -1])
-        mx.async_eval(following)
-        return following
+    def step(token: mx.array, number: int) -> mx.array:
+        return decode_step(model, token, cache, sampler, number)
 
     try:
         # The last token is left to the decode step: prefill would compute it with another
         # kernel, whose rounding can flip a tie between the two best tokens.
         prefill(model, tokens[:-1], cache, prefill_step_size, progress)
-        token = step(tokens[-1:])
+        token = step(tokens[-1:], 0)
         for n in range(1, max_tokens + 1):
-            following = step(token) if ahead and n < max_tokens else token
+            following = step(token, n) if ahead and n < max_tokens else token
             yield cast(int, token.item())
             if n < max_tokens:
-                token = following if ahead else step(token)
+                token = following if ahead else step(token, n)
             if n % 256 == 0:
                 mx.clear_cache()
     except BaseException:  # Ctrl-C between two positions: take back what only some have seen

@@ -1,5 +1,7 @@
 """From a checkpoint to a model that runs: planned, cast, packed and fused, a block at a time."""
 
+import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,7 +61,12 @@ def load(
     packing = None if q_bits is None else Packing(q_bits, q_group_size)
     config = planned_config(checkpoint.config, plan, window)
     storage = choose_storage(checkpoint, packing, dtype)
-    require(storage.nbytes + storage.transient, f"loading {checkpoint.path.name}", SMALLER)
+    require(
+        storage.nbytes + storage.transient,
+        f"loading {checkpoint.path.name}",
+        "take a smaller model",
+        [(flag, s.nbytes + s.transient) for flag, s in smaller_weights(checkpoint, packing, dtype)],
+    )
     return load_model(checkpoint, config, storage, progress), tokenizer
 
 
@@ -115,11 +122,14 @@ def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str
     def storage(dtype: mx.Dtype, dequantize: bool = False) -> Storage:
         held = {module: None if dequantize else packing for module, packing in packings.items()}
         size = sum(_nbytes(shape, held[module], dtype) for module, shape in shapes.items())
-        block = sum(rows * columns for m, (rows, columns) in shapes.items() if ".0." in m)
+        parts: Counter[str] = Counter()  # bytes as read, of each block and other module
+        for module, shape in shapes.items():
+            part = ".".join(module.split(".")[:3])
+            parts[part] += _nbytes(shape, checkpoint.packing(module), stored)
+        # And what the CPU packs it widens to float32, a matrix at a time.
         table = checkpoint.config.vocab_size * checkpoint.config.hidden_size
-        # As read; and what the CPU packs it widens to float32, a matrix at a time.
         widened = 4 * table if requested is not None and not on_gpu() else 0
-        transient = max(block, table) * stored.size + widened
+        transient = max(parts.values()) + widened
         return Storage(dtype, packings, dequantize, size, transient)
 
     if dtype != "auto":
@@ -132,6 +142,22 @@ def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str
     if requested is None and dense.nbytes < 0.8 * available_bytes():
         return dense
     return storage(mx.float32 if any(packings.values()) else stored)
+
+
+def smaller_weights(
+    checkpoint: Checkpoint, requested: Packing | None, dtype: str
+) -> list[tuple[str, Storage]]:
+    """The flags that would hold the weights in fewer bits, most bits first, and how they would."""
+    if checkpoint.config.quantization is not None:
+        return []
+    given, group = (requested.bits, requested.group_size) if requested else (16, 64)
+    found = []
+    for bits in (8, 4):
+        if bits < given:
+            with contextlib.suppress(ConfigError):  # rows that don't divide into groups
+                storage = choose_storage(checkpoint, Packing(bits, group), dtype)
+                found.append((f"--q-bits {bits}", storage))
+    return found
 
 
 def load_model(

@@ -12,25 +12,16 @@ Shapes: B sequences, L new tokens, T visible keys, D = hidden_size, H heads of w
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_cerebrum.cache import Mask, WindowedKVCache, attention_mask
+from mlx_cerebrum.attention import attend, check_kv_bits
+from mlx_cerebrum.cache import Cache, Mask, WindowedKVCache, attention_mask
 from mlx_cerebrum.config import ModelConfig
-
-
-class Cache(Protocol):
-    """What attention asks of a cache; mlx-lm's caches answer it too."""
-
-    @property
-    def offset(self) -> Any: ...
-    @property
-    def state(self) -> Any: ...
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]: ...
-    def trim(self, n: int) -> int: ...
-    def make_mask(self, N: int, return_array: bool, window_size: int | None) -> Mask: ...
+from mlx_cerebrum.linear import Embedding, Linear
+from mlx_cerebrum.rotary import Rotary
+from mlx_cerebrum.shared_weights import SharedWeights
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -42,24 +33,6 @@ if mx.default_device() == mx.Device(mx.gpu):
     swiglu = mx.compile(swiglu, shapeless=True)
 
 
-class SharedWeights(nn.Module):
-    """A module whose weights may serve several models; then they can't be changed."""
-
-    viewed = False
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse_if_viewed()
-        return super().update(*args, **kwargs)
-
-    def update_modules(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse_if_viewed()
-        return super().update_modules(*args, **kwargs)
-
-    def _refuse_if_viewed(self) -> None:
-        if self.viewed:
-            raise RuntimeError("these weights serve several views: change them before view()")
-
-
 class Attention(nn.Module):
     """Grouped-query attention. As loaded, `qkv_proj` stands for q_proj, k_proj and v_proj
     (quantize.fuse_projections); MLP has `gate_up_proj` likewise."""
@@ -69,11 +42,11 @@ class Attention(nn.Module):
         D, width = config.hidden_size, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.scale = width**-0.5
-        self.q_proj = nn.Linear(D, self.heads * width, bias=False)
-        self.k_proj = nn.Linear(D, self.kv_heads * width, bias=False)
-        self.v_proj = nn.Linear(D, self.kv_heads * width, bias=False)
-        self.o_proj = nn.Linear(self.heads * width, D, bias=False)
-        self.rope = nn.RoPE(width, traditional=False, base=config.rope_theta)
+        self.q_proj = Linear(D, self.heads * width, bias=False)
+        self.k_proj = Linear(D, self.kv_heads * width, bias=False)
+        self.v_proj = Linear(D, self.kv_heads * width, bias=False)
+        self.o_proj = Linear(self.heads * width, D, bias=False)
+        self.rope = Rotary(width, config.rope_theta)
 
     def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
         """`[B, L, D]` -> `[B, L, D]`; `mask` is None, "causal" or boolean `[L, T]`."""
@@ -91,9 +64,7 @@ class Attention(nn.Module):
             keys = self.rope(keys, offset=offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)  # [B, kv heads, T, head_dim]
-        out = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=self.scale, mask=mask
-        )
+        out = attend(queries, keys, values, self.scale, mask)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
 
 
@@ -101,9 +72,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, inner, bias=False)
-        self.up_proj = nn.Linear(D, inner, bias=False)
-        self.down_proj = nn.Linear(inner, D, bias=False)
+        self.gate_proj = Linear(D, inner, bias=False)
+        self.up_proj = Linear(D, inner, bias=False)
+        self.down_proj = Linear(inner, D, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         """`[B, L, D]` -> `[B, L, D]`."""
@@ -137,7 +108,7 @@ class Decoder(SharedWeights):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [TransformerBlock(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -150,34 +121,61 @@ class Model(SharedWeights):
         self.config = config
         self.model = Decoder(config) if model is None else model
         if model is None and not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(self, tokens: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
         """Token ids `[B, L]` -> logits `[B, L, V]`, appending to `cache` if there is one."""
-        # A no-op but for 8-bit float scales, whose embedding comes out as bfloat16.
-        h = self.model.embed_tokens(tokens).astype(self.model.norm.weight.dtype)  # [B, L, D]
-        window, positions = self.config.sliding_window, len(self.config.layer_map)
-        caches: Sequence[Cache | None] = [None] * positions if cache is None else cache
-        scales = self.config.residual_scales or [None] * positions
+        return self.logits(self.run(self.embed(tokens), cache))
 
-        # Every position has seen the same tokens (equal offsets), so one mask serves them all.
-        first, L = caches[0], tokens.shape[1]
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Token ids `[B, L]` -> `[B, L, D]`, what the first position takes."""
+        # A no-op but for 8-bit float scales, whose embedding comes out as bfloat16.
+        return self.model.embed_tokens(tokens).astype(self.model.norm.weight.dtype)
+
+    def run(
+        self,
+        h: mx.array,
+        cache: Sequence[Cache] | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> mx.array:
+        """`[B, L, D]` -> `[B, L, D]`: through the map's positions `start` to `stop`."""
+        window, layer_map = self.config.sliding_window, self.config.layer_map
+        L = h.shape[1]
+        if cache is not None and len(cache) != len(layer_map):
+            raise ValueError(f"{len(cache)} caches for {len(layer_map)} positions")
+        # These positions have seen the same tokens (equal offsets), so one mask serves them all.
         mask = (
             attention_mask(L, 0, window)
-            if first is None
-            else first.make_mask(L, return_array=False, window_size=window)
+            if cache is None
+            else cache[start].make_mask(L, return_array=False, window_size=window)
         )
+        for position in range(len(layer_map))[start:stop]:
+            block = self.model.layers[layer_map[position]]
+            scales = self.config.residual_scales
+            h = block(
+                h,
+                mask,
+                None if cache is None else cache[position],
+                None if scales is None else scales[position],
+            )
+        return h
 
-        for block, layer_cache, scale in zip(self.config.layer_map, caches, scales, strict=True):
-            h = self.model.layers[block](h, mask, layer_cache, scale)
+    def logits(self, h: mx.array) -> mx.array:
+        """What the last position gives, `[B, L, D]` -> `[B, L, V]`."""
         h = self.model.norm(h)
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(h)
         return self.lm_head(h)
 
-    def make_cache(self) -> list[WindowedKVCache]:
-        """An empty cache for every position."""
-        return [WindowedKVCache(self.config.sliding_window) for _ in self.config.layer_map]
+    def make_cache(self, kv_bits: int | None = None) -> list[WindowedKVCache]:
+        """An empty cache for every position, packed to `kv_bits` (8 or 4) where given.
+
+        Raises RequestError for heads that can't be packed.
+        """
+        check_kv_bits(self.config, kv_bits)
+        window = self.config.sliding_window
+        return [WindowedKVCache(window, kv_bits=kv_bits) for _ in self.config.layer_map]
 
     def view(
         self,

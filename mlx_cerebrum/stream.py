@@ -1,8 +1,9 @@
 """Text in, text out, as it comes: what joins the tokenizer to the decoding loop."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -10,7 +11,9 @@ from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.decode import PREFILL_STEP, Sampler, generate_step, greedy
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.memory import request_bytes, require
-from mlx_cerebrum.model import Cache, Model
+from mlx_cerebrum.model import Model
+from mlx_cerebrum.prompt_cache import PromptCache
+from mlx_cerebrum.speculative import Speculation, speculative_step
 from mlx_cerebrum.tokenizer import Tokenizer
 
 
@@ -27,6 +30,7 @@ class Response:
     generation_tps: float  # tokens per second after the first
     time_to_first_token: float  # seconds
     peak_memory: int  # bytes
+    cached_tokens: int  # of the prompt, found in the prompt cache
 
 
 class StopText:
@@ -81,27 +85,35 @@ def stream_generate(
     max_tokens: int = 256,
     sampler: Sampler = greedy,
     stop: Sequence[str] = (),
-    cache: Sequence[Cache] | None = None,
+    speculation: Speculation | None = None,
+    prompt_cache: PromptCache | None = None,
     prefill_step_size: int = PREFILL_STEP,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Response]:
+) -> Generator[Response, None, None]:
     """Yield a Response per token until an EOS id, a `stop` string, or `max_tokens`.
 
     A `str` prompt is encoded as plain text (with BOS where the tokenizer wants one); for a
     conversation pass `tokenizer.apply_chat_template(messages)`. Neither EOS nor the stop string
-    is in the text. Raises RequestError for an empty or overlong request, MemoryBudgetError
-    when its caches and a forward pass can't fit.
+    is in the text. With a `prompt_cache`, only what it does not hold of the prompt is computed;
+    it then holds prompt and answer. Raises RequestError for an empty or overlong request,
+    MemoryBudgetError when its caches and a forward pass can't fit.
     """
-    cached = cache[0].offset if cache else 0
-    if isinstance(prompt, str):  # BOS belongs to the start of a conversation only
-        ids = tokenizer.encode(prompt, add_bos=False if cached else None)
-    else:
-        ids = list(prompt)
-    check_request(model.config, cached + len(ids), max_tokens, prefill_step_size)
-    if cache is None:
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    check_request(model.config, len(ids), max_tokens, prefill_step_size)
+    if prompt_cache is None:
+        prompt_cache = PromptCache(model, max_bytes=0)  # nothing will be taken back
+    if not prompt_cache.tokens:
         item_bytes = model.model.norm.weight.dtype.size
         require(
-            request_bytes(model.config, len(ids), max_tokens, item_bytes, prefill_step_size),
+            request_bytes(
+                model.config,
+                len(ids),
+                max_tokens,
+                item_bytes,
+                prefill_step_size,
+                kv_bits=prompt_cache.kv_bits,
+                drafts=0 if speculation is None else speculation.policy.most,
+            ),
             f"the cache for {len(ids)} + {max_tokens} tokens, with what computing them takes,",
             "use a smaller window, fewer tokens or a smaller prefill step",
         )
@@ -109,40 +121,51 @@ def stream_generate(
     if outside:
         raise RequestError(f"token id {outside[0]} is not below {model.config.vocab_size}")
     stops, detokenizer = StopText(stop), tokenizer.detokenizer()
+    rest = prompt_cache.begin(ids)
     started = time.perf_counter()
     first = started
-    steps = generate_step(
-        ids,
-        model,
-        max_tokens=max_tokens,
-        sampler=sampler,
-        cache=cache,
-        prefill_step_size=prefill_step_size,
-        progress=progress,
-    )
-    for count, token in enumerate(steps, start=1):
-        now = time.perf_counter()
-        if count == 1:
-            first = now
-        ended = token in tokenizer.eos_token_ids
-        last = ended or count == max_tokens
-        new = "" if ended else detokenizer.add(token)
-        text, stopped = stops.feed(new + detokenizer.finish() if last else new)
-        if last and not stopped:
-            text += stops.held
-        yield Response(
-            text=text,
-            token=token,
-            finish_reason="stop" if ended or stopped else "length" if last else None,
-            prompt_tokens=len(ids),
-            prompt_tps=len(ids) / max(first - started, 1e-9),
-            generation_tokens=count,
-            generation_tps=(count - 1) / max(now - first, 1e-9) if count > 1 else 0.0,
-            time_to_first_token=first - started,
-            peak_memory=mx.get_peak_memory(),
-        )
-        if last or stopped:
-            return
+    common: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "sampler": sampler,
+        "cache": prompt_cache.cache,
+        "prefill_step_size": prefill_step_size,
+        "progress": progress,
+    }
+    if speculation is None:
+        steps = generate_step(rest, model, **common)
+    else:
+        history = ids[: len(ids) - len(rest)]
+        steps = speculative_step(rest, model, speculation, history=history, **common)
+    answer: list[int] = []
+    try:
+        for count, token in enumerate(steps, start=1):
+            now = time.perf_counter()
+            if count == 1:
+                first = now
+            answer.append(token)
+            ended = token in tokenizer.eos_token_ids
+            last = ended or count == max_tokens
+            new = "" if ended else detokenizer.add(token)
+            text, stopped = stops.feed(new + detokenizer.finish() if last else new)
+            if last and not stopped:
+                text += stops.held
+            yield Response(
+                text=text,
+                token=token,
+                finish_reason="stop" if ended or stopped else "length" if last else None,
+                prompt_tokens=len(ids),
+                prompt_tps=len(rest) / max(first - started, 1e-9),
+                generation_tokens=count,
+                generation_tps=(count - 1) / max(now - first, 1e-9) if count > 1 else 0.0,
+                time_to_first_token=first - started,
+                peak_memory=mx.get_peak_memory(),
+                cached_tokens=len(ids) - len(rest),
+            )
+            if last or stopped:
+                return
+    finally:
+        steps.close()  # it leaves in the cache what was handed out, no more
+        prompt_cache.end([*ids, *answer])
 
 
 def generate(

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_cerebrum.cache import STEP, WindowedKVCache, attention_mask, causal_mask, entries_held
+from mlx_cerebrum.cache import (
+    STEP,
+    Packed,
+    WindowedKVCache,
+    attention_mask,
+    causal_mask,
+    entries_held,
+)
 
 
 def entries(start: int, length: int) -> mx.array:
@@ -150,6 +157,147 @@ def test_saved_state_continues() -> None:
     for length in (2, 1, 1, 4, 1, 7, 1):
         assert feed(cache, length) == feed(other, length)
         assert cache.nbytes >= other.nbytes > 0
+
+
+def test_state_says_how_entries_are_held() -> None:
+    cache = WindowedKVCache(window=4, rewind=2, step=3, kv_bits=8)
+    assert cache.state == (None, None, 0, 0, 4, 2, 3, 8)
+    keys = mx.zeros((1, 1, 2, 32))
+    cache.update_and_fetch(keys, keys)
+    other = WindowedKVCache.from_state(cache.state)
+    assert (other.kv_bits, other.window, other.offset) == (8, 4, 2)
+    assert isinstance(other.keys, Packed)
+    assert WindowedKVCache.from_state(WindowedKVCache().state).window is None
+
+
+def test_a_mark_outlives_the_window_and_costs_one() -> None:
+    cache = WindowedKVCache(window=6, rewind=2, step=4)
+    feed(cache, 9)
+    cache.mark()
+    for _ in range(40):
+        feed(cache, 1)
+    live = 2 * 4 * cache.keys.shape[2]
+    assert cache.nbytes == live + 2 * 4 * 5  # window - 1 entries, keys and values
+    assert [cache.reachable(n) for n in (49, 20, 10, 9, 8, 0)] == [49, 9, 9, 9, 0, 0]
+    with pytest.raises(ValueError, match="gone"):
+        cache.rewind_to(20)
+    cache.rewind_to(9)
+    assert (cache.offset, cache.marks) == (9, (9,))
+    assert feed(cache, 2) == list(range(4, 11))
+    for _ in range(40):
+        feed(cache, 1)
+    cache.drop_mark()
+    assert (cache.marks, cache.reachable(20)) == ((), 0)
+    assert cache.nbytes == 2 * 4 * cache.keys.shape[2]
+
+
+def test_a_point_yet_to_come_is_marked() -> None:
+    cache = WindowedKVCache(window=6, rewind=2, step=4)
+    cache.mark(23)
+    for _ in range(8):
+        feed(cache, 7)
+    assert cache.reachable(40) == 23
+    assert cache.entries_for_marks() == 5
+
+
+def test_marks_less_than_a_window_apart_keep_what_is_between() -> None:
+    cache = WindowedKVCache(window=6, rewind=2, step=4)
+    for mark in (10, 15, 19, 30):
+        cache.mark(mark)
+    for _ in range(50):
+        feed(cache, 1)
+    reach = [n for n in range(40) if cache.reachable(n) == n]
+    assert reach == [0, *range(10, 20), 30]
+    assert cache.entries_for_marks() == (19 - 5) + (30 - 25)
+    assert cache.whole().start > 30
+    cache.rewind_to(30)
+    assert (cache.whole().start, cache.whole().end) == (25, 30)
+    feed(cache, 3)
+    for _ in range(20):
+        feed(cache, 1)
+    cache.rewind_to(17)
+    assert cache.marks == (10, 15)
+    assert cache.whole().start == 5
+    assert feed(cache, 1) == list(range(12, 18))
+
+
+def test_without_a_window_every_point_stays() -> None:
+    cache = WindowedKVCache(step=4)
+    for _ in range(30):
+        feed(cache, 1)
+    assert all(cache.reachable(n) == n for n in range(31))
+    cache.rewind_to(11)
+    assert feed(cache, 2) == list(range(13))
+
+
+class Everything:
+    """A cache that forgets nothing: what WindowedKVCache must look like."""
+
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+        self.seen: list[int] = []
+
+    def feed(self, new: list[int]) -> list[int]:
+        first = 0 if self.window is None else max(0, len(self.seen) - (self.window - 1))
+        self.seen += new
+        return self.seen[first:]
+
+
+OPERATIONS = st.one_of(
+    st.tuples(st.just("feed"), st.integers(1, 12)),
+    st.tuples(st.just("feed"), st.integers(1, 3)),
+    st.tuples(st.just("trim"), st.integers(0, 9)),
+    st.tuples(st.just("mark"), st.integers(0, 6)),
+    st.tuples(st.just("rewind"), st.integers(0, 60)),
+    st.tuples(st.just("drop"), st.just(0)),
+)
+
+
+@given(
+    window=st.one_of(st.none(), st.integers(1, 9)),
+    rewind=st.integers(1, 4),
+    step=st.integers(1, 5),
+    operations=st.lists(OPERATIONS, min_size=5, max_size=40),
+)
+@settings(deadline=None, max_examples=60)
+def test_going_back_is_as_if_never_seen(
+    window: int | None, rewind: int, step: int, operations: list[tuple[str, int]]
+) -> None:
+    cache, whole = WindowedKVCache(window, rewind, step), Everything(window)
+    fed = 0  # every entry ever fed is another number: one taken back is told apart
+
+    def append(count: int) -> None:
+        nonlocal fed
+        keys = entries(fed, count)
+        fetched, values = cache.update_and_fetch(keys, keys + 0.5)
+        assert mx.array_equal(fetched + 0.5, values)
+        found = [int(x) for x in np.array(fetched).reshape(-1)]
+        assert found == whole.feed(list(range(fed, fed + count)))
+        fed += count
+
+    for kind, amount in operations:
+        if kind == "feed":
+            append(amount)
+        elif kind == "trim":
+            taken = cache.trim(min(amount, cache.rewindable()))
+            del whole.seen[len(whole.seen) - taken :]
+        elif kind == "mark":
+            cache.mark(cache.offset + amount)
+        elif kind == "drop":
+            cache.drop_mark()
+        else:
+            wanted = max(0, cache.offset - amount)
+            point = cache.reachable(wanted)
+            marked = [mark for mark in cache.marks if mark <= wanted]
+            assert max([0, *marked]) <= point <= wanted
+            if amount <= cache.rewindable():
+                assert point == wanted
+            cache.rewind_to(point)
+            del whole.seen[point:]
+        assert cache.offset == len(whole.seen)
+        live = 0 if cache.keys is None else cache.keys.shape[2]
+        assert cache.nbytes // 8 - live <= cache.entries_for_marks()
+    append(1)
 
 
 def test_another_window_is_refused() -> None:

@@ -167,7 +167,7 @@ def test_commands_name_the_directory_whatever_it_is_called(name: str) -> None:
 def test_commands_are_ones_the_tools_take() -> None:
     from mlx_lm.generate import setup_arg_parser
 
-    from mlx_cerebrum.generate import parser
+    from mlx_cerebrum.generate_args import parser
 
     text = card(config_of(folded=True, model_file="mlx_lm_model.py"), "there")
     ours, theirs = (shlex.split(command) for command in blocks(text)["sh"])

@@ -16,7 +16,7 @@ from bench.plans import command_line as plans_parser
 from bench.render import command_line as render_parser
 from convert.arguments import parser as convert_parser
 from convert.verify import parser as verify_parser
-from mlx_cerebrum.generate import parser as generate_parser
+from mlx_cerebrum.generate_args import parser as generate_parser
 from mlx_cerebrum.plan_show import parser as plan_parser
 
 ROOT = Path(__file__).parent.parent

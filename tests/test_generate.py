@@ -24,6 +24,7 @@ from mlx_cerebrum.generate import main
 from mlx_cerebrum.load import choose_storage
 from mlx_cerebrum.memory import kv_bytes
 from mlx_cerebrum.model import Model
+from mlx_cerebrum.prompt_cache import PromptCache
 from mlx_cerebrum.sampling import make_sampler
 from mlx_cerebrum.stream import StopText, generate, stream_generate
 from mlx_cerebrum.tokenizer import Tokenizer
@@ -162,10 +163,20 @@ def test_requests_that_cannot_be_honoured(
 
 def test_sampler_is_greedy_at_zero_and_seeded_above() -> None:
     logits = mx.array([[0.1, 2.0, 1.9, -3.0]])
-    assert make_sampler()(logits).tolist() == [1]
-    draws = [[make_sampler(1.0, seed=s)(logits).item() for s in range(50)] for _ in range(2)]
+    assert make_sampler()(logits, 0).tolist() == [1]
+    draws = [[make_sampler(1.0, seed=s)(logits, 0).item() for s in range(50)] for _ in range(2)]
     assert draws[0] == draws[1]
     assert len(set(draws[0])) > 1
+
+
+def test_a_draw_is_its_tokens_own() -> None:
+    """Whatever is drawn with it, before it or again."""
+    logits = mx.random.normal((6, 40), key=mx.random.key(1))
+    together: Any = make_sampler(1.0, top_p=0.9, seed=5)(logits, 3).tolist()
+    sampler = make_sampler(1.0, top_p=0.9, seed=5)
+    for row in (5, 0, 2, 2, 4, 1, 3):
+        assert sampler(logits[row : row + 1], 3 + row).tolist() == [together[row]]
+    assert sampler(logits, 4).tolist() != together
 
 
 def test_filters_cut_the_tail() -> None:
@@ -173,7 +184,7 @@ def test_filters_cut_the_tail() -> None:
 
     def seen(**options: float) -> set[Any]:
         sampler = make_sampler(1.0, seed=1, **options)
-        return {sampler(logits).item() for _ in range(200)}
+        return {sampler(logits, number).item() for number in range(200)}
 
     assert seen() == {0, 1, 2, 3}
     assert seen(top_p=0.7) == {0, 1}
@@ -182,11 +193,11 @@ def test_filters_cut_the_tail() -> None:
 
 def test_draws_follow_the_distribution() -> None:
     probabilities = [0.5, 0.3, 0.15, 0.05]
-    logits = mx.repeat(mx.log(mx.array([probabilities])), 20_000, axis=0)
-    draws = make_sampler(1.0, seed=3)(logits)
+    logits = mx.repeat(mx.log(mx.array([probabilities])), 5_000, axis=0)
+    draws = make_sampler(1.0, seed=3)(logits, 0)
     for token, p in enumerate(probabilities):
         share = float(mx.mean(draws == token).item())  # type: ignore[arg-type]
-        assert abs(share - p) < 4 * (p * (1 - p) / 20_000) ** 0.5
+        assert abs(share - p) < 4 * (p * (1 - p) / 5_000) ** 0.5
 
 
 @pytest.mark.parametrize(
@@ -419,15 +430,17 @@ def test_ctrl_c_keeps_what_was_generated(demo: Path) -> None:
     assert (first + out).endswith("\n")
 
 
-def test_an_answer_continues_a_cached_conversation_without_a_second_bos(
+def test_a_conversation_goes_on_from_its_prompt_cache(
     checkpoint: MakeCheckpoint,
 ) -> None:
     model, tokenizer = load(checkpoint())
-    cache = model.make_cache()
-    first = list(stream_generate(model, tokenizer, "ab", max_tokens=3, cache=cache))
-    assert first[0].prompt_tokens == 3  # BOS and two bytes
-    more = next(stream_generate(model, tokenizer, "cd", max_tokens=3, cache=cache))
-    assert more.prompt_tokens == 2
+    cache = PromptCache(model)
+    first = list(stream_generate(model, tokenizer, "ab", max_tokens=3, prompt_cache=cache))
+    assert (first[0].prompt_tokens, first[0].cached_tokens) == (3, 0)  # BOS and two bytes
+    assert len(cache.tokens) == 3 + 2  # the last token yielded has not been computed
+    prompt = [*cache.tokens, first[-1].token, *tokenizer.encode("cd", add_bos=False)]
+    more = next(stream_generate(model, tokenizer, prompt, max_tokens=3, prompt_cache=cache))
+    assert (more.prompt_tokens, more.cached_tokens) == (3 + 3 + 2, 5)
 
 
 def test_closed_streams_are_one_line(demo: Path) -> None:
@@ -469,7 +482,7 @@ def test_progress_is_shown_to_a_person(demo: Path) -> None:
 
 
 def test_help_gives_every_flag_a_unit_or_default(capsys: pytest.CaptureFixture[str]) -> None:
-    from mlx_cerebrum.generate import parser
+    from mlx_cerebrum.generate_args import parser
 
     for action in parser()._actions:
         assert action.help, action

@@ -1,16 +1,19 @@
 """What a request takes besides the weights: predicted before, then read from MLX's counters.
 
-Needs mlx and numpy only.
+Needs mlx, numpy and hypothesis only.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bench.random_model import GEOMETRIES, RandomCheckpoint
 from mlx_cerebrum import memory
-from mlx_cerebrum.cache import STEP
+from mlx_cerebrum.cache import STEP, WindowedKVCache
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.decode import generate_step
 from mlx_cerebrum.load import choose_storage, load_model, planned_config
@@ -30,9 +33,16 @@ def model() -> Model:
     return load_model(checkpoint, checkpoint.config, choose_storage(checkpoint, None, "auto"))
 
 
-@pytest.mark.parametrize("window", [None, 300])
-@pytest.mark.parametrize("prompt", [90, CHUNK + 1, 2 * CHUNK + 30, 3 * CHUNK])
-def test_a_request_is_predicted(model: Model, prompt: int, window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "window", "kv_bits"),
+    [
+        *((p, w, None) for p in (90, CHUNK + 1, 2 * CHUNK + 30, 3 * CHUNK) for w in (None, 300)),
+        *((2 * CHUNK + 30, w, bits) for w in (None, 300) for bits in (8, 4)),
+    ],
+)
+def test_a_request_is_predicted(
+    model: Model, prompt: int, window: int | None, kv_bits: int | None
+) -> None:
     config = planned_config(model.config, None, window or 0)
     model = model.view(config.layer_map)
     model.config = config
@@ -40,7 +50,7 @@ def test_a_request_is_predicted(model: Model, prompt: int, window: int | None) -
     request = (config, prompt, GENERATED, model.model.norm.weight.dtype.size, CHUNK)
 
     def peak() -> int:
-        cache = model.make_cache()
+        cache = model.make_cache(kv_bits)
         mx.synchronize()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
@@ -48,13 +58,79 @@ def test_a_request_is_predicted(model: Model, prompt: int, window: int | None) -
             ids, model, max_tokens=GENERATED, cache=cache, prefill_step_size=CHUNK
         )
         assert len(list(steps)) == GENERATED
-        assert sum(layer.nbytes for layer in cache) == kv_bytes(*request)
+        assert sum(layer.nbytes for layer in cache) == kv_bytes(*request, kv_bits=kv_bits)
         return mx.get_peak_memory() - before
 
     # The most of several: how many operations MLX has issued ahead is a matter of timing.
-    most = max(peak() for _ in range(6))
+    most = max(peak() for _ in range(4))
     if not memory.on_gpu():  # there the queue of issued work is another
-        assert request_bytes(*request) == pytest.approx(most, rel=0.1)
+        assert request_bytes(*request, kv_bits=kv_bits) == pytest.approx(most, rel=0.1)
+
+
+def test_packed_entries_take_their_share() -> None:
+    """Bits, and a scale and a bias of 16 bits for each 64 values: 8.5 and 4.5 bits a value."""
+    request = (FULL, 4096, 64, 2, 512)
+    dense = kv_bytes(*request)
+    assert kv_bytes(*request, kv_bits=8) * 16 == dense * 8.5
+    assert kv_bytes(*request, kv_bits=4) * 16 == dense * 4.5
+    # A chunk unpacks one position's keys and values, 8 heads of 128.
+    more = forward_bytes(FULL, 512, 4607, 2, False, 8) - forward_bytes(FULL, 512, 4607, 2, False)
+    assert more == 2 * 8 * 128 * 4607 * 2
+
+
+def rounds_of_drafts(
+    window: int | None, prompt: int, generated: int, accept: Sequence[int], drafts: int
+) -> int:
+    """Most bytes of one position's cache in a request: rounds of `drafts`, `accept[i]` held."""
+    cache = WindowedKVCache(window)
+
+    def take(length: int) -> int:
+        cache.update_and_fetch(mx.zeros((1, 1, length, 32)), mx.zeros((1, 1, length, 32)))
+        mx.eval(cache.state[:2])
+        return cache.nbytes
+
+    filled = prompt - 1
+    most = max([take(min(CHUNK, filled - i)) for i in range(0, filled, CHUNK)], default=0)
+    left, number = generated, 0
+    while left:
+        guesses = min(drafts, left - 1)
+        held = min(guesses, accept[number % len(accept)])
+        most = max(most, take(1 + guesses))
+        cache.trim(guesses - held)
+        left, number = left - 1 - held, number + 1
+    return most
+
+
+def one_head(window: int | None) -> ModelConfig:
+    raw = GEOMETRIES["small"] | {"num_hidden_layers": 1, "num_key_value_heads": 1}
+    return ModelConfig.from_dict(raw | {"sliding_window": window})
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    window=st.sampled_from([None, 40, 300]),
+    prompt=st.integers(1, 600),
+    generated=st.integers(1, 400),
+    accept=st.lists(st.integers(0, 16), min_size=1, max_size=5),
+    drafts=st.integers(1, 16),
+)
+def test_rounds_of_drafts_stay_within_the_prediction(
+    window: int | None, prompt: int, generated: int, accept: list[int], drafts: int
+) -> None:
+    most = rounds_of_drafts(window, prompt, generated, accept, drafts)
+    bound = kv_bytes(one_head(window), prompt, generated, 4, CHUNK, drafts=drafts)
+    assert most <= bound
+
+
+def test_drafts_may_grow_a_cache_once_more() -> None:
+    """510 entries fit two buffers of plain steps; 16 drafts grow the first some tokens early."""
+    plain = kv_bytes(one_head(None), 201, 310, 4, CHUNK)
+    most = rounds_of_drafts(None, 201, 310, [0], 16)
+    assert plain < most <= kv_bytes(one_head(None), 201, 310, 4, CHUNK, drafts=16)
+    # Where nothing grows after the prompt, drafts change nothing.
+    assert kv_bytes(FULL, 100, 90, 2, 512, drafts=16) == kv_bytes(FULL, 100, 90, 2, 512)
+    one, many = (request_bytes(FULL, 9, 90, 2, 512, scores=True, drafts=n) for n in (0, 16))
+    assert many - one >= 16 * FULL.vocab_size * 2  # each row has logits
 
 
 def test_scores_of_a_chunk_are_counted_where_they_are_held() -> None:

@@ -6,7 +6,8 @@ from conftest import MakeCheckpoint
 
 from mlx_cerebrum import load
 from mlx_cerebrum.decode import generate_step
-from mlx_cerebrum.memory import available_bytes, wired
+from mlx_cerebrum.memory import available_bytes
+from mlx_cerebrum.memory_limits import limits
 from mlx_cerebrum.model import swiglu
 
 pytestmark = [
@@ -23,7 +24,7 @@ def test_the_compiled_activation_is_the_plain_one() -> None:
 def test_wired_limit_is_set_and_put_back() -> None:
     megabyte = 1 << 20
     before = mx.set_wired_limit(megabyte)
-    with wired():
+    with limits():
         inside = mx.set_wired_limit(0)
     assert inside == mx.device_info()["max_recommended_working_set_size"]
     assert mx.set_wired_limit(before) == megabyte

@@ -1,0 +1,183 @@
+"""What cache entries of 8 or 4 bits cost and save: perplexity, bytes, decode pace.
+
+Attention reads, for every new token, the keys and values of all tokens it can see. Weights are
+read once a token whatever the context; these entries grow with it, and at some length take more
+memory and time than the weights. `--kv-bits` packs them as `mx.quantize` packs weights: 64 values
+of one head (32 where its width asks for that) share a scale and an offset, so that a value takes
+`bits / 8 + 2 * item_bytes / 64` bytes instead of `item_bytes`.
+
+Rounding moves every score and every sum a little. How much that matters is measured against the
+same model with dense entries on the same tokens: difference in loss (nats a token, with its
+interval), KL from the dense distribution, and how often both would write the same token. Every
+token is scored in its window's own cache, so all that it sees of the text is packed.
+
+A pace is taken after a prompt that fills the cache: decode some tokens, take them back, and let
+another form do the same. Ratios are of neighbours in time. They hold for one backend: where packed
+entries can't be multiplied as they are (MLX's CPU backend), they are unpacked at every step.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from bench import machine
+from bench.bootstrap import Interval
+from bench.engines import prompt_ids
+from bench.likelihood import compare, figures, windows
+from bench.pair import Pair, open_pair
+from bench.perplexity import TEXTS, read, split
+from bench.report import Spread, parser, publish, ratio, rounds, table
+from mlx_cerebrum import cli
+from mlx_cerebrum.attention import KV_BITS, check_kv_bits
+from mlx_cerebrum.cache import WindowedKVCache, kv_group
+from mlx_cerebrum.decode import PREFILL_STEP, generate_step, prefill
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.memory import kv_bytes, require
+from mlx_cerebrum.model import Model
+
+FORMS: dict[str, int | None] = {"dense": None} | {f"{bits} bits": bits for bits in KV_BITS}
+CONTEXT = 512  # tokens of a window of text
+ROUNDS = 5
+DECODED = 32  # tokens of a round; no more than a cache can always take back
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser("kv_bits", "What cache entries of 8 or 4 bits cost and save.")
+    p.add_argument("--model", default="demo", metavar="DIR|FILE.gguf|HUBID|demo", help="which")
+    p.add_argument("--plan", metavar="NAME|FILE", help="second model (default: the card's formula)")
+    p.add_argument("--window", type=int, metavar="TOKENS", help="another sliding window; 0: none")
+    p.add_argument(
+        "--tokens", type=int, default=4096, metavar="N", help="of text to score (default: 4096)"
+    )
+    prompts = "tokens before the pace is taken (default: 1024 4096)"
+    p.add_argument(
+        "--prompts", type=int, nargs="*", default=[1024, 4096], metavar="N", help=prompts
+    )
+    args = p.parse_args(argv)
+    machine.use_openblas(not args.no_openblas)
+    return cli.run(lambda: _run(args), args.debug)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if min([args.tokens, *args.prompts]) < 1:
+        raise RequestError("--tokens and --prompts must be at least 1")
+    pair = open_pair(args.model, None, args.plan, window=args.window)
+    results = measure(pair, args.tokens, args.prompts)
+    publish(args, "kv_bits", results, text(results))
+    return 0
+
+
+def measure(pair: Pair, tokens: int, prompts: Sequence[int]) -> dict[str, Any]:
+    """Both sides' figures by name. Raises RequestError for a model that can't be measured."""
+    config, tokenizer = pair.checkpoint().config, pair.tokenizer()
+    check_kv_bits(config, KV_BITS[0])
+    if tokenizer is None:
+        raise RequestError("kv_bits needs a trained model: this one has no tokenizer")
+    chosen: list[list[int]] = []
+    for file in TEXTS:  # windows that do not overlap
+        count = max(1, tokens // len(TEXTS) // CONTEXT)
+        chosen += windows(*split(tokenizer, read(file)), CONTEXT, 2 * count - 1)[::2]
+    lengths = sorted({min(n, config.max_position_embeddings - DECODED) for n in prompts})
+    prompt = prompt_ids(pair.checkpoint(), max(lengths, default=0))
+    return {
+        name: {
+            "quality": quality(model, chosen),
+            "bytes_per_token": {form: token_bytes(model, bits) for form, bits in FORMS.items()},
+            "decode": paces(model, prompt, lengths),
+        }
+        for name, model in zip(pair.names, pair.models(), strict=True)
+    }
+
+
+def quality(model: Model, chosen: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """By form: packed entries against dense ones (see likelihood.figures)."""
+    packed = {form: bits for form, bits in FORMS.items() if bits}
+    found: dict[str, list[Any]] = {form: [] for form in packed}
+    for window in chosen:
+        dense = list(log_probs(model, window[:-1], None))
+        for form, bits in packed.items():
+            found[form].append(compare(dense, log_probs(model, window[:-1], bits), window))
+    return {form: figures(each) for form, each in found.items()}
+
+
+def log_probs(model: Model, ids: Sequence[int], bits: int | None) -> Iterator[mx.array]:
+    """As likelihood.log_probs, with entries of `bits`."""
+    cache = model.make_cache(bits)
+    for first in range(0, len(ids), PREFILL_STEP):
+        tokens = mx.array(list(ids[first : first + PREFILL_STEP]), dtype=mx.int32)
+        logits = model(tokens[None], cache)[0].astype(mx.float32)
+        yield logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def token_bytes(model: Model, bits: int | None) -> float:
+    """Bytes of cache entries, all positions', that one token of context takes."""
+    item_bytes = model.model.norm.weight.dtype.size
+    packed = (bits or 0) / 8 + 2 * item_bytes / kv_group(model.config.head_dim)
+    return model.config.kv_values_per_token() * (packed if bits else item_bytes)
+
+
+def paces(
+    model: Model, prompt: Sequence[int], lengths: Sequence[int]
+) -> dict[str, dict[str, list[float]]]:
+    """Tokens a second after the first `length` tokens of `prompt`, by length and form."""
+    item_bytes = model.model.norm.weight.dtype.size
+    if lengths:
+        asked = len(prompt), DECODED, item_bytes, PREFILL_STEP
+        needed = sum(kv_bytes(model.config, *asked, kv_bits=bits) for bits in FORMS.values())
+        require(needed, f"entries of {len(prompt)} tokens", "give shorter --prompts")
+    caches = {form: model.make_cache(bits) for form, bits in FORMS.items()}
+    found = {}
+    for length in lengths:
+        for cache in caches.values():
+            prefill(model, mx.array(list(prompt[cache[0].offset : length])), cache)
+        sides = {form: partial(_decode, model, cache, prompt) for form, cache in caches.items()}
+        found[str(length)] = rounds(sides, ROUNDS)
+    return found
+
+
+def _decode(model: Model, cache: Sequence[WindowedKVCache], prompt: Sequence[int]) -> float:
+    """Tokens a second; `cache` is left as it was found."""
+    before = cache[0].offset
+    steps = generate_step(prompt[-1:], model, max_tokens=DECODED, cache=cache)
+    next(steps)
+    started = time.perf_counter()
+    for _ in steps:
+        pass
+    took = time.perf_counter() - started
+    for layer_cache in cache:
+        layer_cache.trim(layer_cache.offset - before)
+    return (DECODED - 1) / took
+
+
+def text(results: dict[str, Any]) -> list[str]:
+    """A table of quality and one of paces."""
+    header = ["entries", "perplexity", "more nats a token", "KL", "same token", "bytes a token"]
+    rows, speeds, tokens = [], [], 0
+    for name, found in results.items():
+        for form, nbytes in found["bytes_per_token"].items():
+            one = found["quality"].get(form)
+            loss = one["loss_b"] if one else found["quality"]["8 bits"]["loss_a"]
+            row = [f"{name}, {form}", f"{math.exp(loss):.3f}", *[""] * 3, f"{nbytes:.0f}"]
+            if one:
+                row[2] = Interval.from_json(one["difference"]).text(4, sign=True)
+                row[3:5] = [f"{one['kl']['value']:.5f}", f"{one['agreement']['value']:.1%}"]
+                tokens = one["tokens"]
+            rows.append(row)
+        for length, sides in found["decode"].items():
+            for form, each in sides.items():
+                pace, relative = Spread.of(each).text(), ratio(each, sides["dense"]).text(2)
+                speeds.append([f"{name}, {length}, {form}", pace, relative])
+    said = [f"Tokens scored: {tokens}.", table(header, rows)]
+    if speeds:
+        said.append(table(["model, prompt, entries", "decode, tokens/s", "of dense"], speeds))
+    return said
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Points a cache can go back to after its window has left them: what to set aside, and how."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+
+def each(change: Callable[..., mx.array], *entries: Any) -> Any:
+    """`change` applied to the array, or to each of a tuple's (entries packed to fewer bits)."""
+    if isinstance(entries[0], tuple):
+        return type(entries[0])(*(change(*arrays) for arrays in zip(*entries, strict=True)))
+    return change(*entries)
+
+
+def nbytes(entries: Any) -> int:
+    return sum(a.nbytes for a in entries) if isinstance(entries, tuple) else int(entries.nbytes)
+
+
+class Stretch(NamedTuple):
+    """Keys and values `[B, H, T, D]` of the tokens `start` to `end`; T may be more."""
+
+    keys: Any
+    values: Any
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.keys) + nbytes(self.values)
+
+    def part(self, start: int, end: int, copy: bool = False) -> "Stretch":
+        """Those of the tokens `start` to `end`. What is not copied keeps the whole alive."""
+        first, last = start - self.start, end - self.start
+
+        def cut(array: mx.array) -> mx.array:
+            if copy:  # a gather: a slice may stay a view
+                return mx.take(array, mx.arange(first, last), axis=2)
+            return array[..., first:last, :]
+
+        return Stretch(each(cut, self.keys), each(cut, self.values), start, end)
+
+    @staticmethod
+    def joined(stretches: Sequence["Stretch"]) -> "Stretch":
+        """Stretches that follow each other, each without room, as one."""
+
+        def join(*arrays: mx.array) -> mx.array:
+            return mx.concatenate(list(arrays), axis=2)
+
+        keys, values = [s.keys for s in stretches], [s.values for s in stretches]
+        first, last = stretches[0].start, stretches[-1].end
+        return Stretch(each(join, *keys), each(join, *values), first, last)
+
+
+class Marks:
+    """Marked points of one cache, and the entries they need that have left its buffer.
+
+    Going back to a point takes the `window - 1` entries before it, or all without a window.
+    Marks near each other share them, and share with the buffer what it still holds.
+    """
+
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+        self.points: tuple[int, ...] = ()  # ascending
+        self.aside: list[Stretch] = []  # ascending, apart, and before the buffer
+
+    def add(self, point: int) -> None:
+        self.points = tuple(sorted({*self.points, point}))
+
+    def drop_oldest(self) -> None:
+        self.points = self.points[1:]
+        self._tidy()
+
+    def forget_after(self, point: int) -> None:
+        self.points = tuple(p for p in self.points if p <= point)
+        self._tidy()
+
+    def first_seen(self, point: int) -> int:
+        """The earliest token whose entry counts for what comes after `point` tokens."""
+        return 0 if self.window is None else max(0, point - (self.window - 1))
+
+    def earliest(self, start: int) -> int:
+        """The earliest point that entries from token `start` on can serve."""
+        return start if start == 0 or self.window is None else start + self.window - 1
+
+    def needed(self) -> list[tuple[int, int]]:
+        """The tokens, `(start, end)` apart and ascending, whose entries the marks need."""
+        found: list[tuple[int, int]] = []
+        for point in self.points:
+            start = self.first_seen(point)
+            if found and start <= found[-1][1]:
+                start, _ = found.pop()
+            found.append((start, point))
+        return found
+
+    def leave(self, stretch: Stretch) -> None:
+        """`stretch` leaves the buffer: set aside what of it is needed."""
+        self.aside += self._copied(stretch)
+
+    def _copied(self, stretch: Stretch) -> list[Stretch]:
+        both = [(max(a, stretch.start), min(b, stretch.end)) for a, b in self.needed()]
+        parts = [stretch.part(start, end, copy=True) for start, end in both if start < end]
+        if parts:
+            mx.async_eval(parts)  # until it is done the whole of `stretch` stays
+        return parts
+
+    def _tidy(self) -> None:
+        kept: list[Stretch] = []
+        for stretch in self.aside:
+            whole = any(a <= stretch.start and stretch.end <= b for a, b in self.needed())
+            kept += [stretch] if whole else self._copied(stretch)
+        self.aside = kept
+
+    def reachable(self, point: int, start: int, end: int) -> int:
+        """The latest point at or before this one that can be gone back to; 0 always can be.
+
+        The buffer holds the entries of tokens `start` to `end`.
+        """
+        runs: list[tuple[int, int]] = []  # without a gap
+        for first, last in [*((s.start, s.end) for s in self.aside), (start, end)]:
+            if runs and runs[-1][1] == first:
+                first, _ = runs.pop()
+            runs.append((first, last))
+        return max((min(point, b) for a, b in runs if self.earliest(a) <= point), default=0)
+
+    def take_back(self, point: int, live: Stretch) -> Stretch:
+        """The entries that going back to a reachable point takes, out of `aside` and `live`."""
+        start = self.first_seen(point)
+        held = [s for s in (*self.aside, live) if s.start <= point and start <= s.end]
+        self.aside = [s for s in self.aside if s.end < start]
+        return Stretch.joined([s.part(s.start, min(s.end, point)) for s in held])

@@ -1,0 +1,141 @@
+"""What the system lets this process take, and MLX's own limits while it works.
+
+On Linux the free memory is not the whole answer: a container, a service or a batch job is a
+control group with a limit, within groups with limits of their own, and `ulimit` sets one for a
+process. Passing any of them ends in a kill, not in an error message, so the least of them counts.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PurePosixPath
+
+import mlx.core as mx
+
+from mlx_cerebrum.errors import RequestError
+
+PROC = Path("/proc")
+# For each version of cgroups: files with a limit, the one with what is used, and which part of
+# that, in memory.stat, are cached file pages, which the kernel gives up before it kills.
+_CGROUP_FILES = (
+    (("memory.max", "memory.high"), "memory.current", "inactive_file"),  # v2
+    (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),  # v1
+)
+# `ulimit -v` and `ulimit -d`, as /proc/self/limits names them -> what counts towards them.
+_RLIMITS = {"Max address space": "VmSize", "Max data size": "VmData"}
+# Addresses, not memory, that MLX's first evaluation takes for a thread's stack and heap: 75 MB to
+# keep, 143 MB for a moment.
+_FIRST_EVALUATION = {"VmSize": 150_000_000}
+
+# Freed buffers worth keeping. A block of the 12.25B makes 93 MB in a prefill chunk of 512 tokens,
+# 0.2 MB in a decode step, and the next block asks for the same sizes. What grows beyond that are
+# the caches' outgrown buffers: nothing asks for their sizes again.
+CACHE_LIMIT = 256 * 2**20
+
+# As `limits` set it. MLX's own has a default (0.8 of the memory on the CPU) that nobody asked for.
+_memory_limit: int | None = None
+
+
+def host_bytes(proc: Path = PROC) -> int:
+    """Bytes this process may still take on the host: free, and within every limit set on it."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = sizes(proc / "meminfo").get("MemAvailable", physical)
+    within = [left for folder in cgroups(proc) for left in _cgroup_left(folder)]
+    return max(0, min([free, *within, *_rlimits_left(proc)]))
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except OSError:  # not Linux, or not there in this version
+        return []
+
+
+def sizes(file: Path) -> dict[str, int]:
+    """The `Name:  123 kB` lines of a file, in bytes."""
+    split = [line.split() for line in _lines(file)]
+    return {s[0].rstrip(":"): 1024 * int(s[1]) for s in split if len(s) == 3 and s[2] == "kB"}
+
+
+def cgroups(proc: Path = PROC) -> Iterator[Path]:
+    """Folders of the control groups whose memory this process's counts as: its own and above."""
+    own: dict[str, PurePosixPath] = {}
+    for line in _lines(proc / "self/cgroup"):
+        _, controllers, group = line.split(":", 2)
+        own |= dict.fromkeys(controllers.split(","), PurePosixPath(group))  # v2 names none: ""
+    for line in _lines(proc / "self/mountinfo"):
+        where, _, what = line.partition(" - ")
+        root, mount = where.split()[3:5]
+        kind, _, options = what.split(" ", 2)
+        controller = {"cgroup": "memory", "cgroup2": ""}.get(kind)
+        if controller not in own or (controller and controller not in options.split(",")):
+            continue
+        # In a container the mount may begin at the container's group, not at the machine's.
+        path = own[controller]
+        inside = path.relative_to(root) if path.is_relative_to(root) else PurePosixPath()
+        yield from (Path(mount) / folder for folder in (inside, *inside.parents))
+
+
+def _cgroup_left(folder: Path) -> Iterator[int]:
+    """What each limit of one group leaves; nothing where there is none."""
+    for limits, used, cached in _CGROUP_FILES:
+        try:
+            taken = int((folder / used).read_text())
+            stat = dict(line.split() for line in _lines(folder / "memory.stat"))
+            taken -= int(stat.get(cached, 0))
+        except (OSError, ValueError):
+            continue
+        for limit in limits:
+            text = "".join(_lines(folder / limit))
+            if text.isdigit():  # "max" is none
+                yield int(text) - taken
+
+
+def _rlimits_left(proc: Path) -> Iterator[int]:
+    used = sizes(proc / "self/status")
+    coming = {} if mx.get_active_memory() else _FIRST_EVALUATION
+    for line in _lines(proc / "self/limits"):
+        for name, counted in _RLIMITS.items():
+            if line.startswith(name):
+                soft = line.removeprefix(name).split()[0]
+                if soft.isdigit():  # else "unlimited"
+                    yield int(soft) - used.get(counted, 0) - coming.get(counted, 0)
+
+
+def memory_limit() -> int | None:
+    """The bytes that `limits` has set as the most MLX should hold, if it has."""
+    return _memory_limit
+
+
+@contextmanager
+def limits(memory: int | None = None, cache: int = CACHE_LIMIT) -> Iterator[None]:
+    """MLX's limits while a model loads and generates; put back however that ends.
+
+    Wired memory (Metal) is set to all the system allows: macOS may otherwise page a large
+    model out between tokens. `cache` bounds the bytes of freed buffers MLX keeps for reuse
+    (by default all that fit on a GPU, 32 MiB on the CPU; never raised here). `memory` is the
+    most MLX should hold at all, in bytes: inside, `memory.available_bytes` counts from it, so
+    that what is predicted to need more is refused, and beyond it MLX waits for what it has
+    issued before it issues more. Raises RequestError unless `memory` is above zero.
+    """
+    global _memory_limit
+    if memory is not None and memory <= 0:
+        raise RequestError(
+            f"a memory limit of {memory} bytes leaves nothing: it must be above zero"
+        )
+    before = _memory_limit
+    with ExitStack() as undo:
+        if mx.metal.is_available():
+            most = int(mx.device_info()["max_recommended_working_set_size"])
+            undo.callback(mx.set_wired_limit, mx.set_wired_limit(min(most, memory or most)))
+        kept = mx.set_cache_limit(cache)
+        undo.callback(mx.set_cache_limit, kept)
+        mx.set_cache_limit(min(kept, cache))
+        if memory is not None:
+            undo.callback(mx.set_memory_limit, mx.set_memory_limit(memory))
+            _memory_limit = memory
+        undo.callback(mx.synchronize)  # first of all: what was issued runs within the limits
+        try:
+            yield
+        finally:
+            _memory_limit = before

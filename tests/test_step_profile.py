@@ -1,0 +1,316 @@
+"""Where a step's time goes and how many primitives it has: arithmetic, and nothing missed."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import MakeCheckpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_config
+
+from bench import bandwidth, graphs, machine, primitives, step_profile
+from bench.random_model import GEOMETRIES
+from bench.step_kinds import (
+    MOVING,
+    WHOLE,
+    Arrays,
+    Kind,
+    Pass,
+    Timing,
+    decode_pass,
+    filled,
+    forget,
+    pairs,
+    prefill_pass,
+)
+from bench.suite import Results
+from mlx_cerebrum.cache import causal_mask
+from mlx_cerebrum.config import ModelConfig
+from mlx_cerebrum.load import load
+from mlx_cerebrum.model import Model
+
+WINDOW = 24
+TINY = ModelConfig.from_dict(tiny_config(num_hidden_layers=3, sliding_window=WINDOW))
+
+
+@pytest.fixture
+def model(checkpoint: MakeCheckpoint) -> Model:
+    path = checkpoint(num_hidden_layers=3, sliding_window=WINDOW)
+    return load(path, window=WINDOW)[0]
+
+
+# --- what a kind is
+
+
+@given(
+    before=st.integers(0, 60),
+    length=st.integers(1, 40),
+    window=st.none() | st.integers(1, 50),
+)
+@settings(deadline=None, max_examples=40)
+def test_pairs_are_what_the_mask_leaves(before: int, length: int, window: int | None) -> None:
+    config = replace(TINY, sliding_window=window)
+    assert pairs(config, before, length) == mx.sum(causal_mask(length, before, window)).item()
+
+
+def computing(counts: Counter[str]) -> Counter[str]:
+    return Counter({name: n for name, n in counts.items() if name not in graphs.VIEWS})
+
+
+def compared(found: Pass) -> tuple[Counter[str], Counter[str]]:
+    """Primitives that compute: of the whole, and of all its kinds together."""
+
+    def counted(graph: Callable[[], Arrays]) -> Counter[str]:
+        forget()
+        arrays = graph()
+        counts = graphs.count(arrays)
+        mx.eval(*arrays)  # else the next graph on these caches has this one in it
+        return computing(counts)
+
+    kinds = [counted(kind.graph) for kind in found.kinds.values()]
+    return counted(found.graph), sum(kinds, Counter[str]())
+
+
+@pytest.mark.parametrize("context", [5, WINDOW, 100])
+def test_the_kinds_of_a_decode_step_are_the_step(model: Model, context: int) -> None:
+    """None of its primitives is left out, or counted twice."""
+    whole, kinds = compared(decode_pass(model, context))
+    assert kinds == whole
+
+
+@pytest.mark.parametrize("context", [0, 5, WINDOW, 100])
+def test_the_kinds_of_a_chunk_are_the_chunk(model: Model, context: int) -> None:
+    whole, kinds = compared(prefill_pass(model, context, 8))
+    # The window's mask is made once for all positions; its time is part of the rest.
+    past = context + 8 > WINDOW
+    mask = {"Arange": 2, "LessEqual": 1, "Greater": 1, "Subtract": 1, "BitwiseAnd": 1}
+    assert whole - kinds == (mask if past else {})
+    assert kinds - whole == {}
+
+
+def test_work_is_counted(model: Model) -> None:
+    config, context = model.config, 100
+    kinds = decode_pass(model, context).kinds
+    weights = ("norms", "qkv", "attention", "o", "gate_up", "down", "head")
+    # A token reads the window's keys and values, its own among them.
+    expected = bandwidth.token_bytes(model, context)
+    assert sum(kinds[name].held for name in weights) == expected
+    matrices = ("qkv", "o", "gate_up", "down")
+    norms = 2 * config.hidden_size
+    per_position = config.block_parameters - norms
+    assert sum(kinds[n].flops for n in matrices) == 2 * per_position * config.num_positions
+    chunk = prefill_pass(model, context, 8).kinds
+    assert chunk["qkv"].flops == 8 * kinds["qkv"].flops
+    assert chunk["o"].flops * 3 == 8 * kinds["o"].flops * 2  # not for the last position
+    assert "head" not in chunk
+    values = config.kv_values_per_token() * 4
+    # What is kept moves to a new buffer, and 8 tokens are written to it.
+    assert chunk["cache"].held == values * (WINDOW - 1 + 64) + values * 8 // 2
+    assert kinds["cache"].nbytes == values
+
+
+def test_passes_leave_the_caches_as_they_were(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = filled(model, 100)
+    monkeypatch.setattr("bench.step_kinds.filled", lambda *_: caches)
+    token = mx.array([[7]])
+    before = model(token, caches)
+    mx.eval(before)
+    for layer in caches:
+        layer.trim(1)
+    for found in (decode_pass(model, 100), prefill_pass(model, 100, 8)):
+        times = found.times(2)
+        assert {len(times[name]) for name in (WHOLE, *found.kinds)} == {2}
+        assert {layer.offset for layer in caches} == {100}
+        assert {layer.size() for layer in caches} == {WINDOW - 1}
+        after = model(token, caches)
+        assert mx.array_equal(before, after).item()
+        for layer in caches:
+            layer.trim(1)
+
+
+# --- the table
+
+
+def result(build: float, whole: float, kind: float) -> Results:
+    kinds = {name: Kind([], held=10**6, flops=2 * 10**6) for name in ("one", "two")}
+    times = {WHOLE: [Timing(build, whole - build)] * 3, MOVING: [Timing(0.0, 0.5)] * 3}
+    times |= {name: [Timing(9.0, kind)] * 3 for name in kinds}
+    return step_profile.summed(times, Pass(list, kinds, Kind([], 5)))
+
+
+@pytest.mark.parametrize(("kind", "rest"), [(0.002, 0.005), (0.005, -0.001)])
+def test_the_rest_is_what_is_left(kind: float, rest: float) -> None:
+    found = result(build=0.001, whole=0.010, kind=kind)
+    assert found["rest"] == pytest.approx(rest)
+    table = step_profile._table("a step", found)
+    rows = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in table.splitlines()}
+    cells = {name: [cell.strip() for cell in row] for name, row in rows.items()}
+    assert cells["the rest"][:2] == [f"{rest * 1e3:.2f}", f"{rest * 1e4:.1f}%"]
+    assert cells["building the graph"][0] == "1.00"
+    per_second = f"{0.001 / kind:.2f}", f"{0.002 / kind:.2f}"
+    assert cells["one"] == [f"{kind * 1e3:.2f}", f"{kind * 1e4:.1f}%", "1.00", "2.00", *per_second]
+    assert cells["all of it"] == ["10.00", "100.0%", "2.00", "4.00", "0.20", "0.40"]
+    parts = [cells[name][0] for name in ("one", "two", "building the graph", "the rest")]
+    assert sum(map(float, parts)) == pytest.approx(10.0)
+
+
+def test_the_command(
+    checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "profile.json"
+    words = ["--model", str(checkpoint()), "--context", "20", "--chunk", "8", "--rounds", "1"]
+    words += ["--window", str(WINDOW), "--no-openblas", "--out", str(out)]
+    assert step_profile.main(words) == 0
+    printed = capsys.readouterr().out
+    for name in ("embedding", "gate_up", "argmax", "building the graph", "the rest"):
+        assert f"| {name} " in printed
+    results = json.loads(printed.splitlines()[-1])["results"]
+    document = json.loads(out.read_text())
+    assert document["results"] == results
+    assert str(tmp_path) not in out.read_text()
+    assert (results["positions"], results["window"]) == (8, WINDOW)
+    for name in ("decode", "prefill"):
+        found = results[name]
+        parts = sum(kind["seconds"]["median"] for kind in found["kinds"].values())
+        whole = parts + found["build"]["median"] + found["rest"]
+        assert whole == pytest.approx(found["whole"]["median"], rel=1e-3)
+
+
+def test_random_geometry(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(step_profile.SHAPES, "narrow", tiny_config())
+    words = ["--geometry", "narrow", "--plan", "cerebrum-12.25b", "--context", "60"]
+    assert step_profile.main([*words, "--chunk", "8", "--rounds", "1", "--no-openblas"]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert (results["positions"], results["model"]) == (56, "random, narrow")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--context", "0"], "at least 1"),
+        (["--geometry", "narrow", "--model", "demo"], "drop --model"),
+        (["--out", "no/such/folder.json"], "there is no such folder"),
+    ],
+)
+def test_bad_flags_are_one_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert step_profile.main([*words, "--no-openblas"]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+# --- primitives
+
+DOT = """digraph {
+{ rank=source; "A"; }
+{ 94568283734432 [label ="CumMax", shape=rectangle]; }
+"A" -> 94568283734432
+{ "label"; }
+{ 94568283863616 [label ="Add", shape=rectangle]; }
+{ 94568283863617 [label ="Add", shape=rectangle]; }
+{ 94568283835856 [label ="CompiledSigmoidMultiplyMultiply", shape=rectangle]; }
+{ rank=sink; "I"; }
+}
+"""
+
+
+def test_dot_is_parsed() -> None:
+    assert graphs.parse(DOT) == {"CumMax": 1, "Add": 2, "Compiled": 1}
+    assert graphs.parse("digraph {\n}\n") == {}
+
+
+def test_primitives_are_counted_once() -> None:
+    x = mx.ones((2, 2))
+    mx.eval(x)
+    y = mx.exp(x)
+    assert graphs.count([y, {"z": (y @ y, 3)}]) == {"Exp": 1, "Matmul": 1}
+    assert graphs.kernels({"Exp": 2, "Transpose": 5, "Matmul": 1}) == 3
+
+
+counts = st.dictionaries(st.sampled_from("abcd"), st.integers(1, 50)).map(Counter[str])
+
+
+@given(per=counts, besides=counts, few=st.integers(1, 5), more=st.integers(1, 5))
+def test_the_line_through_two_counts(
+    per: Counter[str], besides: Counter[str], few: int, more: int
+) -> None:
+    ends = {n: graphs.at(n, per, besides) for n in (few, few + more)}
+    assert graphs.line(ends) == (per, besides)
+    assert graphs.at(56, *graphs.line(ends)) == graphs.at(56, per, besides)
+
+
+def test_counts_on_no_line_are_refused() -> None:
+    with pytest.raises(ValueError, match="Add: 3 at 2 and 4 at 4"):
+        graphs.line({2: Counter(Add=3), 4: Counter(Add=4)})
+
+
+def test_any_number_of_positions_follows_from_two() -> None:
+    config = replace(TINY, num_hidden_layers=7, layer_map=tuple(range(7)))
+    results = primitives.measure(config, [7], 8)
+    assert set(results["backends"]) == {machine.backend(), "metal"}
+    for backend, passes in results["backends"].items():
+        for name, sides in passes.items():
+            assert set(sides) == set(primitives.SIDES)
+            for side, found in sides.items():
+                make, how = primitives.SIDES[side]
+                length = 8 if name == "prefill" else 1
+                step = how(primitives.PASSES[name])
+                counted = primitives.primitives(make, step, config, length, backend)
+                assert counted.total() == found["primitives"]["7"], (backend, name, side)
+                assert graphs.kernels(counted) == found["kernels"]["7"]
+    text = "\n".join(primitives.text({"model": "tiny"} | results))
+    assert "7 positions" in text
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_on_metal_a_position_is_thirteen_kernels(bits: int | None) -> None:
+    functions = mx.fast.rms_norm, mx.fast.rope, mx.fast.scaled_dot_product_attention, mx.dequantize
+    config = replace(TINY, head_dim=64, hidden_size=256, intermediate_size=256)
+    sides = primitives.measure(config, [3], 8, bits)["backends"]["metal"]["decode"]
+    product = "Matmul" if bits is None else "QuantizedMatmul"
+    kernels = {"RMSNorm": 2, product: 4, "RoPE": 1, "ScaledDotProductAttention": 1}
+    kernels |= {"SliceUpdate": 2, "Add": 2, "Compiled": 1}
+    for side in ("ours", "ours, compiled"):  # nothing is left to fuse
+        assert computing(Counter(sides[side]["per_position"])) == kernels
+    apart = Counter(sides["ours, not fused"]["per_position"])
+    assert computing(apart) == kernels | {product: 7, "RoPE": 2}
+    assert graphs.kernels(sides["mlx-lm"]["per_position"]) == graphs.kernels(apart)
+    assert all("Depends" not in found["per_position"] for found in sides.values())
+    besides = computing(Counter(sides["ours"]["besides"]))
+    gathers = 1 if bits is None else 3
+    assert (besides["Gather"], besides["RMSNorm"], besides["ArgReduce"]) == (gathers, 1, 1)
+    assert functions == (
+        mx.fast.rms_norm,
+        mx.fast.rope,
+        mx.fast.scaled_dot_product_attention,
+        mx.dequantize,
+    )
+
+
+def test_hollow_models_take_no_memory() -> None:
+    config = ModelConfig.from_dict(GEOMETRIES["cerebrum-7b"])
+    before = mx.get_active_memory()
+    model = primitives.ours(config, None)
+    assert mx.get_active_memory() - before < 1e6
+    assert model.lm_head.weight.shape == (config.vocab_size, config.hidden_size)
+
+
+def test_the_primitives_command(
+    checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert primitives.main(["--model", str(checkpoint()), "--chunk", "4", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert results["positions"] == [8, 14, 32, 56]
+    assert primitives.main(["--chunk", "1"]) == 2
+    assert "decode step" in capsys.readouterr().err
