@@ -34,8 +34,8 @@ from bench.pair import Pair, open_pair
 from bench.perplexity import TEXTS, read, split
 from bench.report import Spread, parser, publish, ratio, rounds, table
 from mlx_cerebrum import cli
-from mlx_cerebrum.attention import KV_BITS, check_kv_bits
-from mlx_cerebrum.cache import WindowedKVCache, kv_group
+from mlx_cerebrum.attention import check_kv_bits
+from mlx_cerebrum.cache import KV_BITS, WindowedKVCache, kv_group
 from mlx_cerebrum.decode import PREFILL_STEP, generate_step, prefill
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.memory import kv_bytes, require

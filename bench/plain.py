@@ -24,6 +24,7 @@ from bench.report import Spread, parser, publish, ratio, rounds, table
 from mlx_cerebrum import cli
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.decode import PREFILL_STEP
+from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.plan import LayerPlan
 from mlx_cerebrum.quantize import fuse_projections
@@ -53,7 +54,7 @@ _VOCABULARY = 2000
 def flags() -> cli.ArgumentParser:
     p = parser("plain", "Plain decoding and prefill against mlx-lm's, side by side.")
     p.add_argument("--case", choices=tuple(CASES), help="one of them (default: all)")
-    p.add_argument("--rounds", type=int, help="rounds in turns (default: by case, 3 to 9)")
+    p.add_argument("--rounds", type=int, help="rounds in turns (default: by case, 2 to 9)")
     return p
 
 
@@ -64,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.rounds is not None and args.rounds < 1:
+        raise RequestError(f"--rounds must be at least 1, not {args.rounds}")
     names = [args.case] if args.case else list(CASES)
     found = {name: measure(CASES[name], args.rounds) for name in names}
     publish(args, "plain", found, text(found))
@@ -174,6 +177,21 @@ def text(found: dict[str, Any]) -> list[str]:
         )
     header = ["", "positions", "weights, MB", "ours, tokens/s", "mlx-lm, tokens/s"]
     return [table([*header, "ours / mlx-lm", "rounds", "same tokens"], rows)]
+
+
+def compared(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Two runs' ratios, and the pace now."""
+    rows = []
+    for name, now in after.items():
+        kind = "decode_tps" if name.startswith("decode") else "prefill_tps"
+        cells = [Spread(**one[name][kind]["ratio"]).text(2) for one in (before, after)]
+        pace = Spread(**now[kind]["ours"]).text(1)
+        same = "yes" if now["same_tokens"] else "no"
+        rows.append(
+            [name, str(now["positions"]), f"{now['weights'] / 1e6:.0f}", *cells, pace, same]
+        )
+    header = ["ours / mlx-lm", "positions", "mlx-lm's weights, MB", "before", "after"]
+    return table([*header, "ours now, tokens/s", "same tokens"], rows)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.rounds < 1 or args.tokens < 2:
+        raise RequestError("--rounds must be at least 1 and --tokens at least 2")
     pair = open_pair(args.model, args.plan_a, args.plan_b, window=args.window)
     tokenizer = pair.tokenizer()
     if tokenizer is None:
@@ -133,10 +135,10 @@ def _side(answers: dict[str, dict[str, list[Run]]], side: str, draft: float) -> 
     for name, runs in answers.items():
         pairs = list(zip(runs[side], runs["plain"], strict=True))
         ratios[name] = median([mine["pace"] / plain["pace"] for mine, plain in pairs])
-        passes.update(runs[side][0].get("rounds", {}))
-        mine, plain = pairs[0][0]["tokens"], pairs[0][1]["tokens"]
-        compared += len(plain)
-        equal += sum(a == b for a, b in zip(mine, plain, strict=True))
+        for mine, plain in pairs:
+            passes.update(mine.get("rounds", {}))
+            compared += len(plain["tokens"])
+            equal += sum(a == b for a, b in zip(mine["tokens"], plain["tokens"], strict=True))
     found: Run = {"ratios": ratios, "equal": equal, "compared": compared}
     for kind in ("quoting", "open", ""):
         of_kind = [value for name, value in ratios.items() if name.startswith(kind)]

@@ -49,7 +49,9 @@ def _guesses(model: dict[str, Any]) -> str:
     for side, one in model["sides"].items():
         if one.get("agreement") is None:
             continue
-        ahead = foretold(model, one)
+        # auto's guesses come from several drafters, at several costs
+        several = side == "auto" and len(model["draft_cost"]) > 1
+        ahead = "" if several else f"{foretold(model, one):.2f}"
         rows.append(
             [
                 side,
@@ -57,7 +59,7 @@ def _guesses(model: dict[str, Any]) -> str:
                 f"{one['share_of_passes_that_guess']:.0%}",
                 f"{one['mean_drafts']:.1f}",
                 f"{one['agreement']:.0%}",
-                f"{ahead:.2f}",
+                ahead,
             ]
         )
     return table(header, rows) if rows else "No drafter was used: none was expected to pay."

@@ -4,17 +4,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_cerebrum.cache import REWIND, Entries, Mask, Packed, causal_mask, kv_group
+from mlx_cerebrum.cache import KV_BITS, REWIND, Entries, Mask, Packed, causal_mask, kv_group
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import RequestError
 
-KV_BITS = (8, 4)
 _ON_GPU = mx.default_device() == mx.Device(mx.gpu)
-# Up to so many queries multiply packed entries as they are; more have them unpacked first. A GPU
-# then reads the packed bytes only, for a round of drafts as for a plain step. The CPU's product
+# Up to so many queries multiply packed entries as they are; more have them unpacked first. Metal
+# then reads the packed bytes only, for a round of drafts as for a plain step. CUDA's kernel takes
+# no slice of a buffer (MLX's QuantizedMatmul::eval_gpu). The CPU's product
 # unpacks for every row anew: it takes 0.3 to 0.8 of the time for one query (256 to 4096 entries,
 # heads 64 or 128 wide), 0.4 to 1.8 for two, 1.0 to 3.0 for four, 1.7 to 4.8 for 16.
-PACKED_ROWS = REWIND if _ON_GPU else 1
+PACKED_ROWS = (REWIND if mx.metal.is_available() else 0) if _ON_GPU else 1
 
 
 def check_kv_bits(config: ModelConfig, bits: int | None) -> None:

@@ -162,12 +162,10 @@ class WindowedKVCache:
                 return room
             return mx.concatenate([old[..., used - keep : used, :], room], axis=2)
 
-        if self.keys is None:
-            self.keys, self.values = each(moved, keys), each(moved, values)
-        else:
-            self.keys = each(moved, keys, self.keys)
-            self.values = each(moved, values, self.values)
-        self._start = self.offset - keep
+        old = ((), ()) if self.keys is None else ((self.keys,), (self.values,))
+        larger = each(moved, keys, *old[0]), each(moved, values, *old[1])
+        # Together: Ctrl-C must not find a buffer that begins elsewhere than `_start` says.
+        self.keys, self.values, self._start = *larger, self.offset - keep
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """The mask for the next N queries, over the entries `update_and_fetch` will return.

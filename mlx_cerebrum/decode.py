@@ -79,6 +79,7 @@ def generate_step(
     """
     check_prompt(prompt, prefill_step_size)
     cache = model.make_cache() if cache is None else cache
+    seen = cache[0].offset + len(prompt)
     tokens = mx.array(list(prompt), dtype=mx.int32)
     # The CPU's queue is short: launching a step there waits for most of it, and delays a token.
     ahead = on_gpu()
@@ -93,13 +94,15 @@ def generate_step(
         token = step(tokens[-1:], 0)
         for n in range(1, max_tokens + 1):
             following = step(token, n) if ahead and n < max_tokens else token
-            yield cast(int, token.item())
+            value = cast(int, token.item())
+            seen += 1
+            yield value
             if n < max_tokens:
                 token = following if ahead else step(token, n)
             if n % 256 == 0:
                 mx.clear_cache()
-    except BaseException:  # Ctrl-C between two positions: take back what only some have seen
-        least = min(c.offset for c in cache)
+    except BaseException:  # Ctrl-C: take back what only some positions have seen, or nobody has
+        least = min([seen, *(c.offset for c in cache)])
         for c in cache:
             if c.offset > least:
                 c.trim(c.offset - least)

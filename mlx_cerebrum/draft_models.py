@@ -7,25 +7,64 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_cerebrum.checkpoint import matrix_shapes
+from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.cost import Costs, best_drafts, bytes_read
+from mlx_cerebrum.drafters import borrowed
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.load import matrix_bytes
 from mlx_cerebrum.memory import human, require
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.plan import resolve
 from mlx_cerebrum.policy import MARGIN, MODEL_PRIOR, MOST_DRAFTS
 from mlx_cerebrum.quantize import Packing
 
+_GROUP = 64  # weights
+
+
+def check_draft(config: ModelConfig, plan: str | None) -> ModelConfig:
+    """`config` as a drafter's, laid out by `plan`; no weights are needed to refuse one.
+
+    Raises PlanError or ConfigError for a plan these blocks can't run, RequestError for one that
+    is not a smaller part of the model's own.
+    """
+    if plan is None:
+        return config
+    layers, blocks = resolve(plan), config.num_hidden_layers
+    draft = config.with_map(layers.layer_map(blocks), layers.residual_scales(blocks))
+    borrowed(draft.layer_map, config.layer_map)
+    return draft
+
+
+def copy_bytes(config: ModelConfig, bits: int, item_bytes: int) -> int:
+    """Bytes of a packed copy of the blocks that `config` runs, with embedding and head."""
+    packing, run = Packing(bits, _GROUP), set(config.layer_map)
+    kept = {
+        module: shape
+        for module, shape in matrix_shapes(config).items()
+        if not module.startswith("model.layers.") or int(module.split(".")[2]) in run
+    }
+    return sum(matrix_bytes(shape, packing, item_bytes) for shape in kept.values())
+
 
 def draft_model(model: Model, plan: str | None = None, bits: int | None = None) -> Model:
     """A drafter of `model`: laid out by `plan` (else as the model), packed to `bits` (else as is).
 
     Only packing takes memory. Raises PlanError or ConfigError for a plan these blocks can't run,
-    MemoryBudgetError where the packed copy does not fit.
+    RequestError where the drafter would read as much as the model itself, MemoryBudgetError where
+    the packed copy does not fit.
     """
-    draft = model
+    config, draft = check_draft(model.config, plan), model
     if plan is not None:
-        layers, blocks = resolve(plan), model.config.num_hidden_layers
-        draft = model.view(layers.layer_map(blocks), layers.residual_scales(blocks))
-    return draft if bits is None else packed_copy(draft, Packing(bits, 64))
+        draft = model.view(config.layer_map, config.residual_scales)
+    if bits is not None:
+        draft = packed_copy(draft, Packing(bits, _GROUP))
+    if bytes_read(draft) >= bytes_read(model):
+        raise RequestError(
+            "the drafter would read as much as the model does: give a shorter --draft-plan, or"
+            " fewer --draft-bits"
+        )
+    return draft
 
 
 def stored_order(model: Model) -> Model | None:
@@ -48,8 +87,11 @@ def packed_copy(model: Model, packing: Packing) -> Model:
     Raises MemoryBudgetError before anything is computed where it does not fit.
     """
     packed: Model = _packed(model, packing)
+    for block in set(range(model.config.num_hidden_layers)) - set(model.config.layer_map):
+        packed.model.layers[block] = model.model.layers[block]  # it does not run
+    shared = {id(array) for array in dict(tree_flatten(model.parameters())).values()}
     arrays = dict(tree_flatten(packed.parameters())).values()
-    fresh = sum(array.nbytes for array in arrays if array.ndim > 1)
+    fresh = sum(array.nbytes for array in arrays if id(array) not in shared)
     require(
         fresh,
         f"a {packing.bits}-bit copy of the blocks to draft with ({human(fresh)})",

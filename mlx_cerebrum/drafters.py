@@ -65,7 +65,7 @@ class NGramDrafter:
 
     def offer(self, tokens: Sequence[int], most: int) -> tuple[str, int]:
         length, end = self._match(tokens)
-        return f"ngram-{length}", min(most, len(tokens) - end) if end else 0
+        return f"ngram-{length}", most if end else 0
 
     def draft(
         self,
@@ -76,7 +76,9 @@ class NGramDrafter:
         number: int,
     ) -> Draft:
         _, end = self._match(tokens)
-        return Draft(mx.array(list(tokens[end : end + count]), dtype=mx.int32))
+        period = len(tokens) - end  # what is repeated may be repeated again
+        guesses = [tokens[end + i % period] for i in range(count)]
+        return Draft(mx.array(guesses, dtype=mx.int32))
 
     def _match(self, tokens: Sequence[int]) -> tuple[int, int]:
         """`(n, where it ends)` of the longest run at the end of `tokens` that came before."""

@@ -11,7 +11,7 @@ from mlx_cerebrum.attention import check_kv_bits
 from mlx_cerebrum.checkpoint import Checkpoint, open_checkpoint
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.decode import Sampler
-from mlx_cerebrum.draft_models import draft_model, stored_order
+from mlx_cerebrum.draft_models import check_draft, copy_bytes, draft_model, stored_order
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.generate_args import DEFAULT_PLAN, check_drafting, most_drafts, parser, question
 from mlx_cerebrum.load import (
@@ -27,7 +27,7 @@ from mlx_cerebrum.memory_limits import limits
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.prompt_cache import PromptCache
-from mlx_cerebrum.prompt_cache_file import check_destination, load, save
+from mlx_cerebrum.prompt_cache_file import check, check_destination, load, save
 from mlx_cerebrum.prompt_cache_identity import identity
 from mlx_cerebrum.quantize import Packing
 from mlx_cerebrum.sampling import make_sampler
@@ -53,6 +53,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.prompt_cache is not None:
         check_destination(args.prompt_cache)
     memory = args.memory_limit
+    if memory is not None and not 0 < memory < 1e9:
+        raise RequestError(f"memory-limit must be a number of GB above 0, not {memory}")
     with limits(None if memory is None else int(memory * GB)):
         return _answer(args, sampler, asked)
 
@@ -64,6 +66,7 @@ def _answer(args: argparse.Namespace, sampler: Sampler, asked: str | list[Any]) 
     checkpoint = open_checkpoint(hub.resolve(name, args.revision))
     config = planned_config(checkpoint.config, plan, args.window)
     check_kv_bits(config, args.kv_bits)
+    draft = check_draft(config, args.draft_plan)
     tokenizer = load_tokenizer(checkpoint)
     if isinstance(asked, str):
         ids = tokenizer.encode(asked)
@@ -72,48 +75,53 @@ def _answer(args: argparse.Namespace, sampler: Sampler, asked: str | list[Any]) 
     check_request(config, len(ids), args.max_tokens, args.prefill_step_size)
 
     storage = choose_storage(checkpoint, packing, args.dtype)
-    _check_memory(args, checkpoint, packing, config, storage, len(ids))
+    more = copy_bytes(draft, args.draft_bits, storage.dtype.size) if args.draft_bits else 0
+    kept, same = args.prompt_cache, {}
+    if kept is not None:
+        same = identity(checkpoint, config, storage, tokenizer.chat_template)
+        more += check(kept, same, args.kv_bits) if kept.exists() else 0
+    _check_memory(args, checkpoint, packing, config, storage, len(ids), more)
     show = not (args.quiet or args.json)
     with progress("loading", show) as report:
         model = load_model(checkpoint, config, storage, report)
     drafting = _drafting(args, model)
     # One answer: nothing will be taken back, so nothing is kept for it.
     prompt_cache = PromptCache(model, args.kv_bits, max_bytes=0)
-    if args.prompt_cache is not None:
-        same = identity(checkpoint, config, storage, tokenizer.chat_template)
-        if args.prompt_cache.exists():
-            prompt_cache = load(args.prompt_cache, model, same, args.kv_bits, max_bytes=0)
-    with progress("reading the prompt", show, "tokens") as report:
-        responses = stream_generate(
-            model,
-            tokenizer,
-            ids,
-            max_tokens=args.max_tokens,
-            sampler=sampler,
-            stop=args.stop if args.raw else [*args.stop, *tokenizer.stop_strings],
-            speculation=drafting,
-            prompt_cache=prompt_cache,
-            prefill_step_size=args.prefill_step_size,
-            progress=report,
-        )
-        first = next(responses)
-    answer = _stream(first, responses, echo=not args.json)
-    responses.close()  # after Ctrl-C too: the cache must hold what was printed, no more
-    if args.prompt_cache is not None:
-        save(prompt_cache, args.prompt_cache, same)
-    facts = {
-        "model": name,
-        "plan": plan,
-        "positions": config.num_positions,
-        "window": config.sliding_window,
-        "dtype": str(storage.dtype).removeprefix("mlx.core."),
-        "kv_bits": args.kv_bits,
-        "draft": None if drafting is None else drafting.summary(),
-    }
-    if args.json:
-        print(json.dumps(answer | facts, ensure_ascii=False))
-    elif not args.quiet:
-        print(_closing_line(answer | facts), file=sys.stderr)
+    if kept is not None and kept.exists():
+        prompt_cache = load(kept, model, same, args.kv_bits, max_bytes=0)
+    try:
+        with progress("reading the prompt", show, "tokens") as report:
+            responses = stream_generate(
+                model,
+                tokenizer,
+                ids,
+                max_tokens=args.max_tokens,
+                sampler=sampler,
+                stop=args.stop if args.raw else [*args.stop, *tokenizer.stop_strings],
+                speculation=drafting,
+                prompt_cache=prompt_cache,
+                prefill_step_size=args.prefill_step_size,
+                progress=report,
+            )
+            first = next(responses)
+        answer = _stream(first, responses, echo=not args.json)
+        responses.close()  # after Ctrl-C too: the cache must hold what was printed, no more
+        facts = {
+            "model": name,
+            "plan": plan,
+            "positions": config.num_positions,
+            "window": config.sliding_window,
+            "dtype": str(storage.dtype).removeprefix("mlx.core."),
+            "kv_bits": args.kv_bits,
+            "draft": None if drafting is None else drafting.summary(),
+        }
+        if args.json:
+            print(json.dumps(answer | facts, ensure_ascii=False))
+        elif not args.quiet:
+            print(_closing_line(answer | facts), file=sys.stderr)
+    finally:  # what was computed is kept, also of a prompt that Ctrl-C cut short
+        if kept is not None and prompt_cache.tokens:
+            save(prompt_cache, kept, same)
     return cli.INTERRUPTED if answer["finish_reason"] == "interrupted" else 0
 
 
@@ -124,23 +132,27 @@ def _check_memory(
     config: ModelConfig,
     storage: Storage,
     prompt: int,
+    more: int,
 ) -> None:
-    """Raise MemoryBudgetError, naming settings that fit, where the request does not."""
+    """Raise MemoryBudgetError, naming settings that fit, where the request does not.
+
+    `more` bytes are held besides: a packed copy to draft with, a prompt cache as it is read.
+    """
     sizes = (config, prompt, args.max_tokens)
-    more = {"kv_bits": args.kv_bits, "drafts": most_drafts(args)}
+    kinds = {"kv_bits": args.kv_bits, "drafts": most_drafts(args)}
     item_bytes = storage.dtype.size
-    request = request_bytes(*sizes, item_bytes, args.prefill_step_size, **more)
-    needed = storage.nbytes + max(request, storage.transient)
+    request = request_bytes(*sizes, item_bytes, args.prefill_step_size, **kinds)
+    needed = storage.nbytes + more + max(request, storage.transient)
     if fits(needed):
         return
     ways = [("", storage), *smaller_weights(checkpoint, packing, args.dtype)]
-    weights = [(flag, s.nbytes, s.transient, s.dtype.size) for flag, s in ways]
+    weights = [(flag, s.nbytes + more, s.transient, s.dtype.size) for flag, s in ways]
     require(
         needed,
         f"the model ({human(storage.nbytes)}) with {prompt} + {args.max_tokens} tokens"
         f" ({human(request)})",
         "use a smaller model, or fewer --max-tokens",
-        settings=what_fits(weights, *sizes, args.prefill_step_size, **more),
+        settings=what_fits(weights, *sizes, args.prefill_step_size, **kinds),
     )
 
 

@@ -98,7 +98,8 @@ def parser() -> cli.ArgumentParser:
         "--kv-bits",
         type=int,
         choices=KV_BITS,
-        help="bits a cached key or value (default: as the activations)",
+        help="bits a cached key or value; 8 costs the demo model 0 to 0.5%% of perplexity, 4 costs"
+        " it 8 to 10%% (default: as the activations)",
     )
     p.add_argument(
         "--prompt-cache",

@@ -121,11 +121,13 @@ def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str
 
     def storage(dtype: mx.Dtype, dequantize: bool = False) -> Storage:
         held = {module: None if dequantize else packing for module, packing in packings.items()}
-        size = sum(_nbytes(shape, held[module], dtype) for module, shape in shapes.items())
+        size = sum(
+            matrix_bytes(shape, held[module], dtype.size) for module, shape in shapes.items()
+        )
         parts: Counter[str] = Counter()  # bytes as read, of each block and other module
         for module, shape in shapes.items():
             part = ".".join(module.split(".")[:3])
-            parts[part] += _nbytes(shape, checkpoint.packing(module), stored)
+            parts[part] += matrix_bytes(shape, checkpoint.packing(module), stored.size)
         # And what the CPU packs it widens to float32, a matrix at a time.
         table = checkpoint.config.vocab_size * checkpoint.config.hidden_size
         widened = 4 * table if requested is not None and not on_gpu() else 0
@@ -183,7 +185,7 @@ def load_model(
             arrays = _arrays(checkpoint, sources, storage)
             weights += [(f"{target}.{name}", array) for name, array in arrays.items()]
             matrices = [source for source in sources if source in shapes]
-            ready += sum(_nbytes(shapes[m], held.get(m), storage.dtype) for m in matrices)
+            ready += sum(matrix_bytes(shapes[m], held.get(m), storage.dtype.size) for m in matrices)
         model.load_weights(weights, strict=False)
         del arrays, weights
         mx.eval(part.parameters())
@@ -230,9 +232,10 @@ def _arrays(checkpoint: Checkpoint, sources: list[str], storage: Storage) -> dic
     return {part: a.astype(storage.dtype) if a.dtype in floats else a for part, a in arrays.items()}
 
 
-def _nbytes(shape: tuple[int, int], packing: Packing | None, dtype: mx.Dtype) -> int:
+def matrix_bytes(shape: tuple[int, int], packing: Packing | None, item_bytes: int) -> int:
+    """Bytes of a matrix as it will be held; `item_bytes` of a dense weight, a scale, a bias."""
     rows, columns = shape
-    if packing is None:
-        return rows * columns * dtype.size
-    scale_bytes = dtype.size * 2 if packing.mode == "affine" else 1
+    if packing is None or not packing.fits(columns):
+        return rows * columns * item_bytes
+    scale_bytes = item_bytes * 2 if packing.mode == "affine" else 1
     return rows * columns * packing.bits // 8 + rows * columns // packing.group_size * scale_bytes

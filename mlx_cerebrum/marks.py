@@ -121,7 +121,8 @@ class Marks:
             if runs and runs[-1][1] == first:
                 first, _ = runs.pop()
             runs.append((first, last))
-        return max((min(point, b) for a, b in runs if self.earliest(a) <= point), default=0)
+        ends = ((a, min(point, b)) for a, b in runs)
+        return max((end for a, end in ends if self.earliest(a) <= end), default=0)
 
     def take_back(self, point: int, live: Stretch) -> Stretch:
         """The entries that going back to a reachable point takes, out of `aside` and `live`."""

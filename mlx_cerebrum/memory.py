@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from mlx_cerebrum.attention import KV_BITS, PACKED_ROWS, check_kv_bits
-from mlx_cerebrum.cache import REWIND, STEP, entries_held, kv_group
+from mlx_cerebrum.attention import PACKED_ROWS, check_kv_bits
+from mlx_cerebrum.cache import KV_BITS, REWIND, STEP, entries_held, kv_group
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.memory_limits import host_bytes, memory_limit
@@ -32,8 +32,11 @@ def available_bytes() -> int:
     free, active = host_bytes(), mx.get_active_memory()
     if on_gpu():
         info = mx.device_info()
-        size = info.get("max_recommended_working_set_size", info.get("memory_size", 0))
-        free = int(size) - active if size else free
+        if "free_memory" in info:  # CUDA; what MLX keeps for reuse is free too
+            free = int(info["free_memory"]) + mx.get_cache_memory()
+        else:
+            size = info.get("max_recommended_working_set_size", info.get("memory_size", 0))
+            free = int(size) - active if size else free
     limit = memory_limit()
     return free if limit is None else min(free, limit - active)
 

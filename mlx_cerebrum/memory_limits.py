@@ -127,7 +127,9 @@ def limits(memory: int | None = None, cache: int = CACHE_LIMIT) -> Iterator[None
     with ExitStack() as undo:
         if mx.metal.is_available():
             most = int(mx.device_info()["max_recommended_working_set_size"])
-            undo.callback(mx.set_wired_limit, mx.set_wired_limit(min(most, memory or most)))
+            undo.callback(
+                mx.set_wired_limit, mx.set_wired_limit(min(most, memory or before or most))
+            )
         kept = mx.set_cache_limit(cache)
         undo.callback(mx.set_cache_limit, kept)
         mx.set_cache_limit(min(kept, cache))

@@ -5,9 +5,9 @@ agreement starts from an expectation for the kind of guess and follows what come
 choice is the round with the best expected speed-up, or a plain step where none has one. So a
 drafter that does not pay is off after a few rounds, and gets another try as evidence ages.
 
-What such tries may lose in all is bounded: by an allowance that every token adds a little to,
-every round takes its loss from or adds its gain to, and no round may overdraw if nothing of it
-holds. That, and not the estimates, is why guessing never costs more than about 3%.
+What such tries may lose is limited too: by an allowance that every token adds a little to, every
+round takes its loss from or adds its gain to, by the costs seen lately, and no round may overdraw
+if nothing of it holds. That, and not the estimates, keeps guessing in vain to about 3%.
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ _PRIOR_TRIALS = 3.0  # how many trials an expectation is worth
 _REFRESH = 64  # rounds after which a plain step is timed again
 _FIRST = 3  # plain steps timed before the first round: of three, a slow first one does not count
 _FORGET = 100  # plain steps in a row after which costs are again what was predicted
-# The allowance, in plain steps: at first, for every token, at most. 100 tokens: 2.5 steps.
-_AT_FIRST, _PER_TOKEN, _AT_MOST = 0.5, 0.02, 5.0
+# The allowance, in plain steps: at first, for every token, at most, at least. 100 tokens: 2.5.
+_AT_FIRST, _PER_TOKEN, _AT_MOST, _AT_LEAST = 0.5, 0.02, 5.0, -2.0
 _LEAST = 0.01  # what a draft costs at least; noise can make one look free
 _UNSEEN = 0.25  # what a draft may turn out to cost, until one was timed
 # Expected agreement by kind of guess; runs of n tokens seen before go on alike more often the
@@ -131,7 +131,8 @@ class Policy:
             self._row.add(max(_LEAST, extra))
         costs = self.costs(name)
         gained = accepted - drafts * (costs.draft + costs.row)
-        self._allowance = min(_AT_MOST, self._allowance + gained)
+        # A round in which kernels were loaded, or the machine slept, must not count for ever.
+        self._allowance = max(_AT_LEAST, min(_AT_MOST, self._allowance + gained))
 
     def _affordable(self, name: str) -> int:
         """Drafts of a round that does not overdraw the allowance if none of them holds."""

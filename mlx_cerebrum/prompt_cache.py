@@ -30,6 +30,7 @@ class PromptCache:
     def __init__(
         self, model: Model, kv_bits: int | None = None, max_bytes: int | None = None
     ) -> None:
+        self.model = model
         self.kv_bits = kv_bits
         self.tokens: list[int] = []  # those the caches hold
         self.cache: list[WindowedKVCache] = model.make_cache(kv_bits)

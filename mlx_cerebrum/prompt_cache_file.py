@@ -148,6 +148,22 @@ def _replacing(destination: Path) -> Iterator[BinaryIO]:
     os.close(folder)
 
 
+def check(path: Path, identity: Identity, kv_bits: int | None = None) -> int:
+    """The bytes `load` would take; no model is needed. Raises CheckpointError as it does."""
+    metadata = _read_metadata(path)
+    if metadata.get("version") != VERSION:
+        raise CheckpointError(f"{path} has format {metadata.get('version')}, not {VERSION}; {_NEW}")
+    here = identity | {"kv-bits": str(kv_bits or "none")}
+    differing = [
+        f"{name} ({metadata.get(name, 'not named')}, here {value})"
+        for name, value in here.items()
+        if metadata.get(name) != value
+    ]
+    if differing:
+        raise CheckpointError(f"{path} was made with another {' and '.join(differing)}; {_NEW}")
+    return sum(tensor.nbytes for tensor in read_header(path).values())
+
+
 def load(
     path: Path,
     model: Model,
@@ -161,22 +177,10 @@ def load(
     way, made it; and for a file that is damaged or something else. MemoryBudgetError when it
     can't fit.
     """
-    metadata = _read_metadata(path)
-    prompt_cache = PromptCache(model, kv_bits, max_bytes)
-    here = _described(prompt_cache, identity)
-    if metadata.get("version") != VERSION:
-        raise CheckpointError(f"{path} has format {metadata.get('version')}, not {VERSION}; {_NEW}")
-    differing = [
-        f"{name} ({metadata.get(name, 'not named')}, here {value})"
-        for name, value in here.items()
-        if name != "marks" and metadata.get(name) != value
-    ]
-    if differing:
-        raise CheckpointError(f"{path} was made with another {' and '.join(differing)}; {_NEW}")
-    header = read_header(path)
-    require(sum(t.nbytes for t in header.values()), f"the prompt cache {path}", _NEW)
+    require(check(path, identity, kv_bits), f"the prompt cache {path}", _NEW)
+    prompt_cache, header = PromptCache(model, kv_bits, max_bytes), read_header(path)
     _check_sum(path, header)
-    _restore(prompt_cache, path, model, header, metadata)
+    _restore(prompt_cache, path, model, header, _read_metadata(path))
     return prompt_cache
 
 

@@ -43,6 +43,7 @@ class Speculation:
 
     drafters: dict[str, Drafter]
     policy: Policy
+    model: Model | None = None  # whose tokens are guessed; None: not checked
     # (drafter, drafts, accepted) -> rounds that went so; ("plain", 0, 0) -> plain steps
     rounds: Counter[tuple[str, int, int]] = field(default_factory=Counter)
 
@@ -84,7 +85,7 @@ def speculation(
         name = f"model-{number}" if number else "model"
         drafters[name] = ModelDrafter(draft, model, name)
         costs[name] = bytes_read(draft) / bytes_read(model)
-    return Speculation(drafters, Policy(costs, most=most))
+    return Speculation(drafters, Policy(costs, most=most), model)
 
 
 def verify(
@@ -128,9 +129,14 @@ def speculative_step(
 ) -> Generator[int, None, None]:
     """As `decode.generate_step`, with guesses. `history` are the tokens `cache` holds already.
 
-    However it ends, the cache holds the first `offset` of all tokens seen and yielded.
+    Raises RequestError for an empty prompt, or a speculation of another model or request. However
+    it ends, the cache holds the first `offset` of all tokens seen and yielded.
     """
     check_prompt(prompt, prefill_step_size)
+    if speculation.model is not None and speculation.model is not model:
+        raise RequestError("this speculation was made for another model; make one for this")
+    if speculation.rounds:
+        raise RequestError("a speculation serves one request; make another for this")
     cache = model.make_cache() if cache is None else cache
     before = cache[0].offset
     yielded = 0

@@ -11,6 +11,7 @@ from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.decode import PREFILL_STEP, Sampler, generate_step, greedy
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.memory import request_bytes, require
+from mlx_cerebrum.memory_limits import limits
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.prompt_cache import PromptCache
 from mlx_cerebrum.speculative import Speculation, speculative_step
@@ -102,21 +103,22 @@ def stream_generate(
     check_request(model.config, len(ids), max_tokens, prefill_step_size)
     if prompt_cache is None:
         prompt_cache = PromptCache(model, max_bytes=0)  # nothing will be taken back
-    if not prompt_cache.tokens:
-        item_bytes = model.model.norm.weight.dtype.size
-        require(
-            request_bytes(
-                model.config,
-                len(ids),
-                max_tokens,
-                item_bytes,
-                prefill_step_size,
-                kv_bits=prompt_cache.kv_bits,
-                drafts=0 if speculation is None else speculation.policy.most,
-            ),
-            f"the cache for {len(ids)} + {max_tokens} tokens, with what computing them takes,",
-            "use a smaller window, fewer tokens or a smaller prefill step",
-        )
+    elif prompt_cache.model is not model:
+        raise RequestError("this prompt cache is another model's; its entries mean nothing here")
+    request = request_bytes(
+        model.config,
+        len(ids),
+        max_tokens,
+        model.model.norm.weight.dtype.size,
+        prefill_step_size,
+        kv_bits=prompt_cache.kv_bits,
+        drafts=0 if speculation is None else speculation.policy.most,
+    )
+    require(
+        request - prompt_cache.nbytes,
+        f"the cache for {len(ids)} + {max_tokens} tokens, with what computing them takes,",
+        "use a smaller window, fewer tokens or a smaller prefill step",
+    )
     outside = [i for i in ids if not 0 <= i < model.config.vocab_size]
     if outside:
         raise RequestError(f"token id {outside[0]} is not below {model.config.vocab_size}")
@@ -137,35 +139,36 @@ def stream_generate(
         history = ids[: len(ids) - len(rest)]
         steps = speculative_step(rest, model, speculation, history=history, **common)
     answer: list[int] = []
-    try:
-        for count, token in enumerate(steps, start=1):
-            now = time.perf_counter()
-            if count == 1:
-                first = now
-            answer.append(token)
-            ended = token in tokenizer.eos_token_ids
-            last = ended or count == max_tokens
-            new = "" if ended else detokenizer.add(token)
-            text, stopped = stops.feed(new + detokenizer.finish() if last else new)
-            if last and not stopped:
-                text += stops.held
-            yield Response(
-                text=text,
-                token=token,
-                finish_reason="stop" if ended or stopped else "length" if last else None,
-                prompt_tokens=len(ids),
-                prompt_tps=len(rest) / max(first - started, 1e-9),
-                generation_tokens=count,
-                generation_tps=(count - 1) / max(now - first, 1e-9) if count > 1 else 0.0,
-                time_to_first_token=first - started,
-                peak_memory=mx.get_peak_memory(),
-                cached_tokens=len(ids) - len(rest),
-            )
-            if last or stopped:
-                return
-    finally:
-        steps.close()  # it leaves in the cache what was handed out, no more
-        prompt_cache.end([*ids, *answer])
+    with limits():  # a caller's own stay as they are
+        try:
+            for count, token in enumerate(steps, start=1):
+                now = time.perf_counter()
+                if count == 1:
+                    first = now
+                answer.append(token)
+                ended = token in tokenizer.eos_token_ids
+                last = ended or count == max_tokens
+                new = "" if ended else detokenizer.add(token)
+                text, stopped = stops.feed(new + detokenizer.finish() if last else new)
+                if last and not stopped:
+                    text += stops.held
+                yield Response(
+                    text=text,
+                    token=token,
+                    finish_reason="stop" if ended or stopped else "length" if last else None,
+                    prompt_tokens=len(ids),
+                    prompt_tps=len(rest) / max(first - started, 1e-9),
+                    generation_tokens=count,
+                    generation_tps=(count - 1) / max(now - first, 1e-9) if count > 1 else 0.0,
+                    time_to_first_token=first - started,
+                    peak_memory=mx.get_peak_memory(),
+                    cached_tokens=len(ids) - len(rest),
+                )
+                if last or stopped:
+                    return
+        finally:
+            steps.close()  # it leaves in the cache what was handed out, no more
+            prompt_cache.end([*ids, *answer])
 
 
 def generate(

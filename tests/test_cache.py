@@ -327,3 +327,13 @@ def test_a_chunk_that_fills_the_buffer_is_copied(length: int) -> None:
     del both, keys, _
     mx.synchronize()
     assert mx.get_active_memory() - before <= 1.1 * cache.nbytes
+
+
+def test_a_point_is_reachable_only_with_its_whole_window() -> None:
+    """What is set aside ends before the point asked for: the point it can go to counts."""
+    from mlx_cerebrum.marks import Marks, Stretch
+
+    marks = Marks(20)
+    keys = mx.zeros((1, 1, 10, 4))
+    marks.aside = [Stretch(keys, keys, 150, 160)]
+    assert marks.reachable(190, 300, 400) == 0

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum import attention
-from mlx_cerebrum.attention import KV_BITS, attend, check_kv_bits, unpack
-from mlx_cerebrum.cache import REWIND, Packed, WindowedKVCache, causal_mask, kv_group
+from mlx_cerebrum.attention import attend, check_kv_bits, unpack
+from mlx_cerebrum.cache import KV_BITS, REWIND, Packed, WindowedKVCache, causal_mask, kv_group
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.decode import generate_step
 from mlx_cerebrum.errors import RequestError
