@@ -23,7 +23,7 @@ _REFRESH = 64  # rounds after which a plain step is timed again
 _FIRST = 3  # plain steps timed before the first round: of three, a slow first one does not count
 _FORGET = 100  # plain steps in a row after which costs are again what was predicted
 # The allowance, in plain steps: at first, for every token, at most, at least. 100 tokens: 2.5.
-_AT_FIRST, _PER_TOKEN, _AT_MOST, _AT_LEAST = 0.5, 0.02, 5.0, -2.0
+_AT_FIRST, _PER_TOKEN, _AT_MOST, _AT_LEAST = 0.5, 0.02, 5.0, -5.0
 _LEAST = 0.01  # what a draft costs at least; noise can make one look free
 _UNSEEN = 0.25  # what a draft may turn out to cost, until one was timed
 # Expected agreement by kind of guess; runs of n tokens seen before go on alike more often the

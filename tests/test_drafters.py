@@ -456,6 +456,6 @@ def test_a_slow_first_round_does_not_count_for_ever() -> None:
         policy.plain(0.02)
     policy.round("ngram", "ngram-4", 2, 0, 60.0)
     assert policy.choose({"ngram": ("ngram-4", 8)}) is None
-    for _ in range(150):
+    for _ in range(300):
         policy.plain(0.02)
     assert policy.choose({"ngram": ("ngram-4", 8)}) is not None
