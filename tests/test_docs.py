@@ -102,7 +102,7 @@ def test_the_plan_shown_is_the_plan_printed(tmp_path: Path) -> None:
 
 
 def test_the_python_example_runs(demo: Path, tmp_path: Path) -> None:
-    (code,) = blocks("python")
+    code = "\n".join(blocks("python"))  # the later ones go on from the first
     ast.parse(code)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path

@@ -43,6 +43,8 @@ ALLOWED = {
     "| 32 GB and more": "a Mac's memory",
     "at least 4 GB": "advice",
     "about 0.57 x the 7B's pace": "arithmetic: 32/56",
+    "0.53 or 0.28 of their bytes": "arithmetic: 8.5 and 4.5 bits for 16",
+    "8 GB Mac": "a Mac's memory",
     "more than ten times as fast": "two BLAS libraries, neither of them ours",
     "more than ten times slower": "two BLAS libraries, neither of them ours",
 }
