@@ -59,8 +59,11 @@ class NGramDrafter:
 
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
         self.longest, self.shortest = longest, shortest
+        self._forget()
+
+    def _forget(self) -> None:
         # For each n: n tokens -> where they ended last.
-        self._ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(longest + 1)]
+        self._ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(self.longest + 1)]
         self._read_to = 1  # runs that end before this are indexed
 
     def offer(self, tokens: Sequence[int], most: int) -> tuple[str, int]:
@@ -91,6 +94,8 @@ class NGramDrafter:
 
     def _read(self, tokens: Sequence[int]) -> None:
         """Index the runs that end before the last token, each once."""
+        if len(tokens) < self._read_to:  # another request after all
+            self._forget()
         for end in range(self._read_to, len(tokens)):
             for n in range(self.shortest, min(self.longest, end) + 1):
                 self._ends[n][tuple(tokens[end - n : end])] = end

@@ -459,3 +459,12 @@ def test_a_slow_first_round_does_not_count_for_ever() -> None:
     for _ in range(300):
         policy.plain(0.02)
     assert policy.choose({"ngram": ("ngram-4", 8)}) is not None
+
+
+def test_ngrams_of_a_shorter_text_are_found_anew() -> None:
+    drafter = NGramDrafter()
+    drafter.offer([1, 2, 3, 4, 1, 2, 3, 4, 1, 2], 4)
+    assert drafter.offer([1, 2], 4)[1] == 0
+    tokens = [5, 1, 2, 6, 1, 2]
+    assert drafter.offer(tokens, 4) == ("ngram-2", 4)
+    assert drafter.draft(tokens, 4, [], greedy, 0).tokens.tolist() == [6, 1, 2, 6]
