@@ -229,7 +229,7 @@ def test_for_each_form_the_change_that_loses_least(room: Any) -> None:
         needed = request_bytes(FULL, length, 100, 2, 512, kv_bits=8)
         assert size == 14_480_000_000 + needed
         assert [flags for flags, _ in others] == ["--q-bits 8", "--q-bits 4"]
-    room(4.8e9)  # the second does not fit, and is the smallest it can be
+    room(4.9e9)  # the second does not fit, and is the smallest it can be
     assert [flags for flags, _ in offers(4000)][1:] == [
         "--q-bits 8 --kv-bits 4 --window 1024",
         "--q-bits 4 --kv-bits 8",
