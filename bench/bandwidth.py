@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from bench import machine
+from mlx_cerebrum.linear import multiply
 from mlx_cerebrum.memory import GB, available_bytes
 from mlx_cerebrum.model import Model
 
@@ -72,16 +73,16 @@ def measured(dtype: mx.Dtype = mx.float32) -> dict[str, float]:
         matrix = mx.zeros((size // dtype.size // columns, columns), dtype) + 1
         vector = mx.ones((1, columns), dtype)
         mx.eval(matrix, vector)
-        multiply = partial(_multiply, vector, matrix)
-        reads.append(matrix.nbytes / min(times_of(multiply, _ROUNDS)))
-        del matrix, multiply
+        product = partial(_multiply, vector, matrix)
+        reads.append(matrix.nbytes / min(times_of(product, _ROUNDS)))
+        del matrix, product
     mx.clear_cache()
     return {"copy": 2 * source.nbytes / copy / GB, "matvec": max(reads) / GB}
 
 
 def _multiply(vector: mx.array, matrix: mx.array) -> None:
     """As a linear layer multiplies: `[1, in]` by the transpose of `[out, in]`."""
-    mx.eval(vector @ matrix.T)
+    mx.eval(multiply(vector, matrix))
 
 
 def times_of(run: Callable[[], None], count: int) -> list[float]:
