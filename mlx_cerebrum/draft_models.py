@@ -19,10 +19,14 @@ from mlx_cerebrum.plan import resolve
 from mlx_cerebrum.policy import MARGIN, MODEL_PRIOR, MOST_DRAFTS
 from mlx_cerebrum.quantize import Packing
 
+AS_MUCH = (
+    "the drafter would read as much as the model does: give a shorter --draft-plan, or fewer"
+    " --draft-bits"
+)
 _GROUP = 64  # weights
 
 
-def check_draft(config: ModelConfig, plan: str | None) -> ModelConfig:
+def check_draft(config: ModelConfig, plan: str | None, bits: int | None) -> ModelConfig:
     """`config` as a drafter's, laid out by `plan`; no weights are needed to refuse one.
 
     Raises PlanError or ConfigError for a plan these blocks can't run, RequestError for one that
@@ -33,6 +37,8 @@ def check_draft(config: ModelConfig, plan: str | None) -> ModelConfig:
     layers, blocks = resolve(plan), config.num_hidden_layers
     draft = config.with_map(layers.layer_map(blocks), layers.residual_scales(blocks))
     borrowed(draft.layer_map, config.layer_map)
+    if bits is None and draft.num_positions == config.num_positions:
+        raise RequestError(AS_MUCH)
     return draft
 
 
@@ -54,16 +60,13 @@ def draft_model(model: Model, plan: str | None = None, bits: int | None = None) 
     RequestError where the drafter would read as much as the model itself, MemoryBudgetError where
     the packed copy does not fit.
     """
-    config, draft = check_draft(model.config, plan), model
+    config, draft = check_draft(model.config, plan, bits), model
     if plan is not None:
         draft = model.view(config.layer_map, config.residual_scales)
     if bits is not None:
         draft = packed_copy(draft, Packing(bits, _GROUP))
     if bytes_read(draft) >= bytes_read(model):
-        raise RequestError(
-            "the drafter would read as much as the model does: give a shorter --draft-plan, or"
-            " fewer --draft-bits"
-        )
+        raise RequestError(AS_MUCH)
     return draft
 
 
@@ -123,12 +126,8 @@ def _packed(module: Any, packing: Packing) -> Any:
 def _dense(module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> nn.Linear | nn.Embedding:
     tabled = isinstance(module, nn.QuantizedEmbedding)
     dense = nn.Embedding(1, 1) if tabled else nn.Linear(1, 1, bias=False)
-    dense.weight = mx.dequantize(
-        module.weight,
-        module.scales,
-        module.get("biases"),
-        module.group_size,
-        module.bits,
-        module.mode,
-    )
+    packing = Packing(module.bits, module.group_size, module.mode)
+    arrays = {name: module[name] for name in packing.parameters}
+    affine = packing.mode == "affine"  # the float formats' scales are no floats of MLX's
+    dense.weight = packing.dequantize(arrays, module.scales.dtype if affine else mx.bfloat16)
     return dense

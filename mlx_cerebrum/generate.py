@@ -66,7 +66,7 @@ def _answer(args: argparse.Namespace, sampler: Sampler, asked: str | list[Any]) 
     checkpoint = open_checkpoint(hub.resolve(name, args.revision))
     config = planned_config(checkpoint.config, plan, args.window)
     check_kv_bits(config, args.kv_bits)
-    draft = check_draft(config, args.draft_plan)
+    draft = check_draft(config, args.draft_plan, args.draft_bits)
     tokenizer = load_tokenizer(checkpoint)
     if isinstance(asked, str):
         ids = tokenizer.encode(asked)

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from command import run
 from conftest import MakeCheckpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,16 +36,6 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def trained(demo: Path) -> tuple[Model, Tokenizer]:
     return load(demo)
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
-    try:
-        code = main([str(a) for a in args])
-    except SystemExit as exit_:
-        code = int(exit_.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 # Stop strings.

@@ -1,21 +1,25 @@
 """The flags for guessing, prompt caches, packed caches and memory: what they do and refuse."""
 
 import json
+import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command import run
 
 from mlx_cerebrum import memory
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.generate import main
+from mlx_cerebrum.generate_args import parser
 from mlx_cerebrum.load import load
 from mlx_cerebrum.prompt_cache import PromptCache
 from mlx_cerebrum.speculative import speculation
 from mlx_cerebrum.stream import stream_generate
 
+ROOT = Path(__file__).parent.parent
 MakeCheckpoint = Callable[..., Path]
 PLAN = """
 slices:
@@ -36,16 +40,6 @@ def plan(tmp_path: Path) -> Path:
     path = tmp_path / "plan.yml"
     path.write_text(PLAN)
     return path
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
-    try:
-        code = main([str(a) for a in args])
-    except SystemExit as exit_:
-        code = int(exit_.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def answer(capsys: pytest.CaptureFixture[str], *args: Any) -> dict[str, Any]:
@@ -105,6 +99,7 @@ def test_guessing_changes_no_answer(
         (["--draft", "none", "--draft-plan", "cerebrum-7b"], "--draft none uses no model"),
         (["--draft-plan", "cerebrum-7b"], "cerebrum-7b"),
         (["--draft-plan", "nowhere.yml"], "nowhere.yml"),
+        (["--plan", "PLAN", "--draft-plan", "PLAN"], "would read as much as the model does"),
         (["--memory-limit", "nan"], "above 0, not nan"),
         (["--memory-limit", "inf"], "above 0, not inf"),
         (["--memory-limit", "0"], "above 0, not 0"),
@@ -116,11 +111,13 @@ def test_flags_that_cannot_be_honoured_are_refused_before_weights_are_read(
     flags: list[str],
     said: str,
     directory: Path,
+    plan: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    named = [str(plan) if flag == "PLAN" else flag for flag in flags]
     monkeypatch.setattr(sys.modules["mlx_cerebrum.generate"], "load_model", None)
-    assert said in refused(capsys, "--model", directory, "--prompt", "hi", *flags)
+    assert said in refused(capsys, "--model", directory, "--prompt", "hi", *named)
 
 
 def test_a_draft_that_reads_as_much_is_refused(
@@ -190,3 +187,15 @@ def test_every_turn_is_checked_against_memory(
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
     with pytest.raises(Exception, match="the cache for"):
         next(stream_generate(model, tokenizer, "ab" * 150, max_tokens=2, prompt_cache=cache))
+
+
+def test_the_help_says_what_was_measured_of_packed_entries() -> None:
+    file = ROOT / "bench" / "results" / "linux-epyc-2-demo" / "kv-bits.json"
+    models = json.loads(file.read_text())["results"].values()
+    said = next(a.help or "" for a in parser()._actions if a.dest == "kv_bits")
+    costs = re.findall(r"([\d.]+) to ([\d.]+)%%", said)
+    for form, (low, high) in zip(("8 bits", "4 bits"), costs, strict=True):
+        nats = [model["quality"][form]["difference"]["value"] for model in models]
+        more = [100 * math.expm1(max(0.0, one)) for one in nats]
+        assert float(low) == pytest.approx(min(more), abs=0.5)
+        assert float(high) == pytest.approx(max(more), abs=0.5)
