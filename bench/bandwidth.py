@@ -15,10 +15,9 @@ from statistics import median
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from bench import machine
+from mlx_cerebrum.cost import bytes_read
 from mlx_cerebrum.linear import multiply
 from mlx_cerebrum.memory import GB, available_bytes
 from mlx_cerebrum.model import Model
@@ -106,16 +105,10 @@ def token_bytes(model: Model, context: int = 0) -> int:
 
     `context` counts the tokens before it. Of the embedding it reads a row, which is left out.
     """
-
-    def size(module: nn.Module) -> int:
-        return sum(array.nbytes for array in dict(tree_flatten(module.parameters())).values())
-
-    config, decoder = model.config, model.model
-    blocks = [size(block) for block in decoder.layers]
-    head = decoder.embed_tokens if config.tie_word_embeddings else model.lm_head
-    weights = sum(blocks[block] for block in config.layer_map) + size(head) + size(decoder.norm)
+    config, norm = model.config, model.model.norm.weight
+    weights = bytes_read(model) + norm.nbytes
     visible = context if config.sliding_window is None else min(context, config.sliding_window)
-    return weights + config.kv_values_per_token() * decoder.norm.weight.dtype.size * visible
+    return weights + config.kv_values_per_token() * norm.dtype.size * visible
 
 
 def card(dtype: mx.Dtype) -> dict[str, Any]:

@@ -24,16 +24,20 @@ def project(configs: dict[str, ModelConfig]) -> Results:
     found: Results = {"known": list(KNOWN), "models": {}}
     for name, config in configs.items():
         for kind, bits in BITS.items():
-            # The embedding is a row, not a matrix, to a token; a tied one is read as the head.
-            read = config.num_positions * config.block_parameters
-            read += config.vocab_size * config.hidden_size + config.hidden_size
-            nbytes = int(read * bits / 8)
+            nbytes = int(parameters_read(config) * bits / 8)
             roofs = {chip: [value * GB / nbytes for value in PUBLISHED[chip]] for chip in CHIPS}
             found["models"][f"{name}, {kind}"] = {
                 "bytes_per_token": nbytes,
                 "roof": roofs,
             }
     return found
+
+
+def parameters_read(config: ModelConfig) -> int:
+    """Parameters that decoding a token reads: every position's block, the last norm, the head."""
+    # The embedding is a row, not a matrix, to a token; a tied one is read as the head.
+    read = config.num_positions * config.block_parameters
+    return read + config.vocab_size * config.hidden_size + config.hidden_size
 
 
 def text(found: Results) -> list[str]:

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from bench.projection import BITS
+from bench.projection import BITS, parameters_read
+from bench.random_model import GEOMETRIES
 from bench.report import table
+from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.cost import Costs, best_drafts, speedup
-from mlx_cerebrum.plan import LayerPlan
+from mlx_cerebrum.load import planned_config
 from mlx_cerebrum.policy import MOST_DRAFTS
 
 # A row more of a target pass, in decode steps, on a GPU that is bound by bandwidth: assumed.
 METAL_ROWS = (0.02, 0.1)
-BLOCKS = 32
-_BLOCK, _HEAD = 218_112_000, 131_072_000  # parameters a token reads of a block, and of the head
 
 
 def text(found: dict[str, Any]) -> list[str]:
@@ -105,10 +105,9 @@ def _rows(model: dict[str, Any]) -> str:
 
 def metal(found: dict[str, Any]) -> list[str]:
     """For which precisions the 12.25B reaches the 7B's pace, from bytes: a projection."""
-    seven, twelve = (
-        len(LayerPlan.named(name).layer_map(BLOCKS)) * _BLOCK + _HEAD
-        for name in ("cerebrum-7b", "cerebrum-12.25b")
-    )
+    config = ModelConfig.from_dict(GEOMETRIES["cerebrum-7b"])
+    names = ("cerebrum-7b", "cerebrum-12.25b")
+    seven, twelve = (parameters_read(planned_config(config, name, None)) for name in names)
     needed = twelve / seven
     agreements = _agreements(found)
     header = [
