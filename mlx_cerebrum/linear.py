@@ -12,8 +12,8 @@ from mlx_cerebrum.memory import on_gpu
 # one it packs first, which reads and writes the matrix once more than the product itself.
 _SMALL = 1_000_000
 _FEW_ROWS = 1200
-# Measured with OpenBLAS 0.3.21: for several tokens at once only wide matrices gain by it, a
-# 4096 x 14336 one 4.2 times for 1 token, 3.0 for 8, 2.1 for 16, 1.1 for 32.
+# With OpenBLAS 0.3.21, for several tokens at once only wide matrices gain by it: a 4096 x 14336
+# one some four times for 1 token, three for 8, two for 16, nothing for 32.
 _FEW_TOKENS, _WIDE = 16, 1024
 
 
@@ -32,8 +32,9 @@ def _pieces(tokens: int, rows: int, columns: int) -> int:
 def multiply(x: mx.array, weight: mx.array) -> mx.array:
     """`[..., K]` times `[N, K]` transposed -> `[..., N]`.
 
-    A few tokens' vectors are multiplied piece by piece on Linux's CPU. The demo model decodes
-    1.3 times as fast with it where OpenBLAS is loaded; MLX's own BLAS does not mind.
+    A few tokens' vectors are multiplied piece by piece on Linux's CPU. With OpenBLAS a large model
+    decodes almost twice as fast for it (bench.plain); the demo, whose matrices are small, gains
+    little on an idle machine, more on a busy one. MLX's own BLAS does not mind.
     """
     rows, columns = weight.shape
     tokens = x.size // columns
