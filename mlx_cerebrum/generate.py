@@ -12,7 +12,6 @@ from mlx_cerebrum.checkpoint import Checkpoint, open_checkpoint
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.decode import Sampler
 from mlx_cerebrum.draft_models import check_draft, copy_bytes, draft_model, stored_order
-from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.generate_args import DEFAULT_PLAN, check_drafting, most_drafts, parser, question
 from mlx_cerebrum.load import (
     Storage,
@@ -22,9 +21,10 @@ from mlx_cerebrum.load import (
     planned_config,
     smaller_weights,
 )
-from mlx_cerebrum.memory import GB, fits, human, request_bytes, require, what_fits
+from mlx_cerebrum.memory import fits, human, request_bytes, require, what_fits
 from mlx_cerebrum.memory_limits import limits
 from mlx_cerebrum.model import Model
+from mlx_cerebrum.model_args import check_model_flags
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.prompt_cache import PromptCache
 from mlx_cerebrum.prompt_cache_file import check, check_destination, load, save
@@ -48,14 +48,10 @@ def _run(args: argparse.Namespace) -> int:
     asked = question(args)
     check_drafting(args)
     StopText(args.stop)
-    if args.q_bits is None and args.q_group_size is not None:
-        raise RequestError("--q-group-size only means something with --q-bits")
+    memory = check_model_flags(args)
     if args.prompt_cache is not None:
         check_destination(args.prompt_cache)
-    memory = args.memory_limit
-    if memory is not None and not 0 < memory < 1e9:
-        raise RequestError(f"memory-limit must be a number of GB above 0, not {memory}")
-    with limits(None if memory is None else int(memory * GB)):
+    with limits(memory):
         return _answer(args, sampler, asked)
 
 

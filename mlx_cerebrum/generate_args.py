@@ -1,18 +1,18 @@
 """The flags of `python -m mlx_cerebrum.generate`, and the question they describe."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from mlx_cerebrum import cli, hub
 from mlx_cerebrum.cache import KV_BITS, REWIND
+from mlx_cerebrum.conversation import read_messages
 from mlx_cerebrum.decode import PREFILL_STEP
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.load import DTYPES
+from mlx_cerebrum.model_args import add_model_flags
 from mlx_cerebrum.policy import MOST_DRAFTS
-from mlx_cerebrum.quantize import AFFINE_BITS, AFFINE_GROUPS
+from mlx_cerebrum.quantize import AFFINE_BITS
 
 DEFAULT_PLAN = "cerebrum-12.25b"
 
@@ -22,40 +22,11 @@ def parser() -> cli.ArgumentParser:
         prog="python -m mlx_cerebrum.generate",
         description="Answer one prompt with Cerebrum or another Mistral or Llama model.",
     )
-    p.add_argument(
-        "--model",
-        metavar="DIR|FILE.gguf|HUBID|demo",
-        help=f"what to run (default: {hub.DEFAULT_REPO} laid out as {DEFAULT_PLAN})",
-    )
-    p.add_argument("--revision", help="hub branch, tag or commit (default: main)")
+    add_model_flags(p, f"{hub.DEFAULT_REPO} laid out as {DEFAULT_PLAN}")
     p.add_argument(
         "--plan",
         metavar="NAME|FILE",
         help="layer plan: a named one or mergekit YAML (default: the checkpoint's own order)",
-    )
-    p.add_argument(
-        "--q-bits",
-        type=int,
-        choices=AFFINE_BITS,
-        help="bits a weight to quantize to while loading (default: as stored)",
-    )
-    p.add_argument(
-        "--q-group-size",
-        type=int,
-        choices=AFFINE_GROUPS,
-        help="weights per quantization group (default: 64)",
-    )
-    p.add_argument(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="of activations and dense weights (default: auto, the checkpoint's own on a GPU)",
-    )
-    p.add_argument(
-        "--window",
-        type=int,
-        metavar="TOKENS",
-        help="sliding window in tokens, 0 for none (default: the checkpoint's)",
     )
     p.add_argument("--prompt", metavar="TEXT|-", help="the question; - reads standard input")
     p.add_argument("--system", metavar="TEXT", help="system text (default: the template's own)")
@@ -132,12 +103,6 @@ def parser() -> cli.ArgumentParser:
         metavar="N",
         help=f"guesses at once, at most (default: {MOST_DRAFTS})",
     )
-    p.add_argument(
-        "--memory-limit",
-        type=float,
-        metavar="GB",
-        help="refuse what would take more, 10^9 bytes (default: what is free)",
-    )
     p.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     p.add_argument("--quiet", action="store_true", help="print the answer only")
     p.add_debug()
@@ -151,7 +116,7 @@ def question(args: argparse.Namespace) -> str | list[Any]:
     if args.messages is not None:
         if args.raw or args.system is not None:
             raise RequestError("--messages is a whole conversation: no --raw or --system with it")
-        return _read_messages(args.messages)
+        return read_messages(args.messages)
     if args.prompt == "-" and sys.stdin is None:
         raise RequestError("standard input is closed; pipe the prompt into it")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -163,16 +128,6 @@ def question(args: argparse.Namespace) -> str | list[Any]:
         return str(prompt)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     return [*system, {"role": "user", "content": prompt}]
-
-
-def _read_messages(path: Path) -> list[Any]:
-    try:
-        messages = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(messages, list):
-        raise RequestError(f"{path} must hold a list of messages, not a {type(messages).__name__}")
-    return messages
 
 
 def check_drafting(args: argparse.Namespace) -> None:

@@ -1,0 +1,42 @@
+"""Conversations as files: the JSON list of messages that `generate --messages` reads."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.template import check_messages
+
+
+def read_messages(path: Path) -> list[dict[str, str]]:
+    """The messages of a file. Raises RequestError where they are no conversation."""
+    try:
+        messages: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(messages, list):
+        raise RequestError(f"{path} must hold a list of messages, not a {type(messages).__name__}")
+    try:
+        return check_messages(messages)
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from None
+
+
+def write_messages(path: Path, messages: Sequence[Mapping[str, str]]) -> None:
+    """Write a conversation; a file that was there before stays whole until the new one is."""
+    text = json.dumps([dict(message) for message in messages], indent=2, ensure_ascii=False) + "\n"
+    if not path.parent.is_dir():
+        raise RequestError(f"{path.parent} is not a directory; make it first")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

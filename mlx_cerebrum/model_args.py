@@ -1,0 +1,60 @@
+"""The flags that say which model to run, the same for every command."""
+
+import argparse
+
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.load import DTYPES
+from mlx_cerebrum.memory import GB
+from mlx_cerebrum.quantize import AFFINE_BITS, AFFINE_GROUPS
+
+
+def add_model_flags(p: argparse.ArgumentParser, default: str) -> None:
+    """Add --model and how to hold it; `default` says what runs without --model."""
+    p.add_argument(
+        "--model",
+        metavar="DIR|FILE.gguf|HUBID|demo",
+        help=f"what to run (default: {default})",
+    )
+    p.add_argument("--revision", help="hub branch, tag or commit (default: main)")
+    p.add_argument(
+        "--q-bits",
+        type=int,
+        choices=AFFINE_BITS,
+        help="bits a weight to quantize to while loading (default: as stored)",
+    )
+    p.add_argument(
+        "--q-group-size",
+        type=int,
+        choices=AFFINE_GROUPS,
+        help="weights per quantization group (default: 64)",
+    )
+    p.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="of activations and dense weights (default: auto, the checkpoint's own on a GPU)",
+    )
+    p.add_argument(
+        "--window",
+        type=int,
+        metavar="TOKENS",
+        help="sliding window in tokens, 0 for none (default: the checkpoint's)",
+    )
+    p.add_argument(
+        "--memory-limit",
+        type=float,
+        metavar="GB",
+        help="refuse what would take more, 10^9 bytes (default: what is free)",
+    )
+
+
+def check_model_flags(args: argparse.Namespace) -> int | None:
+    """The memory limit in bytes, if any. Raises RequestError for flags that can't be honoured."""
+    if args.q_bits is None and args.q_group_size is not None:
+        raise RequestError("--q-group-size only means something with --q-bits")
+    memory = args.memory_limit
+    if memory is None:
+        return None
+    if not 0 < memory < 1e9:
+        raise RequestError(f"memory-limit must be a number of GB above 0, not {memory}")
+    return int(memory * GB)
