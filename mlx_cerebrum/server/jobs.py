@@ -1,0 +1,114 @@
+"""What the web side asks of the engine, and what comes back: plain data, no MLX, no HTTP."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from mlx_cerebrum.errors import CerebrumError
+
+
+class BusyError(CerebrumError):
+    """The queue is full, or the engine is shutting down; try again later."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; at temperature 0 the likeliest, whatever the rest says."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None  # of choice 0; choice i draws with a key of its own made from it
+
+
+@dataclass(frozen=True)
+class Job:
+    """`n` answers to one prompt by one model."""
+
+    model: str  # a view's name
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None  # alternatives a token; None: no log-probabilities at all
+    owner: str = ""  # whose prompts: caches are never shared between owners
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's natural log-probability before temperature and filters, and the likeliest."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token, logprob), likeliest first
+
+
+@dataclass(frozen=True)
+class Reading:
+    """So many of the prompt's tokens have been computed (cached ones count)."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One generated token of one choice, with the text that became final with it."""
+
+    choice: int
+    token: int
+    text: str
+    finish_reason: str | None  # "stop" or "length" on a choice's last
+    cached_tokens: int  # of the prompt, found in the prefix cache
+    logprob: TokenLogprob | None = None  # None too for a token that ends the answer unseen
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The job is over without an answer; `message` is one line without paths."""
+
+    message: str
+
+
+Event = Reading | Piece | Failed
+
+
+class Ticket(Protocol):
+    """A job that was taken."""
+
+    def cancel(self) -> None:
+        """Free its place within a token; nothing more is delivered. From any thread, any time."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What /metrics says, counted since the start."""
+
+    queued: int  # jobs waiting now
+    active: int  # sequences in batches now
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    finished: Mapping[str, int]  # jobs by how they ended: stop, length, cancelled, failed
+    cache_bytes: int  # of the prefix cache
+    kv_bytes: int  # of the batches
+
+
+class Engine(Protocol):
+    """One thread that owns the models. Every method may be called from any thread."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def submit(self, job: Job, deliver: Callable[[Event], None]) -> Ticket:
+        """Queue a job. `deliver` gets its events in order, on the engine's thread: it must not
+        block. The last is each choice's Piece with a finish reason, or one Failed.
+
+        Raises RequestError for a job that can never run, BusyError where the queue is full.
+        """
+
+    def stats(self) -> Stats: ...
+
+    def close(self, grace: float) -> None:
+        """Take no more jobs, let running ones go on for `grace` seconds, then fail the rest."""
