@@ -9,6 +9,18 @@ from mlx_cerebrum.decode import Sampler, greedy
 from mlx_cerebrum.errors import RequestError
 
 
+def check_sampling(temp: float, top_p: float, min_p: float, seed: int | None) -> None:
+    """Raise RequestError for values out of range."""
+    if not math.isfinite(temp) or temp < 0 or 0 < temp < 1e-3:
+        raise RequestError(f"temp must be 0 (greedy) or at least 0.001, not {temp}")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise RequestError(f"seed must be from 0 to 2^64 - 1, not {seed}")
+    if not 0 < top_p <= 1:
+        raise RequestError(f"top-p must be above 0 and at most 1, not {top_p}")
+    if not 0 <= min_p < 1:
+        raise RequestError(f"min-p must be from 0 to below 1, not {min_p}")
+
+
 def make_sampler(
     temp: float = 0.0, top_p: float = 1.0, min_p: float = 0.0, seed: int | None = None
 ) -> Sampler:
@@ -20,14 +32,7 @@ def make_sampler(
     answer: a `seed` gives the same draws whatever else runs, and however often a token's place
     is drawn for. Raises RequestError for values out of range.
     """
-    if not math.isfinite(temp) or temp < 0 or 0 < temp < 1e-3:
-        raise RequestError(f"temp must be 0 (greedy) or at least 0.001, not {temp}")
-    if seed is not None and not 0 <= seed < 2**64:
-        raise RequestError(f"seed must be from 0 to 2^64 - 1, not {seed}")
-    if not 0 < top_p <= 1:
-        raise RequestError(f"top-p must be above 0 and at most 1, not {top_p}")
-    if not 0 <= min_p < 1:
-        raise RequestError(f"min-p must be from 0 to below 1, not {min_p}")
+    check_sampling(temp, top_p, min_p, seed)
     if temp == 0:
         if top_p < 1 or min_p > 0 or seed is not None:
             raise RequestError("top-p, min-p and seed change nothing at temp 0; set --temp above 0")

@@ -196,6 +196,14 @@ class Tokenizer:
         """The text of `ids`; control tokens and padding rows add nothing to it."""
         return decode(self.detokenizer(), ids)
 
+    def piece(self, token: int) -> str | bytes:
+        """What one id adds to a text (see detokenizer.py); control tokens add nothing."""
+        return self._vocabulary.piece(token)
+
+    def content(self, token: int) -> str | None:
+        """A token's own name in the vocabulary, such as `</s>`."""
+        return self._vocabulary.content(token)
+
     def detokenizer(self) -> StreamingDetokenizer:
         """A fresh streaming detokenizer: its pieces joined are `decode` of the whole."""
         return self._vocabulary.detokenizer(self._id_limit)

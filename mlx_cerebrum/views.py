@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 
 from mlx_cerebrum import hub
+from mlx_cerebrum.checkpoint import open_checkpoint
+from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import PlanError
 from mlx_cerebrum.load import load
 from mlx_cerebrum.model import Model
@@ -12,6 +14,8 @@ from mlx_cerebrum.tokenizer import Tokenizer
 
 CEREBRUM = ("cerebrum-7b", "cerebrum-12.25b")
 DEMO = "demo-interleaved"
+
+Order = tuple[tuple[int, ...], tuple[tuple[float, float], ...] | None]  # layer map, scales
 
 
 def load_views(
@@ -33,46 +37,53 @@ def load_views(
     CerebrumError for what can't be loaded, PlanError for a plan that does not fit.
     """
     source = hub.DEFAULT_REPO if name is None else name
+    path = hub.resolve(source, revision)
+    # What its config is enough to refuse is refused before the weights are read.
+    orders(open_checkpoint(path).config, source, plans)
     base, tokenizer = load(
-        source,
+        path,
         q_bits=q_bits,
         dtype=dtype,
         q_group_size=q_group_size,
         window=window,
-        revision=revision,
         progress=progress,
     )
     return views(base, source, plans), tokenizer
 
 
 def views(base: Model, source: str, plans: Sequence[str] = ()) -> dict[str, Model]:
-    """Views over `base`'s weights by name; of 32 blocks the 12.25B is always one of them."""
-    blocks = base.config.num_hidden_layers
+    """Views over `base`'s weights by name, as `orders` has them."""
+    own = base.config.layer_map, base.config.residual_scales
+    return {
+        name: base if order == own else base.view(*order)
+        for name, order in orders(base.config, source, plans).items()
+    }
+
+
+def orders(config: ModelConfig, source: str, plans: Sequence[str] = ()) -> dict[str, Order]:
+    """The orders a checkpoint's blocks can answer in, by name; of 32 blocks always the 12.25B's.
+
+    `source` is what the checkpoint was asked for by. Raises PlanError for a plan that does not fit.
+    """
+    blocks = config.num_hidden_layers
     short = PurePath(source).name.removesuffix(".gguf").lower() or "model"
     cerebrum = blocks == 32 and "cerebrum" in short
-    found: dict[str, Model] = {}
+    found: dict[str, Order] = {}
     if cerebrum:
         wanted = [*reversed(CEREBRUM), *plans]
-    elif blocks == 32:
-        found[short], wanted = base, [CEREBRUM[1], *plans]
     else:
-        found[short], wanted = base, [*([DEMO] if source == "demo" else []), *plans]
+        found[short] = config.layer_map, config.residual_scales
+        more = [CEREBRUM[1]] if blocks == 32 else [DEMO] if source == "demo" else []
+        wanted = [*more, *plans]
     for plan in wanted:
         resolved = resolve(plan)
-        layer_map, scales = resolved.layer_map(blocks), resolved.residual_scales(blocks)
+        order = resolved.layer_map(blocks), resolved.residual_scales(blocks)
+        config.with_map(*order)
         label = PurePath(plan).stem if PurePath(plan).suffix in (".yml", ".yaml") else plan
-        named = label if cerebrum or source == "demo" else f"{short}@{label}"
-        wanted_order = (layer_map, scales)
-        if named in found and order(found[named]) != wanted_order:
-            raise PlanError(f"two models would be called {named}; rename a plan's file")
-        if named not in found:
-            found[named] = base if order(base) == wanted_order else base.view(layer_map, scales)
+        name = label if cerebrum or source == "demo" else f"{short}@{label}"
+        if found.setdefault(name, order) != order:
+            raise PlanError(f"two models would be called {name}; rename a plan's file")
     return found
-
-
-def order(model: Model) -> tuple[object, object]:
-    """What tells one view from another: the layer map, and how its positions are scaled."""
-    return model.config.layer_map, model.config.residual_scales
 
 
 def find(names: Iterable[str], asked: str) -> str:
@@ -80,12 +91,9 @@ def find(names: Iterable[str], asked: str) -> str:
 
     Raises PlanError, with the names there are, where there is none or more than one.
     """
-    names = list(names)
-    if asked in names:
-        return asked
-    ending = [
-        name for name in names if name.lower().endswith((f"-{asked}".lower(), f"@{asked}".lower()))
-    ]
+    names, wanted = list(names), asked.lower()
+    exact = [name for name in names if name.lower() == wanted]
+    ending = exact or [n for n in names if n.lower().endswith((f"-{wanted}", f"@{wanted}"))]
     if len(ending) != 1:
         problem = "is none of" if not ending else "could be several of"
         raise PlanError(f"{asked!r} {problem} the models here: {', '.join(names)}")

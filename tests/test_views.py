@@ -1,12 +1,13 @@
 """Which models one set of weights serves, and what they are called."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from conftest import MakeCheckpoint
 
-from mlx_cerebrum.errors import CerebrumError, PlanError
+from mlx_cerebrum.errors import PlanError
 from mlx_cerebrum.load import load
 from mlx_cerebrum.plan import LayerPlan
 from mlx_cerebrum.views import describe, find, load_views, views
@@ -66,10 +67,16 @@ def test_views_of_the_demo_take_one_models_memory(demo: Path) -> None:
     assert not mx.allclose(found["demo"](ids), found["demo-interleaved"](ids))
 
 
-def test_a_plan_that_does_not_fit_is_refused(checkpoint: MakeCheckpoint) -> None:
-    base, _ = load(checkpoint(num_hidden_layers=32))
-    with pytest.raises(CerebrumError, match="no-such-plan"):
-        views(base, "cerebrum", ["no-such-plan"])
+def test_a_plan_that_does_not_fit_is_refused_before_weights_are_read(
+    checkpoint: MakeCheckpoint,
+    plan_file: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = checkpoint(num_hidden_layers=8)
+    monkeypatch.setattr("mlx_cerebrum.views.load", lambda *_, **__: pytest.fail("it was loaded"))
+    for plan, said in (("no-such-plan", "no-such-plan"), (str(plan_file("0-4,2-9")), "8 blocks")):
+        with pytest.raises(PlanError, match=said):
+            load_views(str(path), [plan])
 
 
 @pytest.mark.parametrize(
@@ -77,6 +84,7 @@ def test_a_plan_that_does_not_fit_is_refused(checkpoint: MakeCheckpoint) -> None
     [
         ("7b", "cerebrum-7b"),
         ("12.25B", "cerebrum-12.25b"),
+        ("Cerebrum-7B", "cerebrum-7b"),
         ("cerebrum-7b", "cerebrum-7b"),
         ("mine", "x@mine"),
     ],
