@@ -8,7 +8,11 @@ from mlx_cerebrum.errors import CerebrumError
 
 
 class BusyError(CerebrumError):
-    """The queue is full, or the engine is shutting down; try again later."""
+    """The queue is full; try again later."""
+
+
+class ClosedError(CerebrumError):
+    """The engine takes no more jobs: it is shutting down, or has stopped on an error."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,13 @@ class Engine(Protocol):
         """Queue a job. `deliver` gets its events in order, on the engine's thread: it must not
         block. The last is each choice's Piece with a finish reason, or one Failed.
 
-        Raises RequestError for a job that can never run, BusyError where the queue is full.
+        Raises RequestError for a job that can never run, BusyError where the queue is full,
+        ClosedError where no more jobs are taken.
         """
+
+    @property
+    def closed(self) -> bool:
+        """Whether `submit` would raise ClosedError."""
 
     def stats(self) -> Stats: ...
 

@@ -1,0 +1,284 @@
+"""One model's jobs: prompts being read, and answers written a token at a time, together.
+
+All of it runs on the engine's thread. Prompts are read here, one chunk at a time and each in
+caches of its own, so that a chunk is exactly what a lone request computes, a short prompt need
+not wait for a long one, and what is to be kept for later prompts is at hand. mlx-lm's
+`BatchGenerator` then takes the caches and the prompt's last token, and decodes.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator
+
+from mlx_cerebrum.decode import greedy
+from mlx_cerebrum.model import Model
+from mlx_cerebrum.server import batch_memory
+from mlx_cerebrum.server.jobs import Failed, Piece, Reading
+from mlx_cerebrum.server.logprobs import token_logprobs
+from mlx_cerebrum.server.prefix_cache import Caches, PrefixCache, make_caches
+from mlx_cerebrum.server.task import Counts, Task, said
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Prompt:
+    """A prompt being read: its caches hold the first `done` tokens."""
+
+    task: Task
+    caches: Caches
+    done: int
+
+    @property
+    def left(self) -> int:
+        """Tokens to read; the last one is decoded."""
+        return len(self.task.job.prompt) - 1 - self.done
+
+
+class _Decoder:
+    """The model as a batch calls it: float32 logits, one array of offsets for all positions."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def __call__(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
+        for other in cache[1:]:
+            other.offset = cache[0].offset  # equal, and now the same array: see Rotary
+        # In 16 bits, subtracting the log-sum would make ties of tokens that differ.
+        return self._model(tokens, cache).astype(mx.float32)
+
+
+class Batch:
+    """`start` jobs, then `step` until none is left. `ended` is told of each that is over."""
+
+    def __init__(
+        self,
+        model: Model,
+        prefixes: PrefixCache,
+        counts: Counts,
+        ended: Callable[[Task], None],
+        *,
+        max_rows: int,
+        prefill_step_size: int,
+    ) -> None:
+        self.model = model
+        self.tasks: list[Task] = []  # started and not over
+        self._prefixes = prefixes
+        self._counts = counts
+        self._ended = ended
+        self._max_rows = max_rows
+        self._prefill_step_size = prefill_step_size
+        self._item_bytes = model.model.norm.weight.dtype.size
+        self._prompts: list[_Prompt] = []  # in the order they came
+        self._rows: dict[int, tuple[Task, int]] = {}  # uid in the generator -> task, choice
+        self._oldest_next = True
+        self._generator = self._new_generator()
+
+    def _new_generator(self) -> Any:
+        generator = BatchGenerator(
+            _Decoder(self.model),
+            sampler=greedy,
+            completion_batch_size=self._max_rows,
+            prefill_batch_size=self._max_rows,
+            stream=mx.default_stream(mx.default_device()),  # this thread's, as all else here
+        )
+        generator.close()  # gives back the wired limit it sets: the engine's own stays
+        return generator
+
+    @property
+    def rows(self) -> int:
+        """Sequences: being decoded, or waiting for their prompt to be read."""
+        return sum(task.job.n - len(task.reasons) for task in self.tasks)
+
+    @property
+    def places(self) -> int:
+        """Sequences that could still be started."""
+        return self._max_rows - self.rows
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all caches now."""
+        prompts = sum(int(c.nbytes) for prompt in self._prompts for c in prompt.caches)
+        return prompts + int(self._generator.prompt_cache_nbytes)
+
+    def predicted(self, new: Task | None = None) -> tuple[int, int]:
+        """Bytes that all jobs, `new` too, can come to need: their caches, a forward pass."""
+        more = [] if new is None else [new.job]
+        sizes = (
+            self.model.config,
+            self._item_bytes,
+            self._prefill_step_size,
+            [task.job for task in self.tasks] + more,
+            [prompt.task.job for prompt in self._prompts] + more,
+        )
+        return batch_memory.cache_bytes(*sizes), batch_memory.pass_bytes(*sizes)
+
+    def start(self, task: Task) -> None:
+        """Take a job: begin where the longest known prefix of its prompt ends."""
+        key, total = (task.job.owner, task.job.model), len(task.job.prompt)
+        self.tasks.append(task)
+        caches, done = self._prefixes.find(key, task.job.prompt)
+        if caches is None:
+            caches = make_caches(self.model.config)
+        task.cached_tokens = done
+        self._counts.prompt_tokens += total
+        self._counts.cached_tokens += done
+        self._prompts.append(_Prompt(task, caches, done))
+        task.deliver(Reading(done, total))
+
+    def step(self) -> None:
+        """A token for every sequence, then one chunk of one prompt."""
+        self._drop_cancelled()
+        self._join()
+        if self._rows:
+            try:
+                _, responses = self._generator.next()
+                self._hand_out(responses)
+            except Exception as error:
+                self._fail_rows(error)
+        if prompt := self._next_prompt():
+            try:
+                self._read(prompt)
+            except Exception as error:
+                self._fail(prompt.task, error)
+
+    def fail_all(self, message: str) -> None:
+        """End every job."""
+        for task in list(self.tasks):
+            self._end(task, "failed")
+            task.deliver(Failed(message))
+        self._generator = self._new_generator()
+
+    def _next_prompt(self) -> _Prompt | None:
+        """Whose chunk is next: in turn the oldest's, and of the one with the least left."""
+        reading = [prompt for prompt in self._prompts if prompt.left]
+        if not reading:
+            return None
+        self._oldest_next = not self._oldest_next or len(reading) == 1
+        return reading[0] if self._oldest_next else min(reading, key=lambda p: p.left)
+
+    def _read(self, prompt: _Prompt) -> None:
+        ids, start = prompt.task.job.prompt, prompt.done
+        end = min(start + self._prefill_step_size, len(ids) - 1)
+        self.model(mx.array(ids[start:end], dtype=mx.int32)[None], prompt.caches)
+        if start == 0:  # what they hold now are views: all that the projections wrote stays alive
+            for c in prompt.caches:
+                c.keys, c.values = mx.contiguous(c.keys), mx.contiguous(c.values)
+        mx.eval([c.state for c in prompt.caches])
+        mx.clear_cache()
+        prompt.done = end
+        prompt.task.deliver(Reading(end, len(ids)))
+        window = self.model.config.sliding_window
+        if not prompt.left and window is not None:
+            job = prompt.task.job
+            if len(ids) + job.max_tokens > window:  # what is kept at the end can't go back here
+                self._store(prompt.task, ids[:-1], prompt.caches)
+
+    def _join(self) -> None:
+        """Prompts that are read go into the batch, once for each choice."""
+        for prompt in [p for p in self._prompts if not p.left]:
+            self._prompts.remove(prompt)
+            task, n = prompt.task, prompt.task.job.n
+            try:
+                uids = self._generator.insert(
+                    [[task.job.prompt[-1]]] * n,
+                    max_tokens=[task.job.max_tokens] * n,
+                    caches=[prompt.caches] * n,  # copied when they are merged
+                    samplers=[task.sampler(choice) for choice in range(n)],
+                )
+            except Exception as error:
+                self._fail(task, error)
+                continue
+            self._rows |= {uid: (task, choice) for choice, uid in enumerate(uids)}
+
+    def _hand_out(self, responses: Sequence[Any]) -> None:
+        responses = [response for response in responses if response.uid in self._rows]
+        logprobs = token_logprobs(
+            [(r.token, r.logprobs, self._rows[r.uid][0].job.top_logprobs) for r in responses]
+        )
+        over: dict[int, tuple[Task, int]] = {}
+        caches: dict[int, Caches] = {}  # of those that left the batch by themselves
+        for response, logprob in zip(responses, logprobs, strict=True):
+            task, choice = self._rows.get(response.uid, (None, 0))
+            if task is None or task.cancelled:
+                continue
+            try:
+                text, reason = task.answers[choice].add(response.token)
+            except Exception as error:
+                self._fail(task, error)
+                continue
+            self._counts.generated_tokens += 1
+            if reason is not None:
+                over[response.uid] = self._rows.pop(response.uid)
+                if response.prompt_cache is not None:
+                    caches[response.uid] = response.prompt_cache
+                task.reasons.append(reason)
+                if task.finish_reason is not None:
+                    self._end(task, task.finish_reason)
+            if reason == "stop" and not text:  # it ends the answer unseen
+                logprob = None
+            task.deliver(Piece(choice, response.token, text, reason, task.cached_tokens, logprob))
+        self._leave(over, caches)
+
+    def _leave(self, over: dict[int, tuple[Task, int]], caches: dict[int, Caches]) -> None:
+        """Take sequences out of the batch, keeping what they computed for later prompts.
+
+        Only of choice 0: the next turn goes on from one of them, most often there is but one.
+        """
+        firsts = [uid for uid, (_, choice) in over.items() if choice == 0]
+        wanted = [uid for uid in firsts if uid not in caches and self._prefixes.max_bytes]
+        if wanted:
+            removed = self._generator.remove(wanted, return_prompt_caches=True)
+            caches = caches | {uid: found for uid, (found, _) in removed.items()}
+        if others := [uid for uid in over if uid not in wanted]:
+            self._generator.remove(others)
+        for uid in firsts:
+            task = over[uid][0]
+            if uid in caches:
+                self._store(task, [*task.job.prompt, *task.answers[0].tokens], caches[uid])
+
+    def _store(self, task: Task, seen: Sequence[int], caches: Caches) -> None:
+        try:
+            self._prefixes.store((task.job.owner, task.job.model), seen, caches)
+        except Exception:  # no memory: a later prompt takes longer, nothing else
+            log.exception("nothing could be kept for later prompts")
+            self._prefixes.clear()
+            mx.clear_cache()
+
+    def _drop_cancelled(self) -> None:
+        for task in [task for task in self.tasks if task.cancelled]:
+            rows = {uid: row for uid, row in self._rows.items() if row[0] is task}
+            self._end(task, "cancelled")
+            self._leave(rows, {})
+
+    def _end(self, task: Task, how: str) -> None:
+        """Before its last event: who hears that it is over finds it counted, its places free."""
+        self.tasks.remove(task)
+        self._prompts = [prompt for prompt in self._prompts if prompt.task is not task]
+        self._rows = {uid: row for uid, row in self._rows.items() if row[0] is not task}
+        self._counts.finished[how] += 1
+        self._ended(task)
+
+    def _fail(self, task: Task, error: Exception) -> None:
+        """End this job and take it out of the batch, which goes on."""
+        log.error("a job failed", exc_info=error)
+        uids = [uid for uid, row in self._rows.items() if row[0] is task]
+        self._end(task, "failed")
+        task.deliver(Failed(said(error)))
+        if uids:
+            self._generator.remove(uids)
+        mx.clear_cache()
+
+    def _fail_rows(self, error: Exception) -> None:
+        """End all that was being decoded: nobody knows in which state the batch is."""
+        log.error("a batch failed", exc_info=error)
+        for task in {id(row[0]): row[0] for row in self._rows.values()}.values():
+            self._end(task, "failed")
+            task.deliver(Failed(said(error)))
+        self._rows = {}
+        self._generator = self._new_generator()
+        mx.clear_cache()

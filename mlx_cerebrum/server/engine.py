@@ -1,0 +1,305 @@
+"""The one thread that generates: it owns MLX, takes jobs, and hands out their events."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import mlx.core as mx
+
+from mlx_cerebrum.decode import PREFILL_STEP
+from mlx_cerebrum.errors import MemoryBudgetError, RequestError
+from mlx_cerebrum.memory import available_bytes, human
+from mlx_cerebrum.memory_limits import limits
+from mlx_cerebrum.model import Model
+from mlx_cerebrum.server.batch import Batch
+from mlx_cerebrum.server.batch_memory import job_bytes
+from mlx_cerebrum.server.job_checks import check_job
+from mlx_cerebrum.server.jobs import BusyError, ClosedError, Event, Failed, Job, Stats
+from mlx_cerebrum.server.prefix_cache import PrefixCache
+from mlx_cerebrum.server.task import Counts, Task, said
+from mlx_cerebrum.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+_HEADROOM = 0.95  # of what is free, as memory.fits
+_ENDS = ("stop", "length", "cancelled", "failed")
+_CLOSING = "the server is shutting down; ask again later"
+_STOPPED = "the engine has stopped; start it again"
+
+
+class BatchEngine:
+    """Answers jobs with any of `models`, several at once (`jobs.Engine`).
+
+    max_batch: sequences of one model decoded together, at most.
+    max_queue: jobs that may wait besides; more are refused.
+    cache_bytes: most bytes of prompts' caches kept for later prompts; 0 keeps none.
+    prefill_step_size: tokens of a prompt read at a time; other answers wait for that long.
+    memory_limit: most bytes MLX should hold, weights included; by default what is free now.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        tokenizer: Tokenizer,
+        *,
+        max_batch: int = 8,
+        max_queue: int = 64,
+        cache_bytes: int = 0,
+        prefill_step_size: int = PREFILL_STEP,
+        memory_limit: int | None = None,
+    ) -> None:
+        self._models = dict(models)
+        self._tokenizer = tokenizer
+        self._max_batch, self._max_queue = max_batch, max_queue
+        self._cache_bytes, self._prefill_step_size = cache_bytes, prefill_step_size
+        self._memory_limit = memory_limit
+        self._budget = 0  # bytes for jobs and the prefix cache together
+        self._counts = Counts()
+        self._kept_bytes = self._kv_bytes = self._active = 0  # as last seen by the thread
+        # What follows is shared between threads; whoever touches it holds `_changed`.
+        self._changed = threading.Condition()
+        self._queues: dict[str, deque[Task]] = {name: deque() for name in models}
+        self._arrived: dict[Task, int] = {}  # queued: which number it had
+        self._number = 0
+        self._never_started = 0  # cancelled while queued
+        self._places_taken = dict.fromkeys(models, 0)  # by sequences queued or running
+        self._deadline: float | None = None  # set once it is closing
+        self._why = _CLOSING
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    # From any thread.
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._models)
+
+    def submit(self, job: Job, deliver: Callable[[Event], None]) -> Task:
+        """Queue a job. `deliver` gets its events in order, on the engine's thread.
+
+        Raises RequestError for a job that can never run, BusyError where the queue is full,
+        ClosedError where no more jobs are taken.
+        """
+        self._check(job)
+        task = Task(job, self._tokenizer, deliver, self._forget)
+        with self._changed:
+            if self._deadline is not None:
+                raise ClosedError(self._why)
+            task.overflows = self._places_taken[job.model] + job.n > self._max_batch
+            waiting = sum(queued.overflows for queued in self._arrived)
+            if task.overflows and waiting >= self._max_queue:
+                raise BusyError(f"{waiting} requests are waiting already; try again later")
+            self._places_taken[job.model] += job.n
+            self._queues[job.model].append(task)
+            self._arrived[task] = self._number
+            self._number += 1
+            self._changed.notify_all()
+        return task
+
+    @property
+    def closed(self) -> bool:
+        """Whether no more jobs are taken."""
+        return self._deadline is not None
+
+    def stats(self) -> Stats:
+        """What happened so far, what is held now."""
+        counts = self._counts
+        finished = {how: counts.finished[how] for how in _ENDS}
+        finished["cancelled"] += self._never_started
+        return Stats(
+            queued=len(self._arrived),
+            active=self._active,
+            prompt_tokens=counts.prompt_tokens,
+            cached_tokens=counts.cached_tokens,
+            generated_tokens=counts.generated_tokens,
+            finished=finished,
+            cache_bytes=self._kept_bytes,
+            kv_bytes=self._kv_bytes,
+        )
+
+    def close(self, grace: float = 0.0) -> None:
+        """Take no more jobs, let running ones go on for `grace` seconds, then fail the rest.
+
+        Those still queued fail at once. Returns when the thread is gone.
+        """
+        with self._changed:
+            ends = time.monotonic() + grace
+            self._deadline = ends if self._deadline is None else min(ends, self._deadline)
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _check(self, job: Job) -> None:
+        """Raise RequestError for a job that can never run."""
+        check_job(job, self._models, self._max_batch, self._prefill_step_size)
+        needed = job_bytes(self._models[job.model], self._prefill_step_size, job)
+        if needed > self._budget:
+            raise RequestError(
+                f"a prompt of {len(job.prompt)} tokens with {job.n} x {job.max_tokens} more needs"
+                f" {human(needed)}, and there are {human(self._budget)} for all requests;"
+                " ask for fewer tokens"
+            )
+
+    def _forget(self, task: Task) -> None:
+        """A cancelled task that is still queued leaves at once."""
+        with self._changed:
+            if task in self._arrived:
+                self._dequeue(task)
+                self._places_taken[task.job.model] -= task.job.n
+                self._never_started += 1
+
+    def _dequeue(self, task: Task) -> None:
+        self._queues[task.job.model].remove(task)
+        del self._arrived[task]
+
+    # On the engine's own thread.
+
+    def _run(self) -> None:
+        try:
+            with limits(self._memory_limit):
+                self._start()
+                self._ready.set()
+                while self._turn():
+                    pass
+        except BaseException as error:
+            log.exception("the engine stopped")
+            if not self._ready.is_set():
+                self._failure = error
+        finally:
+            self._stop()
+            mx.clear_streams()  # MLX asks for it: else the process may abort when it exits
+            self._ready.set()
+
+    def _start(self) -> None:
+        self._budget = int(available_bytes() * _HEADROOM)
+        if self._budget <= 0:
+            raise MemoryBudgetError("no memory is left for requests; use a smaller model")
+        self._prefixes = PrefixCache(min(self._cache_bytes, self._budget))
+        self._batches = {
+            name: Batch(
+                model,
+                self._prefixes,
+                self._counts,
+                self._left,
+                max_rows=self._max_batch,
+                prefill_step_size=self._prefill_step_size,
+            )
+            for name, model in self._models.items()
+        }
+
+    def _turn(self) -> bool:
+        """One step of every batch with work; False when the engine is to stop."""
+        running = any(batch.tasks for batch in self._batches.values())
+        if not running:
+            mx.clear_cache()
+        with self._changed:
+            while not (running or self._arrived or self._deadline is not None):
+                self._changed.wait()
+            closing = self._deadline is not None
+            if closing and (not running or time.monotonic() >= (self._deadline or 0.0)):
+                return False
+        if closing:
+            self._fail_queued(_CLOSING)
+        else:
+            self._admit()
+        for batch in self._batches.values():
+            if batch.tasks:
+                self._guarded(batch, batch.step)
+        self._prefixes.limit(self._budget - self._predicted())
+        self._look()
+        return True
+
+    def _look(self) -> None:
+        batches = self._batches.values()
+        self._active = sum(batch.rows for batch in batches)
+        self._kv_bytes = sum(batch.kv_bytes for batch in batches)
+        self._kept_bytes = self._prefixes.nbytes
+
+    def _admit(self) -> None:
+        """Start queued jobs in the order they came, as far as places and memory go.
+
+        A model without a free place holds up only its own jobs. One that waits for memory holds
+        up all that came later: else small ones could keep it waiting for ever.
+        """
+        for task in self._oldest_first():
+            batch = self._batches[task.job.model]
+            if batch.places < task.job.n:
+                continue
+            needed = self._predicted(task)
+            self._prefixes.limit(self._budget - needed)
+            if needed > self._budget:
+                return
+            with self._changed:
+                if task not in self._arrived:  # cancelled meanwhile
+                    continue
+                self._dequeue(task)
+            self._guarded(batch, partial(batch.start, task))
+
+    def _guarded(self, batch: Batch, do: Callable[[], None]) -> None:
+        """A batch answers for its jobs' errors itself. Should one pass it by, only it is lost."""
+        try:
+            do()
+        except Exception as error:
+            log.exception("a batch failed")
+            batch.fail_all(said(error))
+
+    def _oldest_first(self) -> Iterator[Task]:
+        """The first in each queue, then what comes after those that were started."""
+        passed: set[str] = set()
+        while True:
+            with self._changed:
+                heads = [
+                    queue[0] for name, queue in self._queues.items() if queue and name not in passed
+                ]
+                if not heads:
+                    return
+                task = min(heads, key=self._arrived.__getitem__)
+            yield task
+            with self._changed:
+                if task in self._arrived:
+                    passed.add(task.job.model)
+
+    def _predicted(self, new: Task | None = None) -> int:
+        """Bytes that all jobs, `new` too, can come to need."""
+        sizes = [
+            batch.predicted(new if new is not None and new.job.model == name else None)
+            for name, batch in self._batches.items()
+        ]
+        return sum(caches for caches, _ in sizes) + max((one for _, one in sizes), default=0)
+
+    def _left(self, task: Task) -> None:
+        """A started job is over; its places are free."""
+        self._active = sum(batch.rows for batch in self._batches.values())
+        with self._changed:
+            self._places_taken[task.job.model] -= task.job.n
+
+    def _fail_queued(self, message: str) -> None:
+        with self._changed:
+            tasks = sorted(self._arrived, key=self._arrived.__getitem__)
+            for task in tasks:
+                self._dequeue(task)
+        for task in tasks:
+            self._counts.finished["failed"] += 1
+            with self._changed:
+                self._places_taken[task.job.model] -= task.job.n
+            task.deliver(Failed(message))
+
+    def _stop(self) -> None:
+        with self._changed:
+            if self._deadline is None:  # an error ended the thread
+                self._deadline, self._why = time.monotonic(), _STOPPED
+        self._fail_queued(self._why)
+        if self._failure is None and hasattr(self, "_batches"):
+            for batch in self._batches.values():
+                batch.fail_all(self._why)
+            self._prefixes.clear()
+            self._look()
+            self._batches = {}
+        mx.clear_cache()

@@ -1,0 +1,131 @@
+"""A job that was taken: its answers' text as it grows, and who hears of it."""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlx_cerebrum.decode import Sampler, greedy
+from mlx_cerebrum.sampling import make_sampler
+from mlx_cerebrum.server.jobs import Event, Job, Sampling
+from mlx_cerebrum.stream import StopText
+from mlx_cerebrum.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Counts:
+    """What has happened since the start; written by the engine's thread."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+
+
+class Answer:
+    """One choice's tokens and text, exactly as `stream_generate` makes them."""
+
+    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        self.tokens: list[int] = []
+        self._max_tokens = job.max_tokens
+        self._eos = tokenizer.eos_token_ids
+        self._detokenizer = tokenizer.detokenizer()
+        self._stops = StopText(job.stop)
+
+    def add(self, token: int) -> tuple[str, str | None]:
+        """`(text that is final, finish reason if this is the last)`."""
+        self.tokens.append(token)
+        ended = token in self._eos
+        last = ended or len(self.tokens) == self._max_tokens
+        new = "" if ended else self._detokenizer.add(token)
+        text, stopped = self._stops.feed(new + self._detokenizer.finish() if last else new)
+        if last and not stopped:
+            text += self._stops.held
+        return text, "stop" if ended or stopped else "length" if last else None
+
+
+class Task:
+    """A job on its way through the engine; its ticket. All but `cancel` is the engine thread's."""
+
+    def __init__(
+        self,
+        job: Job,
+        tokenizer: Tokenizer,
+        deliver: Callable[[Event], None],
+        forget: Callable[["Task"], None],
+    ) -> None:
+        self.job = job
+        self.answers = [Answer(job, tokenizer) for _ in range(job.n)]
+        self.reasons: list[str] = []  # of the choices that are over
+        self.cached_tokens = 0
+        self.cancelled = False
+        self.overflows = False  # there were more jobs than places when it came
+        self._deliver = deliver
+        self._forget = forget
+
+    @property
+    def finish_reason(self) -> str | None:
+        """How the job ended, once all its choices have."""
+        if len(self.reasons) < self.job.n:
+            return None
+        return "length" if "length" in self.reasons else "stop"
+
+    def cancel(self) -> None:
+        """Free its place within a token; no event after this begins. From any thread."""
+        self.cancelled = True
+        self._forget(self)
+
+    def deliver(self, event: Event) -> None:
+        """Hand an event over. Who can't take it has gone away."""
+        if self.cancelled:
+            return
+        try:
+            self._deliver(event)
+        except Exception:
+            log.exception("an event could not be delivered; its job is dropped")
+            self.cancelled = True
+
+    def sampler(self, choice: int) -> Callable[[mx.array], mx.array]:
+        """A new one for this choice: tokens `[L]` from log-probabilities `[L, V]`."""
+        sampling = self.job.sampling
+        if sampling.temperature == 0:
+            return greedy  # the same for all: mlx-lm then calls it once for the whole batch
+        return _Draws(
+            make_sampler(
+                sampling.temperature, sampling.top_p, sampling.min_p, choice_seed(sampling, choice)
+            )
+        )
+
+
+class _Draws:
+    """A sampler that counts the tokens it is called for."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._number = 0
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        drawn = self._sampler(logprobs, self._number)
+        self._number += 1
+        return drawn
+
+
+def choice_seed(sampling: Sampling, choice: int) -> int | None:
+    """The request's own seed for choice 0; for the others one made from it and their number."""
+    if sampling.seed is None or choice == 0:
+        return sampling.seed
+    digest = hashlib.sha256(f"{sampling.seed}:{choice}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def said(error: Exception) -> str:
+    """An error in one line that shows nothing of the machine; the log has the rest."""
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or "alloc" in text or "memory" in text:
+        return "the device ran out of memory; ask for fewer tokens, or try again later"
+    return f"generating failed ({type(error).__name__}); the server's log says more"
