@@ -1,0 +1,115 @@
+"""`python -m mlx_cerebrum.chat`: a conversation with one or several orders of the same blocks."""
+
+import argparse
+import io
+import sys
+
+import mlx.core as mx
+
+from mlx_cerebrum import cli, hub
+from mlx_cerebrum.attention import check_kv_bits
+from mlx_cerebrum.chat.args import parser
+from mlx_cerebrum.chat.chat import Chat
+from mlx_cerebrum.chat.commands import COMMANDS
+from mlx_cerebrum.chat.prompt import (
+    CommandCompleter,
+    EditingReader,
+    PlainReader,
+    history_path,
+    open_history,
+)
+from mlx_cerebrum.chat.screen import FullScreen, PlainScreen, Screen, is_full
+from mlx_cerebrum.chat.session import Messages, Session, Settings
+from mlx_cerebrum.checkpoint import open_checkpoint
+from mlx_cerebrum.conversation import read_messages
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.memory import human
+from mlx_cerebrum.memory_limits import limits
+from mlx_cerebrum.model_args import check_model_flags
+from mlx_cerebrum.progress import progress
+from mlx_cerebrum.sampling import make_sampler
+from mlx_cerebrum.views import load_views
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return cli.run(lambda: _run(args), args.debug)
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Everything that can be refused is, cheapest first, before weights are read.
+    make_sampler(args.temp, args.top_p, args.min_p, args.seed)
+    if args.max_tokens < 1:
+        raise RequestError(f"max-tokens must be at least 1, not {args.max_tokens}")
+    if args.prefill_step_size < 1:
+        raise RequestError(f"prefill-step-size must be at least 1, not {args.prefill_step_size}")
+    if args.load is not None and args.system is not None:
+        raise RequestError("--load is a whole conversation: no --system with it, use /system")
+    if sys.stdin is None:
+        raise RequestError("standard input is closed; there is nobody to talk with")
+    memory = check_model_flags(args)
+    messages = None if args.load is None else read_messages(args.load)
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 costs a line, not the chat
+        sys.stdin.reconfigure(errors="surrogateescape")
+    with limits(memory):
+        return _talk(args, messages)
+
+
+def _talk(args: argparse.Namespace, messages: Messages | None) -> int:
+    name = hub.DEFAULT_REPO if args.model is None else args.model
+    check_kv_bits(open_checkpoint(hub.resolve(name, args.revision)).config, args.kv_bits)
+    with progress("loading", show=is_full(args.plain)) as report:
+        models, tokenizer = load_views(
+            args.model,
+            args.plan,
+            args.q_bits,
+            args.dtype,
+            q_group_size=args.q_group_size or 64,
+            window=args.window,
+            revision=args.revision,
+            progress=report,
+        )
+    settings = Settings(
+        max_tokens=args.max_tokens,
+        temp=args.temp,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        draft=args.draft,
+        kv_bits=args.kv_bits,
+        prefill_step_size=args.prefill_step_size,
+    )
+    session = Session(models, tokenizer, settings)
+    chat = _chat(session, args)
+    _header(session, chat.screen)
+    if args.system is not None:
+        session.set_system(args.system)
+    if messages is not None:
+        chat.load(messages, str(args.load))
+    return chat.run()
+
+
+def _chat(session: Session, args: argparse.Namespace) -> Chat:
+    if not is_full(args.plain):
+        return Chat(session, PlainScreen(), PlainReader(), asks=sys.stdin.isatty())
+    screen, path = FullScreen(), None if args.no_history else history_path()
+    completer = CommandCompleter({n: c.what for n, c in COMMANDS.items()}, session.models.keys)
+    try:
+        history = open_history(path)
+    except OSError as error:
+        history = open_history(None)
+        screen.notice(f"questions are not remembered: {cli.describe(error)}")
+    return Chat(session, screen, EditingReader(history, completer), asks=True)
+
+
+def _header(session: Session, screen: Screen) -> None:
+    config, several = session.model.config, len(session.models) > 1
+    orders = [f"{n} ({m.config.num_positions} positions)" for n, m in session.models.items()]
+    held = human(mx.get_active_memory())
+    window = f"window {config.sliding_window} tokens" if config.sliding_window else "no window"
+    screen.notice(f"{', '.join(orders)} over {config.num_hidden_layers} blocks, {held}, {window}")
+    screen.notice(f"{'/plan switches, /compare asks two, ' * several}/help lists the commands")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

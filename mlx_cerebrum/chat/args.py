@@ -1,0 +1,97 @@
+"""The flags of `python -m mlx_cerebrum.chat`."""
+
+from pathlib import Path
+
+from mlx_cerebrum import cli, hub
+from mlx_cerebrum.cache import KV_BITS
+from mlx_cerebrum.chat.session import Settings
+from mlx_cerebrum.decode import PREFILL_STEP
+from mlx_cerebrum.model_args import add_model_flags
+
+
+def parser() -> cli.ArgumentParser:
+    default = Settings()
+    p = cli.ArgumentParser(
+        prog="python -m mlx_cerebrum.chat",
+        description="Talk with Cerebrum, or another Mistral or Llama model, at the terminal.",
+    )
+    add_model_flags(p, f"{hub.DEFAULT_REPO}, as the 12.25B and as the 7B")
+    p.add_argument(
+        "--plan",
+        action="append",
+        default=[],
+        metavar="NAME|FILE",
+        help="a further order of the blocks to switch to with /plan; may be repeated"
+        " (default: none)",
+    )
+    p.add_argument("--system", metavar="TEXT", help="system text (default: the template's own)")
+    p.add_argument(
+        "--load",
+        type=Path,
+        metavar="FILE.json",
+        help="go on with a saved conversation (default: a new one)",
+    )
+    p.add_argument(
+        "--max-tokens",
+        type=int,
+        default=default.max_tokens,
+        metavar="N",
+        help=f"tokens an answer, at most (default: {default.max_tokens})",
+    )
+    p.add_argument(
+        "--temp",
+        type=float,
+        default=default.temp,
+        help=f"temperature; 0 is greedy (default: {default.temp:g})",
+    )
+    p.add_argument(
+        "--top-p",
+        type=float,
+        default=default.top_p,
+        help=f"probability mass to draw from (default: {default.top_p:g}, all)",
+    )
+    p.add_argument(
+        "--min-p",
+        type=float,
+        default=default.min_p,
+        help=f"least probability, as a share of the best token's (default: {default.min_p:g})",
+    )
+    p.add_argument(
+        "--seed",
+        type=int,
+        help="of the random draws; answer number n, counted from 0, draws with SEED + n, so the"
+        " same lines give the same conversation (default: a new one every time)",
+    )
+    p.add_argument(
+        "--draft",
+        choices=("none", "ngram", "auto"),
+        default=default.draft,
+        help="guess several tokens, check them at once: from the text itself (ngram), or also with"
+        f" a shorter model where that should pay (auto) (default: {default.draft})",
+    )
+    p.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=KV_BITS,
+        help="bits a cached key or value (default: as the activations)",
+    )
+    p.add_argument(
+        "--prefill-step-size",
+        type=int,
+        default=PREFILL_STEP,
+        metavar="TOKENS",
+        help=f"prompt tokens computed at once (default: {PREFILL_STEP})",
+    )
+    p.add_argument(
+        "--plain",
+        action="store_true",
+        help="plain text only: no Markdown, colours, line editor or redrawing (default: so on a"
+        " pipe and a dumb terminal)",
+    )
+    p.add_argument(
+        "--no-history",
+        action="store_true",
+        help="remember no questions for the Up key (default: in a file only you can read)",
+    )
+    p.add_debug()
+    return p

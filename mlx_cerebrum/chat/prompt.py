@@ -1,0 +1,167 @@
+"""Where questions come from: a line editor, a bare terminal, or a pipe."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.filters import Condition
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+from mlx_cerebrum.errors import RequestError
+
+HISTORY_BYTES = 1_000_000  # of the history file; the older half is dropped beyond
+
+
+class Reader(Protocol):
+    """Lines from the user. Both methods raise EOFError at the end, KeyboardInterrupt for Ctrl-C."""
+
+    def read(self, prompt: str, default: str | None = None) -> str:
+        """A message, possibly of several lines. `default` is there to be edited.
+
+        Raises RequestError where nothing can be edited.
+        """
+
+    def ask(self, question: str) -> str:
+        """The answer to a question of the program's own; empty where nobody is there to answer."""
+
+
+class PlainReader:
+    """Standard input as it is. A line that ends in a backslash goes on with the next one."""
+
+    def __init__(self) -> None:
+        self._person = sys.stdin.isatty()
+
+    def read(self, prompt: str, default: str | None = None) -> str:
+        if default is not None:
+            raise RequestError("there is no line to edit here; use /edit followed by the new text")
+        text = self._line(prompt)
+        while text.endswith("\\"):
+            try:
+                text = text[:-1] + "\n" + self._line("... ")
+            except EOFError:
+                break
+        return text
+
+    def ask(self, question: str) -> str:
+        return self._line(question) if self._person else ""
+
+    def _line(self, prompt: str) -> str:
+        if self._person:
+            print(prompt, end="", file=sys.stderr, flush=True)
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            print(file=sys.stderr)  # the terminal has shown ^C
+            raise
+        if not line:
+            raise EOFError
+        return line.rstrip("\r\n")
+
+
+class CommandCompleter(Completer):
+    """Commands after a slash, then what they take."""
+
+    def __init__(self, commands: dict[str, str], names: Callable[[], Iterable[str]]) -> None:
+        self._commands = commands  # name -> what it does
+        self._names = names
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
+        text = document.text_before_cursor
+        if not text.startswith("/") or text.startswith("//") or "\n" in text:
+            return
+        command, space, argument = text[1:].partition(" ")
+        if not space:
+            for name, what in self._commands.items():
+                if name.startswith(command):
+                    yield Completion(name, -len(command), f"/{name}", what)
+        elif command == "plan":
+            for name in self._names():
+                if name.startswith(argument):
+                    yield Completion(name, -len(argument))
+        elif command in ("save", "load"):
+            yield from self._paths.get_completions(Document(argument), event)
+
+
+class EditingReader:
+    """prompt_toolkit: history, editing over several lines, completion."""
+
+    def __init__(self, history: History, completer: Completer) -> None:
+        self._session: PromptSession[str] = PromptSession(
+            history=history,
+            completer=completer,
+            key_bindings=_bindings(),
+            multiline=True,
+            prompt_continuation=lambda width, line, wrapped: "" if wrapped else "... ",
+            reserve_space_for_menu=5,
+        )
+
+    def read(self, prompt: str, default: str | None = None) -> str:
+        return self._session.prompt([("", "\n"), ("bold", prompt)], default=default or "")
+
+    def ask(self, question: str) -> str:
+        session: PromptSession[str] = PromptSession(history=InMemoryHistory())
+        return session.prompt(question)
+
+
+def _bindings() -> KeyBindings:
+    keys = KeyBindings()
+    has_text = Condition(lambda: bool(get_app().current_buffer.text))
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.text_before_cursor.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("c-c", filter=has_text)
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.append_to_history()  # Up brings it back
+        event.current_buffer.reset()
+
+    return keys
+
+
+def history_path() -> Path:
+    """Where questions are remembered: the user's state directory."""
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return base / "mlx-cerebrum" / "chat-history"
+
+
+def open_history(path: Path | None) -> History:
+    """The history of a file that only its user can read, made where it is missing.
+
+    Without a path, one that lasts as long as the chat. Raises OSError for a file that can't be.
+    """
+    if path is None:
+        return InMemoryHistory()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        os.fchmod(handle, 0o600)  # a file from elsewhere too
+        size = os.fstat(handle).st_size
+        if size > HISTORY_BYTES:
+            os.lseek(handle, size - HISTORY_BYTES // 2, os.SEEK_SET)
+            kept = os.read(handle, HISTORY_BYTES)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, kept[kept.find(b"\n# ") + 1 :], 0)
+    finally:
+        os.close(handle)
+    return FileHistory(path)

@@ -1,0 +1,170 @@
+"""Answers on a terminal as they come: Markdown whose last block is redrawn in place."""
+
+import os
+from collections.abc import Sequence
+from time import perf_counter
+from typing import ClassVar
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.markdown import CodeBlock, Heading, Markdown, MarkdownElement
+from rich.segment import Segment, SegmentLines
+from rich.syntax import Syntax
+from rich.text import Text
+
+from mlx_cerebrum.chat.text import clean, finished, markdown_parser
+
+Line = list[Segment]
+
+REDRAW_SECONDS = 0.08  # at least, between two pictures
+REDRAW_SHARE = 0.1  # of the time, at most, spent on drawing
+
+
+class _Heading(Heading):
+    """A heading at the left, like the text around it."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.text
+
+
+class _CodeBlock(CodeBlock):
+    """Code in the terminal's own colours, dark or light, without empty lines around it."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        code = str(self.text).rstrip()
+        yield Syntax(code, self.lexer_name, theme="ansi_dark", word_wrap=True, padding=(0, 2))
+
+
+class AnswerMarkdown(Markdown):
+    """Markdown as models write it: a line break is one, and nothing of the text is hidden."""
+
+    elements: ClassVar[dict[str, type[MarkdownElement]]] = {
+        **Markdown.elements,
+        "heading_open": _Heading,
+        "fence": _CodeBlock,
+        "code_block": _CodeBlock,
+    }
+
+    def __init__(self, text: str) -> None:
+        # Addresses are written out: a link must not look like another one.
+        super().__init__("", hyperlinks=False)
+        self.markup = text
+        self.parsed = markdown_parser().parse(text)
+        for token in self.parsed:
+            for child in token.children or ():
+                if child.type == "softbreak":
+                    child.type = "hardbreak"
+
+
+def _wraps_anew() -> bool:
+    """Whether the terminal wraps what it shows anew when it gets narrower. Nearly all do."""
+    xterm = "XTERM_VERSION" in os.environ and os.environ.get("TERM", "").startswith("xterm")
+    return not xterm and os.environ.get("TERM") != "linux"
+
+
+class Region:
+    """The last lines of the screen, drawn over again and again; what is above them stays."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._widths: list[int] = []  # cells, of the lines that are drawn
+        self._wraps_anew = _wraps_anew()
+
+    def draw(self, live: Sequence[Line], above: Sequence[Line] = ()) -> None:
+        """Draw `live` where it was, after printing `above` for good.
+
+        Where it is taller than the screen its end is shown: what has scrolled away can't be drawn
+        over.
+        """
+        width, height = self._console.size
+        up = sum(
+            max(1, -(-cells // max(1, width))) if self._wraps_anew else 1 for cells in self._widths
+        )
+        shown = live[-max(1, height - 1) :]
+        # Terminals disagree on how wide some characters are. What stays may wrap, so that nothing
+        # of it is lost; a line to be drawn over must not, or it would be counted wrong.
+        drawn = self._written(above) + "\x1b[?7l" + self._written(shown) + "\x1b[?7h"
+        self._console.file.write((f"\x1b[{up}A" if up else "") + "\r" + drawn + "\x1b[J")
+        self._console.file.flush()
+        self._widths = [min(width, Segment.get_line_length(line)) for line in shown]
+
+    def _written(self, lines: Sequence[Line]) -> str:
+        """Line by line over what is there, so that nothing flickers."""
+        with self._console.capture() as captured:
+            self._console.print(SegmentLines(lines, new_lines=True), end="", crop=False)
+        return "".join(f"\x1b[2K{line}\n" for line in captured.get().split("\n")[:-1])
+
+    def lines(self, renderable: RenderableType) -> list[Line]:
+        """`renderable` as it is drawn, without empty lines around it."""
+        lines = [
+            _stripped([Segment(clean(s.text), s.style) for s in line])
+            for line in self._console.render_lines(renderable, pad=False)
+        ]
+        while lines and not lines[0]:
+            lines.pop(0)
+        while lines and not lines[-1]:
+            lines.pop()
+        return lines
+
+
+def _stripped(line: Line) -> Line:
+    """Without the spaces that only fill the line up; nobody wants to copy them."""
+    while line:
+        text, style, _ = line.pop()
+        if text := text.rstrip(" "):
+            return [*line, Segment(text, style)]
+    return line
+
+
+class Pacer:
+    """Says when to draw again: not too often, and less often where it takes long."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def due(self) -> bool:
+        return perf_counter() >= self._next
+
+    def drawn(self, started: float) -> None:
+        now = perf_counter()
+        self._next = now + max(REDRAW_SECONDS, (now - started) / REDRAW_SHARE)
+
+
+class MarkdownStream:
+    """A growing Markdown text: finished blocks are printed for good, the last one is redrawn."""
+
+    def __init__(self, console: Console) -> None:
+        self._region = Region(console)
+        self._parser = markdown_parser()
+        self._pending = ""
+        self._begun = False  # something has been printed for good
+        self._in_list = False  # the pending text goes on with a list
+        self._pacer = Pacer()
+
+    def status(self, text: str) -> None:
+        """Show a line until the text comes."""
+        if self._pacer.due():
+            started = perf_counter()
+            self._region.draw(self._region.lines(Text(clean(text), style="dim")))
+            self._pacer.drawn(started)
+
+    def add(self, text: str) -> None:
+        self._pending += clean(text)
+        if self._pacer.due():
+            started = perf_counter()
+            cut, in_list = finished(self._pending, self._parser)
+            above = self._block(self._pending[:cut])
+            if cut:
+                self._pending, self._in_list = self._pending[cut:], in_list
+            self._begun = self._begun or bool(above)
+            self._region.draw(self._block(self._pending), above)
+            self._pacer.drawn(started)
+
+    def finish(self) -> None:
+        """Print the rest for good."""
+        self._region.draw([], self._block(self._pending))
+        self._pending = ""
+
+    def _block(self, text: str) -> list[Line]:
+        lines = self._region.lines(AnswerMarkdown(text)) if text.strip() else []
+        space = lines and self._begun and not self._in_list
+        return [[], *lines] if space else lines

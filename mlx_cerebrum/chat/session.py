@@ -1,0 +1,265 @@
+"""A conversation and the models that answer it. Knows no terminal."""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+
+from mlx_cerebrum.chat.reply import Answer, Reply
+from mlx_cerebrum.decode import PREFILL_STEP
+from mlx_cerebrum.draft_models import stored_order
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.model import Model
+from mlx_cerebrum.prompt_cache import PromptCache
+from mlx_cerebrum.sampling import make_sampler
+from mlx_cerebrum.speculative import Speculation, speculation
+from mlx_cerebrum.stream import Response, stream_generate
+from mlx_cerebrum.tokenizer import Tokenizer
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are made; the flags of the command line."""
+
+    max_tokens: int = 1024
+    temp: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    draft: str = "none"  # or "ngram", "auto"
+    kv_bits: int | None = None
+    prefill_step_size: int = PREFILL_STEP
+
+
+@dataclass(frozen=True)
+class Exchange:
+    question: str
+    answer: Answer
+
+
+class Session:
+    """One conversation over one or several models that share their weights.
+
+    Every model keeps caches of its own, so that each computes only what is new to it. Answer
+    number n of the session (from 0; both columns of a comparison are one number) draws with
+    `seed + n`: no two alike, and the same flags and input give the same conversation again.
+    """
+
+    def __init__(
+        self, models: Mapping[str, Model], tokenizer: Tokenizer, settings: Settings
+    ) -> None:
+        make_sampler(settings.temp, settings.top_p, settings.min_p, settings.seed)
+        self.models = dict(models)
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.current = next(iter(self.models))
+        self.system: str | None = None
+        self.exchanges: list[Exchange] = []
+        self.unanswered: str | None = None  # asked last, without an answer yet
+        self.last: Answer | None = None  # for the figures
+        self._recent = list(self.models)  # the model last switched away from comes first
+        self._caches: dict[str, PromptCache] = {}
+        self._answers = 0
+        self._cleared: tuple[str | None, list[Exchange], str | None] | None = None
+        self._window_said = False
+
+    @property
+    def model(self) -> Model:
+        return self.models[self.current]
+
+    @property
+    def other(self) -> str | None:
+        """What to compare the current model with."""
+        return next((name for name in self._recent if name != self.current), None)
+
+    @property
+    def question(self) -> str | None:
+        """The last one."""
+        if self.unanswered is not None:
+            return self.unanswered
+        return self.exchanges[-1].question if self.exchanges else None
+
+    @property
+    def before(self) -> int:
+        """How many exchanges come before the last question."""
+        return len(self.exchanges) - (self.unanswered is None and bool(self.exchanges))
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole conversation, as the template writes it."""
+        if self.question is None:
+            return 0
+        return len(self.tokenizer.apply_chat_template(self.messages(), add_generation_prompt=False))
+
+    def switch(self, name: str) -> None:
+        """Go on with another model."""
+        if name != self.current:
+            self._recent.remove(self.current)
+            self._recent.insert(0, self.current)
+            self.current = name
+
+    def set_system(self, text: str | None) -> None:
+        """Another system text; None: the template's own. Raises where the template refuses it."""
+        before, self.system = self.system, text
+        try:
+            self.prompt("?")
+        except Exception:
+            self.system = before
+            raise
+
+    def cache(self, name: str) -> PromptCache:
+        """A model's caches, made when they are first asked for."""
+        if name not in self._caches:
+            self._caches[name] = PromptCache(self.models[name], self.settings.kv_bits)
+        return self._caches[name]
+
+    def cached(self, name: str) -> tuple[int, int]:
+        """Tokens and bytes in a model's caches."""
+        cache = self._caches.get(name)
+        return (len(cache.tokens), cache.nbytes) if cache else (0, 0)
+
+    def messages(self, question: str | None = None, before: int | None = None) -> Messages:
+        """The conversation, or its first `before` exchanges with `question` after them."""
+        found = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for exchange in self.exchanges[:before]:
+            found.append({"role": "user", "content": exchange.question})
+            found.append({"role": "assistant", "content": exchange.answer.text})
+        question = self.unanswered if question is None and before is None else question
+        if question is not None:
+            found.append({"role": "user", "content": question})
+        return found
+
+    def prompt(self, question: str, before: int | None = None) -> list[int]:
+        """Ids of the question after the first `before` exchanges (all of them by default)."""
+        before = len(self.exchanges) if before is None else before
+        return self.tokenizer.apply_chat_template(self.messages(question, before))
+
+    def ask(
+        self,
+        question: str,
+        names: Sequence[str] | None = None,
+        before: int | None = None,
+        temp: float | None = None,
+    ) -> list[Reply]:
+        """An answer of each model in `names` (the current one's), nothing of it computed yet.
+
+        Until `keep` the question is there without an answer, or the old one stays. Raises
+        RequestError for a conversation that the template refuses or that is longer than the
+        model's positions; the replies raise MemoryBudgetError where their caches can't fit.
+        """
+        names = [self.current] if names is None else names
+        before = len(self.exchanges) if before is None else before
+        if before == len(self.exchanges):
+            self.unanswered = question  # /retry and /edit find it, whatever comes
+        ids = self.prompt(question, before)
+        return [self._reply(name, ids, temp, names) for name in names]
+
+    def _reply(self, name: str, ids: list[int], temp: float | None, names: Sequence[str]) -> Reply:
+        model, settings = self.models[name], self.settings
+        positions = model.config.max_position_embeddings
+        if len(ids) >= positions:
+            raise RequestError(
+                f"the conversation ({len(ids)} tokens) no longer fits the model's {positions}"
+                " positions: /undo takes back an exchange, /save FILE keeps all, /clear begins anew"
+            )
+        temp = settings.temp if temp is None else temp
+        number = self._answers
+
+        def start(progress: Callable[[int, int], None]) -> Generator[Response, None, None]:
+            self._answers = number + 1
+            seed = None if settings.seed is None else (settings.seed + number) % 2**64
+            filters = (settings.top_p, settings.min_p) if temp else (1.0, 0.0)
+            return stream_generate(
+                model,
+                self.tokenizer,
+                ids,
+                max_tokens=min(settings.max_tokens, positions - len(ids)),
+                sampler=make_sampler(temp, *filters, seed if temp else None),
+                stop=self.tokenizer.stop_strings,
+                speculation=self._speculation(model),
+                prompt_cache=self.cache(name),
+                prefill_step_size=settings.prefill_step_size,
+                progress=progress,
+            )
+
+        def make_room() -> bool:
+            spare = [other for other in self._caches if other not in names]
+            for other in spare:  # only time is lost: what they held is computed again
+                del self._caches[other]
+            return bool(spare)
+
+        return Reply(Answer(name, prompt=ids, greedy=temp == 0), start, make_room)
+
+    def _speculation(self, model: Model) -> Speculation | None:
+        if self.settings.draft == "none":
+            return None
+        shorter = stored_order(model) if self.settings.draft == "auto" else None
+        return speculation(model, [] if shorter is None else [shorter])
+
+    def keep(self, question: str, answer: Answer, before: int | None = None) -> None:
+        """Make an answer the conversation's, in place of what came after `before` exchanges."""
+        before = len(self.exchanges) if before is None else before
+        self.exchanges[before:] = [Exchange(question, answer)]
+        self.unanswered = None
+        self.last = answer
+
+    def repeats(self, question: str, before: int) -> bool:
+        """Whether asking again can only give the answer that is there."""
+        if self.settings.temp or before >= len(self.exchanges):
+            return False
+        answer = self.exchanges[before].answer
+        same = answer.greedy and answer.model == self.current and answer.reason != "interrupted"
+        return same and answer.prompt == self.prompt(question, before)
+
+    def passes_window(self) -> bool:
+        """Whether the conversation is now longer than the window: true once."""
+        window = self.model.config.sliding_window
+        passed = window is not None and self.last is not None and self.last.tokens > window
+        first, self._window_said = passed and not self._window_said, passed or self._window_said
+        return first
+
+    def undo(self) -> str | None:
+        """Drop the last question and its answer, or bring back what `clear` took. The question."""
+        dropped = self.question
+        if self.unanswered is not None:
+            self.unanswered = None
+        elif self.exchanges:
+            self.exchanges.pop()
+        elif self._cleared is not None:
+            self.system, self.exchanges, self.unanswered = self._cleared
+            self._cleared = None
+        return dropped
+
+    @property
+    def can_restore(self) -> bool:
+        """Whether `undo` brings back what `clear` took."""
+        return self._cleared is not None and self.question is None
+
+    def clear(self) -> None:
+        """Begin a new conversation under the same system text."""
+        if self.question is not None:
+            self._cleared = (self.system, self.exchanges, self.unanswered)
+        self.exchanges, self.unanswered, self._window_said = [], None, False
+
+    def replace(self, messages: Messages) -> None:
+        """Take over a conversation. Raises RequestError where user and assistant don't take turns,
+        or the template refuses it; nothing is changed then."""
+        system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+        turns = messages if system is None else messages[1:]
+        for index, message in enumerate(turns):
+            expected = ("user", "assistant")[index % 2]
+            if message["role"] != expected:
+                where = index + (system is not None)
+                raise RequestError(
+                    f"messages[{where}] must be the {expected}'s, to be gone on with"
+                )
+        texts = [message["content"] for message in turns]
+        if messages:
+            self.tokenizer.apply_chat_template(messages)
+        self.system = system
+        self.exchanges = [
+            Exchange(question, Answer(text=answer))
+            for question, answer in zip(texts[::2], texts[1::2], strict=False)
+        ]
+        self.unanswered = texts[-1] if len(texts) % 2 else None
+        self._window_said = False

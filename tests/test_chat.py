@@ -1,0 +1,366 @@
+"""The commands of the chat, without a terminal; and the chat on a pipe."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from command import run
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
+from talker import LETTERS, talker, talkers
+
+from mlx_cerebrum.chat.__main__ import main
+from mlx_cerebrum.chat.chat import Chat
+from mlx_cerebrum.chat.commands import COMMANDS
+from mlx_cerebrum.chat.prompt import CommandCompleter, history_path, open_history
+from mlx_cerebrum.chat.screen import PlainScreen
+from mlx_cerebrum.chat.session import Session, Settings
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.model import Model
+from mlx_cerebrum.tokenizer import Tokenizer
+
+Views = tuple[Mapping[str, Model], Tokenizer]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory: pytest.TempPathFactory) -> Views:
+    return talkers(tmp_path_factory.mktemp("talker"))
+
+
+class Script:
+    """A person who types these lines, and gives these answers when asked."""
+
+    def __init__(self, lines: Sequence[str], answers: Sequence[str] = ()) -> None:
+        self.lines, self.answers = list(lines), list(answers)
+        self.offered: list[str] = []
+
+    def read(self, prompt: str, default: str | None = None) -> str:
+        if default is not None:
+            self.offered.append(default)
+        if not self.lines:
+            raise EOFError
+        return self.lines.pop(0)
+
+    def ask(self, question: str) -> str:
+        if not self.answers:
+            raise EOFError  # Ctrl-D is no answer
+        return self.answers.pop(0)
+
+
+def talk(
+    views: Views, lines: Sequence[str], answers: Sequence[str] = (), asks: bool = True
+) -> tuple[Chat, int]:
+    chat = Chat(
+        Session(*views, Settings(max_tokens=12)), PlainScreen(), Script(lines, answers), asks
+    )
+    return chat, chat.run()
+
+
+def test_a_conversation(views: Views, capsys: pytest.CaptureFixture[str]) -> None:
+    chat, code = talk(views, ["How are you?", "", "  ", "//help is a command?"])
+    assert code == 0
+    assert [e.question for e in chat.session.exchanges] == ["How are you?", "/help is a command?"]
+    out, _ = capsys.readouterr()
+    assert out == "\n\n".join(e.answer.text for e in chat.session.exchanges) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("/hlep", "/hlep is not a command; did you mean /help?"),
+        ("/exit", "did you mean /quit?"),
+        ("/sta", "did you mean /stats?"),
+        ("/usr/bin is what?", "// begins a message with a slash"),
+        ("/", "/help lists them"),
+        ("/save", "/save needs FILE"),
+        ("/undo 2", "/undo takes nothing after it"),
+        ("/plan 13b", "'13b' is none of the models here: talker, talker@twice"),
+        ("/retry hot", "/retry takes a temperature like 0.7, not 'hot'"),
+        ("/retry -1", "temp must be 0 (greedy) or at least 0.001, not -1.0"),
+        ("/retry nan", "temp must be 0 (greedy) or at least 0.001, not nan"),
+        ("/retry", "the answer would be the same; try /retry 0.7, /edit, or /plan"),
+        ("/load nowhere.json", "nowhere.json: No such file or directory"),
+        ("/save nowhere/talk.json", "nowhere is not a directory"),
+        ("/load .", "Is a directory"),
+        ("\udcff", "not valid UTF-8"),
+    ],
+)
+def test_what_is_wrong_costs_a_line_and_nothing_else(
+    views: Views, capsys: pytest.CaptureFixture[str], line: str, says: str
+) -> None:
+    chat, code = talk(views, ["Q?"])
+    before = chat.session.messages()
+    capsys.readouterr()
+    chat.handle(line)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in err
+    assert len(err.splitlines()) == 1
+    assert chat.session.messages() == before
+    assert code == 0
+    chat.handle("And now?")
+    assert len(chat.session.exchanges) == 2
+
+
+@pytest.mark.parametrize("line", ["/retry", "/edit", "/undo", "/compare", "/save x.json"])
+def test_commands_before_any_question(
+    views: Views, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    chat, _ = talk(views, [line])
+    assert "nothing" in (err := capsys.readouterr().err) or "no question" in err
+    assert chat.session.messages() == []
+
+
+def test_help_names_every_command(views: Views, capsys: pytest.CaptureFixture[str]) -> None:
+    talk(views, ["/help"])
+    err = capsys.readouterr().err
+    wanted = "help system plan compare retry edit undo save load stats clear quit"
+    assert list(COMMANDS) == wanted.split()
+    assert all(f"/{name}" in err for name in COMMANDS)
+    assert "Alt+Enter" in err
+
+
+def test_plan_system_stats_and_quit(views: Views, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["Q?", "/plan twice", "/plan", "/system Be brief.", "/system", "/stats", "/quit", "no"]
+    chat, _ = talk(views, lines)
+    err = capsys.readouterr().err
+    assert chat.session.current == "talker@twice"
+    assert "* talker@twice  12 positions over 8 blocks, 0 tokens cached" in err
+    assert "\nBe brief.\n" in err
+    assert chat.session.system == "Be brief."
+    assert "12 generated at" in err
+    assert f"1 exchange, {chat.session.tokens} of 4096 positions" in err
+    assert chat.session.tokens == len("<[system]Be brief.\n[user]Q?\n[assistant]\n") + 12
+    assert len(chat.session.exchanges) == 1  # /quit came first
+    chat.handle("/system -")
+    assert chat.session.system is None
+
+
+def test_retry_edit_and_undo(views: Views, capsys: pytest.CaptureFixture[str]) -> None:
+    chat, _ = talk(views, ["One?", "Two?", "/retry 0.9", "/edit", "Three?", "/edit Four?", "/undo"])
+    assert isinstance(chat.reader, Script)
+    assert chat.reader.offered == ["Two?"]
+    assert [e.question for e in chat.session.exchanges] == ["One?"]
+    assert "dropped: Four? (1 exchange left)" in capsys.readouterr().err
+    chat.handle("/clear")
+    chat.handle("/undo")
+    assert [e.question for e in chat.session.exchanges] == ["One?"]
+
+
+def test_an_edit_given_up_changes_nothing(views: Views) -> None:
+    chat, _ = talk(views, ["One?", "/edit", ""])
+    assert [e.question for e in chat.session.exchanges] == ["One?"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept"), [("", "talker"), ("1", "talker"), ("2", "talker@twice"), ("x", "talker")]
+)
+def test_compare_keeps_one(
+    views: Views, capsys: pytest.CaptureFixture[str], answer: str, kept: str
+) -> None:
+    chat, _ = talk(views, ["One?", "/compare Two?"], [answer])
+    out, err = capsys.readouterr()
+    assert [e.question for e in chat.session.exchanges] == ["One?", "Two?"]
+    assert chat.session.exchanges[-1].answer.model == kept
+    assert chat.session.current == "talker"
+    assert "1 talker:" in err
+    assert "2 talker@twice:" in err
+    assert "they " in err
+    assert len(out.split("\n\n")) == 3
+
+
+def test_compare_of_the_last_question_replaces_its_answer(views: Views) -> None:
+    chat, _ = talk(views, ["One?", "/compare"], ["2"])
+    assert [(e.question, e.answer.model) for e in chat.session.exchanges] == [
+        ("One?", "talker@twice")
+    ]
+    model = {"talker": views[0]["talker"]}
+    alone = Chat(Session(model, views[1], Settings(max_tokens=4)), PlainScreen(), Script([]), True)
+    alone.handle("/compare Q?")
+    assert alone.session.messages() == []
+
+
+# Files.
+
+
+def test_saved_conversations_are_read_by_generate_and_load(
+    views: Views, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a talk.json"
+    chat, _ = talk(views, ["/system Be brief.", "One?", f"/save '{file}'"])
+    messages = json.loads(file.read_text())
+    assert [m["role"] for m in messages] == ["system", "user", "assistant"]
+    messages.append({"role": "user", "content": "Two?"})
+    file.write_text(json.dumps(messages))
+    capsys.readouterr()
+    checkpoint = talker(tmp_path / "model")
+    code, out, _ = run(
+        capsys, "--model", checkpoint, "--messages", file, "--max-tokens", 12, "--quiet"
+    )
+    generated = out.rstrip("\n")
+    loaded, _ = talk(views, [f"/load {file}", "/retry"])
+    assert code == 0
+    assert "Two? is not answered yet, /retry asks it" in capsys.readouterr().err
+    assert loaded.session.exchanges[-1].answer.text == generated
+    assert chat.session.messages() == messages[:3]
+
+
+@pytest.mark.parametrize(("answer", "written"), [("y", True), ("n", False), ("", False)])
+def test_save_never_overwrites_unasked(
+    views: Views, tmp_path: Path, answer: str, written: bool
+) -> None:
+    file = tmp_path / "talk.json"
+    file.write_text("precious")
+    talk(views, ["One?", f"/save {file}"], [answer])
+    assert (file.read_text() != "precious") == written
+
+
+@pytest.mark.parametrize(("answer", "left"), [("y", True), ("", False)])
+def test_load_asks_before_it_leaves_what_is_not_saved(
+    views: Views, tmp_path: Path, answer: str, left: bool
+) -> None:
+    file = tmp_path / "talk.json"
+    file.write_text('[{"role": "user", "content": "Other?"}]')
+    chat, _ = talk(views, ["One?", f"/load {file}"], [answer])
+    assert chat.session.question == ("Other?" if left else "One?")
+    saved, _ = talk(views, ["One?", f"/save {tmp_path}/one.json", f"/load {file}"])
+    assert saved.session.question == "Other?"
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '[{"role": "assistant", "content": "A"}]'])
+def test_files_that_hold_no_conversation(
+    views: Views, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "talk.json"
+    file.write_text(text)
+    chat, _ = talk(views, ["One?", f"/load {file}"], ["y"])
+    assert chat.session.question == "One?"
+    assert len(capsys.readouterr().err.splitlines()) <= 3
+
+
+def test_history_is_for_its_user_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    path = history_path()
+    history = open_history(path)
+    history.store_string("one\ntwo")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.chmod(0o644)
+    assert list(open_history(path).load_history_strings()) == ["one\ntwo"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for i in range(300):
+        history.store_string(f"{i} " + "x" * 5000)
+    kept = list(open_history(path).load_history_strings())
+    assert path.stat().st_size < 1_000_000
+    assert kept[0].startswith("299 ")
+    assert all(text.split()[0].isdigit() and text.endswith("x" * 5000) for text in kept)
+    assert open_history(None) is not None
+
+
+def completions(text: str) -> list[str]:
+    completer = CommandCompleter(dict.fromkeys(COMMANDS, ""), lambda: ["cerebrum-7b", "other"])
+    return [c.text for c in completer.get_completions(Document(text), CompleteEvent())]
+
+
+def test_completion(tmp_path: Path) -> None:
+    (tmp_path / "talk.json").write_text("[]")
+    assert completions("/s") == ["system", "save", "stats"]
+    assert completions("/plan ") == ["cerebrum-7b", "other"]
+    assert completions("/plan c") == ["cerebrum-7b"]
+    assert completions(f"/load {tmp_path}/ta") == ["lk.json"]
+    assert completions("//s") == completions("hello /s") == completions("/help ") == []
+
+
+# The command line.
+
+
+def chat_on_a_pipe(folder: Path, text: bytes, *flags: str) -> subprocess.CompletedProcess[bytes]:
+    checkpoint = talker(folder)
+    command = [sys.executable, "-m", "mlx_cerebrum.chat", "--model", str(checkpoint)]
+    return subprocess.run(
+        [*command, "--max-tokens", "8", *flags],
+        input=text,
+        capture_output=True,
+        cwd=ROOT,
+        timeout=120,
+        env={**os.environ, "HOME": str(folder), "XDG_STATE_HOME": str(folder / "state")},
+    )
+
+
+def test_on_a_pipe_each_line_is_a_question(tmp_path: Path) -> None:
+    """Answers only to standard output; nothing asked, nothing overwritten, nothing remembered."""
+    precious = tmp_path / "precious.json"
+    precious.write_text("precious")
+    script = (
+        f"Hi\nTwo \\\nlines?\n/compare Q?\n/save {tmp_path}/talk.json\n/save {precious}\n\xff\n"
+    )
+    flags = ("--plan", str(tmp_path / "twice.yml"))
+    done = chat_on_a_pipe(tmp_path, script.encode("latin-1"), *flags)
+    answers = done.stdout.decode().rstrip("\n").split("\n\n")
+    assert len(answers) == 4
+    assert all(len(answer) == 8 and set(answer) <= set(LETTERS) for answer in answers)
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert [m["content"] for m in saved[::2]] == ["Hi", "Two \nlines?", "Q?"]
+    assert [m["content"] for m in saved[1::2]] == answers[:3]  # the current model's is kept
+    assert precious.read_text() == "precious"
+    notices = done.stderr.decode()
+    assert "8 blocks" in notices
+    assert "precious.json exists and stays as it is" in notices
+    assert "not valid UTF-8" in notices
+    assert b"\x1b" not in done.stdout + done.stderr
+    assert done.returncode == 2  # a line could not be honoured
+    assert not (tmp_path / "state").exists()
+
+
+def test_on_a_pipe_that_ends_well(tmp_path: Path) -> None:
+    done = chat_on_a_pipe(tmp_path, b"Hi\nAnd?")
+    assert (done.returncode, done.stdout.count(b"\n\n")) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--seed", "3"], "change nothing at temp 0"),
+        (["--max-tokens", "0"], "max-tokens must be at least 1"),
+        (["--prefill-step-size", "0"], "prefill-step-size must be at least 1"),
+        (["--plan", "nowhere.yml"], "neither a file nor a named plan"),
+        (["--plan", "cerebrum-12.25b"], "blocks"),
+        (["--load", "nowhere.json"], "No such file"),
+        (["--kv-bits", "8"], "16"),
+        (["--loud"], "unrecognized arguments: --loud"),
+        (["--q-group-size", "32"], "only means something with --q-bits"),
+    ],
+)
+def test_flags_that_cannot_be_honoured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], says: str
+) -> None:
+    checkpoint = talker(tmp_path)
+    try:
+        code = main(["--model", str(checkpoint), *flags])
+    except SystemExit as exit_:
+        code = int(str(exit_.code))
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert says in err
+    assert len(err.splitlines()) == 1
+
+
+def test_every_flag_has_its_default_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    flags = [part for part in text.split(" --")[1:] if "default" in part]
+    assert len(flags) >= 17
+
+
+def test_plain_reader_edits_nothing() -> None:
+    from mlx_cerebrum.chat.prompt import PlainReader
+
+    with pytest.raises(RequestError, match="/edit followed by the new text"):
+        PlainReader().read("edit> ", "text")

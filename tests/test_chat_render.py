@@ -1,0 +1,256 @@
+"""What a person sees of an answer: nothing lost, nothing obeyed, whatever the size."""
+
+import io
+import unicodedata
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console, ConsoleDimensions
+from terminal import Terminal
+
+from mlx_cerebrum.chat import render
+from mlx_cerebrum.chat.columns import Columns
+from mlx_cerebrum.chat.render import MarkdownStream
+from mlx_cerebrum.chat.reply import Answer
+from mlx_cerebrum.chat.text import clean, finished, first_difference, markdown_parser, wrap
+
+LONG = """# A title
+
+A paragraph that goes on and on until it wraps at the end of the line, and then some.
+Its second line.
+
+- item one
+- item two, which is long enough to wrap on a small terminal like this one here
+  - nested
+- a [link](http://example.org/path)
+
+1. one
+2. two
+
+```python
+def f(x):
+    return x + 1
+{code}
+```
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+[1]: http://example.org/reference
+
+<script>alert(1)</script> & the end 漢字漢字漢字漢字漢字漢字漢字漢字漢字漢字漢字漢字 👍🏽👍🏽
+""".replace("{code}", "\n".join(f"line_{i} = {i}" for i in range(30)))
+
+
+@pytest.fixture(autouse=True)
+def every_piece_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "REDRAW_SECONDS", 0.0)
+    monkeypatch.setattr(render, "REDRAW_SHARE", 1e9)
+    monkeypatch.delenv("XTERM_VERSION", raising=False)
+
+
+def console_on(terminal: Terminal) -> Console:
+    class Wire(io.StringIO):
+        def write(self, data: str) -> int:
+            terminal.feed(data)
+            return len(data)
+
+    return Console(
+        file=Wire(),
+        force_terminal=True,
+        color_system="standard",
+        highlight=False,
+        width=terminal.columns,
+        height=terminal.rows,
+    )
+
+
+def resize(terminal: Terminal, console: Console, columns: int, rows: int) -> None:
+    terminal.resize(columns, rows)
+    console.size = ConsoleDimensions(columns, rows)
+
+
+def streamed(text: str, terminal: Terminal, size: int = 3) -> str:
+    stream = MarkdownStream(console_on(terminal))
+    for at in range(0, len(text), size):
+        stream.add(text[at : at + size])
+    stream.finish()
+    assert terminal.unknown == []
+    return terminal.text
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(80, 24), (40, 15), (20, 5)])
+def test_streamed_in_pieces_is_what_is_shown_at_once(columns: int, rows: int) -> None:
+    """Finished blocks are printed once, the open one is redrawn; nothing is lost or doubled."""
+    text = streamed(LONG, Terminal(columns, rows))
+    whole = streamed(LONG, Terminal(columns, 1000), len(LONG))
+
+    def without_empty_lines(text: str) -> list[str]:  # between blocks there may be one more
+        return [line for line in text.split("\n") if line.strip()]
+
+    assert without_empty_lines(text) == without_empty_lines(whole)
+    assert "\n\n\n" not in text
+    for i in range(30):
+        assert text.count(f"line_{i} = {i}\n") == 1
+
+
+def test_nothing_of_the_text_is_hidden() -> None:
+    text = streamed(LONG, Terminal(100, 50))
+    for shown in ("<script>alert(1)</script>", "http://example.org/path", "example.org/reference"):
+        assert shown in text
+    lines = text.split("\n")
+    assert lines[lines.index("Its second line.") - 1].startswith("A paragraph")  # a break is one
+
+
+def test_a_block_taller_than_the_screen_shows_its_end_then_all() -> None:
+    terminal = Terminal(40, 10)
+    stream = MarkdownStream(console_on(terminal))
+    stream.add("```\n")
+    for i in range(50):
+        stream.add(f"row {i}\n")
+    assert "row 49" in terminal.screen
+    assert terminal.text.count("row 49") == 1
+    stream.add("```\n\nAfter.")
+    stream.finish()
+    shown = [line.strip() for line in terminal.text.split("\n")]
+    assert [line for line in shown if line] == [*(f"row {i}" for i in range(50)), "After."]
+
+
+@pytest.mark.parametrize("size", [(30, 12), (100, 40), (25, 5)])
+def test_resized_while_it_streams(size: tuple[int, int]) -> None:
+    terminal = Terminal(60, 20)
+    console = console_on(terminal)
+    stream = MarkdownStream(console)
+    words = [f"word{i}" for i in range(200)]
+    stream.add("First block.\n\n")
+    for index, word in enumerate(words):
+        stream.add(word + " ")
+        if index == 20:  # a few lines are on the screen
+            resize(terminal, console, *size)
+    stream.finish()
+    shown = terminal.text.split()
+    assert shown[:2] == ["First", "block."]
+    assert shown[-len(words) :] == words
+    if terminal.rows > 5:  # what has scrolled away by then can't be drawn over
+        assert len(shown) == 2 + len(words)
+
+
+def test_without_wrapping_anew_nothing_above_is_erased(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real xterm leaves its lines alone: going up too far would erase what is finished."""
+    monkeypatch.setenv("XTERM_VERSION", "XTerm(390)")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    terminal = Terminal(60, 20)
+    console = console_on(terminal)
+    stream = MarkdownStream(console)
+    stream.add("Finished.\n\n" + "word " * 40)
+    terminal.columns = 30  # what is shown stays as it is
+    console.size = ConsoleDimensions(30, 20)
+    stream.add("more")
+    assert terminal.text.startswith("Finished.\n")
+
+
+HOSTILE = "\x1b[2J\x1b]0;title\x07\x9b31m\x00\x08\x7f\u202eabc\u2066 &#x202e;def \rback"
+
+
+def test_what_a_terminal_would_obey_never_reaches_it() -> None:
+    terminal = Terminal(80, 24)
+    text = streamed(
+        f"safe {HOSTILE} `{HOSTILE}` *{HOSTILE}* [{HOSTILE}](http://a.b/{HOSTILE})", terminal
+    )
+    assert text.startswith("safe \u241b[2J\u241b]0;title\u2407")
+    assert not any(unicodedata.category(c) in ("Cc", "Cf") for c in text.replace("\n", ""))
+
+
+@given(st.text())
+@settings(deadline=None)
+def test_clean_text_has_no_controls(text: str) -> None:
+    shown = clean(text)
+    assert not any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" for c in shown)
+    assert clean(shown) == shown
+
+
+@given(st.text(st.sampled_from("ab\n -*>`#|1.\t<[]()&;\\_~=+!:\u6f22"), max_size=80))
+@settings(deadline=None, max_examples=150)
+def test_any_markdown_can_be_shown(text: str) -> None:
+    """Whatever it is: no exception, and all words are there in the end."""
+    shown = streamed(text, Terminal(12, 6))
+    for word in ("a", "b", "\u6f22"):
+        assert shown.count(word) >= min(1, text.count(word))
+
+
+def contents(text: str) -> list[str]:
+    return [token.content for token in markdown_parser().parse(text) if token.content]
+
+
+@given(st.text(st.sampled_from("ab\n -*>`#|1."), max_size=60), st.integers(0, 60))
+@settings(deadline=None, max_examples=300)
+def test_finished_blocks_stay_as_they_are(text: str, shown: int) -> None:
+    """What is printed for good early reads as it does in the whole text."""
+    cut, _ = finished(text[:shown], markdown_parser())
+    assert contents(text[:cut]) + contents(text[cut:]) == contents(text)
+
+
+@given(st.text(st.sampled_from("ab \n\u6f22"), max_size=80), st.integers(2, 12))
+def test_wrapped_lines_are_the_text_and_fit(text: str, width: int) -> None:
+    from rich.cells import cell_len
+
+    spans = list(wrap(text, width))
+    assert all(cell_len(text[start:end].rstrip()) <= width for start, end in spans)
+    assert "".join(text[start:end] for start, end in spans) == text.replace("\n", "")
+    # Only the last line can change.
+    assert list(wrap(text + "ab", width))[: len(spans) - 1] == spans[:-1]
+
+
+def test_first_difference() -> None:
+    assert first_difference(("abc", "abd"), (False, False)) == 2
+    assert first_difference(("abc", "ab"), (False, False)) is None  # may still be the same
+    assert first_difference(("abc", "ab"), (False, True)) == 2
+    assert first_difference(("abc", "abc"), (True, True)) is None
+    assert first_difference(("", ""), (True, True)) is None
+
+
+@pytest.mark.parametrize("rows", [24, 8])
+def test_columns_lose_nothing_and_mark_the_first_difference(rows: int) -> None:
+    terminal = Terminal(80, rows)
+    same = "Both say this much: " + " ".join(f"w{i}" for i in range(40)) + " and "
+    texts = (
+        same + " ".join(f"left{i}" for i in range(120)),
+        same + " ".join(f"right{i}" for i in range(60)) + "\n\nend\x1b[2J",
+    )
+    answers = (Answer("one"), Answer("two"))
+    columns = Columns(console_on(terminal), answers)
+    for at in range(0, max(map(len, texts)), 3):
+        for answer, text in zip(answers, texts, strict=True):
+            answer.text = text[: at + 3]
+            answer.reason = "stop" if at + 3 >= len(text) else ""
+        columns.draw()
+    columns.draw(final=True)
+    lines = terminal.text.split("\n")
+    left = " ".join(line[:38].strip() for line in lines).split()
+    right = " ".join(line[41:].strip() for line in lines).split()
+    expected = texts[0].replace("left0", "\u25b6left0").split()
+    assert left[: len(expected) + 2] == ["1", "one", *expected]
+    assert right[2:].count("\u25b6right0") == 1
+    assert [w for w in right if w.startswith("right")] == [f"right{i}" for i in range(1, 60)]
+    assert "end\u241b[2J" in right
+    assert terminal.unknown == []
+
+
+def test_columns_resized_while_they_stream() -> None:
+    terminal = Terminal(100, 20)
+    answers = (Answer("one"), Answer("two"))
+    console = console_on(terminal)
+    columns = Columns(console, answers)
+    for i in range(150):
+        answers[0].text += f"l{i} "
+        answers[1].text += f"r{i} "
+        columns.draw()
+        if i == 60:
+            resize(terminal, console, 70, 12)
+    columns.draw(final=True)
+    words = terminal.text.replace("\u2502", " ").replace("\u25b6", "").split()
+    for i in range(150):
+        assert f"l{i}" in words
+        assert f"r{i}" in words

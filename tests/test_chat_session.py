@@ -1,0 +1,341 @@
+"""A conversation without a terminal: what is computed, what is kept, what is refused."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import mistral_model
+from talker import talkers
+
+from mlx_cerebrum.chat.reply import Answer
+from mlx_cerebrum.chat.session import Session, Settings
+from mlx_cerebrum.errors import MemoryBudgetError, RequestError
+from mlx_cerebrum.model import Model
+from mlx_cerebrum.stream import generate, stream_generate
+from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.views import load_views
+
+Views = tuple[Mapping[str, Model], Tokenizer]
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory: pytest.TempPathFactory) -> Views:
+    return talkers(tmp_path_factory.mktemp("talker"))
+
+
+def session_of(views: Views, **settings: Any) -> Session:
+    return Session(*views, Settings(**({"max_tokens": 20} | settings)))
+
+
+def ask(session: Session, question: str, before: int | None = None) -> Answer:
+    (reply,) = session.ask(question, before=before)
+    "".join(reply)
+    session.keep(question, reply.answer, before)
+    return reply.answer
+
+
+def computed(answer: Answer) -> int:
+    assert answer.last is not None
+    return answer.last.prompt_tokens - answer.last.cached_tokens
+
+
+def turn(question: str) -> int:
+    """Tokens of a question in a conversation that goes on: one a byte, with its frame."""
+    return len(f"\n[user]{question}\n[assistant]".encode())
+
+
+# Only what is new is computed.
+
+
+def test_each_turn_computes_only_itself(views: Views) -> None:
+    """The answer's last token is chosen but not yet run when the answer ends."""
+    session = session_of(views)
+    first = ask(session, "How are you?")
+    assert computed(first) == len(session.prompt("How are you?", 0))
+    for question in ("And now?", "Where?", "Why then?"):
+        assert computed(ask(session, question)) == 1 + turn(question)
+
+
+def test_every_model_keeps_caches_of_its_own(views: Views) -> None:
+    """Switching costs what is new to the model switched to, and nothing on the way back."""
+    session = session_of(views)
+    ask(session, "One?")
+    session.switch("talker@twice")
+    assert session.other == "talker"
+    second = ask(session, "Two?")
+    assert computed(second) == len(session.prompt("Two?", 1))  # all of it is new to this one
+    session.switch("talker")
+    third = ask(session, "Three?")
+    assert computed(third) == 1 + turn("Two?") + len(second.text) + turn("Three?")
+    session.switch("talker@twice")
+    assert computed(ask(session, "Four?")) == 1 + turn("Three?") + 20 + turn("Four?")
+
+
+def test_edits_and_undo_compute_only_what_differs(views: Views) -> None:
+    session = session_of(views)
+    ask(session, "One?")
+    ask(session, "Two things?")
+    edited = ask(session, "Two others?", before=1)
+    assert computed(edited) == len("others?\n[assistant]")
+    assert [e.question for e in session.exchanges] == ["One?", "Two others?"]
+    again = ask(session, "Two others?", before=1)
+    assert computed(again) == 1  # the last token, for its logits
+    assert again.text == edited.text
+    session.undo()
+    assert computed(ask(session, "Two others?")) == 1
+    session.undo()
+    session.undo()
+    assert session.question is None
+    assert computed(ask(session, "One?")) == 1
+
+
+def test_past_the_window_too(tmp_path: Path) -> None:
+    """Turns, an edit and a switch long after the window has left the conversation's beginning."""
+    session = session_of(talkers(tmp_path, sliding_window=48), max_tokens=70)
+    ask(session, "One?")
+    assert session.passes_window()
+    for question in ("Two?", "Three?", "Four?"):
+        assert computed(ask(session, question)) == 1 + turn(question)
+        assert not session.passes_window()  # said once
+    assert computed(ask(session, "Fire?", before=3)) == len("ire?\n[assistant]")
+    session.switch("talker@twice")
+    assert computed(ask(session, "Five?")) == len(session.prompt("Five?", 4))
+    session.undo()
+    assert computed(ask(session, "Fine?")) == len("ne?\n[assistant]")
+    model, tokenizer = session.model, session.tokenizer
+    last = session.exchanges[-1].answer
+    assert last.text == generate(model, tokenizer, last.prompt, max_tokens=70)
+    session.clear()
+    ask(session, "One?")
+    assert session.passes_window()  # a new conversation
+
+
+def test_an_answer_is_what_the_whole_prompt_gives(views: Views) -> None:
+    tokenizer = views[1]
+    session = session_of(views)
+    for question in ("One?", "Two?", "Three?"):
+        answer = ask(session, question)
+        alone = generate(session.model, tokenizer, answer.prompt, max_tokens=20)
+        assert answer.text == alone
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_with_the_real_vocabulary_a_turn_begins_with_the_last_one(
+    tmp_path: Path, system: str | None
+) -> None:
+    """Cerebrum's template joins its text to the answer's: the pieces must not change."""
+    (tmp_path / "tokenizer.model").write_bytes(mistral_model().read_bytes())
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    start = [] if system is None else [{"role": "system", "content": system}]
+    answers = [
+        "Hello! How can I help?",
+        "2 + 2 = 4",
+        "First, \u00e9t\u00e9.\n\n- a\n- b\n\n```\nx\n```",
+    ]
+    messages = [*start, {"role": "user", "content": "Hi"}]
+    for answer in answers:
+        prompt = tokenizer.apply_chat_template(messages)
+        # As the model says it: with the space that SentencePiece puts before a word.
+        said = prompt + tokenizer.encode(answer, add_bos=False)
+        ended = said + tokenizer.encode("\nUser:", add_bos=False)[1:]  # without the space here
+        messages += [
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": "And then?"},
+        ]
+        following = tokenizer.apply_chat_template(messages)
+        assert following[: len(said)] == said
+        assert following[: len(ended)] == ended  # the stop string is the next turn's beginning
+
+
+# Ctrl-C.
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram", "auto"])
+def test_stopped_where_it_was_shown(views: Views, draft: str) -> None:
+    session = session_of(views, draft=draft, max_tokens=60)
+    session.switch("talker@twice")
+    (reply,) = session.ask("How are you?")
+    shown = [next(reply) for _ in range(7)]
+    reply.stopped = lambda: True
+    assert list(reply) == []
+    answer = reply.answer
+    assert (answer.reason, answer.text) == ("interrupted", "".join(shown))
+    session.keep("How are you?", answer)
+    cache = session.cache(session.current)
+    said = session.tokenizer.encode(answer.text, add_bos=False)
+    assert (answer.prompt + said)[: len(cache.tokens)] == cache.tokens
+    assert len(cache.tokens) >= len(answer.prompt) + 6 - 1
+    following = ask(session, "Go on")
+    alone = generate(session.model, session.tokenizer, following.prompt, max_tokens=60)
+    assert following.text == alone
+
+
+def test_stopped_while_the_prompt_is_read(views: Views) -> None:
+    """What was read of it stays read; the question stays to be asked again."""
+    session = session_of(views, prefill_step_size=16)
+    question = "word " * 20
+    (reply,) = session.ask(question)
+    done: list[int] = []
+
+    def progress(n: int, total: int) -> None:
+        done.append(n)
+
+    reply.progress = progress
+    reply.stopped = lambda: len(done) == 2
+    assert list(reply) == []
+    assert (reply.answer.reason, reply.answer.text, done) == ("interrupted", "", [16, 32])
+    assert session.exchanges == []
+    assert session.question == question
+    assert len(session.cache("talker").tokens) == 32
+    answer = ask(session, question)
+    assert answer.last is not None
+    assert answer.last.cached_tokens == 32
+    assert answer.text == generate(session.model, session.tokenizer, answer.prompt, max_tokens=20)
+
+
+# Seeds.
+
+
+def conversation(views: Views, seed: int | None, *questions: str) -> list[str]:
+    session = session_of(views, temp=1.0, seed=seed)
+    return [ask(session, question).text for question in questions]
+
+
+def test_a_seed_repeats_a_conversation_and_no_turn_of_it(views: Views) -> None:
+    once = conversation(views, 7, "A?", "B?")
+    assert conversation(views, 7, "A?", "B?") == once
+    assert conversation(views, 8, "A?", "B?") != once
+    session = session_of(views, temp=1.0, seed=7)
+    assert ask(session, "A?").text == once[0]
+    assert ask(session, "A?", before=0).text != once[0]  # asked again: draws of its own
+    last = session_of(views, temp=1.0, seed=2**64 - 1)
+    ask(last, "A?")
+    assert len(ask(last, "B?").text) == 20  # the seed after the last is 0
+
+
+def test_both_columns_draw_alike_and_count_once(views: Views) -> None:
+    session = session_of(views, temp=1.0, seed=7)
+    both = session.ask("A?", ["talker", "talker@twice"])
+    texts = ["".join(reply) for reply in both]
+    session.keep("A?", both[0].answer)
+    assert texts[0] == conversation(views, 7, "A?")[0]
+    assert ask(session, "B?").text == conversation(views, 7, "A?", "B?")[1]
+
+
+def test_comparing_token_by_token_is_asking_each(views: Views) -> None:
+    session = session_of(views)
+    both = session.ask("A?", list(views[0]))
+    texts = ["", ""]
+    while not all(reply.answer.reason for reply in both):
+        for column, reply in enumerate(both):
+            texts[column] += next(reply, "")
+    for name, text in zip(views[0], texts, strict=True):
+        alone = session_of(views)
+        alone.switch(name)
+        assert ask(alone, "A?").text == text
+    assert texts[0] != texts[1]
+
+
+# What is refused.
+
+
+def test_retrying_what_can_only_be_the_same(views: Views) -> None:
+    session = session_of(views)
+    ask(session, "A?")
+    assert session.repeats("A?", 0)
+    session.switch("talker@twice")
+    assert not session.repeats("A?", 0)
+    session.switch("talker")
+    session.set_system("Be brief.")
+    assert not session.repeats("A?", 0)
+    session.set_system(None)
+    (reply,) = session.ask("A?", before=0, temp=0.7)
+    "".join(reply)
+    session.keep("A?", reply.answer, 0)
+    assert not session.repeats("A?", 0)
+    (reply,) = session.ask("A?", before=0)
+    next(reply)
+    reply.close()
+    session.keep("A?", reply.answer, 0)
+    assert not session.repeats("A?", 0)
+    assert not session_of(views, temp=1.0).repeats("A?", 0)
+
+
+def test_a_conversation_fills_the_positions_and_not_more(tmp_path: Path) -> None:
+    session = session_of(talkers(tmp_path, max_position_embeddings=64), max_tokens=100)
+    answer = ask(session, "A?")
+    assert (answer.reason, answer.tokens) == ("length", 64)
+    with pytest.raises(RequestError, match=r"no longer fits the model's 64 positions: /undo"):
+        session.ask("B?")
+    assert session.question == "B?"
+    session.undo()
+    assert [m["content"] for m in session.messages()] == ["A?", answer.text]
+
+
+def test_where_memory_is_short_other_caches_are_given_up(
+    views: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = session_of(views)
+    ask(session, "A?")
+    session.switch("talker@twice")
+    calls: list[int] = []
+
+    def short(*args: Any, **kwargs: Any) -> object:
+        calls.append(session.cached("talker")[0])
+        if calls[-1] or len(calls) > 2:
+            raise MemoryBudgetError("too much")
+        return stream_generate(*args, **kwargs)
+
+    monkeypatch.setattr("mlx_cerebrum.chat.session.stream_generate", short)
+    ask(session, "B?")
+    assert [bool(tokens) for tokens in calls] == [True, False]
+    with pytest.raises(MemoryBudgetError, match="too much"):
+        ask(session, "C?")
+    assert session.question == "C?"
+    monkeypatch.undo()
+    ask(session, "C?")
+    assert [e.question for e in session.exchanges] == ["A?", "B?", "C?"]
+
+
+def test_conversations_from_elsewhere(views: Views) -> None:
+    session = session_of(views)
+    ask(session, "A?")
+    user, assistant = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    for wrong in ([assistant], [user, user], [user, assistant, assistant]):
+        with pytest.raises(RequestError, match=r"messages\[\d\] must be the (user|assistant)'s"):
+            session.replace(wrong)
+        assert session.question == "A?"
+    system = {"role": "system", "content": "Be brief."}
+    session.replace([system, user, assistant, user])
+    assert (session.system, session.unanswered, len(session.exchanges)) == ("Be brief.", "Q", 1)
+    assert session.messages() == [system, user, assistant, user]
+    ask(session, "Q", before=1)
+    assert len(session.messages()) == 5
+
+
+def test_clear_can_be_undone(views: Views) -> None:
+    session = session_of(views)
+    ask(session, "A?")
+    before = session.messages()
+    session.clear()
+    assert session.messages() == []
+    assert session.can_restore
+    session.undo()
+    assert session.messages() == before
+    assert not session.can_restore
+
+
+# A trained model.
+
+
+def test_the_demo_computes_only_the_new_turn(demo: Path) -> None:
+    """Its end-of-turn token and the text around it are found again in the next prompt."""
+    session = Session(*load_views(str(demo), window=40), Settings(max_tokens=12))
+    held = ask(session, "Hi").tokens
+    for question in ("What is the capital of France?", "And of Italy?"):
+        answer = ask(session, question)
+        again = computed(answer) - (len(answer.prompt) - held)
+        assert 0 <= again <= 2  # where the length cut an answer, its last token was not run yet
+        held = answer.tokens
+    assert session.passes_window()

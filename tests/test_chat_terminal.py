@@ -1,0 +1,184 @@
+"""The chat on a real terminal: what a person sees, and what the keys do."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from talker import LETTERS, talker
+from terminal import Program
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(
+    folder: Path,
+    *flags: str,
+    says: str = LETTERS,
+    term: str = "xterm-256color",
+    colours: bool = True,
+    **size: int,
+) -> Program:
+    checkpoint = talker(folder, says)
+    command = [sys.executable, "-m", "mlx_cerebrum.chat", "--model", str(checkpoint)]
+    removed = {"NO_COLOR", "COLUMNS", "LINES", "XTERM_VERSION"}
+    env = {name: value for name, value in os.environ.items() if name not in removed}
+    env |= {"TERM": term, "HOME": str(folder), "XDG_STATE_HOME": str(folder / "state")}
+    env |= {"PYTHONPATH": str(ROOT)} | ({} if colours else {"NO_COLOR": "1"})
+    return Program([*command, "--plan", str(folder / "twice.yml"), *flags], env, **size)
+
+
+def at_prompt(program: Program) -> Program:
+    """Keys sent between two prompts are not the line editor's yet."""
+    program.until(lambda text: text.endswith(">"))
+    return program
+
+
+def answering(text: str) -> bool:
+    return len(text.partition("> Talk!\n")[2]) > 100
+
+
+def test_ask_switch_compare_and_quit(tmp_path: Path) -> None:
+    with start(tmp_path, "--max-tokens", "60") as program:
+        text = program.until("talker>")
+        assert "talker (8 positions), talker@twice (12 positions) over 8 blocks" in text
+        assert "/help" in text
+        program.send("How are you?\r")
+        program.until("stopped at 60 tokens\n\ntalker>")
+        at_prompt(program).send("/plan twice\r")
+        program.until("twice>")
+        at_prompt(program).send("/compare And you?\r")
+        text = program.until("Keep 1 or 2? [2]")
+        assert re.search(r"1 talker +\u2502 2 talker@twice", text)
+        assert re.search(r"\u25b6.*\u2502.*\u25b6", text)
+        assert re.search(r"60 tokens, \d+\.\d/s +\u2502 60 tokens, \d+\.\d/s", text)
+        program.send("1\r")
+        program.until(lambda text: text.endswith("twice>"))
+        at_prompt(program).send(f"/save {tmp_path}/talk.json\r")
+        program.until("saved 4 messages")
+        at_prompt(program).send("/quit\r")
+        assert program.end() == 0
+        assert program.terminal.unknown == []
+        history = (tmp_path / "state" / "mlx-cerebrum" / "chat-history").read_text()
+        assert "+/compare And you?" in history
+
+
+def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(tmp_path: Path) -> None:
+    with start(tmp_path, "--max-tokens", "4000", "--no-history") as program:
+        program.until("talker>")
+        program.send("\x03")
+        program.until("/quit or Ctrl-D leaves\n\ntalker>")
+        program.send("Talk!\r")
+        program.until(answering)
+        program.send("typed")  # keys are not shown among the answer's lines
+        program.send("\x03")
+        text = program.until("what came stays in the conversation")
+        answer = text.split("Talk!\n")[1].split("\n")[0]
+        assert "typed" not in text.split("stopped;")[0]
+        program.until(lambda text: text.endswith("talker>"))
+        program.send("thrown away")
+        program.until("> thrown away")
+        program.send("\x03")  # clears the line
+        program.until(lambda text: text.endswith("talker>"))
+        at_prompt(program).send(f"/save {tmp_path}/talk.json\r")
+        program.until("saved 2 messages")
+        assert answer[:50] in (tmp_path / "talk.json").read_text()
+        at_prompt(program).send("\x04")
+        assert program.end() == 0
+        assert not (tmp_path / "state").exists()
+
+
+def test_several_lines_and_completion(tmp_path: Path) -> None:
+    with start(tmp_path, "--max-tokens", "5") as program:
+        program.until("talker>")
+        program.send("one\x1b\rtwo\\\rthree")
+        program.until("... three")
+        program.send("\r")
+        program.until("stopped at 5 tokens")
+        at_prompt(program).send("\x1b[200~four\nfive\x1b[201~")
+        program.until("... five")
+        program.send("\r")
+        program.until(lambda text: text.count("stopped at 5 tokens") == 2)
+        program.until(lambda text: text.endswith("talker>"))
+        at_prompt(program).send("/edit\r")
+        program.until("edit> four\n... five")
+        program.send(" or six\r")
+        program.until(lambda text: text.count("stopped at 5 tokens") == 3)
+        program.send("/sav")
+        program.until("/save  write the conversation")
+        program.send("\t")
+        program.until("talker> /save")
+        program.send(f" {tmp_path}/talk.json\r")
+        program.until("saved 4 messages")
+        at_prompt(program).send("\x04")
+        assert program.end() == 0
+    saved = (tmp_path / "talk.json").read_text()
+    assert "one\\ntwo\\nthree" in saved
+    assert "four\\nfive or six" in saved
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(40, 15), (60, 10)])
+def test_small_terminals_and_resizing(tmp_path: Path, columns: int, rows: int) -> None:
+    with start(tmp_path, "--max-tokens", "300", columns=columns, rows=rows) as program:
+        program.until("talker>")
+        program.send("/compare Talk!\r")
+        program.until(lambda text: len(text.partition("/compare Talk!\n")[2]) > 200)
+        program.resize(columns + 20, rows + 3)
+        text = program.until("Keep 1 or 2? [1]")
+        program.send("\r")
+        program.until("stopped at 300 tokens")
+        at_prompt(program).send(f"/save {tmp_path}/talk.json\r")
+        program.until("saved 2 messages")
+        at_prompt(program).send("\x04")
+        assert program.end() == 0
+        assert program.terminal.unknown == []
+    assert ("\u2502" in text) == (columns >= 60)
+
+
+HOSTILE = "\x1b[2J]0;\x07\x9b3m"
+
+
+def test_a_hostile_answer_stays_text(tmp_path: Path) -> None:
+    """What would clear the screen, set the title or ring is shown instead."""
+    says = "\x1b[2J]\x07\x08"
+    with start(tmp_path, "--max-tokens", "300", says=says) as program:
+        program.until("talker>")
+        before = program.raw
+        program.send("Talk!\r")
+        text = program.until("stopped at 300 tokens")
+        written = program.raw[len(before) :]
+        assert "\u241b" in text or "\u2407" in text or "\u2408" in text
+        assert "\x07" not in written
+        assert "\x1b[2J" not in written
+        at_prompt(program).send("\x04")
+        assert program.end() == 0
+
+
+@pytest.mark.parametrize("flags", [(), ("--plain",)])
+def test_a_dumb_terminal(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    term = "xterm" if flags else "dumb"
+    with start(tmp_path, "--max-tokens", "4000", *flags, term=term) as program:
+        program.until("talker>")
+        program.send("Talk!\n")
+        program.until(answering)
+        program.send("\x03")
+        program.until("what came stays in the conversation\ntalker>")
+        at_prompt(program).send("/edit\n")
+        program.until("/edit followed by the new text\ntalker>")
+        program.send("\x03")
+        program.until("/quit or Ctrl-D leaves")
+        at_prompt(program).send("\x04")
+        assert program.end() == 0
+        assert "\x1b" not in program.raw
+
+
+def test_without_colours(tmp_path: Path) -> None:
+    colour = re.compile(r"\x1b\[[\d;]*[349]\d[;m]")
+    for colours in (True, False):
+        folder = tmp_path / str(colours)
+        with start(folder, "--max-tokens", "5", colours=colours) as program:
+            program.until("talker>")
+            program.send("/nope\r")
+            program.until("is not a command")
+            assert bool(colour.search(program.raw)) == colours
