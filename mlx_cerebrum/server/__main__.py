@@ -1,0 +1,80 @@
+"""`python -m mlx_cerebrum.server`: OpenAI's API and a chat page on this machine."""
+
+import argparse
+import os
+import sys
+import threading
+import webbrowser
+
+import mlx.core as mx
+
+from mlx_cerebrum import cli
+from mlx_cerebrum.memory import human
+from mlx_cerebrum.memory_limits import limits
+from mlx_cerebrum.model_args import check_model_flags
+from mlx_cerebrum.progress import progress
+from mlx_cerebrum.server import args as flags
+from mlx_cerebrum.server.app import Service
+from mlx_cerebrum.server.engine import BatchEngine
+from mlx_cerebrum.server.listening import Server, bind, url
+from mlx_cerebrum.views import describe, load_views
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = flags.parser().parse_args(argv)
+    return cli.run(lambda: _run(args), args.debug)
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Everything that can be refused is, cheapest first, before weights are read.
+    memory = check_model_flags(args)
+    settings = flags.settings(args)
+    with bind(args.host, args.port, settings.api_key is not None) as listening:
+        with limits(memory), progress("loading", not args.quiet) as report:
+            models, tokenizer = load_views(
+                args.model,
+                args.plan,
+                args.q_bits,
+                args.dtype,
+                q_group_size=args.q_group_size or 64,
+                window=args.window,
+                revision=args.revision,
+                progress=report,
+            )
+        dtype = next(iter(models.values())).model.norm.weight.dtype
+        engine = BatchEngine(
+            models,
+            tokenizer,
+            max_batch=args.batch,
+            max_queue=args.queue,
+            cache_bytes=flags.cache_bytes(args),
+            prefill_step_size=args.prefill_step_size,
+            memory_limit=memory,
+        )
+        try:
+            described = {name: describe(model) for name, model in models.items()}
+            service = Service(engine, described, tokenizer, settings, str(dtype))
+            address = url(listening)
+            line = f"{address}  {', '.join(models)}  ({human(mx.get_active_memory())} held)"
+
+            def ready() -> None:
+                print(line, flush=True)
+                if args.open:
+                    open_page(address)
+
+            server = Server(service, args.grace, ready)
+            server.run(sockets=[listening])
+        finally:
+            engine.close(0.0)
+    return 0
+
+
+def open_page(address: str) -> None:
+    """Open the address in a browser with windows, if there is one; not in this terminal."""
+    if sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        # In a thread: some browsers hold on until they are closed.
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The flags of `python -m mlx_cerebrum.server`, and what they ask for."""
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Mapping
+
+from mlx_cerebrum import cli, hub
+from mlx_cerebrum.decode import PREFILL_STEP
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.memory import GB
+from mlx_cerebrum.model_args import add_model_flags
+from mlx_cerebrum.sampling import check_sampling
+from mlx_cerebrum.server.app import Settings
+from mlx_cerebrum.server.intake import Defaults
+from mlx_cerebrum.server.security import check_key
+
+KEY_VARIABLE = "MLX_CEREBRUM_API_KEY"
+_ORIGIN = re.compile(r"https?://[a-z0-9.\[\]:-]+")
+
+
+def parser() -> cli.ArgumentParser:
+    p = cli.ArgumentParser(
+        prog="python -m mlx_cerebrum.server",
+        description="Serve OpenAI's API and a chat page from one copy of the weights.",
+    )
+    add_model_flags(p, f"{hub.DEFAULT_REPO}, as cerebrum-12.25b and cerebrum-7b")
+    p.add_argument(
+        "--plan",
+        action="append",
+        default=[],
+        metavar="NAME|FILE",
+        help="serve the same weights laid out so too: a named plan or mergekit YAML; may be"
+        " repeated (default: none more)",
+    )
+    where = p.add_argument_group("where, and for whom")
+    where.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; one that others can reach needs a key (default: 127.0.0.1)",
+    )
+    where.add_argument(
+        "--port", type=int, default=8080, help="port; 0 takes any free one (default: 8080)"
+    )
+    where.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="ask for this key; other users of the machine can see it on the command line, so"
+        f" rather set {KEY_VARIABLE} (default: ${KEY_VARIABLE}, else no key)",
+    )
+    where.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer to this Host name too, without a port; may be repeated (default: loopback"
+        " names and the address listened on)",
+    )
+    where.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of this origin call, such as https://example.org; may be repeated"
+        " (default: none but the server's own page)",
+    )
+    where.add_argument(
+        "--open",
+        action="store_true",
+        help="open the page in a browser once it is there (default: only print its address)",
+    )
+    load = p.add_argument_group("load")
+    load.add_argument(
+        "--batch",
+        type=int,
+        default=8,
+        metavar="N",
+        help="answers of one model generated together, at most (default: 8)",
+    )
+    load.add_argument(
+        "--queue", type=int, default=64, metavar="N", help="requests that may wait (default: 64)"
+    )
+    load.add_argument(
+        "--cache-gb",
+        type=float,
+        default=1.0,
+        metavar="GB",
+        help="kept of earlier prompts, for those that begin alike; 10^9 bytes, 0 keeps nothing"
+        " (default: 1)",
+    )
+    load.add_argument(
+        "--max-body-mb",
+        type=float,
+        default=2.0,
+        metavar="MB",
+        help="largest request body, 10^6 bytes (default: 2)",
+    )
+    load.add_argument(
+        "--prefill-step-size",
+        type=int,
+        default=PREFILL_STEP,
+        metavar="TOKENS",
+        help="prompt tokens read at once; other answers wait for that long"
+        f" (default: {PREFILL_STEP})",
+    )
+    load.add_argument(
+        "--grace",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="how long answers may go on after Ctrl-C; a second one ends them (default: 10)",
+    )
+    answers = p.add_argument_group("answers to requests that do not say")
+    answers.add_argument(
+        "--max-tokens", type=int, default=1024, metavar="N", help="tokens at most (default: 1024)"
+    )
+    answers.add_argument(
+        "--temp", type=float, default=0.0, help="temperature; 0 is greedy (default: 0)"
+    )
+    answers.add_argument(
+        "--top-p", type=float, default=1.0, help="probability mass to draw from (default: 1, all)"
+    )
+    answers.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="least probability, as a share of the best token's (default: 0)",
+    )
+    p.add_argument("--quiet", action="store_true", help="no line for each request")
+    p.add_debug()
+    return p
+
+
+def settings(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Settings:
+    """What the flags say of the web side. Raises RequestError for what can't be honoured."""
+    key = args.api_key if args.api_key is not None else environment.get(KEY_VARIABLE) or None
+    if key is not None:
+        try:
+            check_key(key)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+    for name in ("batch", "max_tokens", "prefill_step_size"):
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise RequestError(f"{flag} must be at least 1, not {getattr(args, name)}")
+    if args.queue < 0:
+        raise RequestError(f"queue must be 0 or more, not {args.queue}")
+    for name, least in (("cache_gb", 0.0), ("max_body_mb", 0.001), ("grace", 0.0)):
+        value = getattr(args, name)
+        if not math.isfinite(value) or value < least:
+            raise RequestError(f"{name.replace('_', '-')} must be {least:g} or more, not {value}")
+    check_sampling(args.temp, args.top_p, args.min_p, None)
+    for host in args.allowed_host:
+        if not re.fullmatch(r"[A-Za-z0-9.:-]+", host) or "://" in host:
+            raise RequestError(f"allowed-host must be a name such as mac.local, not {host!r}")
+    for origin in args.cors_origin:
+        if not _ORIGIN.fullmatch(origin):
+            raise RequestError(
+                f"cors-origin must be a page's scheme and host, https://example.org, not {origin!r}"
+            )
+    return Settings(
+        api_key=key,
+        allowed_hosts={args.host, *args.allowed_host},
+        cors_origins=frozenset(args.cors_origin),
+        max_body=int(args.max_body_mb * 1e6),
+        defaults=Defaults(args.max_tokens, args.temp, args.top_p, args.min_p),
+        log=not args.quiet,
+        debug=args.debug,
+    )
+
+
+def cache_bytes(args: argparse.Namespace) -> int:
+    return int(args.cache_gb * GB)

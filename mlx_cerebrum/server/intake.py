@@ -1,0 +1,157 @@
+"""From a request's body to jobs for the engine: parsed, checked, tokenized."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+from mlx_cerebrum import __version__
+from mlx_cerebrum.errors import CerebrumError, PlanError
+from mlx_cerebrum.server.faults import ApiError
+from mlx_cerebrum.server.jobs import Job, Sampling
+from mlx_cerebrum.server.replies import Layout
+from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest, Sampled
+from mlx_cerebrum.server.strict import parse
+from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.views import find
+
+# A tokenizer holds Python's lock, and with it every answer, for seconds a megabyte. So a text is
+# counted in slices until it is known to be short enough to be tokenized as a whole.
+SLICE = 16_384  # characters
+_CUT = 16  # tokens more that a cut may make
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request that does not say gets."""
+
+    max_tokens: int = 1024
+    temperature: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+class Intake:
+    """Makes jobs of bodies. Its methods are slow for long prompts: not for the event loop.
+
+    layouts: of every model by name, the one to use by default first.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        layouts: Mapping[str, Layout],
+        dtype: str,
+        defaults: Defaults,
+    ) -> None:
+        self.layouts = layouts
+        self._tokenizer, self._defaults = tokenizer, defaults
+        self.fingerprints = {
+            name: "fp_" + sha256(f"{__version__} {name} {dtype} {layout}".encode()).hexdigest()[:12]
+            for name, layout in layouts.items()
+        }
+
+    def find(self, asked: str | None) -> str:
+        """The name of the model that is meant. Raises ApiError (404)."""
+        if asked is None:
+            return next(iter(self.layouts))
+        try:
+            return find(self.layouts, asked[:200])
+        except PlanError as error:
+            raise ApiError(404, str(error), code="model_not_found", param="model") from None
+
+    def chat(self, body: bytes, owner: str) -> tuple[ChatRequest, list[Job]]:
+        request = parse(ChatRequest, body)
+        model = self.find(request.model)
+        messages = [
+            {
+                "role": "system" if message.role == "developer" else message.role,
+                "content": message.text,
+            }
+            for message in request.messages
+        ]
+        self._check_length("\n".join(turn["content"] for turn in messages), model, "messages")
+        try:
+            ids = self._tokenizer.apply_chat_template(messages)
+        except CerebrumError as error:
+            raise ApiError(400, str(error), code="invalid_value", param="messages") from None
+        stop = (*(request.stop or ()), *self._tokenizer.stop_strings)
+        top = (request.top_logprobs or 0) if request.logprobs else None
+        return request, [self._job(request, model, ids, "messages", stop, top, owner)]
+
+    def completion(self, body: bytes, owner: str) -> tuple[CompletionRequest, list[Job]]:
+        request = parse(CompletionRequest, body)
+        model = self.find(request.model)
+        stop = tuple(request.stop or ())
+        jobs = []
+        for prompt in request.prompt:
+            if isinstance(prompt, str):
+                self._check_length(prompt, model, "prompt")
+            ids = self._ids(prompt)
+            jobs.append(self._job(request, model, ids, "prompt", stop, request.logprobs, owner))
+        return request, jobs
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        try:
+            if isinstance(prompt, str):
+                return self._tokenizer.encode(prompt)
+            detokenizer = self._tokenizer.detokenizer()
+            for token in set(prompt):
+                detokenizer.add(token)  # raises for what is not an id
+            return prompt
+        except CerebrumError as error:
+            raise ApiError(400, str(error), code="invalid_value", param="prompt") from None
+
+    def _job(
+        self,
+        request: Sampled,
+        model: str,
+        ids: Sequence[int],
+        param: str,
+        stop: tuple[str, ...],
+        top_logprobs: int | None,
+        owner: str,
+    ) -> Job:
+        defaults = self._defaults
+        seed = request.seed
+        sampling = Sampling(
+            temperature=_given(request.temperature, defaults.temperature),
+            top_p=_given(request.top_p, defaults.top_p),
+            min_p=_given(request.min_p, defaults.min_p),
+            seed=None if seed is None else seed % 2**64,
+        )
+        return Job(
+            model=model,
+            prompt=tuple(ids),
+            max_tokens=self._room(model, len(ids), request.most_tokens, param),
+            sampling=sampling,
+            n=request.n or 1,
+            stop=stop,
+            top_logprobs=top_logprobs,
+            owner=owner,
+        )
+
+    def _check_length(self, text: str, model: str, param: str) -> None:
+        """Raise ApiError for a text that is sure to be more than the model's positions."""
+        context, least = self.layouts[model].context_length, 0
+        for start in range(0, len(text), SLICE) if len(text) > SLICE else ():
+            part = self._tokenizer.encode(text[start : start + SLICE], add_bos=False)
+            least += max(0, len(part) - _CUT)
+            if least > context:
+                message = f"{model} has {context} positions; this is more than {least} tokens"
+                raise ApiError(400, message, code="context_length_exceeded", param=param)
+
+    def _room(self, model: str, prompt: int, asked: int | None, param: str) -> int:
+        """Tokens to generate at most. Raises ApiError for more than the model's positions."""
+        if prompt == 0:
+            raise ApiError(400, f"{param}: there is nothing to continue", param=param)
+        context = self.layouts[model].context_length
+        most = min(self._defaults.max_tokens, context - prompt) if asked is None else asked
+        if most < 1 or prompt + most > context:
+            asks = "" if asked is None else f" and {asked} to generate"
+            message = f"{model} has {context} positions; this is {prompt} prompt tokens{asks}"
+            raise ApiError(400, message, code="context_length_exceeded", param=param)
+        return most
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,0 +1,110 @@
+"""From an address to a running web server, and its orderly end."""
+
+import asyncio
+import math
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from mlx_cerebrum.cli import INTERRUPTED
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.server.app import Service
+from mlx_cerebrum.server.security import is_loopback
+
+
+def bind(host: str, port: int, has_key: bool) -> socket.socket:
+    """A socket for the address, before anything slow is done.
+
+    Raises RequestError for an address that others can reach without a key, one that is not
+    this machine's, or a port that is taken.
+    """
+    if not 0 <= port < 65536:
+        raise RequestError(f"port must be from 0 to 65535, not {port}")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM) if host else []
+    except (socket.gaierror, UnicodeError):
+        found = []
+    if not found:
+        raise RequestError(f"{host!r} is not an address or a name of this machine")
+    # IPv4 first: of localhost's two addresses, the one every client tries.
+    family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+    if not (has_key or is_loopback(str(address[0]))):
+        raise RequestError(
+            f"{host} can be reached by others: set an API key (--api-key), or use 127.0.0.1"
+        )
+    listening = socket.socket(family, kind, protocol)
+    try:
+        if sys.platform != "win32":  # there it would share the port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        # At once: two sockets can bind to one port, and only the second's `listen` would fail.
+        listening.listen(1024)
+    except OSError as error:
+        listening.close()
+        reason = error.strerror or str(error)
+        raise RequestError(f"can't listen on {host} port {port}: {reason}") from None
+    return listening
+
+
+def url(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    # A browser can't open "every address of this machine".
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, serving `service` until a signal; then answers get `grace` seconds to end.
+
+    ready: called once requests are taken.
+    """
+
+    def __init__(
+        self, service: Service, grace: float, ready: Callable[[], None] = lambda: None
+    ) -> None:
+        config = uvicorn.Config(
+            service.app,
+            http="h11",
+            loop="asyncio",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",  # the journal has what there is to say
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=15,
+            timeout_graceful_shutdown=math.ceil(grace) + 3,  # for clients that do not read
+            h11_max_incomplete_event_size=32768,
+        )
+        super().__init__(config)
+        self._service, self._grace, self._ready = service, grace, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.closing = True
+        # A thread of our own: one of the event loop's would be waited for after a second Ctrl-C.
+        close = threading.Thread(
+            target=self._service.engine.close, args=(self._grace,), daemon=True
+        )
+        close.start()
+        await super().shutdown(sockets)
+        while close.is_alive() and not self.force_exit:
+            await asyncio.sleep(0.02)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Not uvicorn's own: it raises the signal again at the end, and that is no exit code 0.
+        self._service.closing = True
+        if self.should_exit:
+            # The second: nobody waits for the step that the generating thread is in.
+            print("interrupted", file=sys.stderr, flush=True)
+            os._exit(INTERRUPTED)
+        self.should_exit = True

@@ -1,0 +1,164 @@
+// What can be done with a conversation: ask, answer again, edit, switch versions, stop.
+
+import { announce } from "./dom.js";
+import { Run } from "./run.js";
+import { sampling } from "./settings.js";
+
+const SPOKEN = 2000; // characters of an answer that are read out when it is there
+
+export class Chat {
+  /**
+   * `changed(conversation)`: its messages or their order changed; `grew(node)`: one message did;
+   * `lost()`: the server is gone; `models()`: the server's.
+   */
+  constructor(store, { changed, grew, lost, models }) {
+    this.store = store;
+    this.changed = changed;
+    this.grew = grew;
+    this.lost = lost;
+    this.models = models;
+    this.runs = new Map(); // by message
+    this.waits = new Map(); // seconds a failed message was asked to wait
+  }
+
+  /** The models of the columns: the chosen ones while the server has them. */
+  modelsOf(conversation) {
+    const all = this.models();
+    return conversation.meta.models.map((id, lane) => {
+      return all.find((model) => model.id === id) ?? all[lane] ?? all[0];
+    });
+  }
+
+  busy(conversation) {
+    const own = ({ node }) => node.conversation === conversation.meta.id;
+    return [...this.runs.values()].some(own);
+  }
+
+  growing() {
+    return [...this.runs.values()].map(({ node }) => node);
+  }
+
+  /** Ask at the end of what is shown. */
+  ask(conversation, text) {
+    return this.askAfter(conversation, conversation.leaves, text);
+  }
+
+  /** Ask after other messages than the last ones: a branch of its own. */
+  edit(conversation, node, text) {
+    const paths = conversation.leaves.map((leaf) => conversation.path(leaf));
+    const at = Math.max(...paths.map((path) => path.indexOf(node)));
+    const parents = paths.map((path) => (at === 0 ? null : (path[at - 1] ?? path.at(-1)).id));
+    return this.askAfter(conversation, parents, text);
+  }
+
+  askAfter(conversation, parents, text) {
+    if (this.busy(conversation) || !this.models().length) return false;
+    const asked = new Map();
+    for (const parent of parents) {
+      if (!asked.has(parent)) asked.set(parent, conversation.add(parent, "user", text));
+    }
+    const answers = parents.map((parent, lane) => {
+      return this.newAnswer(conversation, asked.get(parent).id, lane);
+    });
+    this.begin(conversation, answers, [...asked.values()]);
+    return true;
+  }
+
+  newAnswer(conversation, parent, lane) {
+    const { comparing } = conversation.meta;
+    const answer = conversation.add(parent, "assistant", "", comparing ? { lane } : {});
+    conversation.show(answer.id, lane);
+    return answer;
+  }
+
+  /** Another answer to the same question; one that failed before its first word is replaced. */
+  retry(conversation, node) {
+    if (this.busy(conversation) || !this.models().length) return;
+    const lane = this.laneOf(conversation, node);
+    const empty = !node.content && node.state !== "done";
+    const answer = empty ? node : this.newAnswer(conversation, node.parent, lane);
+    this.begin(conversation, [answer], []);
+  }
+
+  laneOf(conversation, node) {
+    const inLane = (leaf) => conversation.path(leaf).includes(node);
+    return Math.max(0, conversation.leaves.findIndex(inLane));
+  }
+
+  begin(conversation, answers, asked) {
+    const chosen = sampling(); // one seed for both columns
+    const models = this.modelsOf(conversation);
+    for (const node of answers) {
+      node.model = models[this.laneOf(conversation, node)].id;
+      node.stats = { seed: chosen.seed };
+      delete node.finish;
+      this.waits.delete(node);
+      const run = new Run(node, {
+        grew: this.grew,
+        save: () => this.store.putNodes(conversation.meta.id, [node]),
+      });
+      this.runs.set(node, run);
+    }
+    const kept = this.store.put(conversation.meta, [...asked, ...answers]);
+    this.changed(conversation);
+    announce("Answering.");
+    for (const node of answers) {
+      const messages = conversation.messages(node.parent);
+      const body = { model: node.model, messages, ...chosen };
+      const run = this.runs.get(node);
+      run.start(body, kept).then(() => this.over(conversation, node, run));
+    }
+  }
+
+  over(conversation, node, run) {
+    this.runs.delete(node);
+    if (run.wait) this.waits.set(node, run.wait);
+    if (run.gone) this.lost();
+    this.changed(conversation);
+    if (this.busy(conversation)) return;
+    const end = { failed: node.error, stopped: "Stopped." }[node.state];
+    announce(end ?? `Answer: ${node.content.slice(0, SPOKEN)}`);
+  }
+
+  stop(conversation) {
+    for (const run of this.runs.values()) {
+      if (run.node.conversation === conversation.meta.id) run.stop();
+    }
+  }
+
+  /** Show the version before or after the one shown; returns it. */
+  step(conversation, node, by) {
+    const { comparing } = conversation.meta;
+    const lane = this.laneOf(conversation, node);
+    let shown = node;
+    if (node.role === "assistant") {
+      const versions = conversation.versions(node, comparing ? lane : null);
+      const next = versions[versions.indexOf(node) + by];
+      shown = next ?? node;
+      if (next) conversation.show(conversation.latest(next.id, comparing ? lane : null), lane);
+    } else {
+      // Both columns were asked it, so both change.
+      const paths = conversation.leaves.map((leaf) => conversation.path(leaf));
+      const at = paths[lane].indexOf(node);
+      paths.forEach((path, one) => {
+        const versions = path[at] ? conversation.versions(path[at]) : [];
+        const next = versions[versions.indexOf(path[at]) + by];
+        if (next) conversation.show(conversation.latest(next.id, comparing ? one : null), one);
+        if (one === lane) shown = next ?? node;
+      });
+    }
+    this.store.put(conversation.meta);
+    this.changed(conversation);
+    return shown;
+  }
+
+  /** Go on with one column's answer alone. */
+  keep(conversation, lane) {
+    const { meta } = conversation;
+    meta.leaf = conversation.leaves[lane];
+    meta.models = [this.modelsOf(conversation)[lane].id, meta.models[1 - lane]];
+    conversation.compare(false);
+    this.store.put(meta);
+    this.changed(conversation);
+  }
+}

@@ -1,0 +1,124 @@
+// Two answers side by side, and where their texts first differ.
+
+import { arrange, h, plural } from "./dom.js";
+
+const BLOCKS = "p, li, h3, h4, h5, h6, pre, td, th, blockquote";
+// Highlights colour a range of text without touching the elements it runs through.
+const shared = globalThis.Highlight ? new Highlight() : null;
+if (shared) CSS.highlights.set("differs", shared);
+
+/** The text of an answer as it is read, and the text nodes it comes from. */
+function textOf(body) {
+  const parts = [];
+  let text = "";
+  let before = null;
+  const walker = document.createTreeWalker(body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode;
+    if (node.parentElement.closest(".code-head")) continue;
+    const block = node.parentElement.closest(BLOCKS);
+    if (block !== before && text) text += "\n";
+    before = block;
+    parts.push({ node, at: text.length });
+    text += node.data;
+  }
+  return { text, parts };
+}
+
+/** Where the first differing word begins in both; null while they say the same. */
+export function firstDifference(a, b, overA, overB) {
+  const least = Math.min(a.length, b.length);
+  let at = 0;
+  while (at < least && a[at] === b[at]) at += 1;
+  if (at === least) {
+    if (a.length === b.length) return null;
+    // One is ahead of the other, or the other has ended there.
+    if (!(a.length < b.length ? overA : overB)) return null;
+    if (/\s/.test((a.length > b.length ? a : b)[at])) return at;
+  }
+  while (at > 0 && !/\s/.test(a[at - 1])) at -= 1;
+  return at;
+}
+
+function rangeFrom({ text, parts }, at) {
+  const from = parts.findLast((part) => part.at <= at);
+  if (!from || at >= text.length) return null;
+  const range = new Range();
+  range.setStart(from.node, Math.min(at - from.at, from.node.length));
+  const last = parts.at(-1).node;
+  range.setEnd(last, last.length);
+  return range;
+}
+
+/** A row of the thread: two messages of the same turn. */
+export class Row {
+  constructor() {
+    this.caption = h("p", { class: "caption" });
+    this.columns = [h("div", { class: "column" }), h("div", { class: "column" })];
+    this.pair = h("div", { class: "pair" }, ...this.columns);
+    this.element = h("section", { class: "row", "aria-label": "Two answers" });
+    this.element.append(this.caption, this.pair);
+    this.marks = this.columns.map(() => h("span", { class: "mark", "aria-hidden": "true" }));
+    this.ranges = [];
+    this.observer = new ResizeObserver(() => this.place());
+    this.observer.observe(this.pair);
+  }
+
+  /** Put the messages' views in; either may be missing. */
+  fill(views) {
+    this.views = views;
+    views.forEach((view, lane) => arrange(this.columns[lane], view ? [view.element] : []));
+  }
+
+  /** Say and show where the answers differ. An answer that was cut short is not over. */
+  mark() {
+    const [a, b] = this.views;
+    this.clear();
+    this.caption.textContent = "";
+    if (!a?.rendering || !b?.rendering) return;
+    const texts = [textOf(a.body), textOf(b.body)];
+    const [over, alsoOver] = this.views.map(({ node }) => node.state === "done");
+    const at = firstDifference(texts[0].text, texts[1].text, over, alsoOver);
+    const same = texts[0].text.slice(0, at ?? Infinity);
+    if (at === null) {
+      const exact = a.node.content === b.node.content;
+      const both = exact ? "Identical answers." : "The same words, laid out differently.";
+      if (same && texts[1].text) {
+        this.caption.textContent = over && alsoOver ? both : "The same so far.";
+      }
+      return;
+    }
+    const words = same.split(/\s+/).filter(Boolean).length;
+    this.caption.textContent = words
+      ? `The same for ${plural(words, "word")}, then they differ.`
+      : "They differ from the first word.";
+    this.ranges = texts.map((text) => rangeFrom(text, at));
+    for (const range of this.ranges) if (range) shared?.add(range);
+    this.place();
+  }
+
+  /** The marks stand in the margin, at the line where the difference begins. */
+  place() {
+    this.ranges.forEach((range, lane) => {
+      const body = this.views[lane].body;
+      const rect = range?.getClientRects()[0];
+      if (!rect || !body.isConnected) return this.marks[lane].remove();
+      if (!this.marks[lane].isConnected) body.after(this.marks[lane]);
+      const top = rect.top - this.marks[lane].offsetParent.getBoundingClientRect().top;
+      this.marks[lane].style.top = `${top}px`;
+      this.marks[lane].style.height = `${rect.height}px`;
+    });
+  }
+
+  clear() {
+    for (const range of this.ranges) if (range) shared?.delete(range);
+    for (const mark of this.marks) mark.remove();
+    this.ranges = [];
+  }
+
+  close() {
+    this.clear();
+    this.observer.disconnect();
+    this.element.remove();
+  }
+}

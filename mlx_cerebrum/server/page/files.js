@@ -1,0 +1,181 @@
+// Conversations as files: one as the list of messages that `generate --messages` reads, or all
+// of them, with every version, as a backup. What a file holds is checked before anything is kept.
+
+import { newId } from "./dom.js";
+import { newMeta, titleOf } from "./conversation.js";
+
+const FORMAT = "mlx-cerebrum-conversations";
+const ROLES = ["system", "user", "assistant"];
+
+/** What is wrong with a file, in one line. */
+export class FileError extends Error {}
+
+export function messagesFile(conversation) {
+  const messages = conversation.messages(conversation.leaf);
+  return { name: `${fileName(conversation.meta.title)}.json`, text: json(messages) };
+}
+
+/** `conversations`: pairs of meta and nodes. */
+export function backupFile(conversations) {
+  const day = new Date().toISOString().slice(0, 10);
+  const all = conversations.map(({ meta, nodes }) => ({ ...meta, nodes }));
+  const text = json({ format: FORMAT, version: 1, conversations: all });
+  return { name: `cerebrum-conversations-${day}.json`, text };
+}
+
+function json(value) {
+  return `${JSON.stringify(value, null, 2)}\n`;
+}
+
+function fileName(title) {
+  const plain = title.normalize("NFKD").replace(/[^\w\s-]/g, "");
+  return plain.trim().replace(/\s+/g, "-").slice(0, 40).toLowerCase() || "conversation";
+}
+
+export function download({ name, text }) {
+  const url = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  const link = document.createElement("a");
+  link.href = url;
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}
+
+/** The conversations of a file as pairs of meta and nodes. Raises FileError. */
+export function parseFile(text, name) {
+  let value;
+  try {
+    value = JSON.parse(text);
+  } catch {
+    throw new FileError(`${name} is not valid JSON.`);
+  }
+  if (Array.isArray(value)) return [fromMessages(value, name)];
+  if (value?.format !== FORMAT) {
+    throw new FileError(`${name} holds neither a list of messages nor a backup of this page.`);
+  }
+  if (value.version !== 1) {
+    throw new FileError(`${name} was written by another version of this page.`);
+  }
+  if (!Array.isArray(value.conversations)) {
+    throw new FileError(`${name}: conversations must be a list.`);
+  }
+  const where = (index) => `${name}: conversations[${index}]`;
+  return value.conversations.map((one, index) => fromBackup(one, where(index)));
+}
+
+function fromMessages(messages, name) {
+  if (!messages.length) throw new FileError(`${name} holds no messages.`);
+  messages.forEach((message, index) => {
+    const where = `${name}: messages[${index}]`;
+    if (!isObject(message)) throw new FileError(`${where} must be an object.`);
+    const keys = Object.keys(message).sort().join();
+    if (keys !== "content,role") {
+      throw new FileError(`${where} must have exactly role and content.`);
+    }
+    if (!ROLES.includes(message.role)) {
+      throw new FileError(`${where}: role must be one of ${ROLES.join(", ")}.`);
+    }
+    if (message.role === "system" && index) {
+      throw new FileError(`${where}: a system message can only come first.`);
+    }
+    if (typeof message.content !== "string") {
+      throw new FileError(`${where}: content must be a string.`);
+    }
+  });
+  const meta = newMeta(messages[0].role === "system" ? messages[0].content : "");
+  const nodes = [];
+  for (const { role, content } of messages) {
+    if (role === "system") continue;
+    const parent = nodes.at(-1)?.id ?? null;
+    const at = meta.created + nodes.length;
+    nodes.push({ id: newId(), conversation: meta.id, parent, role, content, at, state: "done" });
+  }
+  const first = nodes.find((node) => node.role === "user");
+  meta.title = titleOf(first?.content ?? "") || name.replace(/\.json$/i, "");
+  meta.leaf = nodes.at(-1)?.id ?? null;
+  meta.named = true; // kept even where it is only a system text
+  return { meta, nodes };
+}
+
+function fromBackup(one, where) {
+  if (!isObject(one) || !isId(one.id) || !Array.isArray(one.nodes)) {
+    throw new FileError(`${where} must have an id and nodes.`);
+  }
+  const known = new Set();
+  const nodes = one.nodes.map((node, index) => {
+    const at = `${where}: nodes[${index}]`;
+    if (!isObject(node) || !isId(node.id) || known.has(node.id)) {
+      throw new FileError(`${at} must have an id of its own.`);
+    }
+    if (!["user", "assistant"].includes(node.role) || typeof node.content !== "string") {
+      throw new FileError(`${at} must have a role, user or assistant, and content, a string.`);
+    }
+    known.add(node.id);
+    return { ...cleanNode(node), conversation: one.id };
+  });
+  for (const [index, node] of nodes.entries()) {
+    if (node.parent !== null && !known.has(node.parent)) {
+      throw new FileError(`${where}: nodes[${index}] answers a message that is not there.`);
+    }
+  }
+  if (hasCycle(nodes)) throw new FileError(`${where}: its messages answer each other in a circle.`);
+  return { meta: cleanMeta(one), nodes };
+}
+
+function isObject(value) {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+function isId(value) {
+  return typeof value === "string" && /^\w{1,64}$/.test(value);
+}
+
+function hasCycle(nodes) {
+  const parents = new Map(nodes.map((node) => [node.id, node.parent]));
+  const free = new Set([null]); // ids that lead to a beginning
+  for (const { id } of nodes) {
+    const trail = new Set();
+    for (let now = id; !free.has(now); now = parents.get(now)) {
+      if (trail.has(now)) return true;
+      trail.add(now);
+    }
+    for (const seen of trail) free.add(seen);
+  }
+  return false;
+}
+
+const text = (value, other = "") => (typeof value === "string" ? value : other);
+const number = (value, other) => (Number.isFinite(value) ? value : other);
+const orNull = (value) => (typeof value === "string" ? value : null);
+const two = (value) => [orNull(value?.[0]), orNull(value?.[1])];
+
+function cleanMeta(one) {
+  const now = Date.now();
+  return {
+    id: one.id,
+    title: text(one.title).slice(0, 200),
+    named: one.named === true,
+    created: number(one.created, now),
+    updated: number(one.updated, now),
+    system: text(one.system),
+    leaf: orNull(one.leaf),
+    comparing: one.comparing === true,
+    models: two(one.models),
+    lanes: two(one.lanes),
+    deleted: null,
+  };
+}
+
+function cleanNode(node) {
+  const { id, role, content, error } = node;
+  const clean = { id, role, content, parent: orNull(node.parent), at: number(node.at, 0) };
+  clean.state = ["done", "stopped", "failed"].includes(node.state) ? node.state : "done";
+  if (typeof node.model === "string") clean.model = node.model.slice(0, 200);
+  if (node.lane === 0 || node.lane === 1) clean.lane = node.lane;
+  if (typeof error === "string") clean.error = error.slice(0, 500);
+  if (isObject(node.stats)) {
+    const entries = Object.entries(node.stats).filter(([, value]) => Number.isFinite(value));
+    clean.stats = Object.fromEntries(entries);
+  }
+  return clean;
+}

@@ -1,0 +1,124 @@
+// How answers are sampled, and the dialog that says so. Kept for every conversation.
+
+import { byId } from "./dom.js";
+
+const KEY = "cerebrum.settings";
+
+// Each field's range as the form states it; an empty one leaves the choice to the server.
+const FIELDS = {
+  temperature: { min: 0, max: 2 },
+  top_p: { min: 0, max: 1, above: true },
+  min_p: { min: 0, max: 1, below: true },
+  seed: { min: 0, max: 2 ** 32 - 1, whole: true },
+  max_tokens: { min: 1, max: 1_000_000, whole: true },
+};
+const START = { temperature: 0.7, min_p: 0.05 };
+
+let kept = load();
+
+function load() {
+  let found = null;
+  try {
+    found = JSON.parse(localStorage.getItem(KEY));
+  } catch {
+    // unreadable or switched off: as at the beginning
+  }
+  const values = typeof found === "object" && found !== null ? found : START;
+  const good = {};
+  for (const name of Object.keys(FIELDS)) {
+    if (problem(name, values[name]) === null) good[name] = values[name];
+  }
+  good.system = typeof values.system === "string" ? values.system : "";
+  return good;
+}
+
+function problem(name, value) {
+  const { min, max, above, below, whole } = FIELDS[name];
+  const range = `from ${min} to ${max.toLocaleString("en")}`;
+  if (!Number.isFinite(value)) return `A number ${range}, or nothing.`;
+  if (whole && !Number.isInteger(value)) return `A whole number ${range}, or nothing.`;
+  if (above && (value <= min || value > max)) return `Above ${min}, to ${max}, or nothing.`;
+  if (below && (value < min || value >= max)) return `From ${min} to below ${max}, or nothing.`;
+  if (value < min || value > max) return `A number ${range}, or nothing.`;
+  if (name === "temperature" && value && value < 0.001) return "0, or at least 0.001.";
+  return null;
+}
+
+/** What a request says about sampling. An answer always has a seed, so that it can be had again. */
+export function sampling() {
+  const { system, ...values } = kept;
+  return { ...values, seed: values.seed ?? crypto.getRandomValues(new Uint32Array(1))[0] >>> 1 };
+}
+
+/** The system text a new conversation begins with. */
+export function systemForNew() {
+  return kept.system;
+}
+
+function keep(values) {
+  kept = values;
+  try {
+    localStorage.setItem(KEY, JSON.stringify(values));
+  } catch {
+    // they hold until the page is closed
+  }
+}
+
+/**
+ * Wire the dialog up. `opened()` gives { system, placeholder } of the conversation shown, and
+ * `saved(system)` gets its system text.
+ */
+export function setUpSettings({ opened, saved }) {
+  const dialog = byId("settings");
+  const form = byId("settings-form");
+  const system = form.elements.system;
+  const everywhere = form.elements.everywhere;
+
+  const check = (name) => {
+    const input = form.elements[name];
+    const empty = input.value.trim() === "" && !input.validity.badInput;
+    const wrong = empty ? null : problem(name, input.valueAsNumber);
+    byId(`${name}-problem`).textContent = wrong ?? "";
+    input.setAttribute("aria-invalid", String(wrong !== null));
+    return [wrong, empty ? undefined : input.valueAsNumber];
+  };
+
+  const show = (values) => {
+    for (const name of Object.keys(FIELDS)) {
+      form.elements[name].value = values[name] ?? "";
+      check(name);
+    }
+  };
+
+  for (const name of Object.keys(FIELDS)) {
+    form.elements[name].addEventListener("input", () => check(name));
+  }
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const values = {};
+    for (const name of Object.keys(FIELDS)) {
+      const [wrong, value] = check(name);
+      if (wrong !== null) {
+        form.elements[name].focus();
+        return;
+      }
+      if (value !== undefined) values[name] = value;
+    }
+    keep({ ...values, system: everywhere.checked ? system.value : kept.system });
+    saved(system.value);
+    dialog.close();
+  });
+  byId("settings-reset").addEventListener("click", () => show(START));
+  addEventListener("storage", (event) => {
+    if (event.key === KEY) kept = load(); // set in another tab
+  });
+
+  return () => {
+    const now = opened();
+    show(kept);
+    system.value = now.system;
+    system.placeholder = now.placeholder;
+    everywhere.checked = false;
+    dialog.showModal();
+  };
+}

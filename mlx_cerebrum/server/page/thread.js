@@ -1,0 +1,209 @@
+// The conversation on the screen: which messages stand where, drawn at most once a frame.
+
+import { arrange, byId, plural } from "./dom.js";
+import { Row } from "./compare.js";
+import { AnswerView, QuestionView } from "./messages.js";
+
+const BY_HAND = 1000; // milliseconds after a key or a wheel in which scrolling is the reader's
+
+const scroller = byId("scroller");
+const thread = byId("thread");
+const toEnd = byId("to-end");
+
+export class Thread {
+  /** `actions`: retry, edit, step, keep; `runOf(node)`: its Run while it grows. */
+  constructor(actions, runOf) {
+    this.actions = actions;
+    this.runOf = runOf;
+    this.views = new Map();
+    this.rows = new Map();
+    this.dirty = new Set();
+    this.following = true;
+    this.lastTop = 0;
+    this.touched = -Infinity; // when the reader last did something that scrolls
+    const touch = (when) => () => (this.touched = when());
+    for (const kind of ["wheel", "touchmove", "keydown", "pointerup", "pointercancel"]) {
+      addEventListener(kind, touch(() => performance.now()), { passive: true });
+    }
+    scroller.addEventListener("pointerdown", touch(() => Infinity)); // until it is let go
+    scroller.addEventListener("scroll", () => this.scrolled());
+    const follower = new ResizeObserver(() => this.follow());
+    follower.observe(scroller);
+    follower.observe(thread);
+    toEnd.addEventListener("click", () => this.end());
+  }
+
+  /** Arrange the messages of a conversation; those on the screen already stay as they are. */
+  show(conversation, models) {
+    if (conversation !== this.conversation) {
+      for (const row of this.rows.values()) row.close();
+      thread.replaceChildren();
+      this.views.clear();
+      this.rows.clear();
+      this.conversation = conversation;
+      this.following = true;
+    }
+    this.models = models;
+    const paths = conversation.leaves.map((leaf) => conversation.path(leaf));
+    const [a, b = a] = paths;
+    const wanted = [];
+    const rows = new Set();
+    for (let index = 0; index < Math.max(a.length, b.length); index += 1) {
+      const pair = [a[index], b[index]];
+      const asked = pair.every((node) => node?.role === "user");
+      if (pair[0] === pair[1] || (asked && pair[0].content === pair[1].content)) {
+        wanted.push(this.view(pair[0], null).element);
+      } else {
+        const row = this.row(pair);
+        rows.add(row);
+        wanted.push(row.element);
+      }
+    }
+    for (const [key, row] of this.rows) {
+      if (rows.has(row)) continue;
+      row.clear();
+      row.observer.disconnect();
+      this.rows.delete(key);
+    }
+    arrange(thread, wanted);
+    for (const row of this.rows.values()) row.mark();
+    this.notes(paths);
+    thread.classList.toggle("comparing", conversation.meta.comparing);
+    byId("welcome").hidden = wanted.length > 0;
+    this.follow();
+  }
+
+  view(node, lane) {
+    const kind = node.role === "user" ? QuestionView : AnswerView;
+    if (!this.views.has(node.id)) this.views.set(node.id, new kind(node, this.actions));
+    const view = this.views.get(node.id);
+    const { conversation } = this;
+    const run = this.runOf(node);
+    const last = lane !== null && conversation.leaves[lane] === node.id;
+    view.wait = this.actions.waitOf(node);
+    view.draw(node, run);
+    view.refresh({
+      versions: conversation.versions(node, lane),
+      idle: !this.actions.busy(conversation),
+      keep: last && !this.actions.busy(conversation) ? () => this.actions.keep(lane) : null,
+    });
+    return view;
+  }
+
+  row(pair) {
+    const key = pair.map((node) => node?.id ?? "").join();
+    if (!this.rows.has(key)) this.rows.set(key, new Row());
+    const row = this.rows.get(key);
+    row.fill(pair.map((node, lane) => (node ? this.view(node, lane) : null)));
+    row.nodes = pair;
+    return row;
+  }
+
+  /** A message changed; it is drawn with the next frame. */
+  grew(node) {
+    if (!this.dirty.size) requestAnimationFrame(() => this.drawDirty());
+    this.dirty.add(node);
+  }
+
+  drawDirty() {
+    const dirty = [...this.dirty];
+    this.dirty.clear();
+    const here = dirty.filter((node) => this.views.get(node.id)?.node === node);
+    for (const node of here) this.views.get(node.id).draw(node, this.runOf(node));
+    for (const row of this.rows.values()) {
+      if (row.nodes.some((node) => here.includes(node))) row.mark();
+    }
+    if (here.length) this.notes(this.conversation.leaves.map((l) => this.conversation.path(l)));
+    this.follow();
+  }
+
+  /** The question asked last, being edited. */
+  editLast() {
+    const path = this.conversation.path(this.conversation.leaves[0]);
+    const last = path.findLast((node) => node.role === "user");
+    if (last) this.views.get(last.id)?.edit();
+    return Boolean(last);
+  }
+
+  /** Another version took a message's place: the focus stays on the same button. */
+  focusVersion(node, by) {
+    const names = ["Version before", "Next version"];
+    const buttons = names.map((name) => `[aria-label="${name}"]:enabled`);
+    const foot = this.views.get(node.id).element;
+    const wanted = foot.querySelector(buttons[by < 0 ? 0 : 1]);
+    (wanted ?? foot.querySelector(buttons.join()))?.focus();
+  }
+
+  /** The line about the sliding window, where a path passes it; and the gauge. */
+  notes(paths) {
+    let most = { used: 0, exact: true };
+    paths.forEach((path, lane) => {
+      const model = this.models[lane] ?? {};
+      const window = model.sliding_window ?? Infinity;
+      let used = { used: 0, exact: true };
+      let said = false;
+      for (const node of path) {
+        used = tokensAfter(node, used);
+        const passes = !said && node.role === "assistant" && used.used > window;
+        said ||= passes;
+        this.views.get(node.id)?.setNote?.(passes ? windowNote(window) : null);
+      }
+      if (used.used >= most.used) most = used;
+    });
+    gauge(most, this.models[0] ?? {});
+  }
+
+  scrolled() {
+    const top = scroller.scrollTop;
+    const below = scroller.scrollHeight - scroller.clientHeight - top;
+    const byHand = performance.now() - this.touched < BY_HAND;
+    if (below <= 4) this.following = true;
+    else if (top < this.lastTop && byHand) this.following = false; // the reader went up
+    this.lastTop = top;
+    toEnd.hidden = below < 80;
+  }
+
+  follow() {
+    if (this.following) scroller.scrollTop = scroller.scrollHeight;
+    this.scrolled();
+  }
+
+  end() {
+    this.following = true;
+    this.follow();
+  }
+}
+
+/** Tokens of a conversation up to a message; a guess where the server has not said. */
+function tokensAfter(node, { used, exact }) {
+  const { prompt, tokens } = node.stats ?? {};
+  if (prompt !== undefined) return { used: prompt + (tokens ?? 0), exact: true };
+  return { used: used + Math.ceil(node.content.length / 4), exact: exact && !node.content };
+}
+
+function windowNote(window) {
+  return (
+    `This conversation is now longer than the ${plural(window, "token")} the model looks at ` +
+    "directly. What is older it knows only through what it made of it on the way."
+  );
+}
+
+function gauge({ used, exact }, { context_length: length, sliding_window: window }) {
+  byId("gauge").hidden = !length;
+  if (!length) return;
+  const about = exact ? "" : "about ";
+  const words = `${about}${used.toLocaleString("en")} of ${plural(length, "token")}`;
+  byId("gauge-text").textContent = words;
+  byId("gauge-fill").style.width = `${Math.min(100, (100 * used) / length)}%`;
+  byId("gauge").classList.toggle("full", used > 0.9 * length);
+  const mark = byId("gauge-window");
+  mark.hidden = !window || window >= length;
+  if (!mark.hidden) mark.style.left = `${(100 * window) / length}%`;
+  const bar = byId("gauge-bar");
+  bar.setAttribute("aria-valuemax", String(length));
+  bar.setAttribute("aria-valuenow", String(Math.min(used, length)));
+  bar.setAttribute("aria-valuetext", words);
+  const passed = window && used > window ? "passed" : "not reached";
+  const marked = mark.hidden ? "" : `; the mark: the sliding window of ${plural(window, "token")}`;
+  byId("gauge").title = `Context used: ${words}${marked}${mark.hidden ? "" : `, ${passed}`}`;
+}

@@ -1,0 +1,70 @@
+"""Three pictures of the page, taken by hand: python tests/page_screenshots.py URL FOLDER.
+
+URL is a running server's, such as `python -m mlx_cerebrum.server --model demo` prints it.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from page_room import FLAGS, browser_path
+from playwright.sync_api import Browser, Page, sync_playwright
+
+ANSWER = 180_000  # milliseconds one may take
+FIRST = "What is the capital of France?"
+QUESTION = "Give me five tips for a good night's sleep."
+COMPARED = "Explain how a rainbow comes about, step by step, to a curious ten-year-old."
+SETTINGS = {"temperature": "0", "max_tokens": "110"}
+
+
+def main(url: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path(), args=FLAGS)
+        desk = {"width": 1200, "height": 800}
+        page = start(browser, url, viewport=desk, color_scheme="light")
+        ask(page, FIRST)
+        page.click("#new")
+        ask(page, QUESTION)
+        take(page, folder / "page-chat.png")
+        desk = {"width": 1120, "height": 700}
+        page = start(browser, url, viewport=desk, color_scheme="dark")
+        page.click("#compare")
+        page.click("#toggle-list")
+        ask(page, COMPARED)
+        take(page, folder / "page-compare.png")
+        phone = {"width": 390, "height": 780}
+        page = start(browser, url, viewport=phone, color_scheme="light", has_touch=True)
+        ask(page, QUESTION)
+        take(page, folder / "page-phone.png")
+        browser.close()
+
+
+def start(browser: Browser, url: str, **options: Any) -> Page:
+    page = browser.new_context(reduced_motion="reduce", **options).new_page()
+    page.goto(url)
+    page.wait_for_selector("#model-0 option", state="attached")
+    page.click("#open-settings")
+    for name, value in SETTINGS.items():
+        page.fill(f"[name={name}]", value)
+    page.click("#settings .main")
+    return page
+
+
+def ask(page: Page, question: str) -> None:
+    page.fill("#question", question)
+    page.click("#send")
+    page.wait_for_selector("#stop")
+    page.wait_for_selector("#stop", state="hidden", timeout=ANSWER)
+
+
+def take(page: Page, path: Path) -> None:
+    page.mouse.move(600, 400)
+    page.evaluate("document.getElementById('scroller').scrollTop = 0")
+    page.wait_for_timeout(300)
+    page.screenshot(path=path)
+    print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

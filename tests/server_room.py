@@ -1,0 +1,232 @@
+"""What the server's tests share: an engine that says what it is told to, and a running server."""
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from conftest import byte_tokenizer
+
+from mlx_cerebrum.server.app import Service, Settings
+from mlx_cerebrum.server.jobs import (
+    Engine,
+    Event,
+    Failed,
+    Job,
+    Piece,
+    Stats,
+    TokenLogprob,
+)
+from mlx_cerebrum.server.listening import Server, bind, url
+from mlx_cerebrum.tokenizer import Tokenizer
+
+WAIT = 30.0  # seconds; how long a test waits for what should happen at once
+CONTEXT = 512
+MODELS: Mapping[str, Mapping[str, int | None]] = {
+    "small": {"positions": 8, "blocks": 8, "sliding_window": 12, "context_length": CONTEXT},
+    "small-deep": {"positions": 12, "blocks": 8, "sliding_window": None, "context_length": CONTEXT},
+}
+ANSWER = "Hello there, all of you."
+
+
+def tokenizer_in(directory: Path) -> Tokenizer:
+    """256 bytes and three control tokens: token 3 + b is, for printable ASCII, a byte."""
+    byte_tokenizer(directory)
+    return Tokenizer.from_directory(directory)
+
+
+@dataclass(eq=False)
+class FakeTicket:
+    job: Job
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+Script = Callable[[FakeTicket], Iterable[Event]]
+
+
+class FakeEngine:
+    """Runs `script` for each job, on a thread of its own; raises `refuse` instead, if set."""
+
+    script: Script
+    refuse: Exception | None
+
+    def __init__(self, tokenizer: Tokenizer, script: Script | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.ended = threading.Event()
+        self.reset()
+        if script is not None:
+            self.script = script
+
+    def reset(self) -> None:
+        self.script = self.say()
+        self.refuse = None
+        self.tickets: list[FakeTicket] = []
+        self.submitted = threading.Semaphore(0)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(MODELS)
+
+    @property
+    def closed(self) -> bool:
+        return self.ended.is_set()
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [ticket.job for ticket in self.tickets]
+
+    def say(
+        self, text: str = ANSWER, gate: Callable[[FakeTicket], bool] = lambda _: True
+    ) -> Script:
+        """Every choice says `text`, a character a token; `gate` is asked before each of them."""
+
+        def script(ticket: FakeTicket) -> Iterator[Event]:
+            job = ticket.job
+            tokens = self.tokenizer.encode(text, add_bos=False)[: job.max_tokens]
+            for number, token in enumerate(tokens):
+                last = number == len(tokens) - 1
+                reason = ("length" if len(tokens) == job.max_tokens else "stop") if last else None
+                for choice in range(job.n):
+                    if not gate(ticket):
+                        return
+                    yield piece(job, choice, token, text[number], reason)
+
+        return script
+
+    def submit(self, job: Job, deliver: Callable[[Event], None]) -> FakeTicket:
+        if self.refuse is not None:
+            raise self.refuse
+        ticket = FakeTicket(job)
+        self.tickets.append(ticket)
+
+        def run() -> None:
+            for event in self.script(ticket):
+                if ticket.cancelled.is_set():
+                    break
+                deliver(event)
+            ticket.over.set()
+
+        threading.Thread(target=run, daemon=True).start()
+        self.submitted.release()
+        return ticket
+
+    def ticket(self) -> FakeTicket:
+        """The next one that is submitted."""
+        assert self.submitted.acquire(timeout=WAIT)
+        return self.tickets[-1]
+
+    def stats(self) -> Stats:
+        return Stats(1, 2, 30, 4, 50, {"stop": 6, "length": 0, "cancelled": 7, "failed": 0}, 8, 9)
+
+    def close(self, grace: float) -> None:
+        self.ended.set()
+        for ticket in self.tickets:
+            ticket.over.wait(grace)
+
+
+def piece(job: Job, choice: int, token: int, text: str, reason: str | None = None) -> Piece:
+    logprob = None
+    if job.top_logprobs is not None:
+        top = [(token, -0.5), (2, -1.5), (token ^ 1, float("-inf"))][: job.top_logprobs]
+        logprob = TokenLogprob(token, -0.5, tuple(top))
+    return Piece(choice, token, text, reason, cached_tokens=1, logprob=logprob)
+
+
+def until_closed(engine: FakeEngine, message: str = "shutting down") -> Script:
+    """One token, then nothing before the engine is closed; then the job fails."""
+
+    def script(ticket: FakeTicket) -> Iterator[Event]:
+        yield piece(ticket.job, 0, 5, "H")
+        while not ticket.cancelled.is_set():
+            if engine.ended.wait(0.01):
+                yield Failed(message)
+                return
+
+    return script
+
+
+class Running:
+    """A server on a port of its own; `client` speaks to it."""
+
+    def __init__(self, service: Service, grace: float = 5.0, **client: Any) -> None:
+        self.service = service
+        self.socket = bind("127.0.0.1", 0, False)
+        self.url = url(self.socket)
+        self.port = int(self.socket.getsockname()[1])
+        up = threading.Event()
+        self.server = Server(service, grace, up.set)
+        self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
+        self.thread.start()
+        assert up.wait(WAIT)
+        self.client = httpx.Client(base_url=self.url, timeout=WAIT, **client)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(WAIT)
+        assert not self.thread.is_alive()
+        self.client.close()
+
+
+@contextmanager
+def serving(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    models: Mapping[str, Mapping[str, int | None]] = MODELS,
+    **settings: Any,
+) -> Iterator[Running]:
+    running = Running(Service(engine, models, tokenizer, Settings(**settings)))
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+def chat(text: str = "Hi", **more: Any) -> dict[str, Any]:
+    """A request's body."""
+    return {"model": "small", "messages": [{"role": "user", "content": text}], **more}
+
+
+def post(server: Running, path: str = "/v1/chat/completions", **body: Any) -> httpx.Response:
+    return server.client.post(path, json=body)
+
+
+def events(answer: httpx.Response) -> list[Any]:
+    """The objects of a stream; the last is "[DONE]" where it ended well."""
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    data = [line[6:] for line in answer.text.split("\n") if line.startswith("data: ")]
+    return [one if one == "[DONE]" else json.loads(one) for one in data]
+
+
+def ask(server: Running, body: Any, length: int | None = None) -> socket.socket:
+    """A connection on which a question was asked, by hand: nothing of the answer is read."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    client = socket.create_connection(("127.0.0.1", server.port), WAIT)
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Length: {length or len(data)}\r\nContent-Type: application/json\r\n\r\n"
+    )
+    client.sendall(head.encode() + data)
+    return client
+
+
+def error(answer: httpx.Response) -> tuple[int, str, str | None]:
+    body = answer.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert "\n" not in body["error"]["message"]
+    return answer.status_code, body["error"]["code"], body["error"]["param"]
+
+
+def fake(server: Running) -> FakeEngine:
+    engine = server.service.engine
+    assert isinstance(engine, FakeEngine)
+    return engine

@@ -1,0 +1,410 @@
+"""The page's Markdown: what it draws, that nothing in it runs, and that it stays quick."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from page_room import browser, stand_in, visit
+from playwright.sync_api import Page
+
+DRAW = """async ({ text, cuts }) => {
+    const { Rendering } = await import("/markdown.js");
+    const into = document.createElement("div");
+    const rendering = new Rendering(into);
+    for (const cut of cuts) rendering.update(text.slice(0, cut));
+    rendering.update(text);
+    return into.innerHTML;
+}"""
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with stand_in() as room, browser() as launched, visit(launched, room.url) as page:
+        yield page
+
+
+def draw(page: Page, text: str, cuts: list[int] | None = None) -> str:
+    html: str = page.evaluate(DRAW, {"text": text, "cuts": cuts or []})
+    return html
+
+
+def link(url: str, text: str, more: str = "") -> str:
+    return (
+        f'<a href="{url}" target="_blank" rel="noopener noreferrer" '
+        f'referrerpolicy="no-referrer"{more} title="{url}">{text}</a>'
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        ("plain", "<p>plain</p>"),
+        ("one\ntwo\n\nthree", "<p>one<br>two</p><p>three</p>"),
+        ("one\r\ntwo\r\n\r\nthree", "<p>one<br>two</p><p>three</p>"),
+        ("# Title #\n## `x` below", "<h3>Title</h3><h4><code>x</code> below</h4>"),
+        ("#hashtag", "<p>#hashtag</p>"),
+        ("####### seven", "<p>####### seven</p>"),
+        ("*em* **strong** ***both*** ~~gone~~", None),
+        ("a\n---\nb", "<p>a</p><hr><p>b</p>"),
+        ("a*b*c 2 * 3 * 4 snake_case_name", "<p>a<em>b</em>c 2 * 3 * 4 snake_case_name</p>"),
+        ("_under_ __both__", "<p><em>under</em> <strong>both</strong></p>"),
+        ("*foo**bar**baz*", "<p><em>foo<strong>bar</strong>baz</em></p>"),
+        ("**open _crossed** over_", "<p><strong>open _crossed</strong> over_</p>"),
+        ("about ~5 and ~6", "<p>about ~5 and ~6</p>"),
+        ("``a ` b`` `*x*`", "<p><code>a ` b</code> <code>*x*</code></p>"),
+        ("`open", "<p>`open</p>"),
+        (r"\*not\* \q", r"<p>*not* \q</p>"),
+        (
+            "&lt;b&gt; &amp; &#65; &#x1F600; &#0; &nope;",
+            "<p>&lt;b&gt; &amp; A 😀 \ufffd &amp;nope;</p>",
+        ),
+        ("<b>bold</b>", "<p>&lt;b&gt;bold&lt;/b&gt;</p>"),
+        (
+            "- a\n- b\n  - c\n  - d\n- e",
+            "<ul><li>a</li><li>b<ul><li>c</li><li>d</li></ul></li><li>e</li></ul>",
+        ),
+        ("3. c\n4. d", '<ol start="3"><li>c</li><li>d</li></ol>'),
+        ("1. a\n  - b\n2. c", "<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>"),
+        ("- a\n\n- b", "<ul><li><p>a</p></li><li><p>b</p></li></ul>"),
+        ("- a\nlazy\n\nafter", "<ul><li>a<br>lazy</li></ul><p>after</p>"),
+        ("* a\n- b", "<ul><li>a</li><li>b</li></ul>"),
+        ("in\n1984. It was", "<p>in<br>1984. It was</p>"),
+        ("text\n- a", "<p>text</p><ul><li>a</li></ul>"),
+        ("- [ ] to do\n- [x] done", "<ul><li>☐ to do</li><li>☑ done</li></ul>"),
+        (
+            "> a\n> > b\n>\n> c",
+            "<blockquote><p>a</p><blockquote><p>b</p></blockquote><p>c</p></blockquote>",
+        ),
+        ("-5 degrees", "<p>-5 degrees</p>"),
+    ],
+)
+def test_blocks_and_spans(page: Page, text: str, html: str | None) -> None:
+    html = html or (
+        "<p><em>em</em> <strong>strong</strong> <em><strong>both</strong></em> <del>gone</del></p>"
+    )
+    assert draw(page, text) == html
+
+
+def test_a_code_block_has_its_language_and_a_button(page: Page) -> None:
+    html = draw(page, "```python title\nif a < b:\n\n    *x*\n```\nafter")
+    assert html == (
+        '<div class="code"><div class="code-head"><span>python</span>'
+        '<button type="button" class="quiet">Copy</button></div>'
+        '<pre tabindex="0"><code>if a &lt; b:\n\n    *x*</code></pre></div><p>after</p>'
+    )
+
+
+def test_a_code_block_within_a_list_keeps_its_indentation(page: Page) -> None:
+    html = draw(page, "1. first\n   ```sh\n   ls\n     -l\n   ```\n2. second")
+    assert "<code>ls\n  -l</code>" in html
+    assert html.count("<li>") == 2
+
+
+def test_a_longer_fence_holds_a_shorter_one_and_an_open_one_runs_to_the_end(page: Page) -> None:
+    assert "<code>```\nx\n```</code>" in draw(page, "````\n```\nx\n```\n````")
+    assert "<code>x\ny</code>" in draw(page, "~~~\nx\ny")
+
+
+def test_tables(page: Page) -> None:
+    html = draw(page, "| a | b \\| c |\n|:--|--:|\n| *1* | 2 | 3 |\n| 4 |\n\nafter")
+    assert html == (
+        '<div class="table" tabindex="0"><table><thead><tr><th class="left">a</th>'
+        '<th class="right">b | c</th></tr></thead><tbody><tr><td class="left"><em>1</em></td>'
+        '<td class="right">2</td></tr><tr><td class="left">4</td></tr></tbody></table></div>'
+        "<p>after</p>"
+    )
+    assert draw(page, "a | b\n---") == "<p>a | b</p><hr>"
+
+
+def test_links_open_elsewhere_and_only_to_addresses_that_cannot_run(page: Page) -> None:
+    assert draw(page, "[a *b*](https://example.org/x_(y) 'title')!") == (
+        f"<p>{link('https://example.org/x_(y)', 'a <em>b</em>')}!</p>"
+    )
+    assert draw(page, "see https://example.org/a_b_c.") == (
+        f"<p>see {link('https://example.org/a_b_c', 'https://example.org/a_b_c')}.</p>"
+    )
+    assert draw(page, "(https://example.org/)") == (
+        f"<p>({link('https://example.org/', 'https://example.org/')})</p>"
+    )
+    assert draw(page, "<mailto:a@example.org>") == (
+        f"<p>{link('mailto:a@example.org', 'a@example.org')}</p>"
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "javascript:alert(1)",
+        "JaVaScRiPt:alert(1)",
+        "java&#10;script:alert(1)",
+        "&#106;avascript:alert(1)",
+        "\x01javascript:alert(1)",
+        "data:text/html,<script>window.ran=1</script>",
+        "vbscript:x",
+        "file:///etc/passwd",
+        "blob:x",
+        "//example.org/",
+        "/v1/models",
+        "#here",
+        "<javascript:alert(1)>",
+    ],
+)
+def test_other_addresses_stay_text(page: Page, url: str) -> None:
+    text = f"[x]({url}) and ![x]({url}) and <{url}>"
+    html = draw(page, text)
+    assert "<a" not in html
+    assert "<img" not in html
+
+
+def test_an_image_is_a_link_to_it(page: Page) -> None:
+    more = ' class="image"'
+    assert draw(page, "![a cat](https://example.org/cat.png)") == (
+        f"<p>{link('https://example.org/cat.png', 'a cat', more)}</p>"
+    )
+    # And within a link there is no second one.
+    html = draw(page, "[![i](https://a.example/i)](https://b.example/)")
+    assert html.count("<a ") == 1
+
+
+HOSTILE = [
+    "<script>window.ran = 1</script>",
+    "<img src=x onerror='window.ran = 1'>",
+    "<svg onload=window.ran=1>",
+    "[x](javascript:window.ran=1) [y](data:text/html,<script>window.ran=1</script>)",
+    '[x](https://example.org/"onmouseover="window.ran=1)',
+    "</textarea></div></body><iframe srcdoc='<script>parent.ran=1</script>'>",
+    "```html\n<script>window.ran = 1</script>\n```",
+    '```"><script>window.ran=1</script>\nx\n```',
+    "| <script>window.ran=1</script> | b |\n|---|---|\n| <img src=x onerror=window.ran=1> | c |",
+    "&lt;script&gt;window.ran=1&lt;/script&gt;",
+    "<style>* { display: none }</style><meta http-equiv=refresh content=0;url=/x>",
+]
+ALLOWED = {
+    "a",
+    "blockquote",
+    "br",
+    "button",
+    "code",
+    "del",
+    "div",
+    "em",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "hr",
+    "li",
+    "ol",
+    "p",
+    "pre",
+    "span",
+    "strong",
+    "table",
+    "tbody",
+    "td",
+    "th",
+    "thead",
+    "tr",
+    "ul",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_nothing_of_an_answer_becomes_more_than_text(page: Page, text: str) -> None:
+    tags: list[list[Any]] = page.evaluate(
+        """async (text) => {
+            const { Rendering } = await import("/markdown.js");
+            const into = document.createElement("div");
+            document.body.append(into);
+            new Rendering(into).update(text);
+            const names = (one) => [one.localName, one.getAttributeNames()];
+            const found = [...into.querySelectorAll("*")].map(names);
+            into.remove();
+            return found;
+        }""",
+        text,
+    )
+    assert {tag for tag, _ in tags} <= ALLOWED
+    known = {
+        "href",
+        "target",
+        "rel",
+        "referrerpolicy",
+        "title",
+        "class",
+        "type",
+        "tabindex",
+        "start",
+    }
+    assert {name for _, names in tags for name in names} <= known
+    assert page.evaluate("window.ran") is None
+
+
+DOCUMENT = """# A title
+
+Some *words* and `code` and **more
+over two lines**.
+#hash and
+- a list
+- of two
+  1. nested
+  2. items
+
+     with a paragraph
+
+> a quote
+> over lines
+and after it
+
+| a | b |
+|---|--:|
+| 1 | 2 |
+- x
+```python
+def f():
+
+    return "```"
+```
+***
+last https://example.org/path [and](https://example.org/) end
+a | b
+--|--
+1 | 2
+
+- loose
+
+- items
+
+text
+-
+#
+1) one
+2) two
+* * *
+"""
+
+
+def test_a_text_that_grows_ends_as_one_drawn_at_once(page: Page) -> None:
+    whole = draw(page, DOCUMENT)
+    assert draw(page, DOCUMENT, list(range(1, len(DOCUMENT)))) == whole
+    assert draw(page, DOCUMENT, list(range(0, len(DOCUMENT), 7))) == whole
+    windows = DOCUMENT.replace("\n", "\r\n")
+    assert draw(page, windows, list(range(1, len(windows)))) == draw(page, windows)
+
+
+def test_every_beginning_of_a_text_is_drawn_as_if_it_were_all(page: Page) -> None:
+    same = page.evaluate(
+        """async (text) => {
+            const { Rendering } = await import("/markdown.js");
+            const [grown, fresh] = [0, 0].map(() => document.createElement("div"));
+            const rendering = new Rendering(grown);
+            for (let cut = 1; cut <= text.length; cut += 1) {
+                rendering.update(text.slice(0, cut));
+                new Rendering(fresh).update(text.slice(0, cut));
+                if (grown.innerHTML !== fresh.innerHTML) return text.slice(0, cut);
+                fresh.replaceChildren();
+            }
+            return null;
+        }""",
+        DOCUMENT,
+    )
+    assert same is None
+
+
+def test_what_is_final_is_not_drawn_again(page: Page) -> None:
+    kept = page.evaluate(
+        """async () => {
+            const { Rendering } = await import("/markdown.js");
+            const into = document.createElement("div");
+            const rendering = new Rendering(into);
+            rendering.update("first\\n\\n```\\nco");
+            const [first, code] = into.children;
+            const text = code.querySelector("code").firstChild;
+            rendering.update("first\\n\\n```\\ncode that\\ngrows");
+            return [into.children[0] === first, into.children[1] === code,
+                    code.querySelector("code").firstChild === text, text.data];
+        }"""
+    )
+    assert kept == [True, True, True, "code that\ngrows"]
+
+
+SIZE = 200_000
+LONG = {
+    "stars": "*" * SIZE,
+    "open emphasis": "*a " * (SIZE // 3),
+    "nested emphasis": "*a " * (SIZE // 6) + "a* " * (SIZE // 6),
+    "both": "*a_ " * (SIZE // 4),
+    "underscores": "_a" * (SIZE // 2),
+    "tildes": "~~a" * (SIZE // 3),
+    "brackets": "[" * SIZE,
+    "images": "![" * (SIZE // 2),
+    "closed brackets": "[a]" * (SIZE // 3),
+    "half links": "[a](" * (SIZE // 4),
+    "links": "[a](b" * (SIZE // 5),
+    "angle links": "[a](<b" * (SIZE // 6),
+    "titles": '[a](b "' * (SIZE // 7),
+    "parentheses": "[a]" + "(" * SIZE,
+    "backquotes": "`" * SIZE,
+    "runs of backquotes": "".join("`" * (n % 600) + " " for n in range(650)),
+    "quotes": ">" * SIZE,
+    "quotes with spaces": "> " * (SIZE // 2),
+    "lines of quotes": "> a\n" * (SIZE // 4),
+    "lists in lists": "- " * (SIZE // 2) + "a",
+    "numbers in numbers": "1. " * (SIZE // 3) + "a",
+    "deeper lists": "".join("  " * n + "- a\n" for n in range(440)),
+    "items": "- a\n" * (SIZE // 4),
+    "loose items": "- a\n\n" * (SIZE // 5),
+    "pipes": "|" * SIZE,
+    "wide table": "|a" * 50_000 + "|\n" + "|-" * 50_000 + "|\n",
+    "long table": "a|b\n-|-\n" + "1|2\n" * (SIZE // 8),
+    "tables that are none": "a|b\n" * (SIZE // 4),
+    "headings": "# a\n" * (SIZE // 8),
+    "hashes": "#" * SIZE,
+    "heading that ends in spaces": "# a" + " " * SIZE + "b",
+    "rule that is none": "- " * (SIZE // 2) + "x",
+    "dashes and spaces": "---" + " " * SIZE + "x",
+    "row of spaces": "a|b\n" + "-" + " " * SIZE + "|-x",
+    "fence and spaces": "```" + " " * SIZE + "`",
+    "ampersands": "&" * SIZE,
+    "entities": "&#1" * (SIZE // 3),
+    "less": "<" * SIZE,
+    "half addresses": "<https:" * (SIZE // 7),
+    "addresses": "http://a " * (SIZE // 9),
+    "one address": "http://" + "a." * (SIZE // 2),
+    "address and dots": "http://a" + "." * SIZE,
+    "address and brackets": "http://a" + ")" * SIZE,
+    "slashes": "https://" * (SIZE // 8),
+    "backslashes": "\\" * SIZE,
+    "newlines": "\n" * SIZE,
+    "lines": "a\n" * (SIZE // 2),
+    "spaces": " " * SIZE + "a",
+    "tabs": "\t" * SIZE + "- a",
+    "one word": "a" * SIZE,
+    "surrogates": "😀*" * (SIZE // 3),
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_no_text_takes_long_or_nests_deep(page: Page, kind: str) -> None:
+    # The bound is far above what any of them takes, far below what a quadratic one would.
+    seconds, depth, text = page.evaluate(
+        """async (text) => {
+            const { Rendering } = await import("/markdown.js");
+            const into = document.createElement("div");
+            const began = performance.now();
+            new Rendering(into).update(text);
+            const seconds = (performance.now() - began) / 1000;
+            let depth = 0;
+            const levels = [[into, 0]];
+            while (levels.length) {
+                const [one, level] = levels.pop();
+                depth = Math.max(depth, level);
+                for (const child of one.children) levels.push([child, level + 1]);
+            }
+            return [seconds, depth, into.textContent.length];
+        }""",
+        LONG[kind],
+    )
+    print(kind, round(seconds, 3), depth, text)
+    assert seconds < 10
+    assert depth < 50

@@ -1,0 +1,152 @@
+"""`python -m mlx_cerebrum.server`: refused in one line, or up, and down again in good order."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import MakeCheckpoint
+from server_room import WAIT
+
+from mlx_cerebrum.__main__ import main as command
+from mlx_cerebrum.server import __main__ as server
+from mlx_cerebrum.server.listening import bind
+
+ROOT = Path(__file__).parent.parent
+
+
+def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """The one line that says why, from a command that loads nothing."""
+    try:
+        code = server.main(list(flags))
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--host", "0.0.0.0"), "API key"),
+        (("--host", "no.such.name.invalid"), "no.such.name.invalid"),
+        (("--port", "99999"), "65535"),
+        (("--port", "x"), "port"),
+        (("--api-key", ""), "API key"),
+        (("--memory-limit", "0"), "memory-limit"),
+        (("--q-group-size", "32"), "--q-bits"),
+        (("--batch", "0"), "batch"),
+        (("--mod", "demo"), "--mod"),
+    ],
+)
+def test_refused_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    message: str,
+) -> None:
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was loaded")
+
+    monkeypatch.setattr(server, "load_views", loaded)
+    monkeypatch.delenv("MLX_CEREBRUM_API_KEY", raising=False)
+    assert message in refused(capsys, *flags)
+
+
+def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    with bind("127.0.0.1", 0, False) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"port {port}" in refused(capsys, "--port", port, "--model", "demo")
+
+
+def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "does not exist" in refused(capsys, "--port", "0", "--model", "./nothing-here")
+
+
+def test_help_says_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command(["serve", "--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default: 8080" in text
+    assert "other users of the machine can see it" in text
+
+
+@contextmanager
+def running(model: Path, *flags: str, **environment: str) -> Iterator[tuple[str, Any]]:
+    """`(url, process)` of a server that is up."""
+    arguments = [sys.executable, "-m", "mlx_cerebrum.server", "--model", str(model), "--port", "0"]
+    process = subprocess.Popen(
+        [*arguments, *flags],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        ready = re.fullmatch(r"(http://127\.0\.0\.1:\d+)  source  \(.* [MG]B held\)\n", line)
+        assert ready, (line, process.communicate())
+        yield ready[1], process
+    finally:
+        process.kill()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def test_up_and_down(checkpoint: MakeCheckpoint) -> None:
+    model = checkpoint(max_position_embeddings=100_000)
+    kept = {"MLX_CEREBRUM_API_KEY": "the-key"}
+    with running(model, "--grace", "0.2", **kept) as (url, process):
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+        headers = {"Authorization": "Bearer the-key"}
+        body = {"prompt": "Hi", "max_tokens": 90_000, "stream": True}
+        path = f"{url}/v1/completions"
+        with httpx.stream("POST", path, json=body, headers=headers, timeout=WAIT) as answer:
+            lines = (line for line in answer.iter_lines() if line.startswith("data: "))
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            last = json.loads(list(lines)[-1].removeprefix("data: "))
+        assert last["error"]["code"] == "shutting_down"
+        assert process.wait(WAIT) == 0
+        log = process.stderr.read()
+    assert re.search(r"^POST /v1/completions 200, 3 \+ \d+ tokens, ", log, re.MULTILINE)
+    assert "the-key" not in log
+    assert "Traceback" not in log
+
+
+def test_a_second_signal_ends_at_once(checkpoint: MakeCheckpoint) -> None:
+    model = checkpoint(max_position_embeddings=100_000)
+    with running(model, "--grace", "1000", "--quiet") as (url, process):
+        body = {"prompt": "Hi", "max_tokens": 90_000, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=WAIT) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            while True:  # until it takes nobody any more
+                try:
+                    httpx.get(f"{url}/health", timeout=WAIT).raise_for_status()
+                except httpx.HTTPError:
+                    break
+            next(lines)  # and still answers
+            process.send_signal(signal.SIGINT)
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(lines)
+        assert process.wait(WAIT) == 130
+        assert process.stderr.read() == "interrupted\n"

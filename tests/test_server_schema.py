@@ -1,0 +1,223 @@
+"""Bodies: what is taken, and what the answer says of what is not."""
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_cerebrum.server.faults import ApiError
+from mlx_cerebrum.server.schema import MOST_CHOICES, ChatRequest, CompletionRequest
+from mlx_cerebrum.server.strict import Strict, parse
+
+HI = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+def refusal(kind: type[Strict], body: Any) -> tuple[str | None, str | None, str]:
+    """`(param, code, message)`."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with pytest.raises(ApiError) as caught:
+        parse(kind, data)
+    assert caught.value.status == 400
+    assert "\n" not in caught.value.message
+    return caught.value.param, caught.value.code, caught.value.message
+
+
+def chat(**more: Any) -> ChatRequest:
+    return parse(ChatRequest, json.dumps(HI | more).encode())
+
+
+def test_what_clients_send_for_nothing_is_taken() -> None:
+    chat(
+        frequency_penalty=0,
+        presence_penalty=0.0,
+        logit_bias={},
+        response_format={"type": "text"},
+        tools=[],
+        tool_choice="none",
+        parallel_tool_calls=True,
+        store=False,
+        service_tier="auto",
+        reasoning_effort=None,
+        user="someone",
+        metadata={"a": "b"},
+        modalities=["text"],
+        temperature=None,
+        n=None,
+        stop=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"frequency_penalty": False}, "frequency_penalty"),
+        ({"presence_penalty": -1}, "presence_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"store": True}, "store"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": False, "top_logprobs": 0}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
+    ],
+)
+def test_what_is_not_honoured_is_refused_by_name(more: dict[str, Any], param: str) -> None:
+    found, code, message = refusal(ChatRequest, HI | more)
+    assert (found, code) == (param, "unsupported_value")
+    assert message.startswith(f"{param}: ")
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "code"),
+    [
+        ({"foo": 1}, "foo", "unknown_parameter"),
+        ({"stream": True, "stream_options": {"foo": 1}}, "stream_options.foo", "unknown_parameter"),
+        ({"temperature": 2.1}, "temperature", "invalid_value"),
+        ({"temperature": "1"}, "temperature", "invalid_type"),
+        ({"temperature": 1e-5}, "temperature", "invalid_value"),
+        ({"top_p": 0}, "top_p", "invalid_value"),
+        ({"min_p": 1}, "min_p", "invalid_value"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"n": True}, "n", "invalid_type"),
+        ({"n": 1.5}, "n", "invalid_type"),
+        ({"seed": 2**63}, "seed", "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"logprobs": 1}, "logprobs", "invalid_type"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"stop": ""}, "stop", "invalid_value"),
+        ({"stop": ["a"] * 17}, "stop", "invalid_value"),
+        ({"stop": [1]}, "stop", "invalid_type"),
+        ({"metadata": {"a": 1}}, "metadata", "invalid_type"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": "Hi"}, "messages", "invalid_type"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
+        (
+            {"messages": [{"role": "tool", "content": ""}]},
+            "messages[0].role",
+            "invalid_value",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]},
+            "messages[0].content[0].type",
+            "invalid_value",
+        ),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_type"),
+        (
+            {"messages": [{"role": "user", "content": "", "name": "Eve"}]},
+            "messages[0].name",
+            "unsupported_value",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(more: dict[str, Any], param: str, code: str) -> None:
+    assert refusal(ChatRequest, HI | more)[:2] == (param, code)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b'{"messages": NaN}x',
+        b"[" * 100_000,
+        b'{"a":' * 5000 + b"1" + b"}" * 5000,
+        b'{"model": "\\ud800"}',
+        b'{"model": "\xff"}',
+        b'{"seed": ' + b"9" * 10_000 + b"}",
+    ],
+)
+def test_what_is_no_json(body: bytes) -> None:
+    assert refusal(ChatRequest, body)[1] == "invalid_json"
+
+
+def test_not_a_number_is_not_a_temperature() -> None:
+    body = json.dumps(HI | {"temperature": float("nan")}).encode()
+    assert refusal(ChatRequest, body)[:2] == ("temperature", "invalid_value")
+
+
+def test_a_million_faults_make_one_error() -> None:
+    keys = ",".join(f'"k{i}":1' for i in range(100_000))
+    body = b'{"messages": [], ' + keys.encode() + b"}"
+    assert refusal(ChatRequest, body)[0] == "k0"
+    many = {"messages": [{"role": "x", "content": "y"}] * 50_000}
+    assert refusal(ChatRequest, many)[0] == "messages[0].role"
+
+
+def test_parts_join_and_an_answer_can_come_back() -> None:
+    parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "you"}]
+    answer: dict[str, Any] = {
+        "role": "assistant",
+        "content": "Ho",
+        "refusal": None,
+        "annotations": [],
+    }
+    asked = chat(messages=[{"role": "user", "content": parts}, answer])
+    assert [message.text for message in asked.messages] == ["Hi you", "Ho"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ["a"]),
+        ([1, 2], [[1, 2]]),
+        (["a", "b"], ["a", "b"]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
+)
+def test_prompts(prompt: Any, prompts: list[Any]) -> None:
+    assert parse(CompletionRequest, json.dumps({"prompt": prompt}).encode()).prompt == prompts
+
+
+@pytest.mark.parametrize(
+    "prompt", [[], [[]], ["a", 1], [1, "a"], [[1], "a"], None, 5, [-1], [True], [2**31], {"a": 1}]
+)
+def test_what_is_no_prompt(prompt: Any) -> None:
+    assert refusal(CompletionRequest, {"prompt": prompt})[:2] == ("prompt", "invalid_type")
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"echo": True}, "echo"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 2}, "best_of"),
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"prompt": ["a", "b"], "n": MOST_CHOICES}, "n"),
+        ({"logprobs": 6}, "logprobs"),
+    ],
+)
+def test_what_completions_refuse(more: dict[str, Any], param: str) -> None:
+    assert refusal(CompletionRequest, {"prompt": "a"} | more)[0] == param
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+NAMES = st.sampled_from([*ChatRequest.model_fields, *CompletionRequest.model_fields])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(NAMES, JSON, max_size=4), st.booleans())
+def test_anything_is_taken_or_refused(fields: dict[str, Any], valid: bool) -> None:
+    body = json.dumps((HI | {"prompt": "a"} if valid else {}) | fields).encode("utf-8")
+    for kind in (ChatRequest, CompletionRequest):
+        with contextlib.suppress(ApiError):
+            parse(kind, body)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60))
+def test_any_bytes_are_taken_or_refused(body: bytes) -> None:
+    with pytest.raises(ApiError):
+        parse(ChatRequest, body)
