@@ -290,6 +290,8 @@ BLOCKS: dict[str, Block] = {
     "kv-bits": partial(_single, file="kv-bits", module="kv_bits"),
     "step-profile": partial(_single, file="step-profile", module="step_profile"),
     "primitives": partial(_single, file="primitives", module="primitives"),
+    "server-load": partial(_single, file="server-load", module="server_load_report"),
+    "server-peers": partial(_single, file="server-peers", module="server_peers_report"),
     # Of the other suites everything they say, or their first table.
     **{suite: partial(_whole, suite=suite) for suite in _SUITES},
     **{f"{suite}-table": partial(_first_table, suite=suite) for suite in _SUITES},

@@ -74,9 +74,9 @@ def parser() -> cli.ArgumentParser:
     load.add_argument(
         "--batch",
         type=int,
-        default=8,
+        default=16,
         metavar="N",
-        help="answers of one model generated together, at most (default: 8)",
+        help="answers of one model generated together, at most (default: 16)",
     )
     load.add_argument(
         "--queue", type=int, default=64, metavar="N", help="requests that may wait (default: 64)"
