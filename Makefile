@@ -1,4 +1,6 @@
 # make demo    set up, then answer a question with the demo model, plain and interleaved
+# make serve   set up, then open the chat page on the demo model
+# make chat    set up, then chat with the demo model in this terminal
 # make test    set up, then run the test suite
 # make bench   set up, then run every bench suite on the demo model: tables and plots in $(OUT)
 # make lint    formatting, lint and types
@@ -29,11 +31,18 @@ RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
 OUT ?= bench-results
 
-.PHONY: demo test bench lint clean
+.PHONY: demo serve chat test bench lint clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.run
 	$(RUN) -m mlx_cerebrum.demo
+	@echo "Next: 'make serve' opens a chat page with this model, 'make chat' talks in this terminal."
+
+serve: $(VENV)/.run
+	$(RUN) -m mlx_cerebrum.server --model demo --open
+
+chat: $(VENV)/.run
+	$(RUN) -m mlx_cerebrum.chat --model demo
 
 test: $(VENV)/.test
 	$(RUN) -m pytest -n 2 --dist worksteal

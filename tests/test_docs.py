@@ -1,9 +1,12 @@
 """The documentation, checked by running it."""
 
 import ast
+import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +19,10 @@ from bench.plans import command_line as plans_parser
 from bench.render import command_line as render_parser
 from convert.arguments import parser as convert_parser
 from convert.verify import parser as verify_parser
+from mlx_cerebrum.chat.args import parser as chat_parser
 from mlx_cerebrum.generate_args import parser as generate_parser
 from mlx_cerebrum.plan_show import parser as plan_parser
+from mlx_cerebrum.server.args import parser as server_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,6 +39,8 @@ def commands(text: str) -> list[str]:
 
 
 COMMANDS = commands(README)
+SERVER = next(command for command in COMMANDS if ".server " in command)  # it does not end
+CURL = re.findall(r"^curl .*", README, re.M)
 THE_BENCHS = [command for path in BENCHES for command in commands(path.read_text("utf-8"))]
 # A sweep of minutes, made one of seconds.
 QUICK = {"bench": ["--tokens", "40", "--starts", "5", "--widths", "5", "--repeats", "1"]}
@@ -52,6 +59,7 @@ def run(command: str, cwd: Path) -> str:
         text=True,
         cwd=cwd,
         timeout=300,
+        stdin=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": str(ROOT)},  # the bench runs from a checkout
     )
     assert done.returncode == 0, done.stderr
@@ -70,6 +78,8 @@ def test_every_command_parses(command: str) -> None:
     parsers = {
         "mlx_cerebrum.generate": generate_parser,
         "mlx_cerebrum.plan": plan_parser,
+        "mlx_cerebrum.chat": chat_parser,
+        "mlx_cerebrum.server": server_parser,
         "convert": convert_parser,
         "convert verify": verify_parser,
         "bench": bench_parser,
@@ -83,12 +93,33 @@ def test_every_command_parses(command: str) -> None:
         parsers[words[2]]().parse_args(words[3:])
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "demo" in c or ".plan " in c])
+LOCAL = [c for c in COMMANDS if ("demo" in c or ".plan " in c) and c != SERVER]
+
+
+@pytest.mark.parametrize("command", LOCAL)
 def test_commands_that_need_no_hub_run(command: str, demo: Path, tmp_path: Path) -> None:
     if " verify " in command:  # of what another command wrote
         made = next(c for c in COMMANDS if c.endswith(f"--mlx-path {command.split()[-1]}"))
         run(made, tmp_path)
     run(command, tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_server_answers_what_the_readme_asks(demo: Path) -> None:
+    words = [sys.executable, *shlex.split(SERVER)[1:], "--port", "0"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
+        try:
+            assert server.stdout is not None
+            address = server.stdout.readline().split()[0]
+            assert CURL
+            for line in CURL:
+                asked = shlex.split(line.replace("http://127.0.0.1:8080", address))
+                said = json.loads(subprocess.run(asked, capture_output=True, text=True).stdout)
+                assert said["choices"][0]["message"]["content"].strip()
+            server.send_signal(signal.SIGINT)
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
 
 
 def test_the_plan_shown_is_the_plan_printed(tmp_path: Path) -> None:

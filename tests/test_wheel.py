@@ -27,6 +27,8 @@ def test_what_it_ships(wheel: Path) -> None:
     assert tops == {"mlx_cerebrum", "convert"}
     assert "mlx_cerebrum/py.typed" in names
     assert {f"mlx_cerebrum/plans/{n}.yml" for n in ("cerebrum-12.25b", "cerebrum-7b")} <= set(names)
+    page = (ROOT / "mlx_cerebrum/server/page").iterdir()
+    assert {f"mlx_cerebrum/server/page/{file.name}" for file in page} <= set(names)
     assert {"convert/mlx_lm_model.py", "convert/data/sensitivity.json"} <= set(names)
     assert not any(name.endswith((".safetensors", ".gguf")) for name in names)
 
@@ -66,5 +68,7 @@ def test_installed_elsewhere_it_runs(wheel: Path, tmp_path: Path) -> None:
     done = run("generate", "--model", "out", "--prompt", "Hi", "--max-tokens", "3", "--quiet")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+    for command in ("chat", "serve"):
+        assert run(command, "--help").returncode == 0
     assert run("--version").stdout.startswith("mlx-cerebrum 0.")
     assert run("dance").returncode == 2
