@@ -5,7 +5,9 @@ control group with a limit, within groups with limits of their own, and `ulimit`
 process. Passing any of them ends in a kill, not in an error message, so the least of them counts.
 """
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
@@ -100,6 +102,18 @@ def _rlimits_left(proc: Path) -> Iterator[int]:
                 soft = line.removeprefix(name).split()[0]
                 if soft.isdigit():  # else "unlimited"
                     yield int(soft) - used.get(counted, 0) - coming.get(counted, 0)
+
+
+# glibc keeps freed memory of its own heap, under 32 MB a piece, unless it is asked for it; macOS's
+# and musl's malloc have no such call.
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def release() -> None:
+    """Give the system what is freed and only kept: MLX's buffers, and malloc's on Linux."""
+    mx.clear_cache()
+    if _trim is not None:
+        _trim(0)
 
 
 def memory_limit() -> int | None:

@@ -407,3 +407,33 @@ def test_the_command_says_how_it_went(
 def test_sizes_are_read_in_bytes(tmp_path: Path) -> None:
     (tmp_path / "status").write_text("Name:\tx\nVmHWM:\t     12 kB\nThreads:\t3\n")
     assert sizes(tmp_path / "status") == {"VmHWM": 12 * 1024}
+
+
+KEPT = """
+from pathlib import Path
+import mlx.core as mx
+from mlx_cerebrum.memory_limits import release
+
+def held():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+def array(megabytes):
+    made = mx.zeros(megabytes * 2**20 // 4) + 1
+    mx.eval(made)
+    return made
+
+mx.set_cache_limit(0)
+array(20)  # freed at once: smaller ones are taken from malloc's heap from now on
+arrays, last = [array(1) for _ in range(400)], array(1)
+del arrays
+kept = held()
+release()
+print(kept, held())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc's malloc is asked")
+def test_release_gives_back_what_malloc_keeps() -> None:
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True)
+    kept, held = map(int, done.stdout.split())
+    assert kept > 400e6 > 200e6 > held
