@@ -70,12 +70,25 @@ def memory(watch: Watch, end: float) -> dict[str, Any]:
         "end": sizes[-1],
         "slope": slope(later),
         "floor_slope": slope(floors(later)),
+        "rest_slope": slope(rest(later, watch)),
         "samples": [[round(when), size] for when, size in watch.samples[::_EVERY]],
         "said": [
             {"seconds": round(when), **{key: gauge(one, key) for key in _HELD}}
             for when, one in watch.said
         ],
     }
+
+
+def rest(samples: Sequence[tuple[float, int]], watch: Watch) -> list[tuple[float, int]]:
+    """Memory without the keys and values that the server counts as held: where a leak would be."""
+    found = []
+    for when, one in watch.said:
+        held = gauge(one, "prefix_cache_bytes") + gauge(one, "kv_bytes")
+        near = [(abs(at - when), at, size) for at, size in samples if abs(at - when) <= 1]
+        if near:
+            _, at, size = min(near)
+            found.append((at, size - int(held)))
+    return found
 
 
 def generated(said: Sequence[tuple[float, dict[str, float]]], end: float) -> float | None:

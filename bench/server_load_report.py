@@ -97,6 +97,8 @@ def _process(found: dict[str, Any]) -> str:
         grown, floor = one["slope"], one["floor_slope"]
         slope = "too short a run for a slope" if grown is None else f"{grown:+.2f} MB a minute"
         lowest = "" if floor is None else f"; of each minute's lowest {floor:+.2f}"
+        rest = one.get("rest_slope")
+        lowest += "" if rest is None else f"; without keys and values {rest:+.2f}"
         parts.append(
             f"Resident memory, MB, at the start / most / at the end: {sizes}; under load from"
             f" minute 2 on {slope} (least squares of a sample a second{lowest})."

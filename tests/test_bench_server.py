@@ -678,6 +678,19 @@ def test_slopes_are_of_the_load_from_minute_2(server: StandIn) -> None:
     assert server_findings.memory(watch, 400)["slope"] < -100
 
 
+def test_a_leak_shows_beside_keys_and_values_that_come_and_go(server: StandIn) -> None:
+    watch = server_process.Watch(os.getpid(), server.address)
+    held = {s: (s * 7919 % 300) * 10**6 for s in range(0, 600, 10)}
+    none = dict.fromkeys(("cerebrum_queued", "cerebrum_active"), 0.0)
+    watch.said = [
+        (float(s), none | {"cerebrum_kv_bytes": kv, "cerebrum_prefix_cache_bytes": 5e6})
+        for s, kv in held.items()
+    ]
+    leak = 2 * 10**6 / 60  # bytes a second
+    watch.samples = [(s + 0.2, 10**9 + int(held[s - s % 10] + leak * s)) for s in range(0, 600, 1)]
+    assert server_findings.memory(watch, 600)["rest_slope"] == pytest.approx(2, abs=0.1)
+
+
 def test_what_a_process_has() -> None:
     size = server_process.resident(os.getpid())
     assert size is not None
