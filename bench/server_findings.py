@@ -112,6 +112,11 @@ def criteria(found: dict[str, Any]) -> list[dict[str, Any]]:
     errors, settled, handled = found["errors"], found["settled"], found["handles"]
     asked = sum(found["requests"].get(kind, 0) for kind in POLITE)
     grown = found.get("memory", {}).get("slope")
+    resting = found.get("memory", {}).get("at_rest", {})
+    kept = None
+    long = grown is not None  # what a server takes once is no leak
+    if long and None not in (resting.get("before"), resting.get("after")):
+        kept = (resting["after"] - resting["before"]) / 1e6 / (found["seconds"] / 60)
     first, last = ((handled[when] or {}).get("open_files") for when in ("before", "after"))
     opened = None if first is None or last is None else last - first
     stopped = found.get("stopped")
@@ -120,6 +125,9 @@ def criteria(found: dict[str, Any]) -> list[dict[str, Any]]:
         "clients that left saw no error before": not errors.get("leaving"),
         "malformed bodies were refused, each with its error": not errors.get("malformed"),
         f"memory grew by less than {SLOPE:g} MB a minute": None if grown is None else grown < SLOPE,
+        f"at rest it held less than {SLOPE:g} MB more for a minute of load": (
+            None if kept is None else kept < SLOPE
+        ),
         "nothing queued or decoded a second after all had left": settled["seconds"] <= SETTLE
         and not settled[QUEUED]
         and not settled[ACTIVE],

@@ -45,7 +45,7 @@ from bench.server_findings import (
 )
 from bench.server_load_report import text
 from bench.server_mix import Fixed, chat, fixed_set, user
-from bench.server_process import Process, Watch, handles, metrics
+from bench.server_process import Process, Watch, handles, metrics, resident
 from mlx_cerebrum import cli, hub
 from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.errors import CerebrumError, RequestError
@@ -142,6 +142,8 @@ def _load(
     _say(f"{len(fixed)} questions alone, of {', '.join(models)}")
     expected = alone(address, fixed, count, args.timeout)
     before = None if pid is None else handles(pid)
+    patience = min(10.0, 6 * args.minutes)
+    resting = None if pid is None else at_rest(address, pid, patience)
     until = time.monotonic() + 60 * args.minutes
     load = Load(address, models, fixed, expected, count, until, args.seed, args.timeout)
     with ExitStack() as stack:
@@ -168,6 +170,8 @@ def _load(
     }
     if watch is not None and watch.samples:
         found["memory"] = memory(watch, 60 * args.minutes)
+        after = at_rest(address, watch.pid, patience)
+        found["memory"]["at_rest"] = {"before": resting, "after": after}
         found["generated_per_second"] = generated(watch.said, 60 * args.minutes)
     return found
 
@@ -209,6 +213,19 @@ def settle(
             break
         time.sleep(0.2)
     return held | {"seconds": asked}
+
+
+def at_rest(address: Address, pid: int, patience: float) -> int | None:
+    """The least memory an idle server has within some seconds, without earlier prompts'."""
+    found: list[int] = []
+    until = time.monotonic() + patience
+    while not found or time.monotonic() < until:
+        kept, size = gauge(metrics(address), "prefix_cache_bytes"), resident(pid)
+        if size is None:
+            return None
+        found.append(size - int(kept))
+        time.sleep(patience / 20)
+    return min(found)
 
 
 def _say(line: str) -> None:

@@ -103,6 +103,10 @@ def _process(found: dict[str, Any]) -> str:
             f"Resident memory, MB, at the start / most / at the end: {sizes}; under load from"
             f" minute 2 on {slope} (least squares of a sample a second{lowest})."
         )
+        resting = one.get("at_rest", {})
+        if None not in (resting.get("before"), resting.get("after")):
+            sizes = " and ".join(f"{resting[key] / 1e6:.0f}" for key in ("before", "after"))
+            parts.append(f"At rest before and after, without earlier prompts: {sizes} MB.")
         if one["said"]:
             prompts, entries = (
                 " / ".join(f"{said[key] / 1e6:.0f}" for said in _thirds(one["said"]))

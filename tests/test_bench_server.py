@@ -624,7 +624,8 @@ FINE: dict[str, Any] = {
     "requests": {"streaming": 9},
     "settled": {"seconds": 0.1, "queued": 0.0, "active": 0.0},
     "handles": {"before": {"open_files": 7}, "after": {"open_files": 8}},
-    "memory": {"slope": 0.9},
+    "seconds": 600.0,
+    "memory": {"slope": 0.9, "at_rest": {"before": 900_000_000, "after": 909_000_000}},
     "stopped": {"exit_code": 0},
 }
 
@@ -635,6 +636,8 @@ FINE: dict[str, Any] = {
         ({}, ""),
         ({"memory": {"slope": None}}, ""),
         ({"memory": {"slope": 1.0}}, "memory grew"),
+        ({"memory": {"slope": 0.9, "at_rest": {"before": None, "after": None}}}, ""),
+        ({"memory": {"slope": 0.9, "at_rest": {"before": 0, "after": 10_000_000}}}, "at rest"),
         ({"errors": {"streaming": {"silent": 1}}}, "polite clients"),
         ({"errors": {"slow reader": {"silent": 1}}}, "polite clients"),
         ({"requests": {"malformed": 9}}, "polite clients"),
