@@ -14,7 +14,9 @@ from mlx_cerebrum.template import check_messages
 def read_messages(path: Path) -> list[dict[str, str]]:
     """The messages of a file. Raises RequestError where they are no conversation."""
     try:
-        messages: Any = json.loads(path.read_text(encoding="utf-8"))
+        messages: Any = json.loads(
+            path.read_text(encoding="utf-8-sig")
+        )  # Windows editors put a mark first
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(messages, list):
@@ -26,11 +28,17 @@ def read_messages(path: Path) -> list[dict[str, str]]:
 
 
 def write_messages(path: Path, messages: Sequence[Mapping[str, str]]) -> None:
-    """Write a conversation; a file that was there before stays whole until the new one is."""
+    """Write a conversation, for its user only; a file that was there stays whole until it is done.
+
+    Raises RequestError for a place that no file can be written to, OSError where writing fails.
+    """
     text = json.dumps([dict(message) for message in messages], indent=2, ensure_ascii=False) + "\n"
     if not path.parent.is_dir():
         raise RequestError(f"{path.parent} is not a directory; make it first")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    if path.exists() and not path.is_file():  # nor replace a device, as root could
+        raise RequestError(f"{path} is no file; give another name")
+    path = Path(os.path.realpath(path))  # a link stays one
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".conversation-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)

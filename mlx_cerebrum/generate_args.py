@@ -10,7 +10,7 @@ from mlx_cerebrum.cache import KV_BITS, REWIND
 from mlx_cerebrum.conversation import read_messages
 from mlx_cerebrum.decode import PREFILL_STEP
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.model_args import add_model_flags
+from mlx_cerebrum.model_args import add_model_flags, add_sampling_flags
 from mlx_cerebrum.policy import MOST_DRAFTS
 from mlx_cerebrum.quantize import AFFINE_BITS
 
@@ -34,22 +34,11 @@ def parser() -> cli.ArgumentParser:
         "--messages",
         type=Path,
         metavar="FILE.json",
-        help='a conversation, [{"role": "user", "content": "..."}, ...], instead of --prompt',
+        help='a conversation, [{"role": "user", "content": "..."}, ...], which --prompt goes on'
+        " where it ends with an answer (default: none)",
     )
     p.add_argument("--raw", action="store_true", help="continue the prompt itself: no template")
-    p.add_argument(
-        "--max-tokens", type=int, default=100, metavar="N", help="tokens at most (default: 100)"
-    )
-    p.add_argument("--temp", type=float, default=0.0, help="temperature; 0 is greedy (default: 0)")
-    p.add_argument(
-        "--top-p", type=float, default=1.0, help="probability mass to draw from (default: 1, all)"
-    )
-    p.add_argument(
-        "--min-p",
-        type=float,
-        default=0.0,
-        help="least probability, as a share of the best token's (default: 0)",
-    )
+    add_sampling_flags(p, 100)
     p.add_argument("--seed", type=int, help="of the random draws (default: a new one every run)")
     p.add_argument(
         "--stop",
@@ -111,12 +100,22 @@ def parser() -> cli.ArgumentParser:
 
 def question(args: argparse.Namespace) -> str | list[Any]:
     """The raw prompt, or the conversation, that the flags describe."""
-    if (args.prompt is None) == (args.messages is None):
+    if args.prompt is None and args.messages is None:
         raise RequestError("give the question as --prompt TEXT (or -), or as --messages FILE.json")
+    before = [] if args.system is None else [{"role": "system", "content": args.system}]
     if args.messages is not None:
         if args.raw or args.system is not None:
             raise RequestError("--messages is a whole conversation: no --raw or --system with it")
-        return read_messages(args.messages)
+        before = read_messages(args.messages)
+        asked = before[-1]["role"] == "user"
+        if asked and args.prompt is not None:
+            raise RequestError(f"--messages {args.messages} ends with a question: no --prompt too")
+        if asked:
+            return before
+        if args.prompt is None:
+            raise RequestError(
+                f"{args.messages} ends with no question to answer; add one as --prompt TEXT"
+            )
     if args.prompt == "-" and sys.stdin is None:
         raise RequestError("standard input is closed; pipe the prompt into it")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -126,8 +125,7 @@ def question(args: argparse.Namespace) -> str | list[Any]:
         if args.system is not None:
             raise RequestError("--raw has no template to put --system into")
         return str(prompt)
-    system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    return [*system, {"role": "user", "content": prompt}]
+    return [*before, {"role": "user", "content": prompt}]
 
 
 def check_drafting(args: argparse.Namespace) -> None:

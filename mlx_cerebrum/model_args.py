@@ -1,4 +1,4 @@
-"""The flags that say which model to run, the same for every command."""
+"""The flags of which model to run and how to draw from it, the same for every command."""
 
 import argparse
 
@@ -45,6 +45,29 @@ def add_model_flags(p: argparse.ArgumentParser, default: str) -> None:
         type=float,
         metavar="GB",
         help="refuse what would take more, 10^9 bytes (default: what is free)",
+    )
+
+
+def add_sampling_flags(
+    p: argparse.ArgumentParser | argparse._ArgumentGroup, max_tokens: int
+) -> None:
+    """Add --max-tokens (`max_tokens` by default), --temp, --top-p and --min-p."""
+    p.add_argument(
+        "--max-tokens",
+        type=int,
+        default=max_tokens,
+        metavar="N",
+        help=f"tokens an answer, at most (default: {max_tokens})",
+    )
+    p.add_argument("--temp", type=float, default=0.0, help="temperature; 0 is greedy (default: 0)")
+    p.add_argument(
+        "--top-p", type=float, default=1.0, help="probability mass to draw from (default: 1, all)"
+    )
+    p.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="least probability, as a share of the best token's (default: 0)",
     )
 
 

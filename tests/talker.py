@@ -32,6 +32,9 @@ def talker(folder: Path, says: str = LETTERS, **config: Any) -> Path:
         **(SMALL | {"sliding_window": None, "max_position_embeddings": 4096} | config)
     )
     weights = tiny_weights(made, seed=3)
+    for name in weights:  # what is said must depend on all that was said before
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name] *= 10
     unsaid = np.array([token not in said for token in range(made["vocab_size"])])
     weights["lm_head.weight"][unsaid] = 0
     checkpoint = write_checkpoint(folder / "talker", made, weights)

@@ -195,6 +195,12 @@ class Program:
                 raise AssertionError(f"waited for {seen!r}; there is:\n{self.terminal.text}")
         return self.terminal.text
 
+    @property
+    def as_found(self) -> bool:
+        """Whether the terminal shows what is typed, and gives it to programs by the line."""
+        local = termios.tcgetattr(self._master)[3]
+        return bool(local & termios.ECHO and local & termios.ICANON)
+
     def end(self, seconds: float = 25.0) -> int:
         """Read until the program is over; its exit code."""
         limit = time.monotonic() + seconds

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from mlx_cerebrum.chat.__main__ import main
 from mlx_cerebrum.chat.chat import Chat
 from mlx_cerebrum.chat.commands import COMMANDS
 from mlx_cerebrum.chat.prompt import CommandCompleter, history_path, open_history
+from mlx_cerebrum.chat.reply import Reply
 from mlx_cerebrum.chat.screen import PlainScreen
 from mlx_cerebrum.chat.session import Session, Settings
 from mlx_cerebrum.errors import RequestError
@@ -89,6 +91,10 @@ def test_a_conversation(views: Views, capsys: pytest.CaptureFixture[str]) -> Non
         ("/save nowhere/talk.json", "nowhere is not a directory"),
         ("/load .", "Is a directory"),
         ("\udcff", "not valid UTF-8"),
+        ("/save ''", "'' can't be a file's name"),
+        ("/save a\0b", "can't be a file's name"),
+        ("/save /dev/null", "/dev/null is no file; give another name"),
+        ("/" + "x" * 5000, "x... is not a command"),
     ],
 )
 def test_what_is_wrong_costs_a_line_and_nothing_else(
@@ -146,8 +152,13 @@ def test_retry_edit_and_undo(views: Views, capsys: pytest.CaptureFixture[str]) -
     chat, _ = talk(views, ["One?", "Two?", "/retry 0.9", "/edit", "Three?", "/edit Four?", "/undo"])
     assert isinstance(chat.reader, Script)
     assert chat.reader.offered == ["Two?"]
-    assert [e.question for e in chat.session.exchanges] == ["One?"]
-    assert "dropped: Four? (1 exchange left)" in capsys.readouterr().err
+    assert [e.question for e in chat.session.exchanges] == ["One?", "Three?"]
+    assert "the answer before is back, to: Three?" in capsys.readouterr().err
+    chat.handle("/undo")
+    chat.handle("/undo")
+    assert [e.question for e in chat.session.exchanges] == ["One?", "Two?"]
+    chat.handle("/undo")
+    assert "dropped: Two? (1 exchange left)" in capsys.readouterr().err
     chat.handle("/clear")
     chat.handle("/undo")
     assert [e.question for e in chat.session.exchanges] == ["One?"]
@@ -173,6 +184,85 @@ def test_compare_keeps_one(
     assert "2 talker@twice:" in err
     assert "they " in err
     assert len(out.split("\n\n")) == 3
+
+
+def test_a_question_typed_ahead_is_no_choice(views: Views) -> None:
+    chat, _ = talk(views, ["/compare Two?"], ["And the next question", "2"])
+    assert chat.session.exchanges[-1].answer.model == "talker@twice"
+
+
+class Impatient(PlainScreen):
+    """Somebody presses Ctrl-C when the answers are there."""
+
+    def notice(self, text: str) -> None:
+        super().notice(text)
+        if "first after" in text or "differ" in text:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_ctrl_c_loses_no_answer(views: Views) -> None:
+    for line in ("One?", "/compare One?"):
+        session = Session(*views, Settings(max_tokens=12))
+        Chat(session, Impatient(), Script([line]), asks=True).run()
+        assert session.question == "One?"
+        assert session.unanswered is None
+
+
+def test_a_fault_costs_an_answer_and_not_the_conversation(
+    views: Views, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat, _ = talk(views, ["One?"])
+
+    def fails(reply: Reply) -> None:
+        next(reply)
+        raise RuntimeError("no more memory, says the driver")
+
+    monkeypatch.setattr(chat.screen, "show", fails)
+    chat.handle("Two?")
+    monkeypatch.undo()
+    err = capsys.readouterr().err
+    assert "no more memory, says the driver" in err
+    assert "the conversation is still here, /save FILE keeps it" in err
+    assert chat.session.cached("talker") == (0, 0)
+    assert [m["content"] for m in chat.session.messages()][::2] == ["One?", "Two?"]
+    chat.handle("/retry")
+    assert len(chat.session.exchanges) == 2
+    chat.asks = False
+    monkeypatch.setattr(chat.screen, "show", fails)
+    with pytest.raises(RuntimeError):  # a script must see it
+        chat.handle("Three?")
+
+
+def test_an_edit_stopped_at_once_leaves_the_question(
+    views: Views, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat, _ = talk(views, ["One?"])
+    before = chat.session.messages()
+    monkeypatch.setattr(chat.screen, "show", lambda reply: reply.close())
+    chat.handle("/edit Two?")
+    assert "stopped before the answer began; the question is as it was" in capsys.readouterr().err
+    assert chat.session.messages() == before
+    chat.handle("Two?")
+    assert "stopped before the answer began; /retry asks again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "asked"),
+    [
+        ("//usr/bin is what?", "/usr/bin is what?"),
+        ("// a comment\nint main();", "// a comment\nint main();"),
+        ("/// Documents it.", "/// Documents it."),
+        ("a // b", "a // b"),
+    ],
+)
+def test_two_slashes(views: Views, line: str, asked: str) -> None:
+    assert talk(views, [line])[0].session.question == asked
+
+
+def test_an_argument_may_begin_on_the_next_line(views: Views) -> None:
+    chat, _ = talk(views, ["/system\nBe brief.\nBe kind.", "/PLAN\ttwice"])
+    assert chat.session.system == "Be brief.\nBe kind."
+    assert chat.session.current == "talker@twice"
 
 
 def test_compare_of_the_last_question_replaces_its_answer(views: Views) -> None:
@@ -221,6 +311,29 @@ def test_save_never_overwrites_unasked(
     assert (file.read_text() != "precious") == written
 
 
+@pytest.mark.parametrize("asks", [True, False])
+def test_what_this_chat_wrote_it_writes_again_unasked(
+    views: Views, tmp_path: Path, asks: bool
+) -> None:
+    file = tmp_path / "talk.json"
+    _, code = talk(views, ["One?", f"/save {file}", "Two?", f"/save {file}"], asks=asks)
+    assert (code, len(json.loads(file.read_text()))) == (0, 4)
+
+
+@pytest.mark.parametrize("typed", ["{}/a talk.json", "'{}/a talk.json'", "{}/a\\ talk.json"])
+def test_a_files_name_as_it_is_or_as_a_shell_quotes_it(
+    views: Views, tmp_path: Path, typed: str
+) -> None:
+    talk(views, ["One?", f"/save {typed.format(tmp_path)}"])
+    assert [p.name for p in tmp_path.iterdir()] == ["a talk.json"]
+
+
+def test_a_file_at_home(views: Views, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    talk(views, ["One?", "/save ~/it's.json"])
+    assert [p.name for p in tmp_path.iterdir()] == ["it's.json"]
+
+
 @pytest.mark.parametrize(("answer", "left"), [("y", True), ("", False)])
 def test_load_asks_before_it_leaves_what_is_not_saved(
     views: Views, tmp_path: Path, answer: str, left: bool
@@ -261,6 +374,33 @@ def test_history_is_for_its_user_only(tmp_path: Path, monkeypatch: pytest.Monkey
     assert kept[0].startswith("299 ")
     assert all(text.split()[0].isdigit() and text.endswith("x" * 5000) for text in kept)
     assert open_history(None) is not None
+
+
+def test_history_that_cannot_be_written_stops_no_question(tmp_path: Path) -> None:
+    path = tmp_path / "history"
+    history = open_history(path)
+    path.unlink()
+    path.mkdir()
+    history.append_string("one")
+    assert history.get_strings() == ["one"]
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    with pytest.raises(OSError, match="home directory"):
+        history_path()
+
+
+def test_a_history_linked_to_nowhere_leaves_the_device_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fchmod", lambda *_: pytest.fail("a device's rights"))
+    path = tmp_path / "history"
+    path.symlink_to("/dev/null")
+    open_history(path).store_string("one")
 
 
 def completions(text: str) -> list[str]:
@@ -316,6 +456,20 @@ def test_on_a_pipe_each_line_is_a_question(tmp_path: Path) -> None:
     assert b"\x1b" not in done.stdout + done.stderr
     assert done.returncode == 2  # a line could not be honoured
     assert not (tmp_path / "state").exists()
+
+
+def test_odd_lines_on_a_pipe(tmp_path: Path) -> None:
+    """CRLF, NUL, a line longer than the model's positions, and no end of the last line."""
+    done = chat_on_a_pipe(
+        tmp_path,
+        b"Hi\r\n \t\r\na\0b\n" + b"x" * 100_000 + b"\n/undo\n"
+        b"/save " + os.fsencode(tmp_path) + b"/talk.json\r\nend \\",
+    )
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert [m["content"] for m in saved[::2]] == ["Hi", "a\0b"]
+    assert done.stdout.count(b"\n\n") == 2
+    assert b"no longer fits the model's 4096 positions" in done.stderr
+    assert done.returncode == 2
 
 
 def test_on_a_pipe_that_ends_well(tmp_path: Path) -> None:

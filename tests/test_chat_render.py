@@ -11,7 +11,7 @@ from terminal import Terminal
 
 from mlx_cerebrum.chat import render
 from mlx_cerebrum.chat.columns import Columns
-from mlx_cerebrum.chat.render import MarkdownStream
+from mlx_cerebrum.chat.render import MarkdownStream, Region
 from mlx_cerebrum.chat.reply import Answer
 from mlx_cerebrum.chat.text import clean, finished, first_difference, markdown_parser, wrap
 
@@ -73,7 +73,7 @@ def resize(terminal: Terminal, console: Console, columns: int, rows: int) -> Non
 
 
 def streamed(text: str, terminal: Terminal, size: int = 3) -> str:
-    stream = MarkdownStream(console_on(terminal))
+    stream = MarkdownStream(Region(console_on(terminal)))
     for at in range(0, len(text), size):
         stream.add(text[at : at + size])
     stream.finish()
@@ -106,7 +106,7 @@ def test_nothing_of_the_text_is_hidden() -> None:
 
 def test_a_block_taller_than_the_screen_shows_its_end_then_all() -> None:
     terminal = Terminal(40, 10)
-    stream = MarkdownStream(console_on(terminal))
+    stream = MarkdownStream(Region(console_on(terminal)))
     stream.add("```\n")
     for i in range(50):
         stream.add(f"row {i}\n")
@@ -122,7 +122,7 @@ def test_a_block_taller_than_the_screen_shows_its_end_then_all() -> None:
 def test_resized_while_it_streams(size: tuple[int, int]) -> None:
     terminal = Terminal(60, 20)
     console = console_on(terminal)
-    stream = MarkdownStream(console)
+    stream = MarkdownStream(Region(console))
     words = [f"word{i}" for i in range(200)]
     stream.add("First block.\n\n")
     for index, word in enumerate(words):
@@ -143,12 +143,28 @@ def test_without_wrapping_anew_nothing_above_is_erased(monkeypatch: pytest.Monke
     monkeypatch.setenv("TERM", "xterm-256color")
     terminal = Terminal(60, 20)
     console = console_on(terminal)
-    stream = MarkdownStream(console)
+    stream = MarkdownStream(Region(console))
     stream.add("Finished.\n\n" + "word " * 40)
     terminal.columns = 30  # what is shown stays as it is
     console.size = ConsoleDimensions(30, 20)
     stream.add("more")
     assert terminal.text.startswith("Finished.\n")
+
+
+def test_what_others_wrote_below_stays() -> None:
+    """After Ctrl-Z and `fg`: what the shell wrote is not drawn over, and the answer goes on."""
+    terminal = Terminal(60, 20)
+    region = Region(console_on(terminal))
+    stream = MarkdownStream(region)
+    stream.add("word " * 30)
+    terminal.feed("$ fg\n")
+    region.leave()
+    stream.add("end")
+    stream.finish()
+    before, shell, after = terminal.text.partition("$ fg\n")
+    assert before.split() == ["word"] * 30
+    assert after.split() == ["word"] * 30 + ["end"]
+    assert shell
 
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07\x9b31m\x00\x08\x7f\u202eabc\u2066 &#x202e;def \rback"
@@ -220,7 +236,7 @@ def test_columns_lose_nothing_and_mark_the_first_difference(rows: int) -> None:
         same + " ".join(f"right{i}" for i in range(60)) + "\n\nend\x1b[2J",
     )
     answers = (Answer("one"), Answer("two"))
-    columns = Columns(console_on(terminal), answers)
+    columns = Columns(Region(console_on(terminal)), answers)
     for at in range(0, max(map(len, texts)), 3):
         for answer, text in zip(answers, texts, strict=True):
             answer.text = text[: at + 3]
@@ -242,7 +258,7 @@ def test_columns_resized_while_they_stream() -> None:
     terminal = Terminal(100, 20)
     answers = (Answer("one"), Answer("two"))
     console = console_on(terminal)
-    columns = Columns(console, answers)
+    columns = Columns(Region(console), answers)
     for i in range(150):
         answers[0].text += f"l{i} "
         answers[1].text += f"r{i} "

@@ -75,13 +75,18 @@ def test_every_model_keeps_caches_of_its_own(views: Views) -> None:
 def test_edits_and_undo_compute_only_what_differs(views: Views) -> None:
     session = session_of(views)
     ask(session, "One?")
-    ask(session, "Two things?")
+    second = ask(session, "Two things?")
     edited = ask(session, "Two others?", before=1)
     assert computed(edited) == len("others?\n[assistant]")
+    assert edited.text != second.text  # it depends on the question: caches that are wrong show
     assert [e.question for e in session.exchanges] == ["One?", "Two others?"]
     again = ask(session, "Two others?", before=1)
     assert computed(again) == 1  # the last token, for its logits
     assert again.text == edited.text
+    session.undo()  # the one asked again
+    session.undo()  # the edit
+    assert session.question == "Two things?"
+    assert session.exchanges[1].answer is second
     session.undo()
     assert computed(ask(session, "Two others?")) == 1
     session.undo()
@@ -298,6 +303,40 @@ def test_where_memory_is_short_other_caches_are_given_up(
     assert [e.question for e in session.exchanges] == ["A?", "B?", "C?"]
 
 
+def test_all_caches_share_what_was_free_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Marks of the window's earlier places grow from turn to turn: nothing else bounds them."""
+    views, free = talkers(tmp_path, sliding_window=48), 10**12
+    monkeypatch.setattr("mlx_cerebrum.chat.session.available_bytes", lambda: free)
+    ample = session_of(views)
+    assert [ample.cache(name).max_bytes for name in views[0]] == [None, None]
+    free = 1_000_000
+    short = session_of(views)
+    bounds = [short.cache(name).max_bytes or 0 for name in views[0]]
+    assert bounds == [free * 0.8 * 8 // 20, free * 0.8 * 12 // 20]  # by positions
+    assert short.cache("talker")._most < ample.cache("talker")._most
+    ask(short, "word " * 40)
+    short.forget_caches()
+    assert short.cached("talker") == (0, 0)
+
+
+def test_only_the_last_answer_keeps_its_prompt(views: Views) -> None:
+    """Else a long chat would hold each of its prompts: the square of its length."""
+    session = session_of(views)
+    for question in ("A?", "B?", "C?"):
+        ask(session, question)
+    assert [bool(e.answer.prompt) for e in session.exchanges] == [False, False, True]
+
+
+def test_what_is_refused_draws_nothing(views: Views) -> None:
+    once = conversation(views, 7, "A?")
+    session = session_of(views, temp=1.0, seed=7)
+    with pytest.raises(RequestError, match="temp must be"):
+        session.ask("A?", temp=-1)
+    assert ask(session, "A?").text == once[0]
+
+
 def test_conversations_from_elsewhere(views: Views) -> None:
     session = session_of(views)
     ask(session, "A?")
@@ -312,6 +351,18 @@ def test_conversations_from_elsewhere(views: Views) -> None:
     assert session.messages() == [system, user, assistant, user]
     ask(session, "Q", before=1)
     assert len(session.messages()) == 5
+
+
+def test_an_answer_stopped_early_costs_no_whole_one(views: Views) -> None:
+    session = session_of(views)
+    whole = ask(session, "A?").text
+    (reply,) = session.ask("A?", before=0, temp=0.7)
+    next(reply)
+    reply.close()
+    session.keep("A?", reply.answer, 0)
+    assert session.messages()[1]["content"] != whole
+    session.undo()
+    assert session.messages()[1]["content"] == whole
 
 
 def test_clear_can_be_undone(views: Views) -> None:

@@ -2,7 +2,9 @@
 
 import os
 import re
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ def start(
     says: str = LETTERS,
     term: str = "xterm-256color",
     colours: bool = True,
+    under: Sequence[str] = (),
     **size: int,
 ) -> Program:
     checkpoint = talker(folder, says)
@@ -26,7 +29,7 @@ def start(
     env = {name: value for name, value in os.environ.items() if name not in removed}
     env |= {"TERM": term, "HOME": str(folder), "XDG_STATE_HOME": str(folder / "state")}
     env |= {"PYTHONPATH": str(ROOT)} | ({} if colours else {"NO_COLOR": "1"})
-    return Program([*command, "--plan", str(folder / "twice.yml"), *flags], env, **size)
+    return Program([*under, *command, "--plan", str(folder / "twice.yml"), *flags], env, **size)
 
 
 def at_prompt(program: Program) -> Program:
@@ -89,6 +92,67 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(tmp_path: Path) -> None:
         assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.parametrize(
+    ("signum", "when"),
+    [
+        (signal.SIGTERM, "at the prompt"),
+        (signal.SIGTERM, "answering"),
+        (signal.SIGHUP, "comparing"),
+        (signal.SIGHUP, "asked"),
+    ],
+)
+def test_the_terminal_is_put_back_whatever_ends_the_chat(
+    tmp_path: Path, signum: signal.Signals, when: str
+) -> None:
+    tokens = "8" if when == "asked" else "4000"
+    with start(tmp_path, "--max-tokens", tokens) as program:
+        program.until("talker>")
+        if when != "at the prompt":
+            at_prompt(program).send("Talk!\r" if when == "answering" else "/compare Talk!\r")
+            program.until("Keep 1 or 2?" if when == "asked" else "Talk!\n")
+        if when in ("answering", "comparing"):
+            program.until(lambda text: len(text.partition("Talk!\n")[2]) > 100)
+        assert not program.as_found
+        program.process.send_signal(signum)
+        assert program.end() == 128 + signum
+        assert program.as_found
+        assert "Traceback" not in program.terminal.text
+        assert program.raw.rfind("\x1b[?7h") >= program.raw.rfind("\x1b[?7l")
+
+
+# A shell that goes on when its job is stopped, says how it finds the terminal, and waits.
+SHELL = ("sh", "-c", 'set -m; "$@"; stty -a; echo "is stopped"; read line; fg; exit $?', "sh")
+
+
+@pytest.mark.parametrize("when", ["at the prompt", "answering"])
+def test_ctrl_z_and_fg(tmp_path: Path, when: str) -> None:
+    with start(tmp_path, "--max-tokens", "3000", "--no-history", under=SHELL) as program:
+        program.until("talker>")
+        if when == "answering":
+            at_prompt(program).send("Talk!\r")
+            program.until(answering)
+        else:
+            at_prompt(program).send("Typed")
+            program.until("> Typed")
+        program.send("\x1a")
+        found = program.until("is stopped").split()
+        assert {"echo", "icanon"} <= set(found)
+        program.send("\n")
+        if when == "answering":
+            program.until("is stopped\n\n")
+            program.until(lambda text: len(text.partition("is stopped")[2]) > 100)
+            assert not program.as_found
+            program.send("\x03")
+            program.until("what came stays in the conversation")
+        else:
+            program.until(lambda text: text.endswith("> Typed"))
+            program.send("\x03")
+            program.until(lambda text: text.endswith("talker>"))
+        at_prompt(program).send("/quit\r")
+        assert program.end() == 0
+        assert program.as_found
+
+
 def test_several_lines_and_completion(tmp_path: Path) -> None:
     with start(tmp_path, "--max-tokens", "5") as program:
         program.until("talker>")
@@ -118,7 +182,7 @@ def test_several_lines_and_completion(tmp_path: Path) -> None:
     assert "four\\nfive or six" in saved
 
 
-@pytest.mark.parametrize(("columns", "rows"), [(40, 15), (60, 10)])
+@pytest.mark.parametrize(("columns", "rows"), [(40, 15), (60, 10), (24, 8)])
 def test_small_terminals_and_resizing(tmp_path: Path, columns: int, rows: int) -> None:
     with start(tmp_path, "--max-tokens", "300", columns=columns, rows=rows) as program:
         program.until("talker>")

@@ -7,6 +7,7 @@ import pytest
 
 from mlx_cerebrum.conversation import read_messages, write_messages
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.generate_args import parser, question
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -56,10 +57,47 @@ def test_a_bad_file_is_one_line_with_its_name(tmp_path: Path, text: str, said: s
     assert "\n" not in str(caught.value)
 
 
-def test_generate_reads_what_is_written(tmp_path: Path) -> None:
-    from mlx_cerebrum.generate_args import parser, question
+def test_only_files_are_written(tmp_path: Path) -> None:
+    for path in (Path("/dev/null"), tmp_path):
+        with pytest.raises(RequestError, match="is no file; give another name"):
+            write_messages(path, TALK)
 
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    link, file = tmp_path / "link.json", tmp_path / "far" / "talk.json"
+    file.parent.mkdir()
+    link.symlink_to(file)
+    write_messages(link, TALK)
+    assert link.is_symlink()
+    assert read_messages(file) == TALK
+
+
+def test_as_long_a_name_as_files_may_have(tmp_path: Path) -> None:
+    file = tmp_path / ("n" * 255)
+    write_messages(file, TALK)
+    assert read_messages(file) == TALK
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    file.write_text(json.dumps(TALK), encoding="utf-8-sig")
+    assert read_messages(file) == TALK
+
+
+def asked(file: Path, *flags: str) -> object:
+    return question(parser().parse_args(["--messages", str(file), *flags]))
+
+
+def test_generate_reads_what_is_written(tmp_path: Path) -> None:
+    """A conversation that ends with a question is answered, another one asked on."""
     file = tmp_path / "talk.json"
     write_messages(file, TALK[:2])
-    assert question(parser().parse_args(["--messages", str(file)])) == TALK[:2]
-    assert json.loads(file.read_text()) == TALK[:2]
+    assert asked(file) == TALK[:2]
+    with pytest.raises(RequestError, match="ends with a question: no --prompt too"):
+        asked(file, "--prompt", "And?")
+    for messages in (TALK, TALK[:1]):
+        write_messages(file, messages)
+        following = [*messages, {"role": "user", "content": "And?"}]
+        assert asked(file, "--prompt", "And?") == following
+        with pytest.raises(RequestError, match="no question to answer; add one as --prompt"):
+            asked(file)

@@ -290,7 +290,7 @@ def test_prompt_from_standard_input(
         (["--prompt", "x", "--model", ""], "empty"),
         (["--prompt", "x", "--model", "~nosuchuser/x"], "does not exist"),
         ([], "--prompt"),
-        (["--prompt", "x", "--messages", "m.json"], "--messages"),
+        (["--prompt", "x", "--messages", "m.json"], "m.json"),
         (["--messages", "nowhere.json"], "nowhere.json"),
         (["--prompt", "x", "--raw", "--system", "y"], "--system"),
     ],

@@ -20,6 +20,7 @@ from mlx_cerebrum.chat.prompt import (
 )
 from mlx_cerebrum.chat.screen import FullScreen, PlainScreen, Screen, is_full
 from mlx_cerebrum.chat.session import Messages, Session, Settings
+from mlx_cerebrum.chat.signals import orderly_end
 from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.conversation import read_messages
 from mlx_cerebrum.errors import RequestError
@@ -51,7 +52,7 @@ def _run(args: argparse.Namespace) -> int:
     messages = None if args.load is None else read_messages(args.load)
     if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 costs a line, not the chat
         sys.stdin.reconfigure(errors="surrogateescape")
-    with limits(memory):
+    with orderly_end(), limits(memory):
         return _talk(args, messages)
 
 
@@ -92,10 +93,10 @@ def _talk(args: argparse.Namespace, messages: Messages | None) -> int:
 def _chat(session: Session, args: argparse.Namespace) -> Chat:
     if not is_full(args.plain):
         return Chat(session, PlainScreen(), PlainReader(), asks=sys.stdin.isatty())
-    screen, path = FullScreen(), None if args.no_history else history_path()
+    screen = FullScreen()
     completer = CommandCompleter({n: c.what for n, c in COMMANDS.items()}, session.models.keys)
     try:
-        history = open_history(path)
+        history = open_history(None if args.no_history else history_path())
     except OSError as error:
         history = open_history(None)
         screen.notice(f"questions are not remembered: {cli.describe(error)}")

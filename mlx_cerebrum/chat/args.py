@@ -6,7 +6,7 @@ from mlx_cerebrum import cli, hub
 from mlx_cerebrum.cache import KV_BITS
 from mlx_cerebrum.chat.session import Settings
 from mlx_cerebrum.decode import PREFILL_STEP
-from mlx_cerebrum.model_args import add_model_flags
+from mlx_cerebrum.model_args import add_model_flags, add_sampling_flags
 
 
 def parser() -> cli.ArgumentParser:
@@ -31,31 +31,7 @@ def parser() -> cli.ArgumentParser:
         metavar="FILE.json",
         help="go on with a saved conversation (default: a new one)",
     )
-    p.add_argument(
-        "--max-tokens",
-        type=int,
-        default=default.max_tokens,
-        metavar="N",
-        help=f"tokens an answer, at most (default: {default.max_tokens})",
-    )
-    p.add_argument(
-        "--temp",
-        type=float,
-        default=default.temp,
-        help=f"temperature; 0 is greedy (default: {default.temp:g})",
-    )
-    p.add_argument(
-        "--top-p",
-        type=float,
-        default=default.top_p,
-        help=f"probability mass to draw from (default: {default.top_p:g}, all)",
-    )
-    p.add_argument(
-        "--min-p",
-        type=float,
-        default=default.min_p,
-        help=f"least probability, as a share of the best token's (default: {default.min_p:g})",
-    )
+    add_sampling_flags(p, default.max_tokens)
     p.add_argument(
         "--seed",
         type=int,

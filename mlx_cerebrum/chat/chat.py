@@ -1,15 +1,23 @@
 """The chat itself: reads lines, asks the session, shows what comes."""
 
+import re
+import traceback
+from pathlib import Path
+
 from mlx_cerebrum import cli
 from mlx_cerebrum.chat.columns import figures
-from mlx_cerebrum.chat.commands import run_command, shorten
+from mlx_cerebrum.chat.commands import counted, run_command, shorten
 from mlx_cerebrum.chat.prompt import Reader
 from mlx_cerebrum.chat.reply import Answer
 from mlx_cerebrum.chat.screen import Screen
 from mlx_cerebrum.chat.session import Messages, Session
+from mlx_cerebrum.chat.signals import interrupts
 from mlx_cerebrum.chat.text import first_difference
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.views import find
+
+# Two slashes begin a message with one. Not where code is pasted: `// a comment`, `/// another`.
+_SLASH = re.compile(r"//(?=[^/\s])")
 
 
 class Chat:
@@ -24,6 +32,7 @@ class Chat:
         self.reader = reader
         self.asks = asks
         self.saved: Messages = []
+        self.file: Path | None = None  # written by this chat, and so overwritten unasked
         self.failed = False
 
     @property
@@ -62,36 +71,47 @@ class Chat:
             if text.startswith("/") and not text.startswith("//"):
                 run_command(self, text)
             elif text:
-                self.ask(text[1:] if text.startswith("//") else text)
+                self.ask(text[1:] if _SLASH.match(text) else text)
         except CerebrumError as error:
             self.failed = True
             self.screen.error(cli.describe(error))
+        except (EOFError, OSError):
+            raise
+        except Exception:  # a fault of the program's own
+            if not self.asks:
+                raise
+            traceback.print_exc()
+            self.session.forget_caches()  # it may have left them half written
+            self.screen.error(
+                "that is a fault of this program; the conversation is still here, /save FILE keeps"
+                " it"
+            )
 
     def load(self, messages: Messages, source: str) -> None:
         """Go on with a conversation from a file."""
         session = self.session
         session.replace(messages)
         self.saved = session.messages()
-        last = (
-            "" if session.question is None else f"; the last question: {shorten(session.question)}"
-        )
+        last = session.question
+        asked = "" if last is None else f"; the last question: {shorten(last)}"
         waiting = " is not answered yet, /retry asks it" if session.unanswered is not None else ""
-        self.screen.notice(f"{len(messages)} messages from {source}{last}{waiting}")
+        self.screen.notice(f"{counted(len(messages), 'message')} from {source}{asked}{waiting}")
 
     def ask(self, question: str, before: int | None = None, temp: float | None = None) -> None:
         """Put a question after the first `before` exchanges (all of them by default)."""
         session = self.session
         before = len(session.exchanges) if before is None else before
         (reply,) = session.ask(question, before=before, temp=temp)
-        try:
-            self.screen.show(reply)
-        finally:
-            reply.close()
         answer = reply.answer
-        if self.asks and answer.last is not None:
-            first = f"first after {answer.last.time_to_first_token:.2f} s"
-            self.screen.notice(f"{figures(answer)}, {first}")
-        self._conclude(question, answer, before)
+        with interrupts() as reply.stopped:  # until it is kept: Ctrl-C is pressed twice, too
+            try:
+                self.screen.show(reply)
+            finally:
+                reply.close()
+            if self.asks and answer.last is not None:
+                first = f"first after {answer.last.time_to_first_token:.2f} s"
+                self.screen.notice(f"{figures(answer)}, {first}")
+            self._conclude(question, answer, before)
 
     def compare(self, question: str, before: int) -> None:
         """Two models' answers, one of which is kept."""
@@ -100,28 +120,34 @@ class Chat:
             raise RequestError("there is only this model; --plan NAME adds another order of it")
         names = [name for name in session.models if name in (session.current, session.other)]
         first, second = session.ask(question, names, before)
-        try:
-            self.screen.compare((first, second))
-        finally:
-            first.close()
-            second.close()
         answers = (first.answer, second.answer)
         kept = names.index(session.current)
-        if all(answer.text for answer in answers):
-            self.screen.notice(_difference(*answers))
-            if self.asks:
-                kept = self._choice(kept)
-        elif not answers[kept].text:
-            kept = 1 - kept
-        self._conclude(question, answers[kept], before)
+        with interrupts() as stopped:
+            first.stopped = second.stopped = stopped
+            try:
+                self.screen.compare((first, second))
+            finally:
+                first.close()
+                second.close()
+            both = all(answer.text for answer in answers)
+            if both:
+                self.screen.notice(_difference(*answers))
+            elif not answers[kept].text:
+                kept = 1 - kept
+        if both and self.asks:
+            kept = self._choice(kept)
+        with interrupts():
+            self._conclude(question, answers[kept], before)
 
     def confirm(self, question: str) -> bool:
         """Whether somebody is there and says yes."""
         return self._typed(f"{question} [y/N] ").lower() in ("y", "yes")
 
     def _choice(self, default: int) -> int:
-        typed = self._typed(f"Keep 1 or 2? [{default + 1}] ")
-        return int(typed) - 1 if typed in ("1", "2") else default
+        question = f"Keep 1 or 2? [{default + 1}] "
+        while (typed := self._typed(question)) not in ("", "1", "2"):
+            pass  # the next question, say, typed ahead
+        return int(typed) - 1 if typed else default
 
     def _typed(self, question: str) -> str:
         try:
@@ -133,7 +159,9 @@ class Chat:
         """Keep an answer, and say what there is to say about it."""
         session, say = self.session, self.screen.notice
         if answer.reason == "interrupted" and not answer.text:
-            say("stopped before the answer began; /retry asks again")
+            same = session.question == question
+            left = "/retry asks again" if same else "the question is as it was"
+            say(f"stopped before the answer began; {left}")
         else:
             session.keep(question, answer, before)
             if answer.reason == "interrupted":
@@ -148,8 +176,8 @@ class Chat:
                 window = session.model.config.sliding_window
                 say(
                     f"The conversation is now longer than the model's window of {window} tokens:"
-                    f" it looks back {window} tokens and no further, so it may lose track of what"
-                    " came before. Repeat what matters; /save keeps all of it."
+                    " what is further back reaches it only indirectly, and fades. Repeat what"
+                    " matters; /save keeps all of it."
                 )
         if answer.reason == "interrupted" and not self.asks:
             raise KeyboardInterrupt

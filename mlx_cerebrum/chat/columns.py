@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from time import perf_counter
 
-from rich.console import Console
 from rich.text import Text
 
 from mlx_cerebrum.chat.render import Line, Pacer, Region
@@ -20,12 +19,11 @@ class Columns:
     The texts are shown as they are written. A mark stands where they first differ.
     """
 
-    def __init__(self, console: Console, answers: Sequence[Answer]) -> None:
-        self._console = console
+    def __init__(self, region: Region, answers: Sequence[Answer]) -> None:
+        self._region = region
         self._answers = answers
-        self._region = Region(console)
         self._pacer = Pacer()
-        plain = not console.encoding.lower().startswith("utf")
+        plain = not region.console.encoding.lower().startswith("utf")
         self._rule, self._mark = ("|", ">>") if plain else ("\u2502", "\u25b6")
         self._texts = ["", ""]  # as shown, the mark in its place
         self._printed = [0, 0]  # characters of them
@@ -72,7 +70,7 @@ class Columns:
         return clean(self._answers[column].text).expandtabs(4)
 
     def _width(self) -> int:
-        return max(1, (self._console.width - 3) // 2)
+        return max(1, (self._region.console.width - 3) // 2)
 
     def _lines(self, column: int, width: int) -> list[tuple[int, Text]]:
         """What is not printed for good: `(where the next line begins, line)`."""

@@ -1,6 +1,9 @@
 """The lines that begin with a slash: what they are called, take and do."""
 
+import re
+import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -52,11 +55,10 @@ def _command(name: str, argument: str, what: str) -> Callable[[_Body], _Body]:
 
 def run_command(chat: "Chat", line: str) -> None:
     """Run `/name argument`. Raises RequestError for a command there is not, or a wrong argument."""
-    name, _, argument = line[1:].partition(" ")
-    argument = argument.strip()
+    name, argument = re.split(r"\s+|$", line[1:].rstrip(), maxsplit=1)
     command = COMMANDS.get(name.lower())
     if command is None:
-        raise RequestError(f"/{name} is not a command; {_suggestion(name.lower())}")
+        raise RequestError(f"/{shorten(name)} is not a command; {_suggestion(name.lower())}")
     if argument and not command.argument:
         raise RequestError(f"/{name} takes nothing after it")
     if not argument and command.argument and not command.argument.startswith("["):
@@ -84,10 +86,9 @@ def _help(chat: "Chat", argument: str) -> None:
 def _system(chat: "Chat", argument: str) -> None:
     session = chat.session
     if not argument:
-        own = DEFAULT_SYSTEM if session.tokenizer.chat_template is None else "none of yours"
-        chat.screen.notice(
-            f"the template's own: {own}" if session.system is None else session.system or "(empty)"
-        )
+        built_in = session.tokenizer.chat_template is None
+        own = f"the template's own{f': {DEFAULT_SYSTEM}' if built_in else ', if it has one'}"
+        chat.screen.notice(own if session.system is None else session.system or "(empty)")
         return
     text = None if argument == "-" else argument
     if text == session.system:
@@ -158,18 +159,20 @@ def _edit(chat: "Chat", argument: str) -> None:
         chat.screen.notice("nothing changed")
 
 
-@_command("undo", "", "drop the last question and its answer; bring back what /clear took")
+@_command("undo", "", "take back the last question, /retry, /edit, /compare or /clear")
 def _undo(chat: "Chat", argument: str) -> None:
     session = chat.session
-    restores = session.can_restore
-    dropped = session.undo()
+    restores, answered = session.can_restore, session.unanswered is None
+    before, dropped = len(session.exchanges), session.undo()
     count = len(session.exchanges)
     if restores:
-        chat.screen.notice(f"the conversation is back: {_exchanges(count)}")
+        chat.screen.notice(f"the conversation is back: {counted(count, 'exchange')}")
     elif dropped is None:
         raise RequestError("there is nothing to take back")
+    elif answered and count == before:
+        chat.screen.notice(f"the answer before is back, to: {shorten(session.question or '')}")
     else:
-        chat.screen.notice(f"dropped: {shorten(dropped)} ({_exchanges(count)} left)")
+        chat.screen.notice(f"dropped: {shorten(dropped)} ({counted(count, 'exchange')} left)")
 
 
 @_command("save", "FILE", "write the conversation as JSON, for /load or generate --messages")
@@ -178,13 +181,14 @@ def _save(chat: "Chat", argument: str) -> None:
     if chat.session.question is None:
         raise RequestError("there is nothing to save yet")
     try:
-        if path.exists() and not chat.confirm(f"{path} exists. Overwrite it?"):
+        asked = path.is_file() and path.absolute() != chat.file
+        if asked and not chat.confirm(f"{path} exists. Overwrite it?"):
             raise RequestError(f"{path} exists and stays as it is; give another name")
         write_messages(path, messages)
     except OSError as error:
         raise RequestError(cli.describe(error)) from None
-    chat.saved = messages
-    chat.screen.notice(f"saved {len(messages)} messages to {path}")
+    chat.saved, chat.file = messages, path.absolute()
+    chat.screen.notice(f"saved {counted(len(messages), 'message')} to {path}")
 
 
 @_command("load", "FILE", "go on with a saved conversation in place of this one")
@@ -195,7 +199,7 @@ def _load(chat: "Chat", argument: str) -> None:
     except OSError as error:
         raise RequestError(cli.describe(error)) from None
     if chat.unsaved:
-        count = _exchanges(len(session.exchanges))
+        count = counted(len(session.exchanges), "exchange")
         question = f"This conversation ({count}) is not saved. Leave it?"
         if chat.asks and not chat.confirm(question):
             chat.screen.notice("nothing changed; /save FILE keeps it")
@@ -211,7 +215,7 @@ def _stats(chat: "Chat", argument: str) -> None:
     if last is not None and last.last is not None:
         rows += [("last answer", _figures(last))]
     context = f"{session.tokens} of {config.max_position_embeddings} positions"
-    rows += [("conversation", f"{_exchanges(len(session.exchanges))}, {context}")]
+    rows += [("conversation", f"{counted(len(session.exchanges), 'exchange')}, {context}")]
     rows += [("window", f"{config.sliding_window} tokens" if config.sliding_window else "none")]
     for name in session.models:
         tokens, nbytes = session.cached(name)
@@ -243,8 +247,8 @@ def _figures(answer: Answer) -> str:
     )
 
 
-def _exchanges(count: int) -> str:
-    return f"{count} exchange{'' if count == 1 else 's'}"
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def shorten(text: str, length: int = 50) -> str:
@@ -254,8 +258,12 @@ def shorten(text: str, length: int = 50) -> str:
 
 
 def _path(text: str) -> Path:
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        text = text[1:-1]
+    """A file as it is typed, or as a shell would quote it: what dragging one here types."""
+    with suppress(ValueError):  # a single quote
+        words = shlex.split(text)
+        text = words[0] if len(words) == 1 else text
+    if not text or "\0" in text:
+        raise RequestError(f"{text!r} can't be a file's name")
     try:
         return Path(text).expanduser()
     except RuntimeError:  # ~nosuchuser

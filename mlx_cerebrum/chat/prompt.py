@@ -1,8 +1,10 @@
 """Where questions come from: a line editor, a bare terminal, or a pipe."""
 
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +16,7 @@ from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+from mlx_cerebrum.chat.text import clean
 from mlx_cerebrum.errors import RequestError
 
 HISTORY_BYTES = 1_000_000  # of the history file; the older half is dropped beyond
@@ -54,13 +57,15 @@ class PlainReader:
 
     def _line(self, prompt: str) -> str:
         if self._person:
-            print(prompt, end="", file=sys.stderr, flush=True)
+            print(clean(prompt), end="", file=sys.stderr, flush=True)
         try:
             line = sys.stdin.readline()
         except KeyboardInterrupt:
             print(file=sys.stderr)  # the terminal has shown ^C
             raise
         if not line:
+            if self._person:
+                print(file=sys.stderr)
             raise EOFError
         return line.rstrip("\r\n")
 
@@ -99,6 +104,7 @@ class EditingReader:
             completer=completer,
             key_bindings=_bindings(),
             multiline=True,
+            enable_suspend=True,
             prompt_continuation=lambda width, line, wrapped: "" if wrapped else "... ",
             reserve_space_for_menu=5,
         )
@@ -107,7 +113,7 @@ class EditingReader:
         return self._session.prompt([("", "\n"), ("bold", prompt)], default=default or "")
 
     def ask(self, question: str) -> str:
-        session: PromptSession[str] = PromptSession(history=InMemoryHistory())
+        session: PromptSession[str] = PromptSession(history=InMemoryHistory(), enable_suspend=True)
         return session.prompt(question)
 
 
@@ -136,12 +142,27 @@ def _bindings() -> KeyBindings:
     return keys
 
 
+class _FileHistory(FileHistory):
+    def store_string(self, string: str) -> None:
+        with suppress(
+            OSError, UnicodeError
+        ):  # a full disk must not keep a question from its answer
+            super().store_string(string)
+
+
 def history_path() -> Path:
-    """Where questions are remembered: the user's state directory."""
+    """Where questions are remembered: the user's state directory.
+
+    Raises OSError for a user without a home, as in some containers.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from None
     if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
+        base = home / "Library" / "Application Support"
     else:
-        base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+        base = Path(os.environ.get("XDG_STATE_HOME") or home / ".local" / "state")
     return base / "mlx-cerebrum" / "chat-history"
 
 
@@ -155,7 +176,8 @@ def open_history(path: Path | None) -> History:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        os.fchmod(handle, 0o600)  # a file from elsewhere too
+        if stat.S_ISREG(os.fstat(handle).st_mode):  # people link it to /dev/null
+            os.fchmod(handle, 0o600)  # a file from elsewhere too
         size = os.fstat(handle).st_size
         if size > HISTORY_BYTES:
             os.lseek(handle, size - HISTORY_BYTES // 2, os.SEEK_SET)
@@ -164,4 +186,4 @@ def open_history(path: Path | None) -> History:
             os.pwrite(handle, kept[kept.find(b"\n# ") + 1 :], 0)
     finally:
         os.close(handle)
-    return FileHistory(path)
+    return _FileHistory(path)

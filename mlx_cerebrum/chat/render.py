@@ -65,9 +65,13 @@ class Region:
     """The last lines of the screen, drawn over again and again; what is above them stays."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        self.console = console
         self._widths: list[int] = []  # cells, of the lines that are drawn
         self._wraps_anew = _wraps_anew()
+
+    def leave(self) -> None:
+        """Let what is drawn stand: something else has been written below it."""
+        self._widths = []
 
     def draw(self, live: Sequence[Line], above: Sequence[Line] = ()) -> None:
         """Draw `live` where it was, after printing `above` for good.
@@ -75,7 +79,7 @@ class Region:
         Where it is taller than the screen its end is shown: what has scrolled away can't be drawn
         over.
         """
-        width, height = self._console.size
+        width, height = self.console.size
         up = sum(
             max(1, -(-cells // max(1, width))) if self._wraps_anew else 1 for cells in self._widths
         )
@@ -83,21 +87,21 @@ class Region:
         # Terminals disagree on how wide some characters are. What stays may wrap, so that nothing
         # of it is lost; a line to be drawn over must not, or it would be counted wrong.
         drawn = self._written(above) + "\x1b[?7l" + self._written(shown) + "\x1b[?7h"
-        self._console.file.write((f"\x1b[{up}A" if up else "") + "\r" + drawn + "\x1b[J")
-        self._console.file.flush()
+        self.console.file.write((f"\x1b[{up}A" if up else "") + "\r" + drawn + "\x1b[J")
+        self.console.file.flush()
         self._widths = [min(width, Segment.get_line_length(line)) for line in shown]
 
     def _written(self, lines: Sequence[Line]) -> str:
         """Line by line over what is there, so that nothing flickers."""
-        with self._console.capture() as captured:
-            self._console.print(SegmentLines(lines, new_lines=True), end="", crop=False)
+        with self.console.capture() as captured:
+            self.console.print(SegmentLines(lines, new_lines=True), end="", crop=False)
         return "".join(f"\x1b[2K{line}\n" for line in captured.get().split("\n")[:-1])
 
     def lines(self, renderable: RenderableType) -> list[Line]:
         """`renderable` as it is drawn, without empty lines around it."""
         lines = [
             _stripped([Segment(clean(s.text), s.style) for s in line])
-            for line in self._console.render_lines(renderable, pad=False)
+            for line in self.console.render_lines(renderable, pad=False)
         ]
         while lines and not lines[0]:
             lines.pop(0)
@@ -132,8 +136,8 @@ class Pacer:
 class MarkdownStream:
     """A growing Markdown text: finished blocks are printed for good, the last one is redrawn."""
 
-    def __init__(self, console: Console) -> None:
-        self._region = Region(console)
+    def __init__(self, region: Region) -> None:
+        self._region = region
         self._parser = markdown_parser()
         self._pending = ""
         self._begun = False  # something has been printed for good

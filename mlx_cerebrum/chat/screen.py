@@ -1,10 +1,8 @@
 """What the chat shows, on a full terminal and as plain text."""
 
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Protocol
 
 from rich.console import Console
@@ -12,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_cerebrum.chat.columns import LEAST_WIDTH, Columns, figures
-from mlx_cerebrum.chat.render import MarkdownStream
+from mlx_cerebrum.chat.render import MarkdownStream, Region
 from mlx_cerebrum.chat.reply import Reply
+from mlx_cerebrum.chat.signals import quiet_keys
 from mlx_cerebrum.chat.text import clean
 
 Rows = Sequence[tuple[str, str]]
@@ -30,45 +29,10 @@ class Screen(Protocol):
         """Names and what belongs to them."""
 
     def show(self, reply: Reply) -> None:
-        """An answer as it comes, to its end or until Ctrl-C."""
+        """An answer as it comes, to its end or until it is stopped."""
 
     def compare(self, replies: tuple[Reply, Reply]) -> None:
         """Two answers as they come."""
-
-
-@contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C is only noted: what is under way ends where it can do so cleanly."""
-    pressed = False
-
-    def note(signum: int, frame: object) -> None:
-        nonlocal pressed
-        pressed = True
-
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as by nohup
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def quiet_keys() -> Iterator[None]:
-    """Inside, keys are not shown as they are typed; they wait for the next prompt."""
-    import termios
-
-    handle = sys.stdin.fileno()
-    before = termios.tcgetattr(handle)
-    quiet = termios.tcgetattr(handle)
-    quiet[3] &= ~(termios.ECHO | termios.ICANON)
-    termios.tcsetattr(handle, termios.TCSADRAIN, quiet)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(handle, termios.TCSADRAIN, before)
 
 
 class PlainScreen:
@@ -88,10 +52,6 @@ class PlainScreen:
             self.notice(f"{name:<{width}}  {text}")
 
     def show(self, reply: Reply) -> None:
-        with interrupts() as reply.stopped:
-            self._show(reply)
-
-    def _show(self, reply: Reply) -> None:
         begun = False
         for piece in reply:
             if piece and not begun:
@@ -102,12 +62,10 @@ class PlainScreen:
             print(flush=True)
 
     def compare(self, replies: tuple[Reply, Reply]) -> None:
-        with interrupts() as stopped:
-            for number, reply in enumerate(replies, start=1):
-                reply.stopped = stopped
-                self.notice(f"{number} {reply.answer.model}:")
-                self._show(reply)
-                self.notice(figures(reply.answer))
+        for number, reply in enumerate(replies, start=1):
+            self.notice(f"{number} {reply.answer.model}:")
+            self.show(reply)
+            self.notice(figures(reply.answer))
 
 
 class FullScreen:
@@ -115,6 +73,7 @@ class FullScreen:
 
     def __init__(self) -> None:
         self._console = Console(highlight=False)
+        self._region = Region(self._console)
 
     def notice(self, text: str) -> None:
         self._console.print(Text(clean(text), style="dim"))
@@ -131,11 +90,12 @@ class FullScreen:
         self._console.print(grid)
 
     def show(self, reply: Reply) -> None:
-        with interrupts() as reply.stopped, quiet_keys():
+        with quiet_keys(self._region.leave):
             self._show(reply)
 
     def _show(self, reply: Reply) -> None:
-        stream = MarkdownStream(self._console)
+        stream = MarkdownStream(self._region)
+        stream.status("reading the question")
         reply.progress = lambda done, total: stream.status(f"reading: {done} of {total} tokens")
         try:
             for piece in reply:
@@ -144,9 +104,7 @@ class FullScreen:
             stream.finish()
 
     def compare(self, replies: tuple[Reply, Reply]) -> None:
-        with interrupts() as stopped, quiet_keys():
-            for reply in replies:
-                reply.stopped = stopped
+        with quiet_keys(self._region.leave):
             if self._console.width >= LEAST_WIDTH:
                 self._side_by_side(replies)
                 return
@@ -156,8 +114,9 @@ class FullScreen:
                 self.notice(figures(reply.answer))
 
     def _side_by_side(self, replies: tuple[Reply, Reply]) -> None:
-        columns = Columns(self._console, [reply.answer for reply in replies])
+        columns = Columns(self._region, [reply.answer for reply in replies])
         try:
+            columns.draw()
             coming = list(replies)
             while coming:
                 coming = [reply for reply in coming if next(reply, None) is not None]

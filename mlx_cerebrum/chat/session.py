@@ -1,20 +1,23 @@
 """A conversation and the models that answer it. Knows no terminal."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlx_cerebrum.chat.reply import Answer, Reply
 from mlx_cerebrum.decode import PREFILL_STEP
 from mlx_cerebrum.draft_models import stored_order
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.memory import available_bytes, kv_bytes
 from mlx_cerebrum.model import Model
-from mlx_cerebrum.prompt_cache import PromptCache
+from mlx_cerebrum.prompt_cache import REWORD, PromptCache
 from mlx_cerebrum.sampling import make_sampler
 from mlx_cerebrum.speculative import Speculation, speculation
 from mlx_cerebrum.stream import Response, stream_generate
 from mlx_cerebrum.tokenizer import Tokenizer
 
 Messages = list[dict[str, str]]
+
+CACHE_SHARE = 0.8  # of the memory that is free at the start: what all caches may come to hold
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Settings:
 class Exchange:
     question: str
     answer: Answer
+    replaced: "Exchange | None" = None  # by /retry, /edit or /compare
 
 
 class Session:
@@ -59,6 +63,7 @@ class Session:
         self.last: Answer | None = None  # for the figures
         self._recent = list(self.models)  # the model last switched away from comes first
         self._caches: dict[str, PromptCache] = {}
+        self._room = int(available_bytes() * CACHE_SHARE)
         self._answers = 0
         self._cleared: tuple[str | None, list[Exchange], str | None] | None = None
         self._window_said = False
@@ -110,8 +115,30 @@ class Session:
     def cache(self, name: str) -> PromptCache:
         """A model's caches, made when they are first asked for."""
         if name not in self._caches:
-            self._caches[name] = PromptCache(self.models[name], self.settings.kv_bits)
+            most = self._most_bytes(self.models[name])
+            self._caches[name] = PromptCache(self.models[name], self.settings.kv_bits, most)
         return self._caches[name]
+
+    def _most_bytes(self, model: Model) -> int | None:
+        """What a model's caches may hold; None: its marks come to no more than its share anyway.
+
+        A window's marks grow from turn to turn, and no request counts them.
+        """
+        config, bits = model.config, self.settings.kv_bits
+        if config.sliding_window is None:
+            return None
+        positions = sum(other.config.num_positions for other in self.models.values())
+        share = self._room * config.num_positions // positions
+        window, size = config.sliding_window, model.model.norm.weight.dtype.size
+        step = self.settings.prefill_step_size
+        used = kv_bytes(config, 2 * (window + step), 1, size, step, kv_bits=bits)
+        whole = replace(config, sliding_window=None)
+        marks = kv_bytes(whole, 2 * window + REWORD, 1, size, step, kv_bits=bits)
+        return None if used + marks <= share else share
+
+    def forget_caches(self) -> None:
+        """Compute everything anew with the next question."""
+        self._caches.clear()
 
     def cached(self, name: str) -> tuple[int, int]:
         """Tokens and bytes in a model's caches."""
@@ -164,17 +191,18 @@ class Session:
             )
         temp = settings.temp if temp is None else temp
         number = self._answers
+        seed = None if settings.seed is None or not temp else (settings.seed + number) % 2**64
+        filters = (settings.top_p, settings.min_p) if temp else (1.0, 0.0)
+        sampler = make_sampler(temp, *filters, seed)
 
         def start(progress: Callable[[int, int], None]) -> Generator[Response, None, None]:
             self._answers = number + 1
-            seed = None if settings.seed is None else (settings.seed + number) % 2**64
-            filters = (settings.top_p, settings.min_p) if temp else (1.0, 0.0)
             return stream_generate(
                 model,
                 self.tokenizer,
                 ids,
                 max_tokens=min(settings.max_tokens, positions - len(ids)),
-                sampler=make_sampler(temp, *filters, seed if temp else None),
+                sampler=sampler,
                 stop=self.tokenizer.stop_strings,
                 speculation=self._speculation(model),
                 prompt_cache=self.cache(name),
@@ -199,7 +227,10 @@ class Session:
     def keep(self, question: str, answer: Answer, before: int | None = None) -> None:
         """Make an answer the conversation's, in place of what came after `before` exchanges."""
         before = len(self.exchanges) if before is None else before
-        self.exchanges[before:] = [Exchange(question, answer)]
+        for exchange in self.exchanges[max(0, before - 1) :]:
+            exchange.answer.prompt = []  # all prompts of a long chat would be its length squared
+        replaced = self.exchanges[before] if before < len(self.exchanges) else None
+        self.exchanges[before:] = [Exchange(question, answer, replaced)]
         self.unanswered = None
         self.last = answer
 
@@ -219,12 +250,13 @@ class Session:
         return first
 
     def undo(self) -> str | None:
-        """Drop the last question and its answer, or bring back what `clear` took. The question."""
+        """Take back the last question, or what replaced it or cleared all. The question dropped."""
         dropped = self.question
         if self.unanswered is not None:
             self.unanswered = None
         elif self.exchanges:
-            self.exchanges.pop()
+            last = self.exchanges.pop()
+            self.exchanges += [] if last.replaced is None else [last.replaced]
         elif self._cleared is not None:
             self.system, self.exchanges, self.unanswered = self._cleared
             self._cleared = None

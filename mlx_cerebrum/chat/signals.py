@@ -1,0 +1,79 @@
+"""Keys and signals while the chat runs: nothing that came is lost, the terminal is put back."""
+
+import signal
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NoReturn
+
+
+@contextmanager
+def orderly_end() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP end the program as an exception does, so all is put back."""
+
+    def end(signum: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + signum)  # as shells report it
+
+    both = (signal.SIGTERM, signal.SIGHUP)
+    # One that is ignored stays so: nohup asked for it.
+    ours = [signum for signum in both if signal.getsignal(signum) is signal.SIG_DFL]
+    for signum in ours:
+        signal.signal(signum, end)
+    try:
+        yield
+    finally:
+        for signum in ours:
+            signal.signal(signum, signal.SIG_DFL)
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C is only noted: what is under way ends where it can do so cleanly."""
+    pressed = False
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as by nohup
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def quiet_keys(resumed: Callable[[], None]) -> Iterator[None]:
+    """Inside, keys are not shown as they are typed; they wait for the next prompt.
+
+    Ctrl-Z gives the shell its terminal as it was; `resumed` is called when it is ours again.
+    """
+    handle = sys.stdin.fileno()
+    shown = termios.tcgetattr(handle)
+    quiet = termios.tcgetattr(handle)
+    quiet[3] &= ~(termios.ECHO | termios.ICANON)
+
+    def pause(signum: int, frame: FrameType | None) -> None:
+        termios.tcsetattr(handle, termios.TCSADRAIN, shown)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTSTP)  # until `fg`
+        signal.signal(signal.SIGTSTP, pause)
+        termios.tcsetattr(handle, termios.TCSADRAIN, quiet)
+        resumed()
+
+    stops = signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL  # else there is no job control
+    if stops:
+        signal.signal(signal.SIGTSTP, pause)
+    termios.tcsetattr(handle, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        with suppress(termios.error):  # the terminal is gone
+            termios.tcsetattr(handle, termios.TCSADRAIN, shown)
+        if stops:
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
