@@ -202,6 +202,20 @@ def test_an_end_token_frees_the_place_and_is_not_in_the_text(
     assert all(piece.logprob is not None for piece in client.pieces()[:-1])
 
 
+def test_an_end_token_that_frees_held_text_is_unseen_too(
+    make: Make, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could have become a stop string comes with it; the token itself is in no text."""
+    tokens = expected(loaded, job(9, 60))[1]
+    end = next(t for i, t in enumerate(tokens) if i > 10 and t not in tokens[:i])
+    monkeypatch.setattr(loaded[1], "eos_token_ids", frozenset({end}))
+    text = expected(loaded, job(9, 60))[0]
+    client = Client(make(), job(9, 60, top_logprobs=0, stop=(text[-1] + "zz",))).done()
+    is_right(loaded, client)
+    last = client.pieces()[-1]
+    assert (last.token, last.text, last.logprob) == (end, text[-1], None)
+
+
 SAMPLED = Sampling(0.9, top_p=0.95, min_p=0.01, seed=7)
 
 
@@ -499,6 +513,29 @@ def test_the_prefix_cache_gives_way_to_jobs(make: Make, loaded: Any) -> None:
 
     is_right(loaded, Looking(engine, wanted).done())
     assert 0 < kept[0] <= before // 2  # when it starts; some of it is left
+
+
+def test_a_job_that_waits_for_memory_costs_no_prefix(make: Make, loaded: Any) -> None:
+    engine = make(cache_bytes=10**8, max_batch=9)
+    Client(engine, job(40, 3)).done()
+    before = engine._prefixes.nbytes
+    assert before
+    first, big = job(9, 40, 1), job(9, 20, 2, n=8)
+    engine._budget = job_bytes(loaded[0]["small"], 5, big)
+    assert job_bytes(loaded[0]["small"], 5, first) + before <= engine._budget
+    kept: list[int] = []
+
+    class Looking(Client):
+        def _deliver(self, event: Event) -> None:
+            kept.append(engine._prefixes.nbytes)
+            super()._deliver(event)
+
+    held = Looking(engine, first, hold=True).started()
+    waiting = Client(engine, big)
+    held.go_on.set()
+    is_right(loaded, held.done())
+    is_right(loaded, waiting.done())
+    assert min(kept) >= before
 
 
 def test_cached_tokens_are_told_and_counted(make: Make, loaded: Any) -> None:

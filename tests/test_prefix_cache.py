@@ -1,6 +1,7 @@
 """Prompts that begin as earlier ones did take over what was computed, and change no token."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -286,3 +287,51 @@ def test_a_cancelled_answer_is_gone_on_from(unlimited: Loaded) -> None:
     pieces = answer(batch, tokenizer, longer)
     assert pieces[0].cached_tokens == 20 + len(said)
     assert [piece.token for piece in pieces] == continuation(model, None, longer)[:7]
+
+
+@pytest.mark.parametrize("with_window", [True, False])
+def test_an_answer_cancelled_within_a_step_is_gone_on_from(
+    windowed: Loaded, unlimited: Loaded, with_window: bool
+) -> None:
+    """The caches then hold a token that nobody was told."""
+    model, tokenizer = windowed if with_window else unlimited
+    batch = Batch(
+        model, PrefixCache(ROOM), Counts(), lambda task: None, max_rows=4, prefill_step_size=8
+    )
+    events: list[Event] = []
+    task = Task(Job("m", prompt(20), 50), tokenizer, events.append, lambda task: None)
+    batch.start(task)
+    while sum(isinstance(event, Piece) for event in events) < 5:
+        batch.step()
+    real = batch._generator.next
+
+    def meanwhile() -> Any:
+        made = real()
+        task.cancel()
+        return made
+
+    batch._generator.next = meanwhile
+    batch.step()
+    batch._generator.next = real
+    batch.step()
+    said = [event.token for event in events if isinstance(event, Piece)]
+    unsaid = continuation(model, None, prompt(20))[: len(said) + 1]
+    assert unsaid[:-1] == said
+    for last in (unsaid[-1], (unsaid[-1] + 1) % 256):
+        longer = [*prompt(20), *said, last, *prompt(3, seed=1)]
+        pieces = answer(batch, tokenizer, longer)
+        assert [piece.token for piece in pieces] == continuation(model, None, longer)[:7]
+
+
+def test_going_back_takes_what_is_left_and_no_more(unlimited: Loaded) -> None:
+    """A short prompt that begins as a long one did must not copy all of the long one's."""
+    model, _ = unlimited
+    prefixes = held(model, 1500)
+    wanted = prompt(20) + prompt(9, seed=9)
+    caches, found = prefixes.find(KEY, wanted)
+    assert caches is not None
+    assert found == 20
+    each = prefixes.nbytes // 1500
+    assert sum(c.nbytes for c in caches) == 20 * each
+    assert continuation(model, caches, wanted[20:]) == continuation(model, None, wanted)
+    assert sum(c.nbytes for c in caches) <= (20 + 2 * KVCache.step) * each

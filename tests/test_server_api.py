@@ -165,6 +165,41 @@ def test_pieces_of_a_character(server: Running, engine: FakeEngine, tokenizer: T
     assert listed["text_offset"] == [0, 0]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_log_probabilities_are_those_of_the_text(
+    server: Running, engine: FakeEngine, tokenizer: Tokenizer, path: str, stream: bool
+) -> None:
+    """Tokens of a stop string that is found are in neither; one that is not found is in both."""
+
+    def script(ticket: FakeTicket) -> Iterator[Event]:
+        ends = tokenizer.encode("ab<|", add_bos=False)
+        for choice, (last, reason) in enumerate([("", "stop"), ("<|", "length")]):
+            for token, text in zip(ends[:3], ("a", "b", ""), strict=True):
+                yield piece(ticket.job, choice, token, text)
+            yield piece(ticket.job, choice, ends[3], last, reason)
+
+    engine.script = script
+    chatting = "chat" in path
+    asked = chat(logprobs=True) if chatting else {"prompt": "a", "logprobs": 0}
+    answer = post(server, path, **asked, n=2, stream=stream)
+    parts = [
+        choice
+        for one in (events(answer)[:-1] if stream else [answer.json()])
+        for choice in one["choices"]
+    ]
+    for index, expected in enumerate(("ab", "ab<|")):
+        text, tokens = "", list[str]()
+        for part in parts:
+            if part["index"] == index:
+                said = part.get("delta" if stream else "message", part)
+                text += said.get("content" if chatting else "text", "")
+                found = part["logprobs"] or {"content": [], "tokens": []}
+                tokens += [t["token"] for t in found["content"]] if chatting else found["tokens"]
+        assert text == expected
+        assert tokens == list(expected)
+
+
 def test_a_stream(server: Running) -> None:
     options = {"include_usage": True}
     *found, last, done = events(post(server, **chat(stream=True, stream_options=options)))
@@ -250,6 +285,14 @@ def test_what_is_not_here(server: Running) -> None:
     answer = server.client.get("/v1/chat/completions")
     assert error(answer)[:2] == (405, "method_not_allowed")
     assert answer.headers["allow"] == "POST"
+
+
+def test_head_is_get_without_a_body(server: Running) -> None:
+    """Health checks ask so (`wget --spider`)."""
+    for path in ("/health", "/v1/models", "/v1/models/small", "/metrics", "/"):
+        answer = server.client.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+    assert error(server.client.get("/v1/models/gpt"))[:2] == (404, "model_not_found")
 
 
 def test_messages_the_template_refuses(server: Running) -> None:

@@ -90,7 +90,7 @@ def test_a_long_text_that_fits(engine: FakeEngine, tokenizer: Tokenizer) -> None
 
 def test_a_client_that_goes_within_its_body(server: Running) -> None:
     ask(server, b"{", 100).close()
-    assert 'status="499"' in wait_for(server, "499")
+    wait_for(server, 'status="499"')
 
 
 def test_a_body_that_does_not_come(engine: FakeEngine, tokenizer: Tokenizer) -> None:
@@ -128,15 +128,15 @@ def test_a_client_that_goes_frees_its_place(
         if stream:
             assert client.recv(100).startswith(b"HTTP/1.1 200")
     assert ticket.cancelled.wait(WAIT)
-    assert 'status="499"' in wait_for(server, "499")
+    wait_for(server, 'status="499"')
 
 
-def wait_for(server: Running, text: str) -> str:
-    """/metrics, once it has `text`; the count comes a moment after the event."""
+def wait_for(server: Running, text: str) -> None:
+    """Until /metrics has `text`; the count comes a moment after the event."""
     for _ in range(200):
         found = server.client.get("/metrics").text
         if text in found:
-            return found
+            return
     raise AssertionError(f"{text} is not in {found}")
 
 

@@ -21,6 +21,7 @@ def refusal(kind: type[Strict], body: Any) -> tuple[str | None, str | None, str]
     with pytest.raises(ApiError) as caught:
         parse(kind, data)
     assert caught.value.status == 400
+    assert len(caught.value.message) < 500
     assert "\n" not in caught.value.message
     return caught.value.param, caught.value.code, caught.value.message
 
@@ -89,6 +90,8 @@ def test_what_is_not_honoured_is_refused_by_name(more: dict[str, Any], param: st
         ({"n": 1.5}, "n", "invalid_type"),
         ({"seed": 2**63}, "seed", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"max_tokens": 10**4000}, "max_tokens", "invalid_value"),
+        ({"max_completion_tokens": 2**31}, "max_completion_tokens", "invalid_value"),
         ({"logprobs": 1}, "logprobs", "invalid_type"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
         ({"stop": ""}, "stop", "invalid_value"),

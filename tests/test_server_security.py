@@ -105,11 +105,20 @@ def test_hosts_that_are_not(server: Running, host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "status"), [("10.0.0.5:8080", 204), ("10.0.0.6:8080", 403), ("evil.example", 403)]
+    ("host", "address", "status"),
+    [
+        ("10.0.0.5:8080", "10.0.0.5", 204),
+        ("10.0.0.6:8080", "10.0.0.5", 403),
+        ("evil.example", "10.0.0.5", 403),
+        ("10.0.0.5:8080", "::ffff:10.0.0.5", 204),  # a socket for IPv6 that takes IPv4 too
+        ("10.0.0.6:8080", "::ffff:10.0.0.5", 403),
+        ("[fd00:0::A]:8080", "fd00::a", 204),
+        ("[fd00::b]:8080", "fd00::a", 403),
+    ],
 )
-def test_the_address_that_was_connected_to(host: str, status: int) -> None:
+def test_the_address_that_was_connected_to(host: str, address: str, status: int) -> None:
     """With --host 0.0.0.0 the machine has many; the one in use is known for each connection."""
-    transport = httpx.ASGITransport(_connected(Guard(Response(status_code=204), RULES)))
+    transport = httpx.ASGITransport(_connected(Guard(Response(status_code=204), RULES), address))
 
     async def get() -> int:
         async with httpx.AsyncClient(transport=transport, base_url="http://10.0.0.5") as client:
@@ -118,9 +127,9 @@ def test_the_address_that_was_connected_to(host: str, status: int) -> None:
     assert asyncio.run(get()) == status
 
 
-def _connected(app: ASGIApp) -> ASGIApp:
+def _connected(app: ASGIApp, address: str) -> ASGIApp:
     async def there(scope: Scope, receive: Receive, send: Send) -> None:
-        await app({**scope, "server": ("10.0.0.5", 8080)}, receive, send)
+        await app({**scope, "server": (address, 8080)}, receive, send)
 
     return there
 
@@ -327,6 +336,7 @@ def test_a_fault_within_a_stream_ends_it(
     with pytest.raises(Exception, match=r"closed|incomplete"):
         server.client.post("/v1/chat/completions", json=chat(stream=True))
     assert server.client.get("/health").status_code == 200
+    assert 'status="499"' not in server.client.get("/metrics").text  # the client did not go
 
 
 def asked(*flags: str, environment: dict[str, str] | None = None) -> Any:
@@ -366,6 +376,13 @@ def test_keys_of_flag_and_environment() -> None:
 def test_flags_that_cannot_be_honoured(flags: tuple[str, ...], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         asked(*flags)
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://example.org:8443", "app://obsidian.md", "chrome-extension://abcdefgh"]
+)
+def test_origins_that_may_be_allowed(origin: str) -> None:
+    assert asked("--cors-origin", origin).cors_origins == {origin}
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])

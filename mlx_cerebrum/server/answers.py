@@ -3,6 +3,7 @@
 Plain dicts, of the shapes that replies.py describes: log-probabilities make a million of them.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,22 +15,36 @@ from mlx_cerebrum.server.spelling import Spelling
 Json = dict[str, Any]
 
 
+class Spoken:
+    """One choice's log-probabilities as its text comes: those of a stop string stay out too."""
+
+    def __init__(self) -> None:
+        self._held: list[TokenLogprob] = []  # of tokens whose text is not final
+
+    def add(self, piece: Piece) -> list[TokenLogprob]:
+        """Those of the tokens that are settled with this one."""
+        if piece.logprob is not None:
+            self._held.append(piece.logprob)
+        if not piece.text and piece.finish_reason != "length":
+            return []
+        settled, self._held = self._held, []
+        return settled
+
+
 @dataclass
 class Choice:
     """One answer so far."""
 
     index: int
     text: str = ""
-    tokens: int = 0
     finish_reason: str | None = None
-    pieces: list[Piece] = field(default_factory=list)  # those with log-probabilities
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    _spoken: Spoken = field(default_factory=Spoken)
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
-        self.tokens += 1
         self.finish_reason = piece.finish_reason
-        if piece.logprob is not None:
-            self.pieces.append(piece)
+        self.logprobs += self._spoken.add(piece)
 
 
 @dataclass
@@ -110,13 +125,14 @@ class ChatShape:
 
     def __init__(self, head: Head, spelling: Spelling, logprobs: bool) -> None:
         self._head, self._spelling, self._logprobs = head, spelling, logprobs
+        self._spoken: defaultdict[int, Spoken] = defaultdict(Spoken)  # of each choice
 
     def whole(self, choices: Iterable[Choice], usage: Json) -> Json:
         found = [
             {
                 "index": choice.index,
                 "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": self._content(choice.pieces),
+                "logprobs": self._content(choice.logprobs),
                 "finish_reason": choice.finish_reason,
             }
             for choice in choices
@@ -127,7 +143,8 @@ class ChatShape:
         return self._choice(index, {"role": "assistant", "content": "", "refusal": None})
 
     def chunk(self, index: int, piece: Piece) -> Json | None:
-        logprobs = self._content([piece]) if piece.logprob is not None else None
+        settled = self._spoken[index].add(piece)
+        logprobs = self._content(settled) if settled else None
         if not piece.text and logprobs is None:
             return None
         return self._choice(index, {"content": piece.text}, logprobs)
@@ -141,14 +158,13 @@ class ChatShape:
     def _choice(self, index: int, delta: Json, logprobs: Json | None = None) -> Json:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
-    def _content(self, pieces: Iterable[Piece]) -> Json | None:
+    def _content(self, logprobs: Iterable[TokenLogprob]) -> Json | None:
         if not self._logprobs:
             return None
-        found = [piece.logprob for piece in pieces if piece.logprob is not None]
         content = [
             self._token(of.token, of.logprob)
             | {"top_logprobs": [self._token(*other) for other in of.top]}
-            for of in found
+            for of in logprobs
         ]
         return {"content": content, "refusal": None}
 
@@ -163,7 +179,8 @@ class TextShape:
 
     def __init__(self, head: Head, spelling: Spelling, logprobs: bool) -> None:
         self._head, self._spelling, self._logprobs = head, spelling, logprobs
-        self._texts: dict[int, StreamingDetokenizer] = {}  # of each choice
+        self._spoken: defaultdict[int, Spoken] = defaultdict(Spoken)  # of each choice
+        self._texts: dict[int, StreamingDetokenizer] = {}
         self._offsets: dict[int, int] = {}  # characters of its text before the next token
 
     def whole(self, choices: Iterable[Choice], usage: Json) -> Json:
@@ -171,7 +188,7 @@ class TextShape:
             {
                 "index": choice.index,
                 "text": choice.text,
-                "logprobs": self._listed(choice.index, choice.pieces),
+                "logprobs": self._listed(choice.index, choice.logprobs),
                 "finish_reason": choice.finish_reason,
             }
             for choice in choices
@@ -182,7 +199,8 @@ class TextShape:
         return None
 
     def chunk(self, index: int, piece: Piece) -> Json | None:
-        logprobs = self._listed(index, [piece]) if piece.logprob is not None else None
+        settled = self._spoken[index].add(piece)
+        logprobs = self._listed(index, settled) if settled else None
         if not piece.text and logprobs is None and piece.finish_reason is None:
             return None
         return {
@@ -198,13 +216,11 @@ class TextShape:
     def frame(self, choices: list[Json], usage: Json | None = None) -> Json:
         return self._head.frame("text_completion", choices, usage)
 
-    def _listed(self, index: int, pieces: Iterable[Piece]) -> Json | None:
+    def _listed(self, index: int, found: Iterable[TokenLogprob]) -> Json | None:
         if not self._logprobs:
             return None
         tokens, logprobs, top, offsets = [], [], [], []
-        for of in (piece.logprob for piece in pieces):
-            if of is None:
-                continue
+        for of in found:
             tokens.append(self._token(of.token))
             logprobs.append(_finite(of.logprob))
             top.append(self._top(of))

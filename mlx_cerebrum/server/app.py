@@ -133,6 +133,7 @@ class Service:
         def get(path: str, kind: type[Reply], endpoint: Callable[..., Any], *more: int) -> None:
             found: Responses = common | {status: errors[status] for status in more}
             app.add_api_route(path, endpoint, response_model=kind, responses=found)
+            app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
 
         def post(path: str, asked: type[Sampled], kind: type[Reply], endpoint: Any) -> None:
             extra = {"requestBody": {"required": True, "content": _json_of(asked)}}
@@ -146,7 +147,7 @@ class Service:
         get("/v1/models", ModelList, self._models)
         get("/v1/models/{model}", ModelCard, self._model, 404)
         get("/health", Health, self._health)
-        app.add_api_route("/metrics", self._text_metrics, include_in_schema=False)
+        app.add_route("/metrics", self._text_metrics, include_in_schema=False)
         app.router.routes.extend(page_files.routes(self._page))
         return app
 
@@ -239,7 +240,7 @@ class Service:
             raise faults.closed("the engine takes no more requests")
         return Health()
 
-    async def _text_metrics(self) -> Response:
+    async def _text_metrics(self, _: Request) -> Response:
         return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     def _route(self, path: str) -> str:

@@ -10,14 +10,14 @@ from mlx_cerebrum import cli, hub
 from mlx_cerebrum.decode import PREFILL_STEP
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.memory import GB
-from mlx_cerebrum.model_args import add_model_flags
+from mlx_cerebrum.model_args import add_model_flags, add_sampling_flags
 from mlx_cerebrum.sampling import check_sampling
 from mlx_cerebrum.server.app import Settings
 from mlx_cerebrum.server.intake import Defaults
 from mlx_cerebrum.server.security import check_key
 
 KEY_VARIABLE = "MLX_CEREBRUM_API_KEY"
-_ORIGIN = re.compile(r"https?://[a-z0-9.\[\]:-]+")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.\[\]:_-]+")  # an app's page has its own scheme
 
 
 def parser() -> cli.ArgumentParser:
@@ -112,21 +112,7 @@ def parser() -> cli.ArgumentParser:
         help="how long answers may go on after Ctrl-C; a second one ends them (default: 10)",
     )
     answers = p.add_argument_group("answers to requests that do not say")
-    answers.add_argument(
-        "--max-tokens", type=int, default=1024, metavar="N", help="tokens at most (default: 1024)"
-    )
-    answers.add_argument(
-        "--temp", type=float, default=0.0, help="temperature; 0 is greedy (default: 0)"
-    )
-    answers.add_argument(
-        "--top-p", type=float, default=1.0, help="probability mass to draw from (default: 1, all)"
-    )
-    answers.add_argument(
-        "--min-p",
-        type=float,
-        default=0.0,
-        help="least probability, as a share of the best token's (default: 0)",
-    )
+    add_sampling_flags(answers, 1024)
     p.add_argument("--quiet", action="store_true", help="no line for each request")
     p.add_debug()
     return p

@@ -17,12 +17,16 @@ from mlx_lm.generate import BatchGenerator
 from mlx_cerebrum.decode import greedy
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.server import batch_memory
+from mlx_cerebrum.server.decoder import Decoder
 from mlx_cerebrum.server.jobs import Failed, Piece, Reading
 from mlx_cerebrum.server.logprobs import token_logprobs
 from mlx_cerebrum.server.prefix_cache import Caches, PrefixCache, make_caches
 from mlx_cerebrum.server.task import Counts, Task, said
 
 log = logging.getLogger(__name__)
+
+
+_Kept = tuple[Caches, Sequence[int]]  # and what they have seen, from the prompt's last token on
 
 
 @dataclass
@@ -37,19 +41,6 @@ class _Prompt:
     def left(self) -> int:
         """Tokens to read; the last one is decoded."""
         return len(self.task.job.prompt) - 1 - self.done
-
-
-class _Decoder:
-    """The model as a batch calls it: float32 logits, one array of offsets for all positions."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-
-    def __call__(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
-        for other in cache[1:]:
-            other.offset = cache[0].offset  # equal, and now the same array: see Rotary
-        # In 16 bits, subtracting the log-sum would make ties of tokens that differ.
-        return self._model(tokens, cache).astype(mx.float32)
 
 
 class Batch:
@@ -80,7 +71,7 @@ class Batch:
 
     def _new_generator(self) -> Any:
         generator = BatchGenerator(
-            _Decoder(self.model),
+            Decoder(self.model),
             sampler=greedy,
             completion_batch_size=self._max_rows,
             prefill_batch_size=self._max_rows,
@@ -121,7 +112,11 @@ class Batch:
         """Take a job: begin where the longest known prefix of its prompt ends."""
         key, total = (task.job.owner, task.job.model), len(task.job.prompt)
         self.tasks.append(task)
-        caches, done = self._prefixes.find(key, task.job.prompt)
+        try:
+            caches, done = self._prefixes.find(key, task.job.prompt)
+        except Exception as error:  # no memory for a copy
+            self._fail(task, error)
+            return
         if caches is None:
             caches = make_caches(self.model.config)
         task.cached_tokens = done
@@ -201,7 +196,7 @@ class Batch:
             [(r.token, r.logprobs, self._rows[r.uid][0].job.top_logprobs) for r in responses]
         )
         over: dict[int, tuple[Task, int]] = {}
-        caches: dict[int, Caches] = {}  # of those that left the batch by themselves
+        kept: dict[int, _Kept] = {}  # of those that left the batch by themselves
         for response, logprob in zip(responses, logprobs, strict=True):
             task, choice = self._rows.get(response.uid, (None, 0))
             if task is None or task.cancelled:
@@ -215,31 +210,32 @@ class Batch:
             if reason is not None:
                 over[response.uid] = self._rows.pop(response.uid)
                 if response.prompt_cache is not None:
-                    caches[response.uid] = response.prompt_cache
+                    kept[response.uid] = response.prompt_cache, response.all_tokens
                 task.reasons.append(reason)
                 if task.finish_reason is not None:
                     self._end(task, task.finish_reason)
-            if reason == "stop" and not text:  # it ends the answer unseen
-                logprob = None
+            if task.answers[choice].is_end(response.token) or (reason == "stop" and not text):
+                logprob = None  # it ends the answer unseen
             task.deliver(Piece(choice, response.token, text, reason, task.cached_tokens, logprob))
-        self._leave(over, caches)
+        self._leave(over, kept)
 
-    def _leave(self, over: dict[int, tuple[Task, int]], caches: dict[int, Caches]) -> None:
+    def _leave(self, over: dict[int, tuple[Task, int]], kept: dict[int, _Kept]) -> None:
         """Take sequences out of the batch, keeping what they computed for later prompts.
 
         Only of choice 0: the next turn goes on from one of them, most often there is but one.
         """
         firsts = [uid for uid, (_, choice) in over.items() if choice == 0]
-        wanted = [uid for uid in firsts if uid not in caches and self._prefixes.max_bytes]
+        wanted = [uid for uid in firsts if uid not in kept and self._prefixes.max_bytes]
         if wanted:
-            removed = self._generator.remove(wanted, return_prompt_caches=True)
-            caches = caches | {uid: found for uid, (found, _) in removed.items()}
+            kept = kept | self._generator.remove(wanted, return_prompt_caches=True)
         if others := [uid for uid in over if uid not in wanted]:
             self._generator.remove(others)
+        self._generator.model.narrow |= bool(over)
         for uid in firsts:
-            task = over[uid][0]
-            if uid in caches:
-                self._store(task, [*task.job.prompt, *task.answers[0].tokens], caches[uid])
+            if uid in kept:
+                # Not the tokens that were handed out: who was cancelled has not got the last.
+                (caches, seen), task = kept[uid], over[uid][0]
+                self._store(task, [*task.job.prompt[:-1], *seen], caches)
 
     def _store(self, task: Task, seen: Sequence[int], caches: Caches) -> None:
         try:
@@ -271,6 +267,7 @@ class Batch:
         task.deliver(Failed(said(error)))
         if uids:
             self._generator.remove(uids)
+            self._generator.model.narrow = True
         mx.clear_cache()
 
     def _fail_rows(self, error: Exception) -> None:

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_cerebrum.decode import PREFILL_STEP
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.memory import available_bytes, human
-from mlx_cerebrum.memory_limits import limits
+from mlx_cerebrum.memory_limits import limits, release
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.server.batch import Batch
 from mlx_cerebrum.server.batch_memory import job_bytes
@@ -23,6 +23,7 @@ from mlx_cerebrum.server.task import Counts, Task, said
 from mlx_cerebrum.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+_RELEASE = 5.0  # seconds of work after which freed memory goes back to the system
 _HEADROOM = 0.95  # of what is free, as memory.fits
 _ENDS = ("stop", "length", "cancelled", "failed")
 _CLOSING = "the server is shutting down; ask again later"
@@ -67,6 +68,7 @@ class BatchEngine:
         self._places_taken = dict.fromkeys(models, 0)  # by sequences queued or running
         self._deadline: float | None = None  # set once it is closing
         self._why = _CLOSING
+        self._release_next = 0.0
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
@@ -82,11 +84,7 @@ class BatchEngine:
         return tuple(self._models)
 
     def submit(self, job: Job, deliver: Callable[[Event], None]) -> Task:
-        """Queue a job. `deliver` gets its events in order, on the engine's thread.
-
-        Raises RequestError for a job that can never run, BusyError where the queue is full,
-        ClosedError where no more jobs are taken.
-        """
+        """See `jobs.Engine`."""
         self._check(job)
         task = Task(job, self._tokenizer, deliver, self._forget)
         with self._changed:
@@ -105,7 +103,6 @@ class BatchEngine:
 
     @property
     def closed(self) -> bool:
-        """Whether no more jobs are taken."""
         return self._deadline is not None
 
     def stats(self) -> Stats:
@@ -125,10 +122,7 @@ class BatchEngine:
         )
 
     def close(self, grace: float = 0.0) -> None:
-        """Take no more jobs, let running ones go on for `grace` seconds, then fail the rest.
-
-        Those still queued fail at once. Returns when the thread is gone.
-        """
+        """See `jobs.Engine`. Queued jobs fail at once. Returns when the thread is gone."""
         with self._changed:
             ends = time.monotonic() + grace
             self._deadline = ends if self._deadline is None else min(ends, self._deadline)
@@ -197,8 +191,9 @@ class BatchEngine:
     def _turn(self) -> bool:
         """One step of every batch with work; False when the engine is to stop."""
         running = any(batch.tasks for batch in self._batches.values())
-        if not running:
-            mx.clear_cache()
+        if not running or time.monotonic() >= self._release_next:
+            release()  # batches grow and shrink: what they leave adds up to gigabytes
+            self._release_next = time.monotonic() + _RELEASE
         with self._changed:
             while not (running or self._arrived or self._deadline is not None):
                 self._changed.wait()
@@ -233,9 +228,9 @@ class BatchEngine:
             if batch.places < task.job.n:
                 continue
             needed = self._predicted(task)
-            self._prefixes.limit(self._budget - needed)
             if needed > self._budget:
                 return
+            self._prefixes.limit(self._budget - needed)
             with self._changed:
                 if task not in self._arrived:  # cancelled meanwhile
                     continue
@@ -285,10 +280,9 @@ class BatchEngine:
             tasks = sorted(self._arrived, key=self._arrived.__getitem__)
             for task in tasks:
                 self._dequeue(task)
+                self._places_taken[task.job.model] -= task.job.n
         for task in tasks:
             self._counts.finished["failed"] += 1
-            with self._changed:
-                self._places_taken[task.job.model] -= task.job.n
             task.deliver(Failed(message))
 
     def _stop(self) -> None:

@@ -143,7 +143,8 @@ class Intake:
     def _room(self, model: str, prompt: int, asked: int | None, param: str) -> int:
         """Tokens to generate at most. Raises ApiError for more than the model's positions."""
         if prompt == 0:
-            raise ApiError(400, f"{param}: there is nothing to continue", param=param)
+            message = f"{param}: there is nothing to continue"
+            raise ApiError(400, message, code="invalid_value", param=param)
         context = self.layouts[model].context_length
         most = min(self._defaults.max_tokens, context - prompt) if asked is None else asked
         if most < 1 or prompt + most > context:

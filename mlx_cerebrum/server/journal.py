@@ -60,9 +60,10 @@ class Journal:
             await app(scope, receive, watched)
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
-            print(f"{request_id}: {one_line(what)}", file=sys.stderr)
-            if self._debug:
-                traceback.print_exc()
+            with contextlib.suppress(OSError):  # nobody reads the log any more
+                print(f"{request_id}: {one_line(what)}", file=sys.stderr)
+                if self._debug:
+                    traceback.print_exc()
             if status == 0:
                 await faults.internal(request_id).response(scope, receive, watched)
         finally:
@@ -76,5 +77,7 @@ class Journal:
         # A path as it came: percent-encoded, so that it can't write lines of its own.
         path = scope.get("raw_path", b"?").decode("ascii", "replace")[:100]
         tokens = "{} + {} tokens, ".format(*scope[TOKENS]) if TOKENS in scope else ""
-        with contextlib.suppress(OSError):  # nobody reads the log any more
-            print(f"{scope['method']} {path} {status}, {tokens}{seconds:.2f} s", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(
+                f"{scope['method'][:20]} {path} {status}, {tokens}{seconds:.2f} s", file=sys.stderr
+            )

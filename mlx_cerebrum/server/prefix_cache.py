@@ -71,8 +71,12 @@ class PrefixCache:
         self._entries.move_to_end(found)
         entry = self._entries[found]
         caches: Caches = copy.deepcopy(entry.caches)  # shares the arrays until they are written to
-        if reach < len(entry.tokens):
-            trim_prompt_cache(caches, len(entry.tokens) - reach)
+        if spare := len(entry.tokens) - reach:
+            trim_prompt_cache(caches, spare)
+        if spare > KVCache.step:  # more than is predicted; what is written next would copy it all
+            for c in caches:
+                c.keys, c.values = (mx.contiguous(kv[..., :reach, :]) for kv in (c.keys, c.values))
+            mx.eval([c.state for c in caches])
         return caches, reach
 
     def store(self, key: Key, tokens: Sequence[int], caches: Caches) -> None:

@@ -39,7 +39,8 @@ class Running:
         self._most_pending = most_pending
         self._loop = asyncio.get_running_loop()
         self._events: deque[tuple[float, int, Event]] = deque()
-        self._reading: dict[int, Reading] = {}  # only the newest of each prompt matters
+        # Only the newest of each prompt matters. No dict: the engine's thread would add to it.
+        self._reading: list[Reading | None] = [None] * len(jobs)
         self._read_more = False  # since the last `take`
         self._news = asyncio.Event()
         self._told = False  # `_news` is set, or will be
@@ -67,9 +68,9 @@ class Running:
     @property
     def reading(self) -> tuple[int, int] | None:
         """`(done, total)` of all prompts' tokens, once there is news of one."""
-        if not self._reading:
+        if not any(self._reading):
             return None
-        done = sum(reading.done for reading in self._reading.values())
+        done = sum(reading.done for reading in self._reading if reading is not None)
         return done, max(done, sum(self.tally.prompts))
 
     def cancel(self) -> None:

@@ -93,7 +93,10 @@ class Sampled(Strict):
 
     model: str | None = Field(None, description="One of /v1/models; without it the first")
     max_tokens: int | None = Field(
-        None, ge=1, description="Tokens at most; without it the server's --max-tokens, or what fits"
+        None,
+        ge=1,
+        lt=2**31,
+        description="Tokens at most; without it the server's --max-tokens, or what fits",
     )
     temperature: float | None = Field(
         None, ge=0, le=2, description="Without it the server's --temp; 0 is greedy, its default"
@@ -144,7 +147,9 @@ class Sampled(Strict):
 
 class ChatRequest(Sampled):
     messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
-    max_completion_tokens: int | None = Field(None, ge=1, description="Same as max_tokens")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, lt=2**31, description="Same as max_tokens"
+    )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     metadata: Annotated[dict[str, str] | None, BeforeValidator(_labels)] = Field(

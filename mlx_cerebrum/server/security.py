@@ -94,7 +94,7 @@ class Guard:
             host == "localhost"
             or is_loopback(host)
             or host in self._rules.hosts
-            or (server is not None and is_address(host) and host == server[0].lower())
+            or (server is not None and same_address(host, server[0]))
         ):
             message = (
                 "this Host is not one the server answers to; start it with --allowed-host NAME"
@@ -142,16 +142,24 @@ def _preflight(headers: Headers) -> Response:
     return Response(status_code=204, headers=allowed)
 
 
-def is_address(host: str) -> bool:
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host is written as; an IPv4 one where IPv6 only wraps it (a socket
+    for every address sees clients so)."""
     try:
-        ipaddress.ip_address(host)
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return False
-    return True
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def is_loopback(host: str) -> bool:
-    return is_address(host) and ipaddress.ip_address(host).is_loopback
+    address = _address(host)
+    return address is not None and address.is_loopback
+
+
+def same_address(one: str, other: str) -> bool:
+    address = _address(one)
+    return address is not None and address == _address(other)
 
 
 def check_key(key: str) -> None:

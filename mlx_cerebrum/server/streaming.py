@@ -64,15 +64,15 @@ class Stream(Response):
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sent = None
+        gone = False
         try:
-            sent = await until_gone(receive, self._send(send))
+            gone = await until_gone(receive, self._send(send)) is None
         except TimeoutError:  # it does not read
-            pass
+            gone = True
         finally:
             self._running.cancel()
             _note(scope, self._running)
-            scope[GONE] = sent is None
+            scope[GONE] = gone
 
     async def _send(self, send: Send) -> bool:
         start = {"status": self.status_code, "headers": self.raw_headers}

@@ -28,25 +28,28 @@ class Counts:
 
 
 class Answer:
-    """One choice's tokens and text, exactly as `stream_generate` makes them."""
+    """One choice's text, exactly as `stream_generate` makes it."""
 
     def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
-        self.tokens: list[int] = []
-        self._max_tokens = job.max_tokens
+        self._left = job.max_tokens
         self._eos = tokenizer.eos_token_ids
         self._detokenizer = tokenizer.detokenizer()
         self._stops = StopText(job.stop)
 
     def add(self, token: int) -> tuple[str, str | None]:
         """`(text that is final, finish reason if this is the last)`."""
-        self.tokens.append(token)
-        ended = token in self._eos
-        last = ended or len(self.tokens) == self._max_tokens
+        self._left -= 1
+        ended = self.is_end(token)
+        last = ended or not self._left
         new = "" if ended else self._detokenizer.add(token)
         text, stopped = self._stops.feed(new + self._detokenizer.finish() if last else new)
         if last and not stopped:
             text += self._stops.held
         return text, "stop" if ended or stopped else "length" if last else None
+
+    def is_end(self, token: int) -> bool:
+        """Whether it ends any answer, and is in none's text."""
+        return token in self._eos
 
 
 class Task:
