@@ -117,6 +117,12 @@ class Room:
     """The stand-in server, in a thread of its own."""
 
     def __init__(self) -> None:
+        self._port = 0
+        self.forget()
+        self.start()
+
+    def forget(self) -> None:
+        """Be as new, for the next test."""
         self.script: Callable[[dict[str, Any]], Script] = lambda body: Script()
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -124,8 +130,6 @@ class Room:
         self.models: list[dict[str, Any]] = MODELS
         self.hold = threading.Event()
         self.left = threading.Event()  # a client went away in the middle of its answer
-        self._port = 0
-        self.start()
 
     def start(self) -> None:
         """Listen, the second time on the port of the first."""
@@ -184,11 +188,12 @@ class Room:
             piece = {} if content is None else {"content": content}
             return event({"choices": [{"index": 0, "delta": piece, "finish_reason": finish}]})
 
+        hold, left = self.hold, self.left
         try:
             yield event({"choices": [{"index": 0, "delta": {"role": "assistant"}}]})
             for piece in script.pieces:
                 if isinstance(piece, Hold):
-                    while not self.hold.is_set():
+                    while not hold.is_set():
                         await asyncio.sleep(0.01)
                 elif isinstance(piece, Raw):
                     yield piece.data
@@ -196,7 +201,7 @@ class Room:
                     yield delta(piece)
                     await asyncio.sleep(0)
         except asyncio.CancelledError:
-            self.left.set()
+            left.set()
             raise
         if script.error is not None:
             yield event({"error": {"message": script.error}})

@@ -12,6 +12,7 @@ export class ApiError extends Error {
   }
 }
 
+let heldKey = null; // where the browser stores nothing
 let asking = null; // one question for the key at a time, whoever needs it
 let askForKey = async () => null;
 
@@ -22,9 +23,18 @@ export function onKeyNeeded(ask) {
 
 function keptKey() {
   try {
-    return sessionStorage.getItem(KEY);
+    return sessionStorage.getItem(KEY) ?? heldKey;
   } catch {
-    return null;
+    return heldKey;
+  }
+}
+
+function keepKey(key) {
+  heldKey = key;
+  try {
+    sessionStorage.setItem(KEY, key);
+  } catch {
+    // it holds until the page is closed
   }
 }
 
@@ -32,7 +42,7 @@ async function newKey(sent) {
   if (keptKey() !== sent) return keptKey(); // given meanwhile, for another request
   asking ??= askForKey(sent !== null).finally(() => (asking = null));
   const key = await asking;
-  if (key !== null) sessionStorage.setItem(KEY, key);
+  if (key !== null) keepKey(key);
   return key;
 }
 

@@ -4,13 +4,13 @@ import { models as askModels, onKeyNeeded } from "./api.js";
 import { Chat } from "./chat.js";
 import { focusQuestion, setBusy, setQuestion, setUpComposer, setUpKeys, useDraft } from "./composer.js";
 import { Conversation, newMeta } from "./conversation.js";
-import { byId, h } from "./dom.js";
-import { FileError, backupFile, download, messagesFile, parseFile } from "./files.js";
-import { drawList, toast } from "./list.js";
+import { announce, byId, h } from "./dom.js";
+import { drawList, tellNotKept, toast } from "./list.js";
 import { setUpSettings, systemForNew } from "./settings.js";
 import { setUpShell } from "./shell.js";
 import { Store } from "./store.js";
 import { Thread } from "./thread.js";
+import { saveFile, setUpFiles } from "./transfer.js";
 
 const AGAIN = 2000; // milliseconds between two looks for a server that is gone
 const EXAMPLES = [
@@ -31,13 +31,16 @@ let conversation;
 let wanted = null; // the conversation asked for last
 let looking = null; // the search for a server that is gone
 const open = new Map(); // conversations with an answer on its way, by id
+const missed = new Map(); // of those that other tabs changed while this one was hidden: listed?
 
-const store = await Store.open(() => {
-  toast("This browser does not keep conversations now: they last until the page is closed.");
+const store = await Store.open({
+  onfail: tellNotKept,
+  reopened: () => conversation && store.put(conversation.meta, [...conversation.nodes.values()]),
 });
 const chat = new Chat(store, {
   changed,
   grew: (node) => thread.grew(node),
+  ended,
   lost: () => look(),
   models: () => models,
 });
@@ -52,9 +55,12 @@ const actions = {
     return taken;
   },
   step: (node, by) => thread.focusVersion(chat.step(conversation, node, by), by),
-  keep: (lane) => chat.keep(conversation, lane),
+  keep: (lane) => {
+    chat.keep(conversation, lane);
+    focusQuestion();
+  },
   busy: (one) => chat.busy(one),
-  waitOf: (node) => chat.waits.get(node),
+  waitOf: (node) => chat.waits.get(node.id),
 };
 const thread = new Thread(actions, (node) => chat.runs.get(node));
 const shell = setUpShell();
@@ -105,8 +111,9 @@ async function drawAll() {
 /** Show a conversation, or a new one. */
 async function go(id) {
   wanted = id;
-  const found = id ? (open.get(id) ?? (await store.load(id))) : null;
+  const loaded = id && !open.has(id) ? await store.load(id) : null;
   if (wanted !== id) return; // another one was asked for meanwhile
+  const found = open.get(id) ?? loaded; // it may have been asked something meanwhile
   if (found instanceof Conversation) conversation = found;
   else if (found) conversation = new Conversation(found.meta, found.nodes);
   else conversation = fresh();
@@ -150,11 +157,11 @@ function compare() {
   keepMeta();
 }
 
-async function rename(meta, title) {
-  const { meta: own } = meta.id === conversation.meta.id ? conversation : { meta };
+async function rename({ id }, title) {
   if (title !== null) {
-    Object.assign(own, { title, named: true });
-    await store.put(own);
+    const own = id === conversation.meta.id ? conversation : open.get(id);
+    if (own) Object.assign(own.meta, { title, named: true });
+    await store.change(id, { title, named: true });
   }
   draw();
   await drawAll();
@@ -162,65 +169,52 @@ async function rename(meta, title) {
 
 async function save(meta) {
   const found = open.get(meta.id) ?? (await store.load(meta.id));
-  if (found) download(messagesFile(new Conversation(found.meta, [...found.nodes.values()])));
+  if (found) saveFile(found);
 }
 
 async function remove(meta) {
   const running = open.get(meta.id);
   if (running) chat.stop(running);
-  await store.setDeleted(meta.id, true);
+  if (!(await store.change(meta.id, { deleted: Date.now() }))) return;
   if (meta.id === conversation.meta.id) await go(null);
   else await drawAll();
   const undo = async () => {
-    await store.setDeleted(meta.id, false);
+    await store.change(meta.id, { deleted: null });
     await go(meta.id);
   };
   const forget = () => store.forget(meta.id);
   toast(`Deleted “${meta.title || "Untitled"}”.`, { name: "Undo", act: undo }, forget);
 }
 
-async function takeFiles(files) {
-  let last = null;
-  let count = 0;
-  for (const file of files) {
-    try {
-      for (const one of parseFile(await file.text(), file.name)) {
-        await store.merge(one);
-        last = one.meta.id;
-        count += 1;
-      }
-    } catch (error) {
-      const known = error instanceof FileError;
-      toast(known ? error.message : `${file.name} can't be read: ${error.message}`);
-      return;
-    }
-  }
-  if (last) await go(last);
-  if (count) toast(count === 1 ? "Imported one conversation." : `Imported ${count} conversations.`);
-}
-
-async function backup() {
-  const metas = await store.list();
-  download(backupFile((await Promise.all(metas.map(({ id }) => store.load(id)))).filter(Boolean)));
+/** Answers are over: say them to those who listen. */
+function ended(one, answers) {
+  if (one !== conversation) return announce(`Answered: ${one.meta.title}`);
+  announce(answers.map((node) => thread.spoken(node, answers.length > 1)).join(" "));
 }
 
 /** Another tab changed a conversation: take over what it added. */
-async function heard(id) {
-  await drawAll();
+async function heard(id, listed) {
+  if (document.hidden) {
+    missed.set(id, listed || missed.get(id) === true);
+    return;
+  }
+  if (listed) await drawAll();
   if (id !== conversation.meta.id) return;
   const shown = conversation;
   const found = await store.load(id);
-  if (shown !== conversation) return;
+  if (shown !== conversation || found === undefined) return;
   if (!found) {
-    if (!chat.busy(shown) && shown.nodes.size) await go(null);
+    if (chat.busy(shown)) shown.erased = true;
+    else if (shown.nodes.size) await go(null);
     return;
   }
   for (const node of found.nodes) {
     const own = shown.nodes.get(node.id);
     if (own && !chat.runs.has(own)) {
       Object.assign(own, node, { elsewhere: own.content !== node.content });
+    } else if (!own) {
+      shown.take(node);
     }
-    else if (!own) shown.nodes.set(node.id, node);
   }
   const { title, named, system } = found.meta;
   Object.assign(shown.meta, { title, named, system });
@@ -261,7 +255,7 @@ const openSettings = setUpSettings({
   },
 });
 setUpKeys({
-  stop: () => (chat.busy(conversation) ? chat.stop(conversation) : shell.closeDrawer()),
+  stop: () => shell.closeDrawer() || chat.stop(conversation),
   fresh: () => go(null),
   compare,
   settings: openSettings,
@@ -271,12 +265,7 @@ setUpKeys({
 byId("new").addEventListener("click", () => go(null));
 byId("compare").addEventListener("click", compare);
 byId("open-settings").addEventListener("click", openSettings);
-byId("backup").addEventListener("click", backup);
-byId("import").addEventListener("click", () => byId("file").click());
-byId("file").addEventListener("change", async ({ target }) => {
-  await takeFiles([...target.files]);
-  target.value = "";
-});
+setUpFiles(store, go);
 for (const lane of [0, 1]) {
   byId(`model-${lane}`).addEventListener("change", ({ target }) => {
     conversation.meta.models = conversation.meta.models.with(lane, target.value);
@@ -291,6 +280,11 @@ for (const text of EXAMPLES) {
   byId("examples").append(h("li", {}, h("button", { type: "button", onclick: use }, text)));
 }
 addEventListener("pagehide", () => store.saveNow(chat.growing()));
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) return;
+  for (const [id, listed] of missed) heard(id, listed);
+  missed.clear();
+});
 addEventListener("hashchange", () => go(location.hash.slice(1)));
 store.listen(heard);
 await go(location.hash.slice(1));

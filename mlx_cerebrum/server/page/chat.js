@@ -4,21 +4,21 @@ import { announce } from "./dom.js";
 import { Run } from "./run.js";
 import { sampling } from "./settings.js";
 
-const SPOKEN = 2000; // characters of an answer that are read out when it is there
-
 export class Chat {
   /**
    * `changed(conversation)`: its messages or their order changed; `grew(node)`: one message did;
-   * `lost()`: the server is gone; `models()`: the server's.
+   * `ended(conversation, answers)`: the last of them is over; `lost()`: the server is gone;
+   * `models()`: the server's.
    */
-  constructor(store, { changed, grew, lost, models }) {
+  constructor(store, { changed, grew, ended, lost, models }) {
     this.store = store;
     this.changed = changed;
     this.grew = grew;
+    this.ended = ended;
     this.lost = lost;
     this.models = models;
     this.runs = new Map(); // by message
-    this.waits = new Map(); // seconds a failed message was asked to wait
+    this.waits = new Map(); // until when a failed message was asked to wait, by its id
   }
 
   /** The models of the columns: the chosen ones while the server has them. */
@@ -60,7 +60,7 @@ export class Chat {
     const answers = parents.map((parent, lane) => {
       return this.newAnswer(conversation, asked.get(parent).id, lane);
     });
-    this.begin(conversation, answers, [...asked.values()]);
+    this.begin(conversation, answers, [...asked.values()], sampling());
     return true;
   }
 
@@ -71,13 +71,19 @@ export class Chat {
     return answer;
   }
 
-  /** Another answer to the same question; one that failed before its first word is replaced. */
+  /**
+   * Another answer to the same question; one that failed before its first word is replaced. What
+   * was whole is drawn anew; what was not is asked for as it was.
+   */
   retry(conversation, node) {
     if (this.busy(conversation) || !this.models().length) return;
     const lane = this.laneOf(conversation, node);
+    const same = this.modelsOf(conversation)[lane].id === node.model;
+    const whole = Boolean(node.content) && ["done", "stopped"].includes(node.state);
+    const seed = whole ? undefined : node.stats?.seed;
     const empty = !node.content && node.state !== "done";
     const answer = empty ? node : this.newAnswer(conversation, node.parent, lane);
-    this.begin(conversation, [answer], []);
+    this.begin(conversation, [answer], [], sampling({ another: same && whole, seed }));
   }
 
   laneOf(conversation, node) {
@@ -85,39 +91,41 @@ export class Chat {
     return Math.max(0, conversation.leaves.findIndex(inLane));
   }
 
-  begin(conversation, answers, asked) {
-    const chosen = sampling(); // one seed for both columns
+  /** `chosen`: one way of sampling and one seed, for both columns. */
+  begin(conversation, answers, asked, chosen) {
     const models = this.modelsOf(conversation);
     for (const node of answers) {
       node.model = models[this.laneOf(conversation, node)].id;
-      node.stats = { seed: chosen.seed };
+      node.stats = { seed: chosen.seed, temperature: chosen.temperature };
       delete node.finish;
-      this.waits.delete(node);
+      this.waits.delete(node.id);
       const run = new Run(node, {
         grew: this.grew,
         save: () => this.store.putNodes(conversation.meta.id, [node]),
       });
       this.runs.set(node, run);
     }
-    const kept = this.store.put(conversation.meta, [...asked, ...answers]);
+    // Deleted in another tab in the middle of an answer, it is kept anew where one goes on with it.
+    const changed = conversation.erased ? [...conversation.nodes.values()] : [...asked, ...answers];
+    conversation.erased = false;
+    const kept = this.store.put(conversation.meta, changed);
     this.changed(conversation);
     announce("Answering.");
     for (const node of answers) {
       const messages = conversation.messages(node.parent);
       const body = { model: node.model, messages, ...chosen };
       const run = this.runs.get(node);
-      run.start(body, kept).then(() => this.over(conversation, node, run));
+      run.start(body, kept).then(() => this.over(conversation, node, answers));
     }
   }
 
-  over(conversation, node, run) {
+  over(conversation, node, answers) {
+    const run = this.runs.get(node);
     this.runs.delete(node);
-    if (run.wait) this.waits.set(node, run.wait);
+    if (run.wait) this.waits.set(node.id, performance.now() + 1000 * run.wait);
     if (run.gone) this.lost();
     this.changed(conversation);
-    if (this.busy(conversation)) return;
-    const end = { failed: node.error, stopped: "Stopped." }[node.state];
-    announce(end ?? `Answer: ${node.content.slice(0, SPOKEN)}`);
+    if (!this.busy(conversation)) this.ended(conversation, answers);
   }
 
   stop(conversation) {

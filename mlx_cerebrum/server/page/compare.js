@@ -3,12 +3,14 @@
 import { arrange, h, plural } from "./dom.js";
 
 const BLOCKS = "p, li, h3, h4, h5, h6, pre, td, th, blockquote";
+// What stands between words; Chinese and Japanese put nothing there, and each sign is one.
+const APART = /[\s\u3000-\u9fff\uff00-\uffef]/;
 // Highlights colour a range of text without touching the elements it runs through.
 const shared = globalThis.Highlight ? new Highlight() : null;
 if (shared) CSS.highlights.set("differs", shared);
 
 /** The text of an answer as it is read, and the text nodes it comes from. */
-function textOf(body) {
+export function textOf(body) {
   const parts = [];
   let text = "";
   let before = null;
@@ -36,17 +38,24 @@ export function firstDifference(a, b, overA, overB) {
     if (!(a.length < b.length ? overA : overB)) return null;
     if (/\s/.test((a.length > b.length ? a : b)[at])) return at;
   }
-  while (at > 0 && !/\s/.test(a[at - 1])) at -= 1;
+  while (at > 0 && !APART.test(a[at - 1])) at -= 1;
   return at;
 }
 
-function rangeFrom({ text, parts }, at) {
-  const from = parts.findLast((part) => part.at <= at);
-  if (!from || at >= text.length) return null;
+/** The word at `at`, or null where the text has ended there. */
+function wordFrom({ text, parts }, at) {
+  let start = at;
+  while (start < text.length && /\s/.test(text[start])) start += 1;
+  if (start === text.length) return null;
+  let end = start + 1;
+  while (end < text.length && !APART.test(text[end])) end += 1;
+  const place = (offset, least) => {
+    const { node, at: from } = parts.findLast((part) => part.at + least <= offset);
+    return [node, Math.min(offset - from, node.length)];
+  };
   const range = new Range();
-  range.setStart(from.node, Math.min(at - from.at, from.node.length));
-  const last = parts.at(-1).node;
-  range.setEnd(last, last.length);
+  range.setStart(...place(start, 0));
+  range.setEnd(...place(end, 1));
   return range;
 }
 
@@ -70,9 +79,21 @@ export class Row {
     views.forEach((view, lane) => arrange(this.columns[lane], view ? [view.element] : []));
   }
 
+  /** Were both drawn the same way? */
+  get alike() {
+    const [a, b] = this.views.map(({ node }) => node.stats ?? {});
+    return a.temperature === b.temperature && (a.seed === b.seed || a.temperature === 0);
+  }
+
   /** Say and show where the answers differ. An answer that was cut short is not over. */
   mark() {
     const [a, b] = this.views;
+    const now = this.views.flatMap((view) => {
+      return view ? [view, view.node.content, view.node.state, view.node.stats?.seed] : [null];
+    });
+    const before = this.marked ?? [];
+    if (now.length === before.length && now.every((one, at) => one === before[at])) return;
+    this.marked = now;
     this.clear();
     this.caption.textContent = "";
     if (!a?.rendering || !b?.rendering) return;
@@ -92,7 +113,9 @@ export class Row {
     this.caption.textContent = words
       ? `The same for ${plural(words, "word")}, then they differ.`
       : "They differ from the first word.";
-    this.ranges = texts.map((text) => rangeFrom(text, at));
+    const drawn = " One was drawn with other settings or another seed.";
+    if (!this.alike) this.caption.textContent += drawn;
+    this.ranges = texts.map((text) => wordFrom(text, at));
     for (const range of this.ranges) if (range) shared?.add(range);
     this.place();
   }

@@ -26,8 +26,18 @@ export function newMeta(system = "") {
 export class Conversation {
   constructor(meta, nodes = []) {
     this.meta = meta;
-    this.nodes = new Map(nodes.map((node) => [node.id, node]));
-    this.saved = nodes.length > 0 || meta.named;
+    this.nodes = new Map();
+    this.below = new Map(); // the messages after each, so that long conversations stay quick
+    for (const node of [...nodes].sort(byTime)) this.take(node);
+  }
+
+  /** Have a message that was made elsewhere. */
+  take(node) {
+    this.nodes.set(node.id, node);
+    if (!this.below.has(node.parent)) this.below.set(node.parent, []);
+    const all = this.below.get(node.parent);
+    all.push(node);
+    all.sort(byTime);
   }
 
   /** Add a message after `parent` (null: as the first). */
@@ -35,15 +45,14 @@ export class Conversation {
     // Later than its siblings even within a millisecond, so that their order is kept.
     const at = Math.max(Date.now(), ...this.children(parent).map((node) => node.at + 1));
     const node = { id: newId(), conversation: this.meta.id, parent, role, content, at, ...more };
-    this.nodes.set(node.id, node);
+    this.take(node);
     this.meta.updated = Date.now();
     if (role === "user" && !this.meta.title) this.meta.title = titleOf(content);
     return node;
   }
 
   children(parent) {
-    const found = [...this.nodes.values()].filter((node) => node.parent === parent);
-    return found.sort((a, b) => a.at - b.at || (a.id < b.id ? -1 : 1));
+    return this.below.get(parent) ?? [];
   }
 
   /** The versions of a message; of an answer in a column, that column's. */
@@ -109,6 +118,10 @@ export class Conversation {
     const known = this.meta.lanes.every((lane) => this.nodes.has(lane));
     if (on && !(known && this.meta.lanes.includes(leaf))) this.meta.lanes = [leaf, leaf];
   }
+}
+
+function byTime(a, b) {
+  return a.at - b.at || (a.id < b.id ? -1 : 1);
 }
 
 export function titleOf(text) {

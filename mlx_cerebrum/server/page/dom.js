@@ -103,3 +103,13 @@ export function announce(text) {
   // A region that is emptied and filled at once says nothing.
   setTimeout(() => (region.textContent = text), 50);
 }
+
+/** Is this key the input method's? Safari says so only by 229 for the Enter that ends a word. */
+export function composing(event) {
+  return event.isComposing || event.keyCode === 229;
+}
+
+/** A finger is what points: the keyboard is on the screen then, and comes up with the focus. */
+export function touch() {
+  return matchMedia("(pointer: coarse)").matches;
+}

@@ -5,7 +5,11 @@ import { newId } from "./dom.js";
 import { newMeta, titleOf } from "./conversation.js";
 
 const FORMAT = "mlx-cerebrum-conversations";
+const STATES = ["done", "stopped", "failed", "partial"];
 const ROLES = ["system", "user", "assistant"];
+const LARGEST = 50_000_000; // bytes of a file
+const MOST = 10_000; // messages of a conversation; more of them, or longer ones, stop the page
+const LONGEST = 1_000_000; // characters of a message
 
 /** What is wrong with a file, in one line. */
 export class FileError extends Error {}
@@ -42,7 +46,15 @@ export function download({ name, text }) {
 }
 
 /** The conversations of a file as pairs of meta and nodes. Raises FileError. */
-export function parseFile(text, name) {
+export async function readFile(file) {
+  const { name } = file;
+  if (file.size > LARGEST) throw new FileError(`${name} is larger than ${LARGEST / 1e6} MB.`);
+  let text;
+  try {
+    text = await file.text();
+  } catch {
+    throw new FileError(`${name} can't be read.`);
+  }
   let value;
   try {
     value = JSON.parse(text);
@@ -65,6 +77,7 @@ export function parseFile(text, name) {
 
 function fromMessages(messages, name) {
   if (!messages.length) throw new FileError(`${name} holds no messages.`);
+  checkCount(messages, name);
   messages.forEach((message, index) => {
     const where = `${name}: messages[${index}]`;
     if (!isObject(message)) throw new FileError(`${where} must be an object.`);
@@ -81,6 +94,7 @@ function fromMessages(messages, name) {
     if (typeof message.content !== "string") {
       throw new FileError(`${where}: content must be a string.`);
     }
+    checkLength(message, where);
   });
   const meta = newMeta(messages[0].role === "system" ? messages[0].content : "");
   const nodes = [];
@@ -101,6 +115,7 @@ function fromBackup(one, where) {
   if (!isObject(one) || !isId(one.id) || !Array.isArray(one.nodes)) {
     throw new FileError(`${where} must have an id and nodes.`);
   }
+  checkCount(one.nodes, where);
   const known = new Set();
   const nodes = one.nodes.map((node, index) => {
     const at = `${where}: nodes[${index}]`;
@@ -110,6 +125,7 @@ function fromBackup(one, where) {
     if (!["user", "assistant"].includes(node.role) || typeof node.content !== "string") {
       throw new FileError(`${at} must have a role, user or assistant, and content, a string.`);
     }
+    checkLength(node, at);
     known.add(node.id);
     return { ...cleanNode(node), conversation: one.id };
   });
@@ -120,6 +136,16 @@ function fromBackup(one, where) {
   }
   if (hasCycle(nodes)) throw new FileError(`${where}: its messages answer each other in a circle.`);
   return { meta: cleanMeta(one), nodes };
+}
+
+function checkCount(messages, where) {
+  if (messages.length <= MOST) return;
+  throw new FileError(`${where} holds more than ${MOST.toLocaleString("en")} messages.`);
+}
+
+function checkLength({ content }, where) {
+  if (content.length <= LONGEST) return;
+  throw new FileError(`${where} is longer than ${LONGEST.toLocaleString("en")} characters.`);
 }
 
 function isObject(value) {
@@ -145,7 +171,7 @@ function hasCycle(nodes) {
 }
 
 const text = (value, other = "") => (typeof value === "string" ? value : other);
-const number = (value, other) => (Number.isFinite(value) ? value : other);
+const time = (value, now) => (Number.isFinite(value) ? Math.min(value, now) : now);
 const orNull = (value) => (typeof value === "string" ? value : null);
 const two = (value) => [orNull(value?.[0]), orNull(value?.[1])];
 
@@ -155,8 +181,8 @@ function cleanMeta(one) {
     id: one.id,
     title: text(one.title).slice(0, 200),
     named: one.named === true,
-    created: number(one.created, now),
-    updated: number(one.updated, now),
+    created: time(one.created, now),
+    updated: time(one.updated, now),
     system: text(one.system),
     leaf: orNull(one.leaf),
     comparing: one.comparing === true,
@@ -168,14 +194,16 @@ function cleanMeta(one) {
 
 function cleanNode(node) {
   const { id, role, content, error } = node;
-  const clean = { id, role, content, parent: orNull(node.parent), at: number(node.at, 0) };
-  clean.state = ["done", "stopped", "failed"].includes(node.state) ? node.state : "done";
+  const at = time(node.at, Date.now());
+  const clean = { id, role, content, parent: orNull(node.parent), at };
+  clean.state = STATES.includes(node.state) ? node.state : "done";
+  if (["stop", "length"].includes(node.finish)) clean.finish = node.finish;
   if (typeof node.model === "string") clean.model = node.model.slice(0, 200);
   if (node.lane === 0 || node.lane === 1) clean.lane = node.lane;
   if (typeof error === "string") clean.error = error.slice(0, 500);
   if (isObject(node.stats)) {
-    const entries = Object.entries(node.stats).filter(([, value]) => Number.isFinite(value));
-    clean.stats = Object.fromEntries(entries);
+    const good = ([, value]) => typeof value === "number" && value >= 0 && value < 1e12;
+    clean.stats = Object.fromEntries(Object.entries(node.stats).filter(good));
   }
   return clean;
 }

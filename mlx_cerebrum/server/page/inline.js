@@ -2,28 +2,18 @@
 // whatever the text: every piece is opened once and closed or dropped once.
 
 import { h } from "./dom.js";
+import { address, destination, safeUrl } from "./links.js";
 
-const SPECIAL = /[\\`*_~[\]!<&\n]|https?:\/\//g;
+const SPECIAL = /[\\`*_~[\]!<&$\n]|https?:\/\//g;
+const BREAK = /<br *\/?>/iy;
+const FORMULA = { "\\(": "\\)", "\\[": "\\]", $$: "$$", $: "$" }; // its end by its beginning
+const LONGEST_FORMULA = 1000;
+const WORD = /[\p{sc=Latin}\p{sc=Greek}\p{N}]/u; // in scripts that put spaces between words
 const PUNCTUATION = /[\p{P}\p{S}]/u;
 const ESCAPABLE = /[!-/:-@[-`{-~]/;
 const ENTITY = /&(?:(amp|lt|gt|quot|apos|nbsp)|#(\d{1,7})|#[xX]([0-9a-fA-F]{1,6}));/y;
 const NAMED = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0" };
-const BARE_URL = /https?:\/\/[^\s<>"`[\]|*]+/y;
-const ANGLE_URL = /<((?:https?:|mailto:)[^\s<>]{1,2048})>/y;
-const PROTOCOLS = ["http:", "https:", "mailto:"];
-const LONGEST_LINK = 1000;
 const DEEPEST = 16; // elements within each other; what is deeper is shown without its own
-
-/** The address as the browser understands it, or null where it must not be a link. */
-export function safeUrl(text) {
-  let url;
-  try {
-    url = new URL(text);
-  } catch {
-    return null;
-  }
-  return PROTOCOLS.includes(url.protocol) ? url.href : null;
-}
 
 /** Append the inline Markdown of `source` to an element. */
 export function appendInline(into, source) {
@@ -38,20 +28,31 @@ function scan(source) {
   const openers = { "*": [], _: [], "~": [] };
   const brackets = [];
   const ticks = backquotes(source);
+  const ends = new Map(); // where each end of a formula comes next
   const text = (value) => value && pieces.push({ text: value });
+  const link = (found) => {
+    pieces.push({ link: found.link }, { text: found.text }, { close: true });
+    return found.end;
+  };
   let at = 0;
   SPECIAL.lastIndex = 0;
   for (let match; (match = SPECIAL.exec(source)); SPECIAL.lastIndex = at) {
     const start = match.index;
     const char = source[start];
+    const formula = "\\$".includes(char) ? formulaEnd(source, start, ends) : 0;
     text(source.slice(at, start));
     at = start + 1;
     if (char === "\n") {
       pieces.push({ newline: true });
+    } else if (formula) {
+      at = formula;
+      const lines = source.slice(start, at).split("\n");
+      text(lines[0]);
+      for (const line of lines.slice(1)) pieces.push({ newline: true }, { text: line });
     } else if (char === "\\") {
       const next = source[at] ?? "";
       if (ESCAPABLE.test(next)) at += 1;
-      text(ESCAPABLE.test(next) ? next : "\\");
+      if (next !== "\n") text(ESCAPABLE.test(next) ? next : "\\");
     } else if (char === "`") {
       at = codeSpan(source, start, ticks, pieces);
     } else if (char in openers) {
@@ -70,16 +71,48 @@ function scan(source) {
       const found = ENTITY.exec(source);
       text(found ? entity(found) : "&");
       if (found) at = ENTITY.lastIndex;
-    } else if (char === "<") {
-      at = address(source, start, ANGLE_URL, 1, pieces);
-    } else if (char === "h" && !/\w/.test(source[start - 1] ?? "")) {
-      at = address(source, start, BARE_URL, 0, pieces);
+    } else if (char === "<" && matchAt(BREAK, source, start)) {
+      pieces.push({ newline: true });
+      at = BREAK.lastIndex;
     } else {
-      text(char);
+      const bare = char === "h" && !/\w/.test(source[start - 1] ?? "");
+      const found = char === "<" || bare ? address(source, start, char === "<") : null;
+      if (found) at = link(found);
+      else text(char);
     }
   }
   text(source.slice(at));
   return pieces;
+}
+
+function matchAt(pattern, source, at) {
+  pattern.lastIndex = at;
+  return pattern.exec(source);
+}
+
+/**
+ * Where a formula that begins at `start` ends, or 0. TeX is left as it was written: Markdown would
+ * take its backslashes and underscores for its own.
+ */
+function formulaEnd(source, start, ends) {
+  const two = source.slice(start, start + 2);
+  const open = two[0] === "$" && two !== "$$" ? "$" : two;
+  const close = FORMULA[open];
+  if (!close) return 0;
+  const from = start + open.length;
+  if (!(ends.get(close) >= from)) {
+    const next = source.indexOf(close, from);
+    ends.set(close, next < 0 ? Infinity : next);
+  }
+  const end = ends.get(close);
+  if (end - from > LONGEST_FORMULA) return 0;
+  const inner = source.slice(from, end);
+  if (!/[\\^_={}]/.test(inner)) return 0; // escaped brackets, amounts of money
+  if (open === "$") {
+    const apart = /[\w$]/.test(source[start - 1] ?? "") || /\d/.test(source[end + 1] ?? "");
+    if (apart || inner.trim() !== inner || inner.includes("\n")) return 0;
+  }
+  return end + close.length;
 }
 
 function entity([, name, decimal, hex]) {
@@ -87,30 +120,6 @@ function entity([, name, decimal, hex]) {
   const code = decimal ? parseInt(decimal, 10) : parseInt(hex, 16);
   const good = code > 0 && code <= 0x10ffff && !(code >= 0xd800 && code <= 0xdfff);
   return good ? String.fromCodePoint(code) : "\ufffd";
-}
-
-/** A bare address, or one in angle brackets; else its first character. Returns where it ends. */
-function address(source, start, pattern, group, pieces) {
-  pattern.lastIndex = start;
-  const match = pattern.exec(source);
-  let found = match?.[group] ?? "";
-  let end = pattern.lastIndex;
-  if (match && group === 0) {
-    // Punctuation at the end is the sentence's, a closing bracket too if nothing opened it.
-    const opened = found.includes("(");
-    let length = found.length;
-    while (length && ".,;:!?'_~".includes(found[length - 1])) length -= 1;
-    if (!opened) while (length && ").,".includes(found[length - 1])) length -= 1;
-    found = found.slice(0, length);
-    end = start + length;
-  }
-  const link = found && safeUrl(found);
-  if (!link) {
-    pieces.push({ text: source[start] });
-    return start + 1;
-  }
-  pieces.push({ link }, { text: found.replace(/^mailto:/, "") }, { close: true });
-  return end;
 }
 
 /** Where runs of backquotes begin, by their length. */
@@ -156,20 +165,25 @@ function delimiter(source, start, end, pieces, openers) {
   const left = !spaceAfter && (!markAfter || spaceBefore || markBefore);
   const right = !spaceBefore && (!markBefore || spaceAfter || markAfter);
   const word = char === "_";
+  // 2*3*4 and x**2 are no emphasis, though CommonMark would have it so.
+  const inWord = char === "*" && WORD.test(before) && WORD.test(after);
+  const single = inWord && end - start === 1;
+  const digits = inWord && /\d/.test(before + after);
   const run = {
     char,
     count: end - start,
     index: pieces.length,
     closes: [],
     opens: [],
-    canOpen: left && (!word || !right || markBefore),
-    canClose: right && (!word || !left || markAfter),
+    canOpen: left && (!word || !right || markBefore) && !single && !digits,
+    canClose: right && (!word || !left || markAfter) && !(single && digits),
   };
   pieces.push(run);
   if (char === "~" && run.count !== 2) return; // ~ alone means "about"
   const stack = openers[char];
   while (run.canClose && run.count && stack.length) {
     const opener = stack.at(-1);
+    if (single && opener.count !== 1) break;
     const both = opener.canClose || run.canOpen;
     if (both && char !== "~" && (opener.count + run.count) % 3 === 0 && run.count % 3) break;
     const used = opener.count >= 2 && run.count >= 2 ? 2 : 1;
@@ -205,40 +219,6 @@ function closeBracket(source, at, pieces, brackets, openers) {
   pieces.push({ close: true });
   if (!open.image) brackets.length = 0; // no links within links
   return found.end;
-}
-
-/** `(address "title")` at `at`: the address, and where it ends. */
-function destination(source, at) {
-  const limit = Math.min(source.length, at + LONGEST_LINK);
-  let end = at + 1;
-  const blank = () => {
-    while (end < limit && source.charCodeAt(end) <= 32) end += 1;
-  };
-  blank();
-  let url;
-  if (source[end] === "<") {
-    const from = (end += 1);
-    while (end < limit && source[end] !== ">" && source[end] !== "\n") end += 1;
-    if (source[end] !== ">") return null;
-    url = source.slice(from, end);
-    end += 1;
-  } else {
-    const from = end;
-    for (let depth = 0; end < limit && source.charCodeAt(end) > 32; end += 1) {
-      if (source[end] === "(") depth += 1;
-      else if (source[end] === ")" && --depth < 0) break;
-    }
-    url = source.slice(from, end);
-  }
-  blank();
-  const quote = source[end];
-  if (quote === '"' || quote === "'") {
-    end += 1;
-    while (end < limit && source[end] !== quote) end += 1;
-    end += 1;
-    blank();
-  }
-  return end < limit && source[end] === ")" ? { url, end: end + 1 } : null;
 }
 
 function build(into, pieces) {

@@ -1,11 +1,19 @@
 // The list of conversations, and the line at the bottom that offers to undo.
 
-import { byId, h, iconButton } from "./dom.js";
+import { byId, composing, h, iconButton } from "./dom.js";
 
 const UNDO = 10_000; // milliseconds
+const TELL_AGAIN = 60_000; // and between two words about what can't be kept
+const FULL =
+  "This browser's storage is full: what is new lasts until the page is closed. " +
+  "To make room, back up and delete a conversation.";
+const NOT_KEPT =
+  "This browser does not keep conversations now: they last until the page is closed.";
 
 const list = byId("conversations");
 let toastTimer = null;
+let toldAt = -Infinity;
+let drawn = null;
 
 /** A line at the bottom for a while, with a button where there is something to do about it. */
 export function toast(text, button = null, ended = () => {}) {
@@ -22,15 +30,31 @@ export function toast(text, button = null, ended = () => {}) {
   const parts = [h("span", {}, text)];
   if (button) parts.push(h("button", { type: "button", class: "quiet", onclick: act }, button.name));
   box.replaceChildren(...parts);
-  toastTimer = setTimeout(() => {
-    close();
-    ended();
-  }, UNDO);
+  const end = () => {
+    // Not while someone is about to press its button.
+    if (box.matches(":hover, :focus-within")) toastTimer = setTimeout(end, UNDO);
+    else {
+      close();
+      ended();
+    }
+  };
+  toastTimer = setTimeout(end, UNDO);
+}
+
+/** Say that conversations can't be kept, once in a while. */
+export function tellNotKept(error) {
+  if (performance.now() - toldAt < TELL_AGAIN) return;
+  toldAt = performance.now();
+  toast(error?.name === "QuotaExceededError" ? FULL : NOT_KEPT);
 }
 
 /** Draw the list. `actions`: open, rename, save, remove; each gets a conversation's meta. */
 export function drawList(metas, current, actions) {
   if (list.querySelector("input")) return; // a name is being typed
+  // As it was: a list that is made anew between pressing and letting go loses the click.
+  const now = JSON.stringify([current, metas.map(({ id, title }) => [id, title])]);
+  if (now === drawn) return;
+  drawn = now;
   const focused = document.activeElement?.closest?.("li")?.dataset.id;
   const label = document.activeElement?.getAttribute("aria-label");
   list.replaceChildren(...metas.map((meta) => item(meta, meta.id === current, actions)));
@@ -62,19 +86,20 @@ function rename(line, meta, actions) {
   const box = h("input", { type: "text", "aria-label": "Name", maxlength: 200 });
   box.value = meta.title;
   let over = false;
-  const finish = (keep) => {
+  const finish = async (keep, key = false) => {
     if (over) return;
     over = true;
     box.remove();
-    actions.rename(meta, keep && box.value.trim() ? box.value.trim() : null);
-    list.querySelector(`li[data-id="${CSS.escape(meta.id)}"] .open`)?.focus();
+    drawn = null;
+    await actions.rename(meta, keep && box.value.trim() ? box.value.trim() : null);
+    if (key) list.querySelector(`li[data-id="${CSS.escape(meta.id)}"] .open`)?.focus();
   };
   box.addEventListener("keydown", (event) => {
-    if (event.isComposing) return;
-    if (event.key === "Enter") finish(true);
+    if (composing(event)) return;
+    if (event.key === "Enter") finish(true, true);
     if (event.key === "Escape") {
       event.stopPropagation();
-      finish(false);
+      finish(false, true);
     }
   });
   box.addEventListener("blur", () => finish(true));

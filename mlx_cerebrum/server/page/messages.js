@@ -1,6 +1,6 @@
 // One message on the screen: a question that can be edited, or an answer that may still grow.
 
-import { copyFrom, h, iconButton, plural } from "./dom.js";
+import { composing, copyFrom, h, iconButton, plural, touch } from "./dom.js";
 import { Rendering } from "./markdown.js";
 
 const STATS_EVERY = 500; // milliseconds between two changes of the figures while they run
@@ -19,11 +19,10 @@ function versionButtons(versions, node, step) {
 
 /** Replace a footer's buttons, keeping the focus on the one of the same name. */
 function refill(foot, children) {
-  const focused = foot.contains(document.activeElement)
-    ? document.activeElement.getAttribute("aria-label")
-    : null;
+  const inside = foot.contains(document.activeElement);
+  const focused = inside ? document.activeElement.getAttribute("aria-label") : null;
   foot.replaceChildren(...children);
-  if (focused === null) return;
+  if (!inside) return;
   const all = [...foot.querySelectorAll("button:enabled")];
   (all.find((button) => button.getAttribute("aria-label") === focused) ?? all[0])?.focus();
 }
@@ -81,11 +80,11 @@ export class QuestionView {
       send();
     });
     box.addEventListener("keydown", (event) => {
-      if (event.isComposing) return;
+      if (composing(event)) return;
       if (event.key === "Escape") {
         event.stopPropagation();
         cancel();
-      } else if (event.key === "Enter" && !event.shiftKey) {
+      } else if (event.key === "Enter" && !event.shiftKey && !touch()) {
         event.preventDefault();
         send();
       }
@@ -177,14 +176,14 @@ export class AnswerView {
     const again = h("button", { type: "button", class: "again" }, "Try again");
     again.addEventListener("click", () => this.actions.retry(this.node));
     const line = h("span", {}, message);
-    this.state.append(h("p", { class: "error", role: "alert" }, line, " ", again));
-    let left = this.wait ?? 0;
-    if (!left) return;
-    line.textContent = `${message}; the server asks to wait ${plural(left, "second")}.`;
+    this.state.append(h("p", { class: "error" }, line, " ", again));
+    const left = () => Math.ceil(((this.until ?? 0) - performance.now()) / 1000);
+    if (left() <= 0) return;
+    line.textContent = `${message}; the server asks to wait ${plural(left(), "second")}.`;
     const show = () => {
-      again.disabled = left > 0;
-      again.textContent = left > 0 ? `Try again in ${left} s` : "Try again";
-      if (left-- <= 0) clearInterval(this.counting);
+      again.disabled = left() > 0;
+      again.textContent = left() > 0 ? `Try again in ${left()} s` : "Try again";
+      if (left() <= 0) clearInterval(this.counting);
     };
     show();
     this.counting = setInterval(show, 1000);
@@ -209,6 +208,8 @@ export class AnswerView {
 
   /** A line under the answer, or none. */
   setNote(text) {
+    if (text === (this.noted ?? null)) return;
+    this.noted = text;
     this.note.hidden = text === null;
     this.note.textContent = text ?? "";
   }
@@ -216,7 +217,7 @@ export class AnswerView {
 
 function statsText({ stats, model }) {
   if (!stats) return ["", ""];
-  const { speed, first, tokens, prompt, cached, seed } = stats;
+  const { speed, first, tokens, prompt, cached, temperature, seed } = stats;
   const short = [
     speed !== undefined && `${speed.toFixed(speed < 100 ? 1 : 0)} tokens/s`,
     first !== undefined && `first after ${first.toFixed(2)} s`,
@@ -226,7 +227,8 @@ function statsText({ stats, model }) {
     model,
     prompt !== undefined && `prompt: ${plural(prompt, "token")}`,
     cached > 0 && `${cached.toLocaleString("en")} of them read before`,
-    seed !== undefined && `seed ${seed}`,
+    temperature !== undefined && `temperature ${temperature}`,
+    seed !== undefined && temperature !== 0 && `seed ${seed}`,
   ];
   return [short.filter(Boolean).join(" · "), long.filter(Boolean).join(", ")];
 }

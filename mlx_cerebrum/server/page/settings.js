@@ -1,6 +1,6 @@
 // How answers are sampled, and the dialog that says so. Kept for every conversation.
 
-import { byId } from "./dom.js";
+import { byId, touch } from "./dom.js";
 
 const KEY = "cerebrum.settings";
 
@@ -12,7 +12,9 @@ const FIELDS = {
   seed: { min: 0, max: 2 ** 32 - 1, whole: true },
   max_tokens: { min: 1, max: 1_000_000, whole: true },
 };
-const START = { temperature: 0.7, min_p: 0.05 };
+const START = {}; // the server's own: greedy, unless it was started with other ones
+// How another answer to the same question is drawn where the first was the likeliest.
+const ANOTHER = { temperature: 0.7, min_p: 0.05 };
 
 let kept = load();
 
@@ -44,10 +46,17 @@ function problem(name, value) {
   return null;
 }
 
-/** What a request says about sampling. An answer always has a seed, so that it can be had again. */
-export function sampling() {
+/**
+ * What a request says about sampling; `another` asks for another answer than the likeliest. There
+ * is always a seed, so that an answer can be had again: the kept one, `seed`, or one by chance.
+ */
+export function sampling({ another = false, seed } = {}) {
   const { system, ...values } = kept;
-  return { ...values, seed: values.seed ?? crypto.getRandomValues(new Uint32Array(1))[0] >>> 1 };
+  const { temperature } = ANOTHER;
+  const greedy = !values.temperature;
+  const changed = another && greedy ? { ...ANOTHER, ...values, temperature } : values;
+  const chance = () => crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
+  return { ...changed, seed: values.seed ?? seed ?? chance() };
 }
 
 /** The system text a new conversation begins with. */
@@ -120,5 +129,6 @@ export function setUpSettings({ opened, saved }) {
     system.placeholder = now.placeholder;
     everywhere.checked = false;
     dialog.showModal();
+    if (touch()) byId("settings-title").focus(); // not its first field: the keyboard would come up
   };
 }

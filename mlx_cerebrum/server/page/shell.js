@@ -39,10 +39,12 @@ function setUpList() {
     if (!NARROW.matches) keep(LIST, open ? null : "closed");
     else if (open) byId("new").focus();
   };
+  /** True where it was open. */
   const closeDrawer = () => {
-    if (!NARROW.matches || !root.classList.contains("list-open")) return;
+    if (!NARROW.matches || !root.classList.contains("list-open")) return false;
     show(false);
     button.focus();
+    return true;
   };
   button.addEventListener("click", toggle);
   byId("shade").addEventListener("click", closeDrawer);
@@ -99,8 +101,19 @@ function banner(text, milliseconds = null) {
   if (text !== null && milliseconds) bannerTimer = setTimeout(() => banner(null), milliseconds);
 }
 
+/** In Safari the keyboard on the screen covers the page's end instead of shortening the page. */
+function setUpKeyboard() {
+  const view = window.visualViewport;
+  view?.addEventListener("resize", () => {
+    const covered = view.scale === 1 && view.height < innerHeight - 1;
+    document.body.style.height = covered ? `${view.height}px` : "";
+    if (covered) scrollTo(0, 0);
+  });
+}
+
 export function setUpShell() {
   setUpTheme();
+  setUpKeyboard();
   for (const dialog of document.querySelectorAll("dialog")) {
     dialog.querySelector(".close").addEventListener("click", () => dialog.close());
     dialog.addEventListener("click", (event) => {

@@ -27,110 +27,145 @@ function open() {
 
 const nodesOf = (id) => IDBKeyRange.bound([id], [id, []]);
 
-/** The browser's database; `onfail(error)` is told of what could not be kept. */
+/**
+ * The browser's database. `onfail(error)` is told of what could not be kept, and nothing throws;
+ * `reopened()` is called where the database was gone and is there again, perhaps empty.
+ */
 export class Store {
-  static async open(onfail) {
+  static async open({ onfail, reopened }) {
+    let store;
     try {
-      const store = new Store(await open(), onfail);
-      await store.rescue();
-      await store.forget();
-      return store;
+      store = new Store(await open(), { onfail, reopened });
     } catch (error) {
       onfail(error);
       return new MemoryStore();
     }
+    await store.rescue();
+    await store.forget();
+    return store;
   }
 
-  constructor(database, onfail) {
-    this.database = database;
+  constructor(database, { onfail, reopened }) {
     this.onfail = onfail;
+    this.reopened = reopened;
     this.channel = new BroadcastChannel(NAME);
-    database.onversionchange = () => database.close();
-    database.onclose = () => onfail(new Error("closed")); // its data were cleared
+    this.use(database);
   }
 
-  /** `heard(id)`: another tab changed that conversation. */
+  use(database) {
+    this.database = database;
+    database.onversionchange = () => database.close();
+  }
+
+  /** `heard(id, listed)`: another tab changed that conversation, or what the list says of it. */
   listen(heard) {
-    this.channel.onmessage = ({ data }) => heard(data);
+    this.channel.onmessage = ({ data }) => heard(data.id, data.listed);
+  }
+
+  tell(id, listed = true) {
+    this.channel.postMessage({ id, listed });
+  }
+
+  /** Do something in a transaction; resolves to `otherwise` where that fails. */
+  async attempt(mode, act, otherwise = false) {
+    try {
+      try {
+        return await this.once(mode, act);
+      } catch (error) {
+        if (error.name !== "InvalidStateError") throw error;
+      }
+      // Closed: the data were cleared, or the system took the connection away, as iOS does.
+      this.opening ??= open().finally(() => (this.opening = null));
+      this.use(await this.opening);
+      const found = await this.once(mode, act);
+      this.reopened();
+      return found;
+    } catch (error) {
+      this.onfail(error);
+      return otherwise;
+    }
+  }
+
+  async once(mode, act) {
+    const transaction = this.database.transaction(["conversations", "nodes"], mode);
+    const finished = new Promise((resolve, reject) => {
+      transaction.oncomplete = resolve;
+      transaction.onabort = () => reject(transaction.error ?? new Error("aborted"));
+    });
+    finished.catch(() => {}); // it is awaited below, unless `act` fails first
+    const [metas, nodes] = ["conversations", "nodes"].map((name) => transaction.objectStore(name));
+    const found = await act(metas, nodes);
+    await finished;
+    return found ?? true;
   }
 
   /** Every conversation's meta, the one changed last first. */
   async list() {
-    let all = [];
-    try {
-      all = await done(this.transaction("readonly").conversations.getAll());
-    } catch (error) {
-      this.onfail(error);
-    }
+    const all = await this.attempt("readonly", (metas) => done(metas.getAll()), []);
     return all.filter((meta) => !meta.deleted).sort((a, b) => b.updated - a.updated);
   }
 
-  /** { meta, nodes }, or null where there is no such conversation. */
+  /** { meta, nodes }; null where there is no such conversation, undefined where that is unknown. */
   async load(id) {
-    const { conversations, nodes } = this.transaction("readonly");
-    const [meta, found] = await Promise.all([
-      done(conversations.get(id)),
-      done(nodes.getAll(nodesOf(id))),
-    ]);
-    return meta && !meta.deleted ? { meta, nodes: found } : null;
+    const read = (metas, nodes) => {
+      return Promise.all([done(metas.get(id)), done(nodes.getAll(nodesOf(id)))]);
+    };
+    const found = await this.attempt("readonly", read);
+    if (!found) return undefined;
+    const [meta, all] = found;
+    return meta && !meta.deleted ? { meta, nodes: all } : null;
   }
 
   /** Keep a conversation's meta and those of its messages that changed. */
   async put(meta, changed = []) {
-    try {
-      const { conversations, nodes, finished } = this.transaction("readwrite");
-      conversations.put(structuredClone(meta));
+    const kept = await this.attempt("readwrite", (metas, nodes) => {
+      metas.put(structuredClone(meta));
       for (const node of changed) nodes.put(structuredClone(node));
-      await finished;
-      this.channel.postMessage(meta.id);
-    } catch (error) {
-      this.onfail(error);
-    }
+    });
+    if (kept) this.tell(meta.id);
   }
 
-  /** Keep messages as they grow, unless their conversation was deleted. */
+  /** Keep messages as they grow, unless their conversation was erased. */
   async putNodes(id, changed) {
-    try {
-      const { conversations, nodes, finished } = this.transaction("readwrite");
-      if (await done(conversations.get(id))) for (const node of changed) nodes.put({ ...node });
-      await finished;
-      this.channel.postMessage(id);
-    } catch (error) {
-      this.onfail(error);
-    }
+    const kept = await this.attempt("readwrite", async (metas, nodes) => {
+      if (await done(metas.get(id))) for (const node of changed) nodes.put({ ...node });
+    });
+    if (kept) this.tell(id, false);
   }
 
-  /** Add what is missing of an imported conversation; what is there stays as it is. */
+  /** Add what is missing of an imported conversation, leaving what is there. True if kept. */
   async merge({ meta, nodes: wanted }) {
-    const { conversations, nodes, finished } = this.transaction("readwrite");
-    const there = await done(conversations.get(meta.id));
-    const keys = await done(nodes.getAllKeys(nodesOf(meta.id)));
-    const known = new Set(keys.map((key) => key.at(-1)));
-    conversations.put(there && !there.deleted ? there : meta);
-    for (const node of wanted) if (!known.has(node.id)) nodes.put(node);
-    await finished;
-    this.channel.postMessage(meta.id);
+    const kept = await this.attempt("readwrite", async (metas, nodes) => {
+      const there = await done(metas.get(meta.id));
+      const keys = await done(nodes.getAllKeys(nodesOf(meta.id)));
+      const known = new Set(keys.map((key) => key.at(-1)));
+      metas.put(there && !there.deleted ? there : meta);
+      for (const node of wanted) if (!known.has(node.id)) nodes.put(node);
+    });
+    if (kept) this.tell(meta.id);
+    return kept;
   }
 
-  /** Take a conversation off the list, or put it back. */
-  async setDeleted(id, deleted) {
-    const { conversations, finished } = this.transaction("readwrite");
-    const meta = await done(conversations.get(id));
-    if (meta) conversations.put({ ...meta, deleted: deleted ? Date.now() : null });
-    await finished;
-    this.channel.postMessage(id);
+  /** Change some of a conversation's meta: its name, or when it was deleted. */
+  async change(id, changes) {
+    const kept = await this.attempt("readwrite", async (metas) => {
+      const meta = await done(metas.get(id));
+      if (meta) metas.put({ ...meta, ...changes });
+    });
+    if (kept) this.tell(id);
+    return kept;
   }
 
   /** Erase what was deleted a while ago, and what was deleted of `atOnce`. */
   async forget(atOnce = null) {
-    const { conversations, nodes, finished } = this.transaction("readwrite");
-    for (const meta of await done(conversations.getAll())) {
-      const old = meta.deleted && meta.deleted < Date.now() - FORGET_AFTER;
-      if (!old && !(meta.deleted && meta.id === atOnce)) continue;
-      conversations.delete(meta.id);
-      nodes.delete(nodesOf(meta.id));
-    }
-    await finished;
+    await this.attempt("readwrite", async (metas, nodes) => {
+      for (const meta of await done(metas.getAll())) {
+        const old = meta.deleted && meta.deleted < Date.now() - FORGET_AFTER;
+        if (!old && !(meta.deleted && meta.id === atOnce)) continue;
+        metas.delete(meta.id);
+        nodes.delete(nodesOf(meta.id));
+      }
+    });
   }
 
   /** Called while the page goes away: only localStorage is sure to be written by then. */
@@ -146,7 +181,12 @@ export class Store {
 
   /** What `saveNow` wrote when a page went away goes where it belongs. */
   async rescue() {
-    const keys = Object.keys(localStorage).filter((key) => key.startsWith(RESCUE));
+    let keys = [];
+    try {
+      keys = Object.keys(localStorage).filter((key) => key.startsWith(RESCUE));
+    } catch {
+      // switched off: then nothing was written either
+    }
     for (const key of keys) {
       let node = null;
       try {
@@ -154,25 +194,22 @@ export class Store {
       } catch {
         // not ours, then
       }
-      const there = node && (await this.load(node.conversation));
-      const kept = there?.nodes.find(({ id }) => id === node.id)?.content ?? "";
-      if (there && kept.length <= node.content.length) await this.put(there.meta, [node]);
+      if (typeof node?.content === "string") await this.rescueOne(node);
       localStorage.removeItem(key);
     }
   }
 
-  transaction(mode) {
-    const transaction = this.database.transaction(["conversations", "nodes"], mode);
-    const finished = new Promise((resolve, reject) => {
-      transaction.oncomplete = resolve;
-      transaction.onabort = () => reject(transaction.error);
+  /** Only in place of less of the same answer: one that went on to its end stays as it is. */
+  async rescueOne(node) {
+    await this.attempt("readwrite", async (metas, nodes) => {
+      const [meta, kept] = await Promise.all([
+        done(metas.get(String(node.conversation))),
+        done(nodes.get([String(node.conversation), String(node.id)])),
+      ]);
+      const growing = kept?.state === "partial" && kept.content.length <= node.content.length;
+      const less = !kept || growing;
+      if (meta && less) nodes.put(node);
     });
-    finished.catch(() => {}); // the one who awaits it hears of it
-    return {
-      conversations: transaction.objectStore("conversations"),
-      nodes: transaction.objectStore("nodes"),
-      finished,
-    };
   }
 }
 
@@ -210,11 +247,13 @@ class MemoryStore {
     const one = this.all.get(meta.id);
     const missing = nodes.filter((node) => !one?.nodes.has(node.id));
     await this.put(one && !one.meta.deleted ? one.meta : meta, missing);
+    return true;
   }
 
-  async setDeleted(id, deleted) {
+  async change(id, changes) {
     const one = this.all.get(id);
-    if (one) one.meta.deleted = deleted ? Date.now() : null;
+    if (one) Object.assign(one.meta, changes);
+    return true;
   }
 
   async forget(atOnce) {

@@ -1,10 +1,12 @@
 // The conversation on the screen: which messages stand where, drawn at most once a frame.
 
 import { arrange, byId, plural } from "./dom.js";
-import { Row } from "./compare.js";
+import { Row, textOf } from "./compare.js";
 import { AnswerView, QuestionView } from "./messages.js";
 
 const BY_HAND = 1000; // milliseconds after a key or a wheel in which scrolling is the reader's
+const SPOKEN = 2000; // characters of an answer that are read out when it is there
+const QUICK = 8; // milliseconds; after a drawing that took longer the next one waits
 
 const scroller = byId("scroller");
 const thread = byId("thread");
@@ -80,7 +82,7 @@ export class Thread {
     const { conversation } = this;
     const run = this.runOf(node);
     const last = lane !== null && conversation.leaves[lane] === node.id;
-    view.wait = this.actions.waitOf(node);
+    view.until = this.actions.waitOf(node);
     view.draw(node, run);
     view.refresh({
       versions: conversation.versions(node, lane),
@@ -101,11 +103,16 @@ export class Thread {
 
   /** A message changed; it is drawn with the next frame. */
   grew(node) {
-    if (!this.dirty.size) requestAnimationFrame(() => this.drawDirty());
+    if (!this.dirty.size) {
+      const draw = () => requestAnimationFrame(() => this.drawDirty());
+      if (this.took > QUICK) setTimeout(draw, 3 * this.took);
+      else draw();
+    }
     this.dirty.add(node);
   }
 
   drawDirty() {
+    const began = performance.now();
     const dirty = [...this.dirty];
     this.dirty.clear();
     const here = dirty.filter((node) => this.views.get(node.id)?.node === node);
@@ -115,6 +122,16 @@ export class Thread {
     }
     if (here.length) this.notes(this.conversation.leaves.map((l) => this.conversation.path(l)));
     this.follow();
+    this.took = performance.now() - began;
+  }
+
+  /** What is read out of an answer that is over. */
+  spoken(node, several) {
+    const by = several ? ` by ${node.model}` : "";
+    if (node.state === "failed") return `Failed${by}: ${node.error}`;
+    if (node.state === "stopped") return "Stopped.";
+    const view = this.views.get(node.id);
+    return `Answer${by}: ${view ? textOf(view.body).text.slice(0, SPOKEN) : ""}`;
   }
 
   /** The question asked last, being edited. */
@@ -164,7 +181,9 @@ export class Thread {
   }
 
   follow() {
-    if (this.following) scroller.scrollTop = scroller.scrollHeight;
+    // Nothing to follow: the welcome begins at its beginning, on small screens too.
+    const end = thread.childElementCount ? scroller.scrollHeight : 0;
+    if (this.following) scroller.scrollTop = end;
     this.scrolled();
   }
 

@@ -1,0 +1,219 @@
+// The blocks of a Markdown text, as plain data; nothing here draws.
+
+const DEEPEST = 10; // lists and quotes within each other; deeper ones are paragraphs
+const MOST_COLUMNS = 64;
+
+const HEADING = /^ {0,3}(#{1,6})(?=[ \t]|$)/;
+const FENCE = /^ *(`{3,}|~{3,})/;
+const QUOTE = /^ {0,3}>/;
+const MARKER = /^( *)(?:([-+*•])|(\d{1,9})([.)]))( +|$)/;
+const FORMULA = new Map([["\\[", "\\]"], ["$$", "$$"]]); // what ends it, by what begins it
+
+function indentOf(line) {
+  return line.length - line.trimStart().length;
+}
+
+/** The blocks of some lines; each has `line`, the index of its first. */
+export function blocks(lines, depth) {
+  const found = [];
+  for (let at = 0; at < lines.length; ) {
+    if (!lines[at].trim()) {
+      at += 1;
+      continue;
+    }
+    const [block, end] = oneBlock(lines, at, depth);
+    found.push({ ...block, line: at });
+    at = end;
+  }
+  return found;
+}
+
+function oneBlock(lines, at, depth) {
+  const line = lines[at];
+  const heading = HEADING.exec(line);
+  if (heading) return [{ type: "heading", level: heading[1].length, text: title(line) }, at + 1];
+  const mark = fenceOf(line);
+  if (mark) return fence(lines, at, mark);
+  if (isRule(line)) return [{ type: "rule" }, at + 1];
+  if (FORMULA.has(line.trim())) return formula(lines, at);
+  if (QUOTE.test(line) && depth < DEEPEST) return quote(lines, at, depth);
+  if (isTable(lines, at)) return table(lines, at);
+  const marker = depth < DEEPEST ? markerOf(line) : null;
+  if (marker) return list(lines, at, depth, marker);
+  return paragraph(lines, at, depth);
+}
+
+function title(line) {
+  const text = line.trim().replace(/^#+/, "").trim();
+  let end = text.length;
+  while (end && text[end - 1] === "#") end -= 1;
+  return end === 0 || /\s/.test(text[end - 1]) ? text.slice(0, end).trim() : text;
+}
+
+function isRule(line) {
+  const marks = line.replace(/[ \t]/g, "");
+  const first = marks[0];
+  if (marks.length < 3 || !"-*_".includes(first)) return false;
+  return marks === first.repeat(marks.length);
+}
+
+function fenceOf(line) {
+  const match = FENCE.exec(line);
+  if (!match) return null;
+  const info = line.slice(match[0].length).trim();
+  if (match[1][0] === "`" && info.includes("`")) return null;
+  return { mark: match[1], info, indent: indentOf(line) };
+}
+
+/** The mark of the code that begins on this line, behind markers of lists perhaps. */
+function fenceWithin(line) {
+  let rest = line;
+  for (let deep = 0; deep < DEEPEST; deep += 1) {
+    const marker = MARKER.exec(rest);
+    if (!marker) break;
+    rest = rest.slice(marker[0].length);
+  }
+  return fenceOf(rest)?.mark ?? null;
+}
+
+function closes(line, mark) {
+  const trimmed = line.trim();
+  return trimmed.length >= mark.length && trimmed === mark[0].repeat(trimmed.length);
+}
+
+function fence(lines, at, { mark, info, indent }) {
+  const inner = [];
+  let end = at + 1;
+  for (; end < lines.length; end += 1) {
+    if (closes(lines[end], mark)) break;
+    inner.push(lines[end].slice(Math.min(indent, indentOf(lines[end]))));
+  }
+  const block = { type: "fence", info: info.split(/\s/, 1)[0], text: inner.join("\n") };
+  return [block, end + 1];
+}
+
+/** A formula on lines of its own, shown as it was written; a blank line ends it too. */
+function formula(lines, at) {
+  const close = FORMULA.get(lines[at].trim());
+  let end = at + 1;
+  while (end < lines.length && lines[end].trim() && lines[end].trim() !== close) end += 1;
+  if (end < lines.length && lines[end].trim()) end += 1;
+  const text = lines.slice(at, end).map((line) => line.trimEnd());
+  return [{ type: "formula", text: text.join("\n") }, end];
+}
+
+function quote(lines, at, depth) {
+  const inner = [];
+  let end = at;
+  for (; end < lines.length && QUOTE.test(lines[end]); end += 1) {
+    const rest = lines[end].trimStart().slice(1);
+    inner.push(rest.startsWith(" ") ? rest.slice(1) : rest);
+  }
+  return [{ type: "quote", blocks: blocks(inner, depth + 1) }, end];
+}
+
+function cellsOf(line) {
+  let row = line.trim();
+  if (row.startsWith("|")) row = row.slice(1);
+  if (row.endsWith("|") && !row.endsWith("\\|")) row = row.slice(0, -1);
+  const cells = [""];
+  for (const part of row.split(/(\\\||\|)/)) {
+    if (part === "|") cells.push("");
+    else cells[cells.length - 1] += part === "\\|" ? "|" : part;
+  }
+  return cells.map((cell) => cell.trim());
+}
+
+function isTable(lines, at) {
+  const next = lines[at + 1];
+  if (next === undefined || !lines[at].includes("|") || !/^[\s|:-]+$/.test(next)) return false;
+  const marks = cellsOf(next);
+  if (!marks.every((cell) => /^:?-+:?$/.test(cell)) || marks.length > MOST_COLUMNS) return false;
+  return cellsOf(lines[at]).length === marks.length;
+}
+
+function table(lines, at) {
+  const aligns = cellsOf(lines[at + 1]).map((mark) => {
+    if (mark.endsWith(":")) return mark.startsWith(":") ? "center" : "right";
+    return mark.startsWith(":") ? "left" : null;
+  });
+  const rows = [];
+  let end = at + 2;
+  for (; end < lines.length && lines[end].includes("|"); end += 1) {
+    rows.push(cellsOf(lines[end]).slice(0, aligns.length));
+  }
+  return [{ type: "table", aligns, head: cellsOf(lines[at]), rows }, end];
+}
+
+function markerOf(line) {
+  const match = MARKER.exec(line.replaceAll("\t", "    "));
+  if (!match || isRule(line)) return null;
+  const [whole, before, bullet, number, dot, after] = match;
+  const width = whole.length - after.length;
+  return {
+    indent: before.length,
+    kind: bullet ? "bullet" : dot,
+    start: bullet ? null : Number(number),
+    // Four or more spaces are code in Markdown, but a slip of the pen in an answer.
+    content: width + Math.max(1, Math.min(after.length, 4)),
+  };
+}
+
+function list(lines, at, depth, first) {
+  const items = [];
+  let loose = false;
+  let blank = false;
+  let content = 0;
+  let code = null; // the fence that is open in the last item: its lines may stand further left
+  let end = at;
+  for (; end < lines.length; end += 1) {
+    const line = lines[end].replaceAll("\t", "    ");
+    if (code) {
+      items.at(-1).push(line.slice(Math.min(indentOf(line), content)));
+      if (closes(line, code)) code = null;
+      blank = false;
+      continue;
+    }
+    if (!line.trim()) {
+      blank = true;
+      items.at(-1).push("");
+      continue;
+    }
+    const indent = indentOf(line);
+    const marker = indent < first.indent + 2 ? markerOf(line) : null;
+    if (marker?.kind === first.kind) {
+      loose ||= blank && items.length > 0;
+      content = marker.content;
+      items.push([line.slice(content)]);
+    } else if (indent >= first.indent + 2) {
+      items.at(-1).push(line.slice(Math.min(indent, content)));
+    } else if (blank || marker || startsBlock(lines, end, depth)) {
+      break;
+    } else {
+      items.at(-1).push(line); // a paragraph's next line that was not indented
+    }
+    code = fenceWithin(items.at(-1).at(-1));
+    blank = false;
+  }
+  const inner = items.map((item) => blocks(item, depth + 1));
+  return [{ type: "list", start: first.start, loose, items: inner }, end];
+}
+
+/** Does this line end the paragraph before it? */
+function startsBlock(lines, at, depth) {
+  const line = lines[at];
+  if (HEADING.test(line) || fenceOf(line) || isRule(line) || isTable(lines, at)) return true;
+  if (FORMULA.has(line.trim())) return true;
+  if (depth >= DEEPEST) return false;
+  if (QUOTE.test(line)) return true;
+  const marker = markerOf(line);
+  // "in the year\n1984. It was": only a list's first number interrupts a sentence.
+  return Boolean(marker && line.trim().length > 2 && (marker.start ?? 1) <= 1);
+}
+
+function paragraph(lines, at, depth) {
+  let end = at + 1;
+  while (end < lines.length && lines[end].trim() && !startsBlock(lines, end, depth)) end += 1;
+  const text = lines.slice(at, end).map((line) => line.trim());
+  return [{ type: "paragraph", text: text.join("\n") }, end];
+}

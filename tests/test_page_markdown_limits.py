@@ -1,0 +1,105 @@
+"""The page's Markdown at its limits: no text takes long, or nests deep."""
+
+from collections.abc import Iterator
+
+import pytest
+from page_room import browser, stand_in, visit
+from playwright.sync_api import Page
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with stand_in() as room, browser() as launched, visit(launched, room.url) as page:
+        yield page
+
+
+SIZE = 200_000
+LONG = {
+    "stars": "*" * SIZE,
+    "open emphasis": "*a " * (SIZE // 3),
+    "nested emphasis": "*a " * (SIZE // 6) + "a* " * (SIZE // 6),
+    "both": "*a_ " * (SIZE // 4),
+    "underscores": "_a" * (SIZE // 2),
+    "tildes": "~~a" * (SIZE // 3),
+    "brackets": "[" * SIZE,
+    "images": "![" * (SIZE // 2),
+    "closed brackets": "[a]" * (SIZE // 3),
+    "half links": "[a](" * (SIZE // 4),
+    "links": "[a](b" * (SIZE // 5),
+    "angle links": "[a](<b" * (SIZE // 6),
+    "titles": '[a](b "' * (SIZE // 7),
+    "parentheses": "[a]" + "(" * SIZE,
+    "backquotes": "`" * SIZE,
+    "runs of backquotes": "".join("`" * (n % 600) + " " for n in range(650)),
+    "quotes": ">" * SIZE,
+    "quotes with spaces": "> " * (SIZE // 2),
+    "lines of quotes": "> a\n" * (SIZE // 4),
+    "lists in lists": "- " * (SIZE // 2) + "a",
+    "numbers in numbers": "1. " * (SIZE // 3) + "a",
+    "deeper lists": "".join("  " * n + "- a\n" for n in range(440)),
+    "items": "- a\n" * (SIZE // 4),
+    "loose items": "- a\n\n" * (SIZE // 5),
+    "pipes": "|" * SIZE,
+    "wide table": "|a" * 50_000 + "|\n" + "|-" * 50_000 + "|\n",
+    "long table": "a|b\n-|-\n" + "1|2\n" * (SIZE // 8),
+    "tables that are none": "a|b\n" * (SIZE // 4),
+    "headings": "# a\n" * (SIZE // 8),
+    "hashes": "#" * SIZE,
+    "heading that ends in spaces": "# a" + " " * SIZE + "b",
+    "rule that is none": "- " * (SIZE // 2) + "x",
+    "dashes and spaces": "---" + " " * SIZE + "x",
+    "row of spaces": "a|b\n" + "-" + " " * SIZE + "|-x",
+    "fence and spaces": "```" + " " * SIZE + "`",
+    "ampersands": "&" * SIZE,
+    "entities": "&#1" * (SIZE // 3),
+    "less": "<" * SIZE,
+    "half addresses": "<https:" * (SIZE // 7),
+    "addresses that are none": "http://^" * (SIZE // 8),
+    "formulas": "\\(a_b\\)" * (SIZE // 7),
+    "open formulas": "\\(" * (SIZE // 2),
+    "formulas that end far away": "\\( " * (SIZE // 3) + "\\)",
+    "dollars": "$a_ " * (SIZE // 4),
+    "breaks": "<br>" * (SIZE // 4),
+    "half breaks": "<br " * (SIZE // 4),
+    "break with spaces": "<br" + " " * SIZE,
+    "lines of code in a list": "- ```\n" + "a\n" * (SIZE // 2),
+    "formula of lines": "\\[\n" + "a\n" * (SIZE // 2),
+    "addresses": "http://a " * (SIZE // 9),
+    "one address": "http://" + "a." * (SIZE // 2),
+    "address and dots": "http://a" + "." * SIZE,
+    "address and brackets": "http://a" + ")" * SIZE,
+    "slashes": "https://" * (SIZE // 8),
+    "backslashes": "\\" * SIZE,
+    "newlines": "\n" * SIZE,
+    "lines": "a\n" * (SIZE // 2),
+    "spaces": " " * SIZE + "a",
+    "tabs": "\t" * SIZE + "- a",
+    "one word": "a" * SIZE,
+    "surrogates": "😀*" * (SIZE // 3),
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_no_text_takes_long_or_nests_deep(page: Page, kind: str) -> None:
+    # The bound is far above what any of them takes, far below what a quadratic one would.
+    seconds, depth, text = page.evaluate(
+        """async (text) => {
+            const { Rendering } = await import("/markdown.js");
+            const into = document.createElement("div");
+            const began = performance.now();
+            new Rendering(into).update(text);
+            const seconds = (performance.now() - began) / 1000;
+            let depth = 0;
+            const levels = [[into, 0]];
+            while (levels.length) {
+                const [one, level] = levels.pop();
+                depth = Math.max(depth, level);
+                for (const child of one.children) levels.push([child, level + 1]);
+            }
+            return [seconds, depth, into.textContent.length];
+        }""",
+        LONG[kind],
+    )
+    print(kind, round(seconds, 3), depth, text)
+    assert seconds < 10
+    assert depth < 50
