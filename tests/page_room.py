@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -264,7 +264,11 @@ def browser_path() -> str:
 @contextmanager
 def browser() -> Iterator[Browser]:
     path = browser_path()
-    with sync_playwright() as playwright:
+    with pytest.MonkeyPatch.context() as environment, ExitStack() as stack:
+        # The BLAS that `make test` loads for MLX hangs a browser that inherits it.
+        environment.delenv("LD_PRELOAD", raising=False)
+        playwright = stack.enter_context(sync_playwright())
+        environment.undo()
         launched = playwright.chromium.launch(executable_path=path, args=FLAGS)
         try:
             yield launched

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from page_room import FLAGS, browser_path
-from playwright.sync_api import Browser, Page, sync_playwright
+from page_room import browser
+from playwright.sync_api import Browser, Page
 
 ANSWER = 400_000  # milliseconds one may take
 FIRST = "What is the capital of France?"
@@ -18,29 +18,27 @@ COMPARED = "What is a rainbow? Answer in two sentences."  # both models end by t
 
 def main(url: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path(), args=FLAGS)
+    with browser() as chromium:
         desk = {"width": 1200, "height": 800}
-        page = start(browser, url, viewport=desk, color_scheme="light")
+        page = start(chromium, url, viewport=desk, color_scheme="light")
         ask(page, FIRST)
         page.click("#new")
         ask(page, QUESTION)
         take(page, folder / "page-chat.png")
         desk = {"width": 1120, "height": 480}
-        page = start(browser, url, viewport=desk, color_scheme="dark")
+        page = start(chromium, url, viewport=desk, color_scheme="dark")
         page.click("#compare")
         page.click("#toggle-list")
         ask(page, COMPARED)
         take(page, folder / "page-compare.png")
         phone = {"width": 390, "height": 780}
-        page = start(browser, url, viewport=phone, color_scheme="light", has_touch=True)
+        page = start(chromium, url, viewport=phone, color_scheme="light", has_touch=True)
         ask(page, QUESTION)
         take(page, folder / "page-phone.png")
-        browser.close()
 
 
-def start(browser: Browser, url: str, **options: Any) -> Page:
-    page = browser.new_context(reduced_motion="reduce", **options).new_page()
+def start(chromium: Browser, url: str, **options: Any) -> Page:
+    page = chromium.new_context(reduced_motion="reduce", **options).new_page()
     page.goto(url)
     page.wait_for_selector("#model-0 option", state="attached")
     return page
