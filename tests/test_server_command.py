@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,3 +151,26 @@ def test_a_second_signal_ends_at_once(checkpoint: MakeCheckpoint) -> None:
                 list(lines)
         assert process.wait(WAIT) == 130
         assert process.stderr.read() == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("platform", "screen", "opens"),
+    [("darwin", {}, True), ("linux", {"DISPLAY": ":0"}, True), ("linux", {}, False)],
+)
+def test_a_browser_is_opened_where_there_are_windows(
+    monkeypatch: pytest.MonkeyPatch, platform: str, screen: dict[str, str], opens: bool
+) -> None:
+    opened, done = [], threading.Event()
+
+    def browse(address: str) -> None:
+        opened.append(address)
+        done.set()
+
+    monkeypatch.setattr("webbrowser.open", browse)
+    monkeypatch.setattr(sys, "platform", platform)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in screen.items():
+        monkeypatch.setenv(name, value)
+    server.open_page("http://127.0.0.1:8080")
+    assert done.wait(WAIT) if opens else not opened
