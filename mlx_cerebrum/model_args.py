@@ -48,6 +48,18 @@ def add_model_flags(p: argparse.ArgumentParser, default: str) -> None:
     )
 
 
+def add_plans_flag(p: argparse.ArgumentParser) -> None:
+    """Add --plan for commands that answer with several orders of the blocks (`views`)."""
+    p.add_argument(
+        "--plan",
+        action="append",
+        default=[],
+        metavar="NAME|FILE",
+        help="a further order to lay the same weights out in: a named plan or mergekit YAML; may be"
+        " repeated (default: none more)",
+    )
+
+
 def add_sampling_flags(
     p: argparse.ArgumentParser | argparse._ArgumentGroup, max_tokens: int
 ) -> None:

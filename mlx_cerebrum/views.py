@@ -1,5 +1,6 @@
 """The models that one loaded set of weights serves: its blocks in several orders, by name."""
 
+import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 
@@ -49,6 +50,22 @@ def load_views(
         progress=progress,
     )
     return views(base, source, plans), tokenizer
+
+
+def load_asked(
+    args: argparse.Namespace, progress: Callable[[int, int], None] | None
+) -> tuple[dict[str, Model], Tokenizer]:
+    """`load_views` as the flags of `model_args` say, `add_plans_flag` among them."""
+    return load_views(
+        args.model,
+        args.plan,
+        args.q_bits,
+        args.dtype,
+        q_group_size=args.q_group_size or 64,
+        window=args.window,
+        revision=args.revision,
+        progress=progress,
+    )
 
 
 def views(base: Model, source: str, plans: Sequence[str] = ()) -> dict[str, Model]:

@@ -60,7 +60,7 @@ def test_refused_before_anything_is_loaded(
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("it was loaded")
 
-    monkeypatch.setattr(server, "load_views", loaded)
+    monkeypatch.setattr(server, "load_asked", loaded)
     monkeypatch.delenv("MLX_CEREBRUM_API_KEY", raising=False)
     assert message in refused(capsys, *flags)
 

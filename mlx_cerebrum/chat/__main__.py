@@ -29,7 +29,7 @@ from mlx_cerebrum.memory_limits import limits
 from mlx_cerebrum.model_args import check_model_flags
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.sampling import make_sampler
-from mlx_cerebrum.views import load_views
+from mlx_cerebrum.views import load_asked
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,16 +60,7 @@ def _talk(args: argparse.Namespace, messages: Messages | None) -> int:
     name = hub.DEFAULT_REPO if args.model is None else args.model
     check_kv_bits(open_checkpoint(hub.resolve(name, args.revision)).config, args.kv_bits)
     with progress("loading", show=is_full(args.plain)) as report:
-        models, tokenizer = load_views(
-            args.model,
-            args.plan,
-            args.q_bits,
-            args.dtype,
-            q_group_size=args.q_group_size or 64,
-            window=args.window,
-            revision=args.revision,
-            progress=report,
-        )
+        models, tokenizer = load_asked(args, report)
     settings = Settings(
         max_tokens=args.max_tokens,
         temp=args.temp,

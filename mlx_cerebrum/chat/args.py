@@ -6,7 +6,7 @@ from mlx_cerebrum import cli, hub
 from mlx_cerebrum.cache import KV_BITS
 from mlx_cerebrum.chat.session import Settings
 from mlx_cerebrum.decode import PREFILL_STEP
-from mlx_cerebrum.model_args import add_model_flags, add_sampling_flags
+from mlx_cerebrum.model_args import add_model_flags, add_plans_flag, add_sampling_flags
 
 
 def parser() -> cli.ArgumentParser:
@@ -16,14 +16,7 @@ def parser() -> cli.ArgumentParser:
         description="Talk with Cerebrum, or another Mistral or Llama model, at the terminal.",
     )
     add_model_flags(p, f"{hub.DEFAULT_REPO}, as the 12.25B and as the 7B")
-    p.add_argument(
-        "--plan",
-        action="append",
-        default=[],
-        metavar="NAME|FILE",
-        help="a further order of the blocks to switch to with /plan; may be repeated"
-        " (default: none)",
-    )
+    add_plans_flag(p)
     p.add_argument("--system", metavar="TEXT", help="system text (default: the template's own)")
     p.add_argument(
         "--load",

@@ -17,7 +17,7 @@ from mlx_cerebrum.server import args as flags
 from mlx_cerebrum.server.app import Service
 from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.server.listening import Server, bind, url
-from mlx_cerebrum.views import describe, load_views
+from mlx_cerebrum.views import describe, load_asked
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,16 +31,7 @@ def _run(args: argparse.Namespace) -> int:
     settings = flags.settings(args)
     with bind(args.host, args.port, settings.api_key is not None) as listening:
         with limits(memory), progress("loading", not args.quiet) as report:
-            models, tokenizer = load_views(
-                args.model,
-                args.plan,
-                args.q_bits,
-                args.dtype,
-                q_group_size=args.q_group_size or 64,
-                window=args.window,
-                revision=args.revision,
-                progress=report,
-            )
+            models, tokenizer = load_asked(args, report)
         dtype = next(iter(models.values())).model.norm.weight.dtype
         engine = BatchEngine(
             models,

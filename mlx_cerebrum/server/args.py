@@ -10,7 +10,7 @@ from mlx_cerebrum import cli, hub
 from mlx_cerebrum.decode import PREFILL_STEP
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.memory import GB
-from mlx_cerebrum.model_args import add_model_flags, add_sampling_flags
+from mlx_cerebrum.model_args import add_model_flags, add_plans_flag, add_sampling_flags
 from mlx_cerebrum.sampling import check_sampling
 from mlx_cerebrum.server.app import Settings
 from mlx_cerebrum.server.intake import Defaults
@@ -26,14 +26,7 @@ def parser() -> cli.ArgumentParser:
         description="Serve OpenAI's API and a chat page from one copy of the weights.",
     )
     add_model_flags(p, f"{hub.DEFAULT_REPO}, as cerebrum-12.25b and cerebrum-7b")
-    p.add_argument(
-        "--plan",
-        action="append",
-        default=[],
-        metavar="NAME|FILE",
-        help="serve the same weights laid out so too: a named plan or mergekit YAML; may be"
-        " repeated (default: none more)",
-    )
+    add_plans_flag(p)
     where = p.add_argument_group("where, and for whom")
     where.add_argument(
         "--host",
