@@ -51,11 +51,28 @@ def idle(page: Page) -> None:
 
 
 def answers(page: Page) -> list[str]:
-    return page.locator(".answer .markdown").all_inner_texts()
+    return _texts(page, ".answer .markdown")
 
 
 def questions(page: Page) -> list[str]:
-    return page.locator(".question .body").all_inner_texts()
+    return _texts(page, ".question .body")
+
+
+def _texts(page: Page, selector: str) -> list[str]:
+    """Texts as they are shown. A message that no frame has drawn yet has none (CSS's
+    content-visibility), so all are made to have been drawn while they are read.
+    """
+    found: list[str] = page.evaluate(
+        """(selector) => {
+            const articles = [...document.querySelectorAll("#thread > article")];
+            for (const one of articles) one.style.contentVisibility = "visible";
+            const texts = [...document.querySelectorAll(selector)].map((one) => one.innerText);
+            for (const one of articles) one.style.contentVisibility = "";
+            return texts;
+        }""",
+        selector,
+    )
+    return found
 
 
 def until(page: Page, condition: str) -> None:

@@ -173,7 +173,13 @@ class Program:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
+        if self._master >= 0:
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        """Close the terminal, as when its window is."""
         os.close(self._master)
+        self._master = -1
 
     def send(self, keys: str) -> None:
         os.write(self._master, keys.encode())

@@ -120,6 +120,39 @@ def test_the_terminal_is_put_back_whatever_ends_the_chat(
         assert program.raw.rfind("\x1b[?7h") >= program.raw.rfind("\x1b[?7l")
 
 
+# A signal at the worst moment of a prompt: in the middle of what its event loop is doing.
+STRUCK = """
+import signal
+from prompt_toolkit.completion import DummyCompleter
+from prompt_toolkit.history import InMemoryHistory
+from mlx_cerebrum.chat.prompt import EditingReader
+from mlx_cerebrum.chat.signals import orderly_end
+
+class Struck(InMemoryHistory):
+    def load_history_strings(self):
+        signal.raise_signal(signal.SIGTERM)
+        return super().load_history_strings()
+
+with orderly_end():
+    EditingReader(Struck(), DummyCompleter()).read("> ")
+"""
+
+
+def test_a_signal_inside_the_line_editors_loop() -> None:
+    env = dict(os.environ) | {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
+    with Program([sys.executable, "-c", STRUCK], env) as program:
+        assert program.end() == 128 + signal.SIGTERM
+        assert program.as_found
+        assert program.terminal.text.strip() == ">"
+
+
+def test_a_terminal_that_goes_away_ends_the_chat(tmp_path: Path) -> None:
+    with start(tmp_path) as program:
+        program.until("talker>")
+        at_prompt(program).hang_up()
+        assert program.process.wait(25) in (0, 128 + signal.SIGHUP)
+
+
 # A shell that goes on when its job is stopped, says how it finds the terminal, and waits.
 SHELL = ("sh", "-c", 'set -m; "$@"; stty -a; echo "is stopped"; read line; fg; exit $?', "sh")
 

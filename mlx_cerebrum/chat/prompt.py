@@ -13,9 +13,11 @@ from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
+from prompt_toolkit.formatted_text import AnyFormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+from mlx_cerebrum.chat.signals import ends
 from mlx_cerebrum.chat.text import clean
 from mlx_cerebrum.errors import RequestError
 
@@ -110,11 +112,28 @@ class EditingReader:
         )
 
     def read(self, prompt: str, default: str | None = None) -> str:
-        return self._session.prompt([("", "\n"), ("bold", prompt)], default=default or "")
+        return _prompt(self._session, [("", "\n"), ("bold", prompt)], default or "")
 
     def ask(self, question: str) -> str:
         session: PromptSession[str] = PromptSession(history=InMemoryHistory(), enable_suspend=True)
-        return session.prompt(question)
+        return _prompt(session, question)
+
+
+def _prompt(session: PromptSession[str], message: AnyFormattedText, default: str = "") -> str:
+    app = session.app
+
+    def leave() -> None:
+        if app.future is not None and not app.future.done():
+            app.exit(result="")
+
+    def stop() -> None:
+        if app.loop is not None:
+            app.loop.call_soon_threadsafe(leave)
+
+    with ends(stop) as ended:
+        return session.prompt(
+            message, default=default, pre_run=lambda: leave() if ended() else None
+        )
 
 
 def _bindings() -> KeyBindings:

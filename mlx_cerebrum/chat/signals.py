@@ -29,6 +29,33 @@ def orderly_end() -> Iterator[None]:
 
 
 @contextmanager
+def ends(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM and SIGHUP are noted and call `stop`; the program ends on the way out.
+
+    For an event loop, which an exception out of its middle would leave with the terminal as its
+    own. Yields whether a signal came. Raises SystemExit at the end where one did.
+    """
+    noted: int | None = None
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        nonlocal noted
+        noted = signum
+        stop()
+
+    both = (signal.SIGTERM, signal.SIGHUP)
+    before = {s: old for s in both if (old := signal.getsignal(s)) is not signal.SIG_IGN}
+    for signum in before:
+        signal.signal(signum, note)
+    try:
+        yield lambda: noted is not None
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
+        if noted is not None:
+            raise SystemExit(128 + noted)
+
+
+@contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
     """Inside, Ctrl-C is only noted: what is under way ends where it can do so cleanly."""
     pressed = False
@@ -69,8 +96,8 @@ def quiet_keys(resumed: Callable[[], None]) -> Iterator[None]:
     stops = signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL  # else there is no job control
     if stops:
         signal.signal(signal.SIGTSTP, pause)
-    termios.tcsetattr(handle, termios.TCSADRAIN, quiet)
     try:
+        termios.tcsetattr(handle, termios.TCSADRAIN, quiet)
         yield
     finally:
         with suppress(termios.error):  # the terminal is gone
