@@ -5,9 +5,10 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from mlx_cerebrum.errors import CerebrumError
@@ -35,14 +36,15 @@ def run(main_body: Callable[[], int], debug: bool = False) -> int:
     """Run a command and turn what a user can mend into one line on stderr.
 
     Returns the exit code: the body's own, 2 for bad input and failed reads or writes, 130
-    after Ctrl-C. A fault of the program itself is left to raise.
+    after Ctrl-C, SIGTERM or SIGHUP. A fault of the program itself is left to raise.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a C locale must not lose a whole answer
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if sys.stdout is None or sys.stderr is None:  # started with `>&-`
             raise CerebrumError("standard output or error is closed; redirect it to /dev/null")
-        code = main_body()
+        with _ended_as_by_ctrl_c():
+            code = main_body()
         sys.stdout.flush()  # a closed pipe or full disk must show here, not at exit
         return code
     except BrokenPipeError:
@@ -62,6 +64,20 @@ def run(main_body: Callable[[], int], debug: bool = False) -> int:
         except OSError:
             _drop_stdout()
         return BAD_INPUT
+
+
+@contextlib.contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP are KeyboardInterrupt: what is kept or tidied then, is."""
+    both = (signal.SIGTERM, signal.SIGHUP)
+    ours = [signum for signum in both if signal.getsignal(signum) is signal.SIG_DFL]  # no nohup
+    for signum in ours:
+        signal.signal(signum, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for signum in ours:
+            signal.signal(signum, signal.SIG_DFL)
 
 
 def describe(error: BaseException) -> str:

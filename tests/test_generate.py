@@ -421,6 +421,24 @@ def test_ctrl_c_keeps_what_was_generated(demo: Path) -> None:
     assert (first + out).endswith("\n")
 
 
+def test_a_signal_keeps_the_prompt_cache(demo: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.safetensors"
+    command = [sys.executable, "-m", "mlx_cerebrum.generate", "--model", str(demo)]
+    command += ["--prompt", "Tell me a very long story.", "--prompt-cache", str(kept)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, "--max-tokens", "4000"], cwd=ROOT, **pipes) as process:
+        assert process.stdout is not None
+        process.stdout.read(20)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "[interrupted]" in err
+    again = subprocess.run(
+        [*command, "--max-tokens", "1", "--json"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert json.loads(again.stdout)["cached_tokens"] > 5
+
+
 def test_a_conversation_goes_on_from_its_prompt_cache(
     checkpoint: MakeCheckpoint,
 ) -> None:

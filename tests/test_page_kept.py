@@ -123,6 +123,27 @@ def test_renaming_and_deleting_with_a_way_back(page: Page, room: Room) -> None:
     expect(page.locator(".answer")).to_have_count(1)
 
 
+def test_each_of_several_deletions_can_be_undone(page: Page, room: Room) -> None:
+    names = ["One", "Two", "Three", "Four"]
+    for name in names:
+        page.click("#new")
+        ask(page, name)
+    listed = page.locator("#conversations .open")
+    for left, name in reversed(list(enumerate(names))):
+        page.locator("#conversations li", has_text=name).hover()
+        page.get_by_role("button", name=f"Delete {name}").click()
+        expect(listed).to_have_count(left)
+    lines = page.locator("#toast .line")
+    expect(lines).to_have_text([f"Deleted “{name}”.Undo" for name in ("Three", "Two", "One")])
+    for name in ("Two", "Three", "One"):
+        lines.filter(has_text=name).get_by_role("button", name="Undo").click()
+    expect(listed).to_have_count(3)
+    expect(page.locator("#toast")).to_be_empty()
+    page.reload()
+    expect(listed).to_have_count(3)
+    assert sorted(titles(page)) == ["One", "Three", "Two"]
+
+
 def test_another_tab_sees_an_answer_come(page: Page, room: Room) -> None:
     room.script = lambda body: Script(pieces=["One", Hold(), " two", Hold(), ""])
     ask(page, "Q", wait=False)

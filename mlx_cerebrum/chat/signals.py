@@ -16,16 +16,22 @@ def orderly_end() -> Iterator[None]:
     def end(signum: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + signum)  # as shells report it
 
+    with _handled(end):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     both = (signal.SIGTERM, signal.SIGHUP)
     # One that is ignored stays so: nohup asked for it.
-    ours = [signum for signum in both if signal.getsignal(signum) is signal.SIG_DFL]
-    for signum in ours:
-        signal.signal(signum, end)
+    before = {s: old for s in both if (old := signal.getsignal(s)) is not signal.SIG_IGN}
+    for signum in before:
+        signal.signal(signum, handler)
     try:
         yield
     finally:
-        for signum in ours:
-            signal.signal(signum, signal.SIG_DFL)
+        for signum, old in before.items():
+            signal.signal(signum, old)
 
 
 @contextmanager
@@ -42,15 +48,10 @@ def ends(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
         noted = signum
         stop()
 
-    both = (signal.SIGTERM, signal.SIGHUP)
-    before = {s: old for s in both if (old := signal.getsignal(s)) is not signal.SIG_IGN}
-    for signum in before:
-        signal.signal(signum, note)
     try:
-        yield lambda: noted is not None
+        with _handled(note):
+            yield lambda: noted is not None
     finally:
-        for signum, old in before.items():
-            signal.signal(signum, old)
         if noted is not None:
             raise SystemExit(128 + noted)
 

@@ -3,6 +3,7 @@
 import { byId, composing, h, iconButton } from "./dom.js";
 
 const UNDO = 10_000; // milliseconds
+const LINES = 3; // at the bottom at once; one more ends the first
 const TELL_AGAIN = 60_000; // and between two words about what can't be kept
 const FULL =
   "This browser's storage is full: what is new lasts until the page is closed. " +
@@ -11,34 +12,38 @@ const NOT_KEPT =
   "This browser does not keep conversations now: they last until the page is closed.";
 
 const list = byId("conversations");
-let toastTimer = null;
+const shown = new Map(); // lines at the bottom, oldest first -> what ends them
 let toldAt = -Infinity;
 let drawn = null;
 
 /** A line at the bottom for a while, with a button where there is something to do about it. */
 export function toast(text, button = null, ended = () => {}) {
-  clearTimeout(toastTimer);
-  const box = byId("toast");
+  const line = h("div", { class: "line" }, h("span", {}, text));
   const close = () => {
-    clearTimeout(toastTimer);
-    box.replaceChildren();
+    clearTimeout(timer);
+    shown.delete(line);
+    line.remove();
   };
-  const act = () => {
-    close();
-    button.act();
-  };
-  const parts = [h("span", {}, text)];
-  if (button) parts.push(h("button", { type: "button", class: "quiet", onclick: act }, button.name));
-  box.replaceChildren(...parts);
   const end = () => {
-    // Not while someone is about to press its button.
-    if (box.matches(":hover, :focus-within")) toastTimer = setTimeout(end, UNDO);
-    else {
-      close();
-      ended();
-    }
+    close();
+    ended();
   };
-  toastTimer = setTimeout(end, UNDO);
+  // Not while someone is about to press its button.
+  const look = () => {
+    if (line.matches(":hover, :focus-within")) timer = setTimeout(look, UNDO);
+    else end();
+  };
+  let timer = setTimeout(look, UNDO);
+  if (button) {
+    const act = () => {
+      close();
+      button.act();
+    };
+    line.append(h("button", { type: "button", class: "quiet", onclick: act }, button.name));
+  }
+  shown.set(line, end);
+  byId("toast").append(line);
+  if (shown.size > LINES) shown.values().next().value();
 }
 
 /** Say that conversations can't be kept, once in a while. */
