@@ -286,6 +286,7 @@ BLOCKS: dict[str, Block] = {
     "plans-short": plans_short,
     "plain": plain,
     "speculation": partial(_single, file="speculation", module="speculation_report"),
+    "attention": partial(_single, file="attention", module="attention"),
     "compiled": partial(_single, file="compiled", module="compiled"),
     "kv-bits": partial(_single, file="kv-bits", module="kv_bits"),
     "step-profile": partial(_single, file="step-profile", module="step_profile"),

@@ -4,6 +4,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_cerebrum.attention_cpu import attend_in_slices, in_slices
 from mlx_cerebrum.cache import KV_BITS, REWIND, Entries, Mask, Packed, causal_mask, kv_group
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import RequestError
@@ -40,6 +41,8 @@ def attend(queries: mx.array, keys: Entries, values: Entries, scale: float, mask
     if few and isinstance(keys, Packed) and isinstance(values, Packed):
         return _attend_packed(queries, keys, values, scale, mask)
     keys, values = unpack(keys, queries.shape[-1]), unpack(values, queries.shape[-1])
+    if in_slices(queries.shape[2], keys.shape[2], queries.dtype, mask):
+        return attend_in_slices(queries, keys, values, scale, mask)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from mlx_cerebrum.attention import PACKED_ROWS, check_kv_bits
+from mlx_cerebrum.attention_cpu import in_slices, scores_held
 from mlx_cerebrum.cache import KV_BITS, REWIND, STEP, entries_held, kv_group
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
@@ -113,22 +114,26 @@ def forward_bytes(
     that is what is measured (tests/test_memory.py). `scores`: as `keeps_scores`, unless given.
     """
     heads, kv_heads, D = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
-    attention = (heads + 2 * kv_heads) + (heads + kv_heads)  # q, k, v; q and k rotated
-    attention += 3 * heads  # q scaled, what comes out, the same with its heads side by side
+    held = (heads + 2 * kv_heads) + (heads + kv_heads)  # q, k, v; q and k rotated
+    held += 3 * heads  # q scaled, what comes out, the same with its heads side by side
+    held *= length * config.head_dim
     in_steps = keeps_scores(config, item_bytes) if scores is None else scores
+    rest = 3 * config.intermediate_size  # gate and up, their product
+    rest += 6 * D  # two norms, what attention and MLP write, the sum after each
     if in_steps:  # the rotation too: its two products, its tables of two chunks
-        attention += 2 * (heads + kv_heads) + 4
-    mlp = 3 * config.intermediate_size  # gate and up, their product
-    stream = 6 * D  # two norms, what attention and MLP write, the sum after each
-    values = length * (attention * config.head_dim + mlp + stream)
+        rest += (2 * (heads + kv_heads) + 4) * config.head_dim
+    rest *= length
     if kv_bits is not None and length <= PACKED_ROWS:
-        values += 3 * heads * length * keys  # scores, masked, and what softmax makes of them
+        rest += 3 * heads * length * keys  # scores, masked, what softmax makes of them
     else:
         if kv_bits is not None:
-            values += 2 * kv_heads * config.head_dim * keys  # one position's entries, unpacked
-        if in_steps:
-            values += heads * length * keys
-    return values * item_bytes + length * keys  # and the mask
+            held += 2 * kv_heads * config.head_dim * keys  # one position's entries, unpacked
+        if in_steps and item_bytes == 4 and in_slices(length, keys, mx.float32, None):
+            # So many operations that what else a block makes is gone before, or comes after.
+            rest = max(rest, scores_held(length, keys, heads))
+        elif in_steps:
+            rest += heads * length * keys
+    return (held + rest) * item_bytes + length * keys  # and the mask
 
 
 def request_bytes(

@@ -20,6 +20,7 @@ ROOMS = [
     ["plan_show"],
     ["marks"],
     ["cache"],
+    ["attention_cpu"],
     ["attention"],
     ["memory_limits"],
     ["memory"],

@@ -64,7 +64,8 @@ def test_a_request_is_predicted(
     # The most of several: how many operations MLX has issued ahead is a matter of timing.
     most = max(peak() for _ in range(4))
     if not memory.on_gpu():  # there the queue of issued work is another
-        assert request_bytes(*request, kv_bits=kv_bits) == pytest.approx(most, rel=0.1)
+        # A bound: a window may stop right before the chunk whose scores would fill their slices.
+        assert 0.95 * most < request_bytes(*request, kv_bits=kv_bits) < 1.15 * most
 
 
 def test_packed_entries_take_their_share() -> None:
@@ -169,6 +170,8 @@ def test_a_window_bounds_what_a_request_takes() -> None:
 
 
 def test_a_smaller_chunk_takes_less() -> None:
-    needs = [request_bytes(FULL, 4097, 1, 4, chunk, scores=True) for chunk in (64, 256, 1024)]
-    assert needs == sorted(needs)
-    assert needs[0] < needs[2] / 1.5
+    for item_bytes, at_least in ((2, 1.5), (4, 1.2)):  # on the CPU float32's scores are in slices
+        sizes = (FULL, 4097, 1, item_bytes)
+        needs = [request_bytes(*sizes, chunk, scores=True) for chunk in (64, 256, 1024)]
+        assert needs == sorted(needs)
+        assert needs[0] < needs[2] / at_least
