@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_cerebrum import attention as attending
 from mlx_cerebrum import model as forward
 from mlx_cerebrum import rotary
 
@@ -85,6 +86,7 @@ def count_as_on_metal(build: Callable[[], Any], head_dim: int) -> Counts:
         mock.patch.object(mx.fast, "rms_norm", norm),
         mock.patch.object(mx.fast, "rope", rope),
         mock.patch.object(rotary, "on_gpu", return_value=True),
+        mock.patch.object(attending, "in_slices", return_value=False),
         mock.patch.object(mx.fast, "scaled_dot_product_attention", attention),
         mock.patch.object(mx, "dequantize", unpack),
         mock.patch.object(forward, "swiglu", activation),

@@ -273,6 +273,14 @@ def test_any_number_of_positions_follows_from_two() -> None:
     assert "7 positions" in text
 
 
+def test_on_metal_a_long_chunk_is_one_kernel_of_attention() -> None:
+    """The CPU's slices are none of Metal's."""
+    config = replace(TINY, head_dim=64, hidden_size=256, intermediate_size=256)
+    sides = primitives.measure(config, [3], 256)["backends"]["metal"]["prefill"]
+    assert sides["ours"]["per_position"]["ScaledDotProductAttention"] == 1
+    assert sides["ours"]["per_position"]["Matmul"] == 4
+
+
 @pytest.mark.parametrize("bits", [None, 4])
 def test_on_metal_a_position_is_thirteen_kernels(bits: int | None) -> None:
     functions = mx.fast.rms_norm, mx.fast.rope, mx.fast.scaled_dot_product_attention, mx.dequantize
