@@ -69,6 +69,7 @@ def test_slices_are_the_same_attention(data: st.DataObject) -> None:
     keys, values = (mx.random.normal((B, kv_heads, T, D)) * a for a in (spread, 1.0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_cpu, "SLICE", size)
+        patch.setattr(attention_cpu, "_ROWS", draw(st.integers(1, 5)))
         found = np.array(attend_in_slices(queries, keys, values, D**-0.5, mask), np.float64)
     wanted, largest = exact(queries, keys, values, D**-0.5, mask)
     # A score of float32 is known to some of its own last places, and so is its exponential.
@@ -120,6 +121,7 @@ def test_a_model_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for least in (1 << 30, 1):
         monkeypatch.setattr(attention_cpu, "LEAST", least)
         monkeypatch.setattr(attention_cpu, "SLICE", 500)
+        monkeypatch.setattr(attention_cpu, "_ROWS", 2)
         found.append(model(mx.array([prompt])))
         for step in (200, 64, 33):
             tokens.append(list(generate_step(prompt, model, max_tokens=24, prefill_step_size=step)))
@@ -129,7 +131,9 @@ def test_a_model_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(attention_cpu._ON_GPU or sys.platform != "linux", reason="Linux's CPU only")
 @pytest.mark.parametrize("heads", [2, 4, 9])
-@pytest.mark.parametrize(("length", "keys"), [(256, 300), (250, 750), (256, 2048), (512, 3000)])
+@pytest.mark.parametrize(
+    ("length", "keys"), [(256, 300), (250, 750), (256, 2048), (512, 3000), (200, 8000)]
+)
 def test_memory_of_slices_is_predicted(heads: int, length: int, keys: int) -> None:
     queries = mx.random.normal((1, heads, length, 64))
 
