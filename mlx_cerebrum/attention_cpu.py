@@ -1,8 +1,9 @@
 """Attention over a prompt on Linux's CPU, in float32: one head and some queries at a time.
 
-Of the 15 ns that MLX's own takes there for a score, 12 are its exponential, which it computes a value
-at a time where it has no Accelerate (mlx/backend/cpu/simd). A power of two made of sums, products
-and shifts of whole arrays takes 2, as long as the scores stay in the core's cache. Slices also leave out keys that none of their queries sees, and need less memory.
+Of the 15 ns that MLX's own takes there for a score, 12 are its exponential, which it computes a
+value at a time where it has no Accelerate (mlx/backend/cpu/simd). A power of two made of sums,
+products and shifts of whole arrays takes 2, as long as the scores stay in the core's cache. Slices
+also leave out keys that none of their queries sees, and most of the memory.
 """
 
 import math
