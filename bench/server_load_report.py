@@ -4,7 +4,7 @@ from typing import Any
 
 from bench.report import table
 
-_PASSED = {True: "yes", False: "NO", None: "not seen"}
+_PASSED = {True: "yes", False: "NO", None: "can't be said"}
 
 
 def text(found: dict[str, Any]) -> list[str]:
@@ -96,6 +96,8 @@ def _process(found: dict[str, Any]) -> str:
         sizes = " / ".join(f"{one[key] / 1e6:.0f}" for key in ("start", "peak", "end"))
         grown, floor = one["slope"], one["floor_slope"]
         slope = "too short a run for a slope" if grown is None else f"{grown:+.2f} MB a minute"
+        if lies := one.get("slope_range"):
+            slope += f" ({lies[0]:+.1f} to {lies[1]:+.1f} by two standard errors of half minutes)"
         lowest = "" if floor is None else f"; of each minute's lowest {floor:+.2f}"
         rest = one.get("rest_slope")
         lowest += "" if rest is None else f"; without keys and values {rest:+.2f}"
@@ -105,8 +107,11 @@ def _process(found: dict[str, Any]) -> str:
         )
         resting = one.get("at_rest", {})
         if None not in (resting.get("before"), resting.get("after")):
-            sizes = " and ".join(f"{resting[key] / 1e6:.0f}" for key in ("before", "after"))
-            parts.append(f"At rest before and after, without earlier prompts: {sizes} MB.")
+            new, warm, end = (f"{resting[key] / 1e6:.0f}" for key in ("new", "before", "after"))
+            parts.append(
+                f"At rest, without earlier prompts: {new} MB when it was new, {warm} after a first"
+                f" load to warm it up, {end} in the end."
+            )
         if one["said"]:
             prompts, entries = (
                 " / ".join(f"{said[key] / 1e6:.0f}" for said in _thirds(one["said"]))

@@ -1,5 +1,6 @@
 """A server in a process of its own: started, watched, stopped."""
 
+import math
 import os
 import re
 import signal
@@ -216,6 +217,25 @@ def slope(samples: Sequence[tuple[float, int]]) -> float | None:
     mean_x, mean_y = (sum(column) / len(points) for column in zip(*points, strict=True))
     above = sum((x - mean_x) * (y - mean_y) for x, y in points)
     return float(above / sum((x - mean_x) ** 2 for x, _ in points))
+
+
+def slope_range(samples: Sequence[tuple[float, int]]) -> tuple[float, float] | None:
+    """Where the slope lies, by two standard errors of half minutes' means; None for a few of them.
+
+    Neighbouring samples are of the same answers in the making, so single ones would flatter it.
+    """
+    halves: dict[int, list[int]] = {}
+    for seconds, size in samples:
+        halves.setdefault(int(seconds // 30), []).append(size)
+    points = [(half / 2, sum(sizes) / len(sizes) / 1e6) for half, sizes in halves.items()]
+    if len(points) < 6:
+        return None
+    mean_x, mean_y = (sum(column) / len(points) for column in zip(*points, strict=True))
+    width = sum((x - mean_x) ** 2 for x, _ in points)
+    found = sum((x - mean_x) * (y - mean_y) for x, y in points) / width
+    left = sum((y - mean_y - found * (x - mean_x)) ** 2 for x, y in points)
+    error = math.sqrt(left / (len(points) - 2) / width)
+    return found - 2 * error, found + 2 * error
 
 
 def floors(samples: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:

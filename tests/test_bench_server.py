@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import os
+import random
 import re
 import threading
 import time
@@ -619,13 +620,29 @@ def test_the_slope_of_memory() -> None:
     assert server_process.slope(server_process.floors(swings)) == pytest.approx(3.0, abs=0.01)
 
 
+@pytest.mark.parametrize("leak", [0.0, 40.0])
+def test_a_slope_is_known_as_well_as_its_load_swings(leak: float) -> None:
+    """Of swings as answers make them, 20 s long; the range has the leak in it."""
+    chance = random.Random(3)
+    height = [chance.uniform(-150e6, 150e6) for _ in range(31)]
+    samples = [(float(s), int(2e9 + height[s // 20] + leak * 1e6 * s / 60)) for s in range(600)]
+    lies = server_process.slope_range(samples)
+    assert lies is not None
+    low, high = lies
+    assert low < leak < high
+    assert 2 < high - low < 40
+    assert (low > 1) == bool(leak)
+    assert server_process.slope_range(samples[:150]) is None
+
+
+FINE_MEMORY = {"slope": 0.9, "at_rest": {"before": 900_000_000, "after": 909_000_000}}
 FINE: dict[str, Any] = {
     "errors": {},
     "requests": {"streaming": 9},
     "settled": {"seconds": 0.1, "queued": 0.0, "active": 0.0},
     "handles": {"before": {"open_files": 7}, "after": {"open_files": 8}},
     "seconds": 600.0,
-    "memory": {"slope": 0.9, "at_rest": {"before": 900_000_000, "after": 909_000_000}},
+    "memory": FINE_MEMORY,
     "stopped": {"exit_code": 0},
 }
 
@@ -635,6 +652,9 @@ FINE: dict[str, Any] = {
     [
         ({}, ""),
         ({"memory": {"slope": None}}, ""),
+        ({"memory": {"slope": 1.0, "slope_range": [-5, 7]}}, "memory grew"),  # rest was not seen
+        ({"memory": FINE_MEMORY | {"slope": 1.0, "slope_range": [-5, 7]}}, ""),
+        ({"memory": FINE_MEMORY | {"slope": 1.5, "slope_range": [1, 2]}}, "memory grew"),
         ({"memory": {"slope": 1.0}}, "memory grew"),
         ({"memory": {"slope": 0.9, "at_rest": {"before": None, "after": None}}}, ""),
         ({"memory": {"slope": 0.9, "at_rest": {"before": 0, "after": 10_000_000}}}, "at rest"),
