@@ -227,8 +227,13 @@ def slope_range(samples: Sequence[tuple[float, int]]) -> tuple[float, float] | N
     halves: dict[int, list[int]] = {}
     for seconds, size in samples:
         halves.setdefault(int(seconds // 30), []).append(size)
-    points = [(half / 2, sum(sizes) / len(sizes) / 1e6) for half, sizes in halves.items()]
-    if len(points) < 6:
+    most = max(map(len, halves.values()), default=0)  # one that was only begun is left out
+    points = [
+        (half / 2, sum(sizes) / len(sizes) / 1e6)
+        for half, sizes in halves.items()
+        if 2 * len(sizes) > most
+    ]
+    if len(points) < 12:
         return None
     mean_x, mean_y = (sum(column) / len(points) for column in zip(*points, strict=True))
     width = sum((x - mean_x) ** 2 for x, _ in points)

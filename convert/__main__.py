@@ -4,6 +4,7 @@ import argparse
 import json
 import resource
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -87,7 +88,8 @@ def _directory(
             )
         except KeyboardInterrupt:
             if not args.quiet and partial_of(destination).exists():
-                print("stopped: run the same command again to go on from here", file=sys.stderr)
+                with suppress(OSError):  # the terminal is gone
+                    print("stopped: run the same command again to go on from here", file=sys.stderr)
             raise
 
 

@@ -25,7 +25,7 @@ import mlx.core as mx
 
 from convert.sensitivity import EMBEDDING, HEAD, KINDS, Sensitivity, module_of
 from mlx_cerebrum import __version__, cli, hub
-from mlx_cerebrum.attention_cpu import scores_held
+from mlx_cerebrum.attention_cpu import in_slices, scores_held
 from mlx_cerebrum.cache import attention_mask
 from mlx_cerebrum.checkpoint import FLOATS, Checkpoint, matrix_shapes, open_checkpoint
 from mlx_cerebrum.config import ModelConfig
@@ -191,7 +191,8 @@ def calibration_bytes(config: ModelConfig, tokens: int, item_bytes: int) -> int:
     heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     scores = 2 * config.num_attention_heads * LENGTH
     activations = tokens * (6 * config.hidden_size + 4 * config.intermediate_size + heads + scores)
-    activations += scores_held(LENGTH, LENGTH, config.num_attention_heads)
+    if item_bytes == 4 and in_slices(LENGTH, LENGTH, mx.float32, "causal"):
+        activations += scores_held(LENGTH, LENGTH, config.num_attention_heads)
     table = 2 * config.vocab_size * config.hidden_size
     return (config.stored_parameters + activations + table) * item_bytes + logits
 

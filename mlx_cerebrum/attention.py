@@ -34,8 +34,8 @@ def check_kv_bits(config: ModelConfig, bits: int | None) -> None:
 def attend(queries: mx.array, keys: Entries, values: Entries, scale: float, mask: Mask) -> mx.array:
     """Queries `[B, H, L, D]` over keys and values `[B, kv heads, T, D]` -> `[B, H, L, D]`.
 
-    `mask` is None, "causal" (the queries are the last L of T) or boolean `[L, T]`. No more than
-    one position's entries are ever unpacked.
+    `mask` is None, "causal" (the queries are the last L of T) or boolean `[L, T]`, which hides
+    what comes after a query too. No more than one position's entries are ever unpacked.
     """
     few = queries.shape[2] <= PACKED_ROWS
     if few and isinstance(keys, Packed) and isinstance(values, Packed):

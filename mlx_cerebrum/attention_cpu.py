@@ -3,7 +3,7 @@
 Of the 15 ns that MLX's own takes there for a score, 12 are its exponential, which it computes a
 value at a time where it has no Accelerate (mlx/backend/cpu/simd). A power of two made of sums,
 products and shifts of whole arrays takes 2, as long as the scores stay in the core's cache. Slices
-also leave out keys that none of their queries sees, and most of the memory.
+also leave out the keys after their last query, and most of the memory.
 """
 
 import math
@@ -16,6 +16,7 @@ from mlx_cerebrum.cache import Mask, causal_mask
 # Measured by bench.attention:
 SLICE = 1 << 17  # scores computed at a time
 LEAST = 1 << 16  # scores of a head from which on slices always paid
+_FEWEST = 8  # queries from which on that holds: fewer were not measured
 _ROWS = 32  # queries in a slice, at least: for each of them all keys are read again
 
 _ON_GPU = mx.default_device() == mx.Device(mx.gpu)
@@ -29,7 +30,9 @@ _EXPONENT = 23  # the bit where a float32's exponent begins
 
 def in_slices(length: int, keys: int, dtype: mx.Dtype, mask: Mask) -> bool:
     """Whether `attend_in_slices` is the way for `length` queries over `keys`."""
-    if _ON_GPU or sys.platform != "linux" or dtype != mx.float32 or length * keys < LEAST:
+    if _ON_GPU or sys.platform != "linux" or dtype != mx.float32:
+        return False
+    if length < _FEWEST or length * keys < LEAST:
         return False
     return not isinstance(mask, mx.array) or mask.ndim == 2  # one for all sequences
 
@@ -64,7 +67,10 @@ def attend_in_slices(
 
 
 def exp2(x: mx.array) -> mx.array:
-    """2 to the power of each of `x`, float32 of at most 0; 0 from -127 down."""
+    """2 to the power of each of `x`, float32 of at most 0; 0 from -127 down.
+
+    Between -127 and -126, where float32 has no full precision, it is some tiny number.
+    """
     x = mx.maximum(x, -127.0)  # exactly there all bits come out as 0
     whole = x + _ROUND
     rest = x - (whole - _ROUND)

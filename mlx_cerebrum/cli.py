@@ -7,8 +7,10 @@ import io
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, NoReturn
 
 from mlx_cerebrum.errors import CerebrumError
@@ -36,29 +38,33 @@ def run(main_body: Callable[[], int], debug: bool = False) -> int:
     """Run a command and turn what a user can mend into one line on stderr.
 
     Returns the exit code: the body's own, 2 for bad input and failed reads or writes, 130
-    after Ctrl-C, SIGTERM or SIGHUP. A fault of the program itself is left to raise.
+    after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. A fault of the program itself is left to
+    raise.
     """
+    came: list[int] = [signal.SIGINT]
     if isinstance(sys.stdout, io.TextIOWrapper):  # a C locale must not lose a whole answer
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if sys.stdout is None or sys.stderr is None:  # started with `>&-`
             raise CerebrumError("standard output or error is closed; redirect it to /dev/null")
-        with _ended_as_by_ctrl_c():
+        with _ended_as_by_ctrl_c(came):
             code = main_body()
         sys.stdout.flush()  # a closed pipe or full disk must show here, not at exit
-        return code
+        return 128 + came[-1] if code == INTERRUPTED else code
     except BrokenPipeError:
         _drop_stdout()
         return PIPE_CLOSED
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        with contextlib.suppress(OSError):  # the terminal is gone
+            print("interrupted", file=sys.stderr)
+        return 128 + came[-1]
     except (CerebrumError, OSError) as error:
         if debug:
             traceback.print_exc()
         if sys.stderr is None or sys.stdout is None:
             return BAD_INPUT
-        print(f"error: {describe(error)}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"error: {describe(error)}", file=sys.stderr)
         try:
             sys.stdout.flush()
         except OSError:
@@ -67,12 +73,23 @@ def run(main_body: Callable[[], int], debug: bool = False) -> int:
 
 
 @contextlib.contextmanager
-def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP are KeyboardInterrupt: what is kept or tidied then, is."""
+def _ended_as_by_ctrl_c(came: list[int]) -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP are KeyboardInterrupt: what is kept or tidied then, is.
+
+    `came` is told of them. Nothing changes outside the main thread, where Python has no signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(signum: int, frame: FrameType | None) -> NoReturn:
+        came.append(signum)
+        raise KeyboardInterrupt
+
     both = (signal.SIGTERM, signal.SIGHUP)
     ours = [signum for signum in both if signal.getsignal(signum) is signal.SIG_DFL]  # no nohup
     for signum in ours:
-        signal.signal(signum, signal.default_int_handler)
+        signal.signal(signum, end)
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from contextlib import closing
 from typing import Any
 
 from mlx_cerebrum import cli, hub
@@ -100,8 +101,8 @@ def _answer(args: argparse.Namespace, sampler: Sampler, asked: str | list[Any]) 
                 progress=report,
             )
             first = next(responses)
-        answer = _stream(first, responses, echo=not args.json)
-        responses.close()  # after Ctrl-C too: the cache must hold what was printed, no more
+        with closing(responses):  # whatever ends it: the cache must hold what was printed, no more
+            answer = _stream(first, responses, echo=not args.json)
         facts = {
             "model": name,
             "plan": plan,

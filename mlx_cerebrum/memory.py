@@ -129,8 +129,11 @@ def forward_bytes(
         if kv_bits is not None:
             held += 2 * kv_heads * config.head_dim * keys  # one position's entries, unpacked
         if in_steps and item_bytes == 4 and in_slices(length, keys, mx.float32, None):
-            # So many operations that what else a block makes is gone before, or comes after.
-            rest = max(rest, scores_held(length, keys, heads))
+            held += heads * length * config.head_dim  # slices apart, before they are joined
+            # So many operations that what else a block makes is gone before, or comes after; but
+            # not where the heads are few.
+            sliced = scores_held(length, keys, heads)
+            rest = rest + sliced if heads < 4 else max(rest, sliced)
         elif in_steps:
             rest += heads * length * keys
     return (held + rest) * item_bytes + length * keys  # and the mask

@@ -39,7 +39,18 @@ def page(launched: Browser, room: Room) -> Iterator[Page]:
         yield one
 
 
+def ready(page: Page) -> None:
+    """Wait until the page knows the models: before, nothing is asked."""
+    page.wait_for_selector("#model-0 option", state="attached")
+
+
+def reload(page: Page) -> None:
+    page.reload()
+    ready(page)
+
+
 def ask(page: Page, text: str, wait: bool = True) -> None:
+    ready(page)
     page.fill("#question", text)
     page.press("#question", "Enter")
     if wait:

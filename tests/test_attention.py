@@ -92,6 +92,7 @@ def test_slices_are_taken_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> Non
     assert in_slices(256, 256, mx.float32, causal_mask(256, 0, 12))
     assert not in_slices(255, 256, mx.float32, "causal")
     assert not in_slices(1, 4096, mx.float32, None)
+    assert not in_slices(1, 1 << 17, mx.float32, None)
     assert not in_slices(256, 256, mx.bfloat16, "causal")
     assert not in_slices(256, 256, mx.float32, mx.ones((2, 1, 256, 256), dtype=mx.bool_))
     taken = []
@@ -120,6 +121,7 @@ def test_a_model_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     found, tokens = [], []
     for least in (1 << 30, 1):
         monkeypatch.setattr(attention_cpu, "LEAST", least)
+        monkeypatch.setattr(attention_cpu, "_FEWEST", 1)
         monkeypatch.setattr(attention_cpu, "SLICE", 500)
         monkeypatch.setattr(attention_cpu, "_ROWS", 2)
         found.append(model(mx.array([prompt])))

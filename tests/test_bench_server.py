@@ -635,6 +635,13 @@ def test_a_slope_is_known_as_well_as_its_load_swings(leak: float) -> None:
     assert server_process.slope_range(samples[:150]) is None
 
 
+def test_a_slope_that_is_too_rough_says_nothing() -> None:
+    rough = FINE | {"memory": FINE_MEMORY | {"slope": 1.0, "slope_range": [-5, 7]}}
+    said = {one["name"]: one["passed"] for one in server_findings.criteria(rough)}
+    assert said["memory grew by less than 1 MB a minute"] is None
+    assert said["at rest it held less than 1 MB more for a minute of load"] is True
+
+
 FINE_MEMORY = {"slope": 0.9, "at_rest": {"before": 900_000_000, "after": 909_000_000}}
 FINE: dict[str, Any] = {
     "errors": {},

@@ -17,6 +17,7 @@ from command import run
 from conftest import MakeCheckpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from terminal import Program
 
 from mlx_cerebrum import load
 from mlx_cerebrum.checkpoint import open_checkpoint
@@ -431,12 +432,32 @@ def test_a_signal_keeps_the_prompt_cache(demo: Path, tmp_path: Path) -> None:
         process.stdout.read(20)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + signal.SIGTERM
     assert "[interrupted]" in err
     again = subprocess.run(
         [*command, "--max-tokens", "1", "--json"], cwd=ROOT, capture_output=True, text=True
     )
     assert json.loads(again.stdout)["cached_tokens"] > 5
+
+
+def test_a_closed_terminal_keeps_the_prompt_cache(demo: Path, tmp_path: Path) -> None:
+    """A new one, and one that is there; of the answer as far as it was written."""
+    kept = tmp_path / "kept.safetensors"
+    command = [sys.executable, "-m", "mlx_cerebrum.generate", "--model", str(demo)]
+    command += ["--prompt", "Tell me a very long story.", "--prompt-cache", str(kept)]
+    for _ in range(2):
+        before = kept.stat().st_mtime_ns if kept.exists() else 0
+        with Program([*command, "--max-tokens", "4000"], dict(os.environ)) as program:
+            program.until(lambda text: len(text.rpartition("tokens")[2]) > 200)
+            program.hang_up()
+            program.process.wait(25)
+        assert kept.stat().st_mtime_ns > before
+    asked = [*command, "--max-tokens", "24", "--json"]
+    found = json.loads(subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout)
+    assert found["cached_tokens"] > 5
+    alone = [*command[:-2], "--max-tokens", "24", "--json"]
+    wanted = json.loads(subprocess.run(alone, cwd=ROOT, capture_output=True, text=True).stdout)
+    assert found["token_ids"] == wanted["token_ids"]
 
 
 def test_a_conversation_goes_on_from_its_prompt_cache(

@@ -11,6 +11,7 @@ from page_driver import (
     last,
     numbered,
     questions,
+    reload,
     settings,
     take,
     titles,
@@ -129,7 +130,7 @@ def test_a_long_conversation_opens_at_its_end(page: Page) -> None:
     take(page, file("long.json", messages))
     expect(page.locator(".answer")).to_have_count(150)
     expect(page.locator(".answer").last).to_be_in_viewport()
-    page.reload()
+    reload(page)
     expect(page.locator(".answer").last).to_be_in_viewport()
     until(page, "scroller.scrollHeight - scroller.clientHeight - scroller.scrollTop < 5")
     page.hover("#scroller")
@@ -152,7 +153,7 @@ def test_earlier_answers_can_be_gone_back_to(page: Page, room: Room) -> None:
     assert answers(page) == ["Answer 1"]
     ask(page, "On")
     assert asked(room) == [("user", "Q"), ("assistant", "Answer 1"), ("user", "On")]
-    page.reload()
+    reload(page)
     expect(page.locator(".count")).to_have_text("1/2")
     last(page, "Next version").click()
     expect(page.locator(".answer .markdown")).to_have_text("Answer 2")

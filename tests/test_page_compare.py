@@ -1,7 +1,7 @@
 """The page's compare mode: one question, two columns, and where they first differ."""
 
 import page_driver
-from page_driver import answers, ask, asked, idle, last, numbered, questions
+from page_driver import answers, ask, asked, idle, last, numbered, questions, reload
 from page_room import Hold, Room, Script, visit, words
 from playwright.sync_api import Browser, Page, expect
 
@@ -75,7 +75,7 @@ def test_each_column_has_its_own_history(page: Page, room: Room) -> None:
     assert histories["cerebrum-12.25b"][1]["content"] == "Big"
     assert histories["cerebrum-7b"][1]["content"] == "Small"
     assert questions(page) == ["One", "Two"]
-    page.reload()
+    reload(page)
     expect(page.locator(".row")).to_have_count(2)
     # The newer question is asked anew of both.
     page.press("#question", "ArrowUp")

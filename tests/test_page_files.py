@@ -13,6 +13,7 @@ from page_driver import (
     idle,
     last,
     numbered,
+    reload,
     settings,
     take,
     titles,
@@ -139,7 +140,7 @@ def test_settings_are_sent_and_kept(page: Page, room: Room) -> None:
     page.check("[name=everywhere]")
     page.click("#settings .main")
     expect(page.locator("#settings")).to_be_hidden()
-    page.reload()
+    reload(page)
     ask(page, "Ahoy")
     body = room.asked[-1]
     sent = {
@@ -195,7 +196,7 @@ def test_the_chosen_model_is_asked_and_stays(page: Page, room: Room) -> None:
     page.select_option("#model-0", "cerebrum-7b")
     ask(page, "Q")
     assert room.asked[-1]["model"] == "cerebrum-7b"
-    page.reload()
+    reload(page)
     expect(page.locator("#model-0")).to_have_value("cerebrum-7b")
     expect(page.locator(".who")).to_have_text("cerebrum-7b")
 

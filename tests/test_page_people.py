@@ -4,7 +4,7 @@ from typing import Any
 
 import page_driver
 import pytest
-from page_driver import PHONE, ask, asked, idle, last, numbered, until
+from page_driver import PHONE, ask, asked, idle, last, numbered, reload, until
 from page_room import Hold, Room, Script, visit, words
 from playwright.sync_api import Browser, Page, expect
 
@@ -169,7 +169,7 @@ def test_the_theme_can_be_switched_and_stays(launched: Browser, room: Room) -> N
         page.get_by_role("button", name="Light colours").click()
         light = page.evaluate(background)
         assert light != dark
-        page.reload()
+        reload(page)
         assert page.evaluate(background) == light
         page.get_by_role("button", name="Dark colours").click()
         assert page.evaluate(background) == dark
@@ -244,7 +244,7 @@ def test_on_a_mac_option_writes_signs_and_control_shift_acts(launched: Browser, 
     with visit(launched, room.url) as page:
         mac = "Object.defineProperty(navigator, 'platform', { get: () => 'MacIntel' })"
         page.context.add_init_script(mac)
-        page.reload()
+        reload(page)
         opened = page.locator("#toggle-list")
         expect(opened).to_have_attribute("aria-expanded", "true")
         for key, code in (("@", "KeyL"), ("~", "KeyN"), ("Dead", "KeyN"), ("ç", "KeyC")):
@@ -324,7 +324,7 @@ def test_a_keyboard_that_covers_the_page_shortens_it(launched: Browser, room: Ro
                 Object.defineProperty(window, "visualViewport", { value: view });
             }"""
         )
-        page.reload()
+        reload(page)
         resize = """(height) => {
             visualViewport.height = height;
             visualViewport.dispatchEvent(new Event("resize"));

@@ -24,7 +24,7 @@ def orderly_end() -> Iterator[None]:
 def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     both = (signal.SIGTERM, signal.SIGHUP)
     # One that is ignored stays so: nohup asked for it.
-    before = {s: old for s in both if (old := signal.getsignal(s)) is not signal.SIG_IGN}
+    before = {s: old for s in both if (old := signal.getsignal(s)) not in (None, signal.SIG_IGN)}
     for signum in before:
         signal.signal(signum, handler)
     try:

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import os
+import signal
 import socket
 import sys
 import threading
@@ -87,6 +88,9 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        here = threading.current_thread() is threading.main_thread()
+        if here and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # uvicorn leaves it
+            signal.signal(signal.SIGHUP, self.handle_exit)
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -18,6 +18,7 @@ let drawn = null;
 
 /** A line at the bottom for a while, with a button where there is something to do about it. */
 export function toast(text, button = null, ended = () => {}) {
+  const box = byId("toast");
   const line = h("div", { class: "line" }, h("span", {}, text));
   const close = () => {
     clearTimeout(timer);
@@ -28,9 +29,9 @@ export function toast(text, button = null, ended = () => {}) {
     close();
     ended();
   };
-  // Not while someone is about to press its button.
+  // Not while someone is about to press a button here: those above it would move.
   const look = () => {
-    if (line.matches(":hover, :focus-within")) timer = setTimeout(look, UNDO);
+    if (box.matches(":hover, :focus-within")) timer = setTimeout(look, UNDO);
     else end();
   };
   let timer = setTimeout(look, UNDO);
@@ -42,8 +43,10 @@ export function toast(text, button = null, ended = () => {}) {
     line.append(h("button", { type: "button", class: "quiet", onclick: act }, button.name));
   }
   shown.set(line, end);
-  byId("toast").append(line);
-  if (shown.size > LINES) shown.values().next().value();
+  box.prepend(line); // on top, so that no other moves
+  if (shown.size <= LINES) return;
+  const old = [...shown.keys()].filter((one) => one !== line && !one.matches(":hover, :focus-within"));
+  shown.get(old.find((one) => !one.querySelector("button")) ?? old[0])?.();
 }
 
 /** Say that conversations can't be kept, once in a while. */
