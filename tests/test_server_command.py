@@ -110,7 +110,8 @@ def running(model: Path, *flags: str, **environment: str) -> Iterator[tuple[str,
                 stream.close()
 
 
-def test_up_and_down(checkpoint: MakeCheckpoint) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_up_and_down(checkpoint: MakeCheckpoint, signum: signal.Signals) -> None:
     model = checkpoint(max_position_embeddings=100_000)
     kept = {"MLX_CEREBRUM_API_KEY": "the-key"}
     with running(model, "--grace", "0.2", **kept) as (url, process):
@@ -122,7 +123,7 @@ def test_up_and_down(checkpoint: MakeCheckpoint) -> None:
         with httpx.stream("POST", path, json=body, headers=headers, timeout=WAIT) as answer:
             lines = (line for line in answer.iter_lines() if line.startswith("data: "))
             next(lines)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signum)
             last = json.loads(list(lines)[-1].removeprefix("data: "))
         assert last["error"]["code"] == "shutting_down"
         assert process.wait(WAIT) == 0
