@@ -1,7 +1,7 @@
 """Where attention in slices pays on the CPU, against MLX's own, in turns.
 
 MLX's own computes all scores of a chunk and takes their exponentials a value at a time there
-(mlx_cerebrum/attention_cpu.py says why that is slow). Slices cost calls instead: some 20
+(mlx_cerebrum/attention_cpu.py says why that is slow). Slices cost calls instead: some 30
 operations for each head and slice. So they pay from some number of scores on (`LEAST`), and a
 slice has a best size (`SLICE`): fewer scores cost more calls, more of them leave the core's cache.
 """

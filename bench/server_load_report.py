@@ -106,7 +106,7 @@ def _process(found: dict[str, Any]) -> str:
             f" minute 2 on {slope} (least squares of a sample a second{lowest})."
         )
         resting = one.get("at_rest", {})
-        if None not in (resting.get("before"), resting.get("after")):
+        if None not in [resting.get(key) for key in ("new", "before", "after")]:
             new, warm, end = (f"{resting[key] / 1e6:.0f}" for key in ("new", "before", "after"))
             parts.append(
                 f"At rest, without earlier prompts: {new} MB when it was new, {warm} after a first"
