@@ -434,18 +434,19 @@ def _taken(do: Callable[[], None]) -> int:
 def test_no_more_memory_than_predicted(
     loaded: Callable[[int], Loaded], window: int, jobs: list[tuple[int, int, int]]
 ) -> None:
-    desk = Desk(loaded(window), prefill_step_size=128)
     predicted = 0
 
     def run() -> None:
         nonlocal predicted
+        desk = Desk(loaded(window), prefill_step_size=128)
         for seed, (length, max_tokens, n) in enumerate(jobs):
             desk.start(job(length, max_tokens, seed, n=n))
             predicted = max(predicted, sum(desk.batch.predicted()))
             desk.batch.step()
         desk.run()
 
-    taken = _taken(run)
+    # The most of several: how many operations MLX has issued ahead is a matter of timing.
+    taken = max(_taken(run) for _ in range(3))
     assert taken <= predicted <= 5 * taken
 
 
