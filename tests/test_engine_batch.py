@@ -445,9 +445,10 @@ def test_no_more_memory_than_predicted(
             desk.batch.step()
         desk.run()
 
-    # The most of several: how many operations MLX has issued ahead is a matter of timing.
-    taken = max(_taken(run) for _ in range(3))
-    assert taken <= predicted <= 5 * taken
+    taken = _taken(run)
+    assert taken <= predicted
+    # How many operations MLX has issued ahead is a matter of timing: one run may take little.
+    assert predicted <= 5 * max(taken, *(_taken(run) for _ in range(2)))
 
 
 @pytest.mark.parametrize("window", [0, 1000])
