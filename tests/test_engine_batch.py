@@ -434,11 +434,11 @@ def _taken(do: Callable[[], None]) -> int:
 def test_no_more_memory_than_predicted(
     loaded: Callable[[int], Loaded], window: int, jobs: list[tuple[int, int, int]]
 ) -> None:
+    desk = Desk(loaded(window), prefill_step_size=128)
     predicted = 0
 
     def run() -> None:
         nonlocal predicted
-        desk = Desk(loaded(window), prefill_step_size=128)
         for seed, (length, max_tokens, n) in enumerate(jobs):
             desk.start(job(length, max_tokens, seed, n=n))
             predicted = max(predicted, sum(desk.batch.predicted()))
