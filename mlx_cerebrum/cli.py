@@ -41,23 +41,29 @@ def run(main_body: Callable[[], int], debug: bool = False) -> int:
     after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. A fault of the program itself is left to
     raise.
     """
-    came: list[int] = [signal.SIGINT]
+    code = INTERRUPTED
+
+    def end(signum: int, frame: FrameType | None) -> NoReturn:
+        nonlocal code
+        code = 128 + signum
+        raise KeyboardInterrupt  # what is kept or tidied after Ctrl-C, is
+
     if isinstance(sys.stdout, io.TextIOWrapper):  # a C locale must not lose a whole answer
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if sys.stdout is None or sys.stderr is None:  # started with `>&-`
             raise CerebrumError("standard output or error is closed; redirect it to /dev/null")
-        with _ended_as_by_ctrl_c(came):
-            code = main_body()
+        with on_end_signals(end):
+            done = main_body()
         sys.stdout.flush()  # a closed pipe or full disk must show here, not at exit
-        return 128 + came[-1] if code == INTERRUPTED else code
+        return code if done == INTERRUPTED else done
     except BrokenPipeError:
         _drop_stdout()
         return PIPE_CLOSED
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):  # the terminal is gone
             print("interrupted", file=sys.stderr)
-        return 128 + came[-1]
+        return code
     except (CerebrumError, OSError) as error:
         if debug:
             traceback.print_exc()
@@ -73,28 +79,21 @@ def run(main_body: Callable[[], int], debug: bool = False) -> int:
 
 
 @contextlib.contextmanager
-def _ended_as_by_ctrl_c(came: list[int]) -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP are KeyboardInterrupt: what is kept or tidied then, is.
+def on_end_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP are `handler`'s, but one that is ignored: nohup asked for it.
 
-    `came` is told of them. Nothing changes outside the main thread, where Python has no signals.
+    Nothing changes outside the main thread, where Python has no signals.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(signum: int, frame: FrameType | None) -> NoReturn:
-        came.append(signum)
-        raise KeyboardInterrupt
-
-    both = (signal.SIGTERM, signal.SIGHUP)
-    ours = [signum for signum in both if signal.getsignal(signum) is signal.SIG_DFL]  # no nohup
-    for signum in ours:
-        signal.signal(signum, end)
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) not in (None, signal.SIG_IGN):
+                before[signum] = signal.signal(signum, handler)
     try:
         yield
     finally:
-        for signum in ours:
-            signal.signal(signum, signal.SIG_DFL)
+        for signum, old in before.items():
+            signal.signal(signum, old)
 
 
 def describe(error: BaseException) -> str:

@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
+from mlx_cerebrum.cli import on_end_signals
+
 
 @contextmanager
 def orderly_end() -> Iterator[None]:
@@ -16,22 +18,8 @@ def orderly_end() -> Iterator[None]:
     def end(signum: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + signum)  # as shells report it
 
-    with _handled(end):
+    with on_end_signals(end):
         yield
-
-
-@contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    both = (signal.SIGTERM, signal.SIGHUP)
-    # One that is ignored stays so: nohup asked for it.
-    before = {s: old for s in both if (old := signal.getsignal(s)) not in (None, signal.SIG_IGN)}
-    for signum in before:
-        signal.signal(signum, handler)
-    try:
-        yield
-    finally:
-        for signum, old in before.items():
-            signal.signal(signum, old)
 
 
 @contextmanager
@@ -49,7 +37,7 @@ def ends(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
         stop()
 
     try:
-        with _handled(note):
+        with on_end_signals(note):
             yield lambda: noted is not None
     finally:
         if noted is not None:
