@@ -7,6 +7,7 @@ that bears on one source model. It knows no weights and opens nothing but the YA
     plan.layer_map(32)  # (0, 1, ..., 7, 4, 5, ..., 31): 56 positions over 32 blocks
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -14,11 +15,12 @@ from pathlib import Path
 
 from mlx_cerebrum.errors import PlanError
 from mlx_cerebrum.plan_mergekit import Scale, Slice, read
-from mlx_cerebrum.plan_yaml import MAX_CHARACTERS, printable
+from mlx_cerebrum.plan_yaml import MAX_CHARACTERS, documents, printable
 
 __all__ = ["LayerPlan", "Scale", "Slice", "interleave", "main", "named_plans", "resolve"]
 
 MAX_POSITIONS = 10_000
+_NUMBER = re.compile(r"[0-9]{1,6}")
 
 _EMBEDDING = "model.embed_tokens.weight"
 _ATTENTION_OUT = "self_attn.o_proj.weight"
@@ -54,9 +56,25 @@ class LayerPlan:
     tokenizer_source: bool = False
 
     @classmethod
-    def from_text(cls, text: str, where: str = "plan") -> "LayerPlan":
-        """Read YAML. Raises PlanError, one line starting with `where:LINE`."""
-        merge = read(text, where)
+    def from_text(cls, text: str, where: str = "plan", document: int | None = None) -> "LayerPlan":
+        """Read YAML. Raises PlanError, one line starting with `where:LINE`.
+
+        document: which one to take, from 1, of text that holds several.
+        """
+        found = documents(text, where)
+        if document is None and len(found) > 1:
+            lines = ", ".join(str(root.line) for root, _ in found[:5])
+            lines += ", ..." if len(found) > 5 else ""
+            raise PlanError(
+                f"{printable(where)}: holds {len(found)} documents (they begin on lines {lines});"
+                f" name the one to take, {printable(where)}#1 to #{len(found)}"
+            )
+        number = 1 if document is None else document
+        if not 0 < number <= len(found):
+            raise PlanError(f"{printable(where)}: has no document {number}; it has {len(found)}")
+        root, own_text = found[number - 1]
+        text = text if document is None else own_text
+        merge = read(root)
         name = printable(Path(where).name.removesuffix(".yml").removesuffix(".yaml"))
         return cls(
             name,
@@ -69,7 +87,7 @@ class LayerPlan:
         )
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "LayerPlan":
+    def from_file(cls, path: str | Path, document: int | None = None) -> "LayerPlan":
         """Read a YAML file. Raises PlanError also where it cannot be read."""
         where = printable(str(path))
         try:
@@ -80,7 +98,7 @@ class LayerPlan:
             raise PlanError(f"{where}: {error.strerror or error}") from None
         except ValueError:  # not UTF-8, or a path with a NUL
             raise PlanError(f"{where}: not UTF-8 text; a plan is a YAML file") from None
-        return cls.from_text(text, str(path))
+        return cls.from_text(text, str(path), document)
 
     @classmethod
     def named(cls, name: str) -> "LayerPlan":
@@ -199,17 +217,27 @@ def named_plans() -> tuple[str, ...]:
 
 
 def resolve(name_or_path: str) -> LayerPlan:
-    """A named plan, else the file of that path. Raises PlanError listing the names if neither."""
+    """A named plan, else the file of that path; `FILE#2` is the second document of a file.
+
+    Raises PlanError listing the names if it is neither.
+    """
     if name_or_path in named_plans():
         return LayerPlan.named(name_or_path)
+    if _exists(name_or_path):
+        return LayerPlan.from_file(name_or_path)
+    file, mark, number = name_or_path.rpartition("#")
+    if mark and _NUMBER.fullmatch(number) and _exists(file):
+        return LayerPlan.from_file(file, int(number))
+    raise PlanError(
+        f"{printable(repr(name_or_path))} is neither a file nor a named plan; {_names()}"
+    )
+
+
+def _exists(path: str) -> bool:
     try:
-        known = bool(name_or_path) and Path(name_or_path).exists()
+        return bool(path) and Path(path).exists()
     except (OSError, ValueError):  # a name too long for a path, or with a NUL
-        known = False
-    if not known:
-        shown = printable(repr(name_or_path))
-        raise PlanError(f"{shown} is neither a file nor a named plan; {_names()}")
-    return LayerPlan.from_file(name_or_path)
+        return False
 
 
 def _names() -> str:

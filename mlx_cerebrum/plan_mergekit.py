@@ -7,7 +7,7 @@ let vanish (reversed ranges, unknown or repeated keys, NaN) is refused.
 from dataclasses import dataclass
 
 from mlx_cerebrum.errors import PlanError
-from mlx_cerebrum.plan_yaml import Item, parse
+from mlx_cerebrum.plan_yaml import Item
 
 DTYPES = ("float32", "float16", "bfloat16")
 _TOP = (
@@ -20,7 +20,9 @@ _TOP = (
     "parameters",
     "base_model",
     "tokenizer_source",
+    "tokenizer",
     "chat_template",
+    "name",  # mergekit-multi's, of one of a file's several documents
 )
 
 
@@ -87,9 +89,9 @@ class Merge:
     tokenizer_source: bool
 
 
-def read(text: str, where: str) -> Merge:
+def read(root: Item) -> Merge:
     """Read a passthrough configuration. Raises PlanError with the place of what is wrong."""
-    return _Reader().merge(parse(text, where))
+    return _Reader().merge(root)
 
 
 class _Reader:
@@ -111,9 +113,10 @@ class _Reader:
             slices = self.slices(module, inner, self.scales(inner) + top)
         else:
             slices = self.slices(root, keys, top)
+        rebuilt = self.tokenizer(keys)
         self.check_references(keys)
         assert self.source is not None  # every slice names it
-        return Merge(self.source, slices, dtypes[0], dtypes[1], "tokenizer_source" in keys)
+        return Merge(self.source, slices, dtypes[0], dtypes[1], rebuilt)
 
     def only_one_of(self, parent: Item, keys: dict[str, Item], kept: str) -> None:
         for other in ("slices", "models", "modules"):
@@ -182,21 +185,48 @@ class _Reader:
             if "+" in name:
                 raise item.error("names an adapter after '+'; merge it into the model first")
             return name
-        keys = item.mapping("model")
+        keys = item.mapping("model", "lora", "override_architecture")
         inner = item.require(keys, "model")
+        if "lora" in keys:
+            raise keys["lora"].error("names an adapter; merge it into the model first")
+        if "override_architecture" in keys:
+            raise keys["override_architecture"].error("can't be honoured; remove it")
         if not inner.is_mapping:
             return self.model_name(inner)
         parts = inner.mapping("path", "revision")
         path = inner.require(parts, "path").text()
         return f"{path}@{parts['revision'].text()}" if "revision" in parts else path
 
+    def tokenizer(self, keys: dict[str, Item]) -> bool:
+        """Whether the tokenizer is made anew: `tokenizer_source`, or `tokenizer` in its place.
+
+        With one source model, its tokenizer is also the union's and the base's.
+        """
+        source = keys.get("tokenizer_source")
+        if "tokenizer" in keys:
+            if source is not None:
+                raise keys["tokenizer"].error("stands beside tokenizer_source; give one of them")
+            parts = keys["tokenizer"].mapping("source", "tokens", "pad_to_multiple_of")
+            source = parts.get("source")
+            self.same_vocabulary(parts)
+        if source and not (source.is_text and source.text() in ("base", "union")):
+            self.same_source(source)
+        return "tokenizer" in keys or source is not None
+
+    def same_vocabulary(self, parts: dict[str, Item]) -> None:
+        """Refuse what would add rows to the embedding, or compute them."""
+        tokens = parts.get("tokens")
+        if tokens and not (tokens.is_mapping and not tokens.node.value):
+            raise tokens.error("adds or replaces tokens, which a layer plan can't; remove it")
+        pad = parts.get("pad_to_multiple_of")
+        if pad and pad.integer() not in (0, 1):
+            raise pad.error("adds rows to the embedding, which a layer plan can't; remove it")
+
     def check_references(self, keys: dict[str, Item]) -> None:
         """The keys that may only name the source again, for it alone can be honoured."""
         self.same_source(keys.get("base_model"))
-        tokenizer = keys.get("tokenizer_source")
-        # With one source model, its tokenizer is also the union's and the base's.
-        if tokenizer and not (tokenizer.is_text and tokenizer.text() in ("base", "union")):
-            self.same_source(tokenizer)
+        if "name" in keys:
+            keys["name"].text()
         template = keys.get("chat_template")
         if template and template.text() != "auto":
             raise template.error("only 'auto' (the source's own template) can be honoured")

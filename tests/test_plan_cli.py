@@ -202,7 +202,7 @@ def test_bad_input_is_one_line_and_exit_2(run: Run, tmp_path: Path) -> None:
     small.mkdir()
     for argv, start in (
         (["nope"], "error: 'nope' is neither a file nor a named plan; named plans: cerebrum-12"),
-        ([str(past)], f"error: {past}:3: slices[0]: sources is missing"),
+        ([str(past)], f"error: {past}:3: slices[0]: sources is empty"),
         (["cerebrum-7b", "--config", str(tmp_path / "none")], f"error: {tmp_path / 'none'} does"),
         (["cerebrum-7b", "--config", str(tmp_path)], f"error: {tmp_path / 'config.json'} does"),
         (["cerebrum-7b", "--config", str(bad)], f"error: {bad / 'config.json'} is not valid JSON"),
