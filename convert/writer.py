@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from convert.integrity import PIECE, Bytes
 from convert.outputs import Output
+from mlx_cerebrum import json_file
 from mlx_cerebrum.errors import CheckpointError
 
 MAX_SHARD_BYTES = 5_000_000_000  # the hub's and mergekit's default
@@ -65,12 +66,14 @@ class Journal:
         entries: list[dict[str, str]] = []
         for line in lines:
             try:
-                entry = json.loads(line)
-            except ValueError:
+                entry = json_file.parse(line, JOURNAL, CheckpointError)
+            except CheckpointError:
                 continue
-            if isinstance(entry, dict) and entry.keys() == {"fingerprint"}:
+            if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
+                continue
+            if entry.keys() == {"fingerprint"}:
                 entries = [entry]
-            elif isinstance(entry, dict) and entry.keys() == {"key", "sha256"} and entries:
+            elif entry.keys() == {"key", "sha256"} and entries:
                 entries.append(entry)
         return entries
 

@@ -5,13 +5,13 @@ checkpoint adds: `layer_map` (which stored block runs at each position) and
 `residual_scales` (how much each position writes into the residual stream).
 """
 
-import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_cerebrum.errors import ConfigError
+from mlx_cerebrum.json_file import read_object
 
 FORMAT_VERSION = 1
 MAX_BLOCKS = 10_000
@@ -132,15 +132,7 @@ class ModelConfig:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object. Raises ConfigError naming the file (and line) otherwise."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
+    return read_object(path, ConfigError)
 
 
 def _finite(value: float) -> bool:

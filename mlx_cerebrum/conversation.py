@@ -5,20 +5,15 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from mlx_cerebrum import json_file
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.template import check_messages
 
 
 def read_messages(path: Path) -> list[dict[str, str]]:
     """The messages of a file. Raises RequestError where they are no conversation."""
-    try:
-        messages: Any = json.loads(
-            path.read_text(encoding="utf-8-sig")
-        )  # Windows editors put a mark first
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path} is not valid JSON: {error}") from None
+    messages = json_file.read(path, RequestError)
     if not isinstance(messages, list):
         raise RequestError(f"{path} must hold a list of messages, not a {type(messages).__name__}")
     try:

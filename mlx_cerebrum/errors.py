@@ -4,9 +4,15 @@ Every message is a single line a person can act on. Command lines print it after
 `error: ` and exit with 2; `--debug` shows the traceback instead.
 """
 
+_MOST = 1000  # characters: what a file calls its tensors can have millions
+
 
 class CerebrumError(Exception):
     """Base of every error a user can cause and mend."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= _MOST else f"{text[: _MOST * 3 // 4]} ... {text[-_MOST // 4 :]}"
 
 
 class PlanError(CerebrumError):

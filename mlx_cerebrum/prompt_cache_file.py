@@ -19,13 +19,14 @@ from typing import Any, BinaryIO, cast
 
 import mlx.core as mx
 
+from mlx_cerebrum import json_file
 from mlx_cerebrum.cache import Packed, kv_group
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.memory import human, require
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.prompt_cache import PromptCache
 from mlx_cerebrum.prompt_cache_identity import Identity
-from mlx_cerebrum.safetensors_file import TensorInfo, read_header
+from mlx_cerebrum.safetensors_file import TensorInfo, read_header, read_metadata
 
 FORMAT = "mlx-cerebrum prompt cache"
 VERSION = "1"
@@ -34,6 +35,7 @@ DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.u
 DTYPES |= {"I32": mx.int32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PARTS = ("keys", "values")
+_MOST_MARKS = 1000  # three a turn: more are as good as none, and each costs time
 _CHUNK = 1 << 22
 _SLACK = 1 << 20  # the file system's own
 _NEW = "name another file, or remove it"
@@ -186,18 +188,10 @@ def load(
 
 def _read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a prompt cache's header. Raises CheckpointError for any other file."""
-    read_header(path)  # all the rest of it is in order
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            metadata = json.loads(file.read(length)).get("__metadata__")
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from None
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+    metadata = read_metadata(path)
+    if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is safetensors, but not a prompt cache; name another file")
-    if not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path} is damaged: its metadata is not text; {_NEW}")
-    return cast(dict[str, str], metadata)
+    return metadata
 
 
 def _check_sum(path: Path, header: dict[str, TensorInfo]) -> None:
@@ -234,17 +228,17 @@ def _restore(
     except (RuntimeError, ValueError) as error:
         raise refuse(f"MLX can't read it: {error}") from None
     assert isinstance(loaded, dict)
-    lists: dict[str, list[int]] = {}
     for name in ("tokens", "starts"):
         if name not in header or header[name].dtype != "I32" or len(header[name].shape) != 1:
             raise refuse(f"it has no {name}")
-        lists[name] = cast(list[int], loaded[name].tolist())
-    tokens, starts = lists["tokens"], lists["starts"]
+    (offset,), (positions,) = header["tokens"].shape, header["starts"].shape
+    if offset > (most := model.config.max_position_embeddings):
+        raise refuse(f"it has {offset} tokens, the model {most} at most")
+    if positions != (len(prompt_cache.cache) if offset else 0):
+        raise refuse(f"it has {positions} positions, the model {len(prompt_cache.cache)}")
+    tokens, starts = (cast(list[int], loaded[name].tolist()) for name in ("tokens", "starts"))
     if any(not 0 <= token < model.config.vocab_size for token in tokens):
         raise refuse("it has tokens the model has not")
-    if len(starts) != (len(prompt_cache.cache) if tokens else 0):
-        raise refuse(f"it has {len(starts)} positions, the model {len(prompt_cache.cache)}")
-    offset = len(tokens)
     seen = prompt_cache.cache[0].window
     visible = offset if seen is None else min(offset, seen - 1)
     if any(not 0 <= start <= offset - visible for start in starts):
@@ -259,17 +253,16 @@ def _restore(
         del found[name]
     if wrong := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
         raise refuse(f"{wrong[0]} is {found.get(wrong[0])}, the model's {expected.get(wrong[0])}")
-    try:
-        marks = [int(mark) for mark in json.loads(metadata["marks"])]
-    except (KeyError, TypeError, ValueError):
-        raise refuse("its marks are not a list of numbers") from None
+    marks = json_file.parse(metadata.get("marks", ""), f"{path}: the marks", CheckpointError)
+    if not isinstance(marks, list) or not all(type(mark) is int for mark in marks):
+        raise refuse("its marks are not a list of whole numbers")
     for position, (start, layer_cache) in enumerate(zip(starts, prompt_cache.cache, strict=False)):
         keys, values = (_entries(loaded, f"{kind}.{position}") for kind in PARTS)
         mx.eval(keys, values)
         settings = layer_cache.state[4:]
         layer_cache.state = (keys, values, offset, start, *settings)
     prompt_cache.tokens = tokens
-    for mark in marks:
+    for mark in sorted(set(marks).intersection(range(offset + 1)))[-_MOST_MARKS:]:
         if all(c.reachable(mark) == mark for c in prompt_cache.cache):
             for layer_cache in prompt_cache.cache:
                 layer_cache.mark(mark)

@@ -5,13 +5,13 @@ data_offsets}`, then the data (huggingface/safetensors, README). Nothing in it i
 offsets must be in bounds, gap-free and of the size their dtype and shape say.
 """
 
-import json
 import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from mlx_cerebrum import json_file
 from mlx_cerebrum.errors import CheckpointError
 
 ITEM_BYTES = {
@@ -31,7 +31,7 @@ ITEM_BYTES = {
     "F8_E4M3": 1,
     "F8_E5M2": 1,
 }
-_MAX_HEADER = 100_000_000  # the limit of the format's own implementation
+_MAX_RANK = 32  # a product of more sizes could take minutes
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Raises CheckpointError (one line, with the file) for anything that does not add up.
     """
+    return _read(path)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts beside the tensors (`__metadata__`). Raises as `read_header` does."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -56,7 +65,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             if len(prefix) < 8:
                 raise CheckpointError(f"{path} is truncated: {size} bytes, no header")
             (length,) = struct.unpack("<Q", prefix)
-            if length > min(size - 8, _MAX_HEADER):
+            if length > min(size - 8, json_file.MAX_BYTES):
                 raise CheckpointError(
                     f"{path} is truncated or not safetensors: its header claims {length} bytes"
                     f" of a {size} byte file"
@@ -64,47 +73,34 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
-    entries = _parse(path, text)
-    entries.pop("__metadata__", None)
+    entries = json_file.parse(text, f"{path}: the header", CheckpointError)
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path} is not safetensors: its header is not a JSON object")
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: the header's __metadata__ is not text by name")
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
     _check_layout(path, tensors, 8 + length, size)
-    return tensors
-
-
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{path}: the header names {twice!r} twice")
-        return found
-
-    try:
-        header = json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not safetensors: its header is not JSON") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} is not safetensors: its header is not a JSON object")
-    return header
+    return tensors, metadata
 
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     def natural(values: Any) -> TypeGuard[list[int]]:
         return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
 
-    if not isinstance(entry, dict) or entry.get("dtype") not in ITEM_BYTES:
+    dtype = entry.get("dtype") if isinstance(entry, dict) else None
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{path}: the header of {name!r} has no known dtype")
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    if not natural(shape) or not natural(offsets) or len(offsets) != 2:
+    if not natural(shape) or not natural(offsets) or len(offsets) != 2 or len(shape) > _MAX_RANK:
         raise CheckpointError(f"{path}: the header of {name!r} has no valid shape and offsets")
     nbytes = offsets[1] - offsets[0]
-    if nbytes != prod(shape) * ITEM_BYTES[entry["dtype"]]:
+    if nbytes != prod(shape) * ITEM_BYTES[dtype]:
         raise CheckpointError(
-            f"{path}: {name!r} has {nbytes} bytes, but its dtype {entry['dtype']} and"
-            f" shape {shape} need {prod(shape) * ITEM_BYTES[entry['dtype']]}"
+            f"{path}: {name!r} has {nbytes} bytes, but its dtype {dtype} and shape {shape!s:.80}"
+            f" need {prod(shape) * ITEM_BYTES[dtype]!s:.40}"
         )
-    return TensorInfo(entry["dtype"], tuple(shape), data_start + offsets[0], nbytes)
+    return TensorInfo(dtype, tuple(shape), data_start + offsets[0], nbytes)
 
 
 def _check_layout(path: Path, tensors: dict[str, TensorInfo], start: int, size: int) -> None:

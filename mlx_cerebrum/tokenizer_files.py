@@ -1,10 +1,10 @@
 """The JSON files around a tokenizer: which tokens are special, BOS, the chat template."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_cerebrum import json_file
 from mlx_cerebrum.errors import TokenizerError
 from mlx_cerebrum.vocabulary import AddedToken
 
@@ -79,15 +79,7 @@ def read_bytes(path: Path) -> bytes:
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty if there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(read_bytes(path))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
+    return json_file.read_object(path, TokenizerError) if path.exists() else {}
 
 
 def _text(value: Any, name: str, where: Path) -> str:

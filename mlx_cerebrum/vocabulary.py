@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import tokenizers
 from tokenizers.pre_tokenizers import Metaspace
 
+from mlx_cerebrum import json_file
 from mlx_cerebrum.detokenizer import PER_BYTE, PER_SEQUENCE, StreamingDetokenizer
 from mlx_cerebrum.errors import TokenizerError
 
@@ -118,7 +119,7 @@ class TokenizersVocabulary:
         Raises TokenizerError naming `where` for a damaged file or a style not known here.
         """
         try:
-            raw: Any = json.loads(text)
+            raw: Any = json_file.parse(text, where, TokenizerError)
             model, decoders = raw["model"], _kinds(raw["decoder"])
             added = raw.get("added_tokens") or []
             for token in added:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Every module of the runtime, lowest room first: it may import only what stands before it.
 ROOMS = [
     ["errors"],
-    ["cli", "progress"],
+    ["cli", "progress", "json_file"],
     ["plan_yaml"],
     ["plan_mergekit"],
     ["config"],
@@ -63,6 +63,7 @@ ROOMS = [
 ]
 PURE = [
     "errors",
+    "json_file",
     "config",
     "plan",
     "plan_yaml",

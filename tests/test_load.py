@@ -405,6 +405,19 @@ def header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         ({"shape": [2**70, 2**70]}, "need"),
         ({"shape": [-1, 64]}, "shape"),
         ({"dtype": "F3"}, "dtype"),
+        ({"dtype": []}, "dtype"),
+        ({"dtype": {"F32": 1}}, "dtype"),
+        ({"dtype": None}, "dtype"),
+        ({"shape": [True, 64]}, "shape"),
+        ({"shape": [64.0]}, "shape"),
+        ({"shape": {"0": 1}}, "shape"),
+        ({"shape": [10**4000, 64]}, "shape"),
+        ({"shape": [10**99] * 32}, "need"),
+        ({"shape": [1] * 100_000}, "shape"),
+        ({"data_offsets": [0, float("nan")]}, "offsets"),
+        ({"data_offsets": [0, 10**99]}, "need"),
+        ({"data_offsets": [0, 10, 20]}, "offsets"),
+        ({"data_offsets": [False, True]}, "offsets"),
     ],
 )
 def test_lying_header(checkpoint: MakeCheckpoint, entry: dict[str, Any], says: str) -> None:
@@ -414,6 +427,20 @@ def test_lying_header(checkpoint: MakeCheckpoint, entry: dict[str, Any], says: s
     message = refused(path)
     assert says in message
     assert "lm_head.weight" in message
+
+
+@pytest.mark.parametrize("entry", [7, None, [], "F32", {}, {"shape": [1]}])
+def test_a_header_entry_that_is_none(checkpoint: MakeCheckpoint, entry: Any) -> None:
+    path = checkpoint()
+    header(path / "model.safetensors", lambda entries: entries.update({"lm_head.weight": entry}))
+    assert "the header of 'lm_head.weight' has no known dtype" in refused(path)
+
+
+@pytest.mark.parametrize("metadata", [[1], "x", {"format": 7}, {"format": None}, {"a": ["b"]}])
+def test_metadata_that_is_not_text(checkpoint: MakeCheckpoint, metadata: Any) -> None:
+    path = checkpoint()
+    header(path / "model.safetensors", lambda entries: entries.update(__metadata__=metadata))
+    assert "__metadata__ is not text by name" in refused(path)
 
 
 def test_overlapping_tensors(checkpoint: MakeCheckpoint) -> None:

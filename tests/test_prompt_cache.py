@@ -464,8 +464,16 @@ MADE = {
     "number": Made(metadata(dtype=3), "not text"),
     "marks": Made(metadata(marks="[[]]"), "marks"),
     "marks that are not there": Made(metadata(marks="7"), "marks"),
+    "infinite marks": Made(metadata(marks="[Infinity]"), "marks"),
+    "marks of NaN": Made(metadata(marks="[NaN, 1e999]"), "marks"),
+    "nested marks": Made(metadata(marks="[" * 100_000), "marks"),
+    "nested marks that end": Made(metadata(marks="[" * 900 + "]" * 900), "marks"),
+    "truths for marks": Made(metadata(marks="[true]"), "marks"),
+    "marks of 5000 digits": Made(metadata(marks=f"[{'9' * 5000}]"), "marks"),
+    "an object of marks": Made(metadata(marks='{"1": 1}'), "marks"),
+    "no marks": Made(lambda header: header["__metadata__"].pop("marks"), "marks"),
     "no metadata": Made(lambda header: header.pop("__metadata__"), "not a prompt cache"),
-    "metadata is a list": Made(lambda h: h.update(__metadata__=[1]), "not a prompt cache"),
+    "metadata is a list": Made(lambda h: h.update(__metadata__=[1]), "not text by name"),
     "tokens": Made(lambda header: header["tokens"].update(dtype="F32"), "no tokens"),
     "starts": Made(lambda header: header["starts"].update(dtype="U32"), "no starts"),
     "checksum": Made(lambda header: header["checksum"].update(dtype="F32"), "no checksum"),
@@ -479,6 +487,23 @@ def test_a_header_that_is_not_ours_is_refused(file: Path, made: Made) -> None:
     load_cache(file, MODEL, HERE)  # what is not changed is fine
     rewrite(file, made.change)
     refused(made.said, lambda: load_cache(file, MODEL, HERE))
+
+
+@pytest.mark.timeout(60)
+def test_marks_of_no_use_cost_nothing(file: Path) -> None:
+    """Out of reach, or a million times the same."""
+    saved(file)
+    kept = load_cache(file, MODEL, HERE).cache[0].marks
+    assert kept
+    useless = [-1, 10**30, 2**63, *range(10**6, 2 * 10**6)]
+    rewrite(file, metadata(marks=json.dumps([*kept * 10_000, *useless])))
+    assert load_cache(file, MODEL, HERE).cache[0].marks == kept
+
+
+def test_more_tokens_than_positions_are_refused(file: Path) -> None:
+    saved(file)
+    short = Model(replace(MODEL.config, max_position_embeddings=3))
+    refused("the model 3 at most", lambda: load_cache(file, short, HERE))
 
 
 def test_stopped_while_writing_the_old_file_stays(

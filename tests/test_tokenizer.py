@@ -368,7 +368,7 @@ def test_damaged_files(files: Files, name: str, content: str, complaint: str) ->
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("{", "not a usable tokenizer.json"),
+        ("{", "not valid JSON"),
         ("[]", "not a usable tokenizer.json"),
         ('{"model": {"type": "WordPiece"}, "decoder": null}', "WordPiece tokenizer of a style"),
         ('{"model": {"type": "BPE", "merges": []}, "decoder": null}', "BPE tokenizer of a style"),

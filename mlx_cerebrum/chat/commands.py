@@ -194,10 +194,7 @@ def _save(chat: "Chat", argument: str) -> None:
 @_command("load", "FILE", "go on with a saved conversation in place of this one")
 def _load(chat: "Chat", argument: str) -> None:
     path, session = _path(argument), chat.session
-    try:
-        messages = read_messages(path)
-    except OSError as error:
-        raise RequestError(cli.describe(error)) from None
+    messages = read_messages(path)
     if chat.unsaved:
         count = counted(len(session.exchanges), "exchange")
         question = f"This conversation ({count}) is not saved. Leave it?"
