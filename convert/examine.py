@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cerebrum import gguf
-from mlx_cerebrum.checkpoint import FLOATS, INDEX, matrix_shapes, norm_names
-from mlx_cerebrum.config import MODEL_TYPES, ModelConfig, read_json
+from mlx_cerebrum.checkpoint import FLOATS, INDEX, Place, as_stored, matrix_shapes, norm_names
+from mlx_cerebrum.config import MODEL_TYPES, ModelConfig, model_type, read_json
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError
 from mlx_cerebrum.gguf_blocks import BITS
 from mlx_cerebrum.gguf_file import GGUFFile
@@ -75,18 +75,21 @@ def directory(path: Path) -> Findings:
             found.spans[file] = spans
     found.checked.append("headers")
     used = _indexed(found, headers) if (path / INDEX).exists() else _unindexed(found, files)
-    tensors: dict[str, TensorInfo] = {}
+    tensors: dict[str, Place] = {}
     for file in used:
         twice = [name for name in headers.get(file, {}) if name in tensors]
         if twice:
             found.problem("tensors that an earlier file has too", file, twice)
-        tensors |= headers.get(file, {})
+        tensors |= {name: (file, info) for name, info in headers.get(file, {}).items()}
     with found.catch("config.json"):
         found.config = read_json(path / "config.json")
     config = _config(found) if found.config else None
     complete = all(found.spans.get(file) is not None for file in used)
     if config is not None and complete:
-        _compare(found, config, tensors)
+        stored = as_stored(config, path, tensors)
+        if stored != config:
+            found.notes.append("config.json says the head is tied, but it is stored and differs")
+        _compare(found, stored, {name: info for name, (_, info) in tensors.items()})
     elif config is not None:
         found.unchecked.append("shapes against config.json: a header can't be read")
     _tokenizer(found, config, lambda eos: Tokenizer.from_directory(path, eos))
@@ -157,8 +160,8 @@ def _stray(found: Findings, files: list[str]) -> None:
 
 
 def _config(found: Findings) -> ModelConfig | None:
-    if found.config.get("model_type") not in MODEL_TYPES:
-        kind = found.config.get("model_type")
+    kind = model_type(found.config)
+    if kind not in MODEL_TYPES:
         found.unchecked.append(f"shapes against config.json: model_type {kind!r} is not known here")
         return None
     with found.catch("config.json"):

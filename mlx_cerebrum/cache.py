@@ -74,16 +74,24 @@ def kv_group(width: int) -> int:
 def entries_held(window: int | None, prompt: int, generated: int, prefill_step: int) -> int:
     """Most entries one position's buffer has room for in a request, without running it.
 
-    What `update_and_fetch` allocates for `prompt - 1` tokens in chunks, then one at a time.
+    What `update_and_fetch` allocates for `prompt - 1` tokens in chunks, then one at a time. Takes
+    no longer for more of them: the numbers may be any.
     """
-    chunks = [min(prefill_step, prompt - 1 - i) for i in range(0, prompt - 1, prefill_step)]
+    whole, rest = divmod(max(0, prompt - 1), prefill_step)
     used = room = most = 0
-    for length in [*chunks, *([1] * generated)]:
-        if used + length > room:
-            used = used if window is None else min(used, window - 1 + REWIND)
-            room = used + max(length + 1, STEP)
-            most = max(most, room)
-        used += length
+    for length, chunks in ((prefill_step, whole), (rest, 1), (1, generated)):
+        if used + length * chunks <= room:
+            used += length * chunks
+            continue
+        fitting = (room - used) // length
+        used, chunks = used + fitting * length, chunks - fitting
+        keep = used + length * chunks if window is None else window - 1 + REWIND
+        more = max(length + 1, STEP)  # a buffer's room for new entries: so many chunks each time
+        last = (chunks - 1) // (more // length)
+        used = min(min(used, keep) + last * (more // length) * length, keep)
+        room = used + more
+        most = max(most, room)
+        used += (chunks - last * (more // length)) * length
     return most
 
 

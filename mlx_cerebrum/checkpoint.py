@@ -6,7 +6,8 @@ file is refused before a byte of data is read.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ INDEX = "model.safetensors.index.json"
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Buffers that old checkpoints carry and that the architecture computes anew.
 _BUFFERS = ("rotary_emb.inv_freq",)
+_PARTS = ("weight", "scales", "biases")  # of a module, those that are not weight where it is packed
+_PIECE = 2**22  # bytes compared at once
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+Place = tuple[str, TensorInfo]  # the file a tensor is in, and where in it
 
 
 def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -67,7 +72,9 @@ class Extent:
 class Checkpoint(ABC):
     """A readable source. `shapes` maps tensor names to shapes; `read` gets one module's.
 
-    `spare` are modules that are stored though the model never reads them: a tied model's head.
+    `spare` are modules that are stored though the model never reads them: a tied model's head,
+    the embedding's bytes once more. `config` is what the tensors mean: a head that says it is tied
+    but is stored with other values is not, as transformers has it.
     """
 
     path: Path
@@ -166,7 +173,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self.raw_config = read_json(path / "config.json") if _has_config(path) else {}
         self.config = ModelConfig.from_dict(self.raw_config, str(path / "config.json"))
         self.files = weight_files(path)
-        self.tensors: dict[str, tuple[str, TensorInfo]] = {}
+        self.tensors: dict[str, Place] = {}
         for file in self.files:
             for name, info in read_header(path / file).items():
                 if name in self.tensors:
@@ -178,7 +185,9 @@ class SafetensorsCheckpoint(Checkpoint):
         self.shapes = {name: info.shape for name, (_, info) in self.tensors.items()}
         self.dtypes = {name: info.dtype for name, (_, info) in self.tensors.items()}
         if self.config.tie_word_embeddings and "lm_head.weight" in self.tensors:
-            self.spare = frozenset({"lm_head"})
+            self.config = as_stored(self.config, path, self.tensors)
+            if self.config.tie_word_embeddings:
+                self.spare = frozenset({"lm_head"})
         self._open: dict[str, dict[str, mx.array]] = {}
 
     def _check_index(self) -> None:
@@ -192,7 +201,7 @@ class SafetensorsCheckpoint(Checkpoint):
         return {part: self._take(f"{module}.{part}") for part in self.extents(module)}
 
     def extents(self, module: str) -> dict[str, Extent]:
-        names = {part: f"{module}.{part}" for part in ("weight", "scales", "biases")}
+        names = {part: f"{module}.{part}" for part in _PARTS}
         found = {part: self.tensors[n] for part, n in names.items() if n in self.tensors}
         return {
             part: Extent(self.path / file, info.offset, info.nbytes)
@@ -213,6 +222,42 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_directory(self.path, self.config.eos_token_ids)
+
+
+def as_stored(config: ModelConfig, path: Path, tensors: Mapping[str, Place]) -> ModelConfig:
+    """The config as the tensors of the directory `path` have it.
+
+    A head that `tie_word_embeddings` calls the embedding, but is stored with other values, is used
+    as it is stored: transformers does that (`tie_weights`). Raises CheckpointError where a file
+    ends early.
+    """
+    if not config.tie_word_embeddings or "lm_head.weight" not in tensors:
+        return config
+
+    def parts(module: str) -> dict[str, Place]:
+        return {part: tensors[n] for part in _PARTS if (n := f"{module}.{part}") in tensors}
+
+    head, table = parts("lm_head"), parts("model.embed_tokens")
+    alike = head.keys() == table.keys() and all(_alike(path, head[p], table[p]) for p in head)
+    return config if alike else replace(config, tie_word_embeddings=False)
+
+
+def _alike(path: Path, one: Place, other: Place) -> bool:
+    """Whether two tensors are the same to the byte; a piece at a time, of files of any size."""
+    (file, info), (other_file, other_info) = one, other
+    if (info.dtype, info.shape) != (other_info.dtype, other_info.shape):
+        return False
+    with (path / file).open("rb") as first, (path / other_file).open("rb") as second:
+        first.seek(info.offset)
+        second.seek(other_info.offset)
+        for start in range(0, info.nbytes, _PIECE):
+            size = min(_PIECE, info.nbytes - start)
+            piece = first.read(size)
+            if len(piece) != size:
+                raise CheckpointError(f"{path / file} is truncated")
+            if piece != second.read(size):
+                return False
+    return True
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

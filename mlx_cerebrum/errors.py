@@ -4,6 +4,9 @@ Every message is a single line a person can act on. Command lines print it after
 `error: ` and exit with 2; `--debug` shows the traceback instead.
 """
 
+from reprlib import Repr
+from typing import Any
+
 _MOST = 1000  # characters: what a file calls its tensors can have millions
 
 
@@ -37,3 +40,12 @@ class RequestError(CerebrumError):
 
 class MemoryBudgetError(CerebrumError):
     """More bytes needed than the device has."""
+
+
+_LINE = Repr()
+_LINE.maxstring = _LINE.maxother = 60
+
+
+def shown(value: Any) -> str:
+    """Someone's value as a message shows it: escaped, and cut to fit a line."""
+    return _LINE.repr(value)

@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from mlx_cerebrum import hub
 from mlx_cerebrum.checkpoint import FLOATS, Checkpoint, matrix_shapes, open_checkpoint
-from mlx_cerebrum.config import ModelConfig
+from mlx_cerebrum.config import MOST, ModelConfig
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.memory import available_bytes, on_gpu, require
 from mlx_cerebrum.model import Model
@@ -95,7 +95,7 @@ def planned_config(
     if window is not None:
         if window < 0:
             raise ConfigError(f"window {window} is negative; use 0 for full attention")
-        config = replace(config, sliding_window=window or None)
+        config = replace(config, sliding_window=min(window, MOST) or None)
     return config
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_cerebrum.errors import ConfigError
+from mlx_cerebrum.errors import ConfigError, shown
 from mlx_cerebrum.model import TransformerBlock
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
@@ -33,15 +33,20 @@ class Packing:
 
     def __post_init__(self) -> None:
         if self.mode not in DEFAULTS:
-            raise ConfigError(f"mode {self.mode!r} is not one of {', '.join(DEFAULTS)}")
+            raise ConfigError(f"mode {shown(self.mode)} is not one of {', '.join(DEFAULTS)}")
+        for value in (self.bits, self.group_size):
+            if type(value) is not int:  # 4.0 equals 4, but MLX does not take it
+                raise ConfigError(f"bits and group_size are whole numbers, not {shown(value)}")
         if self.mode != "affine":
             if (self.bits, self.group_size) != DEFAULTS[self.mode]:
                 bits, group = DEFAULTS[self.mode]
                 raise ConfigError(f"{self.mode} has {bits} bits in groups of {group} only")
         elif self.bits not in AFFINE_BITS:
-            raise ConfigError(f"{self.bits!r} bits a weight are not one of {AFFINE_BITS}")
+            raise ConfigError(f"{shown(self.bits)} bits a weight are not one of {AFFINE_BITS}")
         elif self.group_size not in AFFINE_GROUPS:
-            raise ConfigError(f"a group size of {self.group_size!r} is not one of {AFFINE_GROUPS}")
+            raise ConfigError(
+                f"a group size of {shown(self.group_size)} is not one of {AFFINE_GROUPS}"
+            )
 
     @classmethod
     def from_config(cls, quantization: dict[str, Any], path: str) -> "Packing":
@@ -53,7 +58,8 @@ class Packing:
         source = own if isinstance(own, dict) else quantization
         mode = source.get("mode") or "affine"
         bits, group_size = DEFAULTS.get(mode, (None, None)) if isinstance(mode, str) else (0, 0)
-        bits, group_size = source.get("bits") or bits, source.get("group_size") or group_size
+        bits = bits if source.get("bits") is None else source["bits"]
+        group_size = group_size if source.get("group_size") is None else source["group_size"]
         try:
             return cls(bits, group_size, str(mode))  # type: ignore[arg-type]  # checked there
         except ConfigError as error:

@@ -60,6 +60,14 @@ def test_visible_entries_are_the_window(chunk: int) -> None:
         assert feed(cache, chunk) == list(range(max(0, start - 3), start + chunk))
 
 
+def test_room_is_predicted_at_once_however_many_tokens() -> None:
+    """A prompt cache asks for two windows, and a config may say any window."""
+    most = 10**12
+    assert entries_held(most, 2 * most + 1, most, 512) == most - 1 + 64 + 513
+    assert entries_held(None, most + 1, 256, 513) == most + 257
+    assert entries_held(None, 1, most, 512) == most
+
+
 @given(
     window=st.one_of(st.none(), st.integers(1, 900)),
     prompt=st.integers(1, 1500),
@@ -288,7 +296,8 @@ def test_going_back_is_as_if_never_seen(
         else:
             wanted = max(0, cache.offset - amount)
             point = cache.reachable(wanted)
-            marked = [mark for mark in cache.marks if mark <= wanted]
+            # A window of one token sees nothing before it: nothing is set aside for a mark.
+            marked = [mark for mark in cache.marks if mark <= wanted] if window != 1 else []
             assert max([0, *marked]) <= point <= wanted
             if amount <= cache.rewindable():
                 assert point == wanted

@@ -9,13 +9,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import MakeCheckpoint, config_of, parameters, tensors
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from convert import writer
 from convert.__main__ import main
 from convert.layout import Options
 from convert.pipeline import convert
 from convert.sensitivity import Sensitivity
+from convert.verify import verify
 from mlx_cerebrum import load
 from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.decode import generate_step
@@ -83,6 +84,33 @@ def test_identity_is_a_plain_mistral_directory(checkpoint: MakeCheckpoint, tmp_p
     config = config_of(tmp_path / "p")
     assert config["model_type"] == "mistral"
     assert "layer_map" not in config
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_tied_model_keeps_a_head_of_its_own(
+    checkpoint: MakeCheckpoint, plan_file: Callable[..., Path], tmp_path: Path, packed: bool
+) -> None:
+    """As transformers runs it. Stock tools drop a head that the config calls tied: it must not."""
+    source = checkpoint(tie_word_embeddings=True)
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"][::-1].copy()
+    save_file(weights, source / "model.safetensors")
+    assert any("is stored and differs" in note for note in verify(source)["notes"])
+    if packed:
+        flags = ["--mlx-path", tmp_path / "q", "-q", "--q-group-size", "32"]
+        assert run("--hf-path", source, *flags) == 0
+        source = tmp_path / "q"
+        raw = config_of(source) | {"tie_word_embeddings": True}
+        (source / "config.json").write_text(json.dumps(raw))
+        assert verify(source)["sound"]
+    expected = load(source, plan=str(plan_file()))[0](mx.array([PROMPT]))
+    for layout in ("folded", "unrolled"):
+        out = tmp_path / layout
+        plan = ["--plan", plan_file(), "--layout", layout]
+        assert run("--hf-path", source, "--mlx-path", out, *plan) == 0
+        assert config_of(out)["tie_word_embeddings"] is False
+        assert "lm_head.weight" in tensors(out)
+        assert mx.array_equal(load(out)[0](mx.array([PROMPT])), expected)
 
 
 def test_unrolled_is_what_mergekit_writes(

@@ -491,7 +491,7 @@ def test_a_tensor_cut_short_while_reading(tiny: Path) -> None:
         ({"llama.attention.causal": False}, ConfigError, "causal"),
         ({"llama.vocab_size": 41}, CheckpointError, "token_embd.weight"),
         ({"llama.vocab_size": None, "tokenizer.ggml.tokens": 3}, ConfigError, "vocab_size"),
-        ({"tokenizer.ggml.eos_token_id": -1}, ConfigError, "eos_token_id"),
+        ({"tokenizer.ggml.eos_token_id": 1.5}, ConfigError, "eos_token_id"),
         ({"split.count": 3}, CheckpointError, "--merge"),
     ],
 )

@@ -11,12 +11,15 @@ import pytest
 from conftest import MakeCheckpoint, parameters
 from safetensors.numpy import load_file, save_file
 
+from convert.__main__ import main as convert
 from mlx_cerebrum import load
 from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError, MemoryBudgetError
 from mlx_cerebrum.load import choose_storage, load_model
 from mlx_cerebrum.model import Model
+from mlx_cerebrum.prompt_cache import PromptCache
 from mlx_cerebrum.quantize import Packing
+from mlx_cerebrum.stream import stream_generate
 
 IDS = mx.array([[5, 80, 44, 120, 7, 99, 201, 5, 17, 42, 9, 30, 77, 150, 3, 6]])
 
@@ -80,6 +83,17 @@ def test_window_can_be_overridden(checkpoint: MakeCheckpoint) -> None:
     assert load(path, window=0)[0].config.sliding_window is None
     assert not mx.array_equal(logits(path), logits(path, window=4))
     assert "negative" in refused(path, window=-1)
+    assert load(path, window=10**400)[0].config.sliding_window == 2**31 - 1
+
+
+def test_a_window_beyond_any_sequence(checkpoint: MakeCheckpoint) -> None:
+    """Neither the prediction nor the run takes longer for it, nor anything but its meaning."""
+    model, tokenizer = load(checkpoint(sliding_window=10**12))
+    cache = PromptCache(model, max_bytes=10**9)
+    found = list(stream_generate(model, tokenizer, "abc", max_tokens=2, prompt_cache=cache))
+    model, tokenizer = load(checkpoint("none", sliding_window=None))
+    expected = list(stream_generate(model, tokenizer, "abc", max_tokens=2))
+    assert [r.token for r in found] == [r.token for r in expected]
 
 
 def test_llama_has_no_window(checkpoint: MakeCheckpoint) -> None:
@@ -98,6 +112,44 @@ def test_tied_head(checkpoint: MakeCheckpoint) -> None:
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
     save_file(weights, path / "model.safetensors")
     assert mx.array_equal(model(IDS), logits(path))
+
+
+def own_head(path: Path, identical: bool = False) -> None:
+    """Give a tied checkpoint a stored head: another one, or the embedding once more."""
+
+    def change(weights: dict[str, Any]) -> None:
+        table = weights["model.embed_tokens.weight"]
+        weights["lm_head.weight"] = table.copy() if identical else table[::-1].copy()
+
+    rewrite(path, change)
+
+
+def test_a_head_that_is_not_the_embedding_is_used(checkpoint: MakeCheckpoint) -> None:
+    """Whatever tie_word_embeddings says, as transformers does; an identical one costs nothing."""
+    tied = checkpoint(tie_word_embeddings=True)
+    plain = open_checkpoint(tied).config
+    assert plain.tie_word_embeddings
+    expected = logits(tied)
+    own_head(tied, identical=True)
+    checkpointed = open_checkpoint(tied)
+    assert (checkpointed.config, checkpointed.spare) == (plain, frozenset({"lm_head"}))
+    assert mx.array_equal(logits(tied), expected)
+
+    own_head(tied)
+    other = open_checkpoint(tied)
+    assert not other.config.tie_word_embeddings
+    assert not other.spare
+    table = 260 * 64
+    assert other.config.stored_parameters == plain.stored_parameters + table
+    more = choose_storage(other, None, "float32").nbytes
+    assert more == choose_storage(checkpointed, None, "float32").nbytes + 4 * table
+    assert mx.array_equal(logits(tied), expected[..., ::-1])
+    # The last value of several pieces decides too, and so does the dtype.
+    own_head(tied, identical=True)
+    rewrite(tied, lambda w: w["lm_head.weight"].__setitem__((-1, -1), 7.0))
+    assert not open_checkpoint(tied).config.tie_word_embeddings
+    rewrite(tied, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"][:9].copy()}))
+    assert "lm_head.weight is [9, 64]" in refused(tied)
 
 
 def test_plan_at_load(checkpoint: MakeCheckpoint, plan_file: Callable[..., Path]) -> None:
@@ -341,6 +393,21 @@ def test_bad_config(checkpoint: MakeCheckpoint, changes: dict[str, Any], says: s
     message = refused(path)
     assert says in message
     assert "config.json" in message
+
+
+@pytest.mark.parametrize(
+    "change", [{"bits": 4.0}, {"group_size": 32.0}, {"bits": "4"}, {"bits": 0}]
+)
+def test_packings_are_whole_numbers(
+    checkpoint: MakeCheckpoint, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """4.0 equals 4, but MLX takes no floats."""
+    path = tmp_path / "packed"
+    flags = ["-q", "--q-group-size", "32", "--quiet"]
+    assert convert(["--hf-path", str(checkpoint()), "--mlx-path", str(path), *flags]) == 0
+    packing = json.loads((path / "config.json").read_text())["quantization"]
+    edit(path, quantization=packing | change)
+    assert "quantization of" in refused(path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": 1' + "0" * 5000 + "}", "\xff"])
