@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from mlx_cerebrum.decode import Sampler, greedy
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.open_files import limit_kept
 
 
 def check_sampling(temp: float, top_p: float, min_p: float, seed: int | None) -> None:
@@ -39,7 +40,8 @@ def make_sampler(
         return greedy
 
     if top_p < 1 or min_p > 0:
-        from mlx_lm.sample_utils import apply_min_p, apply_top_p  # 1.4 s: only where it is used
+        with limit_kept():
+            from mlx_lm.sample_utils import apply_min_p, apply_top_p  # 1.4 s: only where used
 
     rest = mx.random.key(secrets.randbits(63) if seed is None else seed)
     keys: list[mx.array] = []  # of each token's draw

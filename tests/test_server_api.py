@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -29,7 +30,7 @@ from server_room import (
 )
 
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.server.jobs import BusyError, Event, Failed, Piece, Sampling
+from mlx_cerebrum.server.jobs import BusyError, Event, Failed, Piece, Sampling, TokenLogprob
 from mlx_cerebrum.server.replies import ChatCompletion, TextCompletion
 from mlx_cerebrum.tokenizer import Tokenizer
 
@@ -144,6 +145,47 @@ def test_log_probabilities_of_completions(server: Running) -> None:
         assert [value for one in streamed for value in one[key]] == values
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (0, {"X": -4.0}),
+        (1, {"H": -0.5, "X": -4.0}),
+        (2, {"H": -0.5, "e": -1.5, "X": -4.0}),
+        (3, {"H": -0.5, "e": -1.5, "X": -4.0}),
+    ],
+)
+def test_the_drawn_token_is_among_the_likeliest(
+    server: Running,
+    engine: FakeEngine,
+    tokenizer: Tokenizer,
+    asked: int,
+    expected: dict[str, float],
+    stream: bool,
+) -> None:
+    """As OpenAI's completions have it; their chats have only the likeliest."""
+    likeliest, next_, drawn = tokenizer.encode("HeX", add_bos=False)
+    top = ((likeliest, -0.5), (next_, -1.5), (drawn, -4.0))
+
+    def script(ticket: FakeTicket) -> Iterator[Event]:
+        assert ticket.job.top_logprobs == asked
+        yield Piece(0, drawn, "X", "length", 0, TokenLogprob(drawn, -4.0, top[:asked]))
+
+    def choice(answer: httpx.Response, what: str) -> Any:
+        found = events(answer)[:-1] if stream else [answer.json()]
+        logprobs = [one["choices"][0]["logprobs"] for one in found]
+        return next(filter(None, logprobs))[what]
+
+    engine.script = script
+    answer = post(server, "/v1/completions", prompt="a", logprobs=asked, stream=stream)
+    assert list(choice(answer, "top_logprobs")[0].items()) == list(expected.items())
+    assert choice(answer, "token_logprobs") == [-4.0]
+    answer = post(server, **chat(logprobs=True, top_logprobs=asked, stream=stream))
+    (token,) = choice(answer, "content")
+    assert (token["token"], token["logprob"]) == ("X", -4.0)
+    assert [one["logprob"] for one in token["top_logprobs"]] == [-0.5, -1.5, -4.0][:asked]
+
+
 def test_pieces_of_a_character(server: Running, engine: FakeEngine, tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode("\u00e9", add_bos=False)
 
@@ -163,6 +205,7 @@ def test_pieces_of_a_character(server: Running, engine: FakeEngine, tokenizer: T
     listed = body["choices"][0]["logprobs"]
     assert listed["tokens"] == ["bytes:\\xc3", "bytes:\\xa9"]
     assert listed["text_offset"] == [0, 0]
+    assert listed["top_logprobs"][0] == {"bytes:\\xc3": -0.5}
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -146,6 +146,22 @@ def test_completions(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in stream) == again.choices[0].text
 
 
+def test_log_probabilities_of_what_is_drawn(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="small", prompt="Once", max_tokens=30, logprobs=1, temperature=2, seed=1
+    )
+    found = answer.choices[0].logprobs
+    assert found is not None
+    assert found.tokens is not None
+    assert found.token_logprobs is not None
+    assert found.top_logprobs is not None
+    for token, logprob, top in zip(
+        found.tokens, found.token_logprobs, found.top_logprobs, strict=True
+    ):
+        assert top[token] == logprob
+    assert 2 in map(len, found.top_logprobs)  # some are not the likeliest
+
+
 def test_stop(client: openai.OpenAI) -> None:
     free = client.completions.create(model="small", prompt="Once", max_tokens=40).choices[0].text
     stop = free[8:11]

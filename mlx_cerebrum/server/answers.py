@@ -235,12 +235,12 @@ class TextShape:
         }
 
     def _top(self, of: TokenLogprob) -> dict[str, float]:
-        top: dict[str, float] = {}
-        for token, logprob in of.top:
-            top.setdefault(
-                self._token(token), _finite(logprob)
-            )  # of two that look alike, the likelier
-        return top
+        """The likeliest tokens, and the one that was drawn: so there can be one more than asked
+        for (https://platform.openai.com/docs/api-reference/completions)."""
+        top = {self._token(of.token): _finite(of.logprob)}
+        for token, logprob in of.top:  # of those that look alike, the drawn one, or the likelier
+            top.setdefault(self._token(token), _finite(logprob))
+        return dict(sorted(top.items(), key=lambda pair: -pair[1]))
 
     def _token(self, token: int) -> str:
         text, data = self._spelling(token)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator
 
 from mlx_cerebrum.decode import greedy
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.server import batch_memory
 from mlx_cerebrum.server.decoder import Decoder
 from mlx_cerebrum.server.jobs import Failed, Piece, Reading
+from mlx_cerebrum.server.lm import BatchGenerator
 from mlx_cerebrum.server.logprobs import token_logprobs
 from mlx_cerebrum.server.prefix_cache import Caches, PrefixCache, make_caches
 from mlx_cerebrum.server.task import Counts, Task, said

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchRotatingKVCache
 
 from mlx_cerebrum.model import Model
+from mlx_cerebrum.server.lm import BatchRotatingKVCache
 
 
 class Decoder:

@@ -9,9 +9,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
-from mlx_lm.models.cache import KVCache, RotatingKVCache, can_trim_prompt_cache, trim_prompt_cache
 
 from mlx_cerebrum.config import ModelConfig
+from mlx_cerebrum.server.lm import (
+    KVCache,
+    RotatingKVCache,
+    can_trim_prompt_cache,
+    trim_prompt_cache,
+)
 
 Caches = list[Any]  # mlx-lm's KVCache or RotatingKVCache, one for each position
 Key = tuple[str, str]  # owner, model

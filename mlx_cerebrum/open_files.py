@@ -1,0 +1,39 @@
+"""How many files, connections among them, this process may have open."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from mlx_cerebrum.errors import RequestError
+
+
+@contextmanager
+def limit_kept() -> Iterator[None]:
+    """Around an import of mlx_lm: it sets the limit of open files, to 2048 and at most 4096.
+
+    Where fewer are allowed that is an error, where more are it takes them away. The limit is
+    the user's: here it stays as it is.
+    """
+    set_limit = resource.setrlimit
+    resource.setrlimit = lambda *_: None
+    try:
+        yield
+    finally:
+        resource.setrlimit = set_limit
+
+
+def raise_limit(wanted: int, least: int, why: str) -> int:
+    """Have `wanted` files allowed, or as many of them as can be; returns how many are.
+
+    Raises RequestError where fewer than `least` are.
+    """
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed != resource.RLIM_INFINITY and allowed < wanted:
+        more = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+        with suppress(ValueError, OSError):  # a system's own bound may be below the limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, most))
+            allowed = more
+    found = wanted if allowed == resource.RLIM_INFINITY else min(allowed, wanted)
+    if found < least:
+        raise RequestError(f"{found} files may be open, and {why} needs {least}; see ulimit -n")
+    return found

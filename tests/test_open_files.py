@@ -1,0 +1,62 @@
+"""The limit of open files is the user's."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.open_files import raise_limit
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import mlx_cerebrum.server.lm",
+        "from mlx_cerebrum.sampling import make_sampler; make_sampler(1.0, 0.5)",
+    ],
+)
+def test_mlx_lm_is_imported_where_few_files_may_be_open(imports: str) -> None:
+    code = f"{imports}; import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    command = ["sh", "-c", 'ulimit -n 100; exec "$0" -c "$1"', sys.executable, code]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (ended.stdout, ended.returncode) == ("(100, 100)\n", 0), ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("limits", "wanted", "found", "left"),
+    [
+        ((100, 1000), 500, 500, (500, 1000)),
+        ((100, 300), 500, 300, (300, 300)),
+        ((800, 1000), 500, 500, (800, 1000)),
+        ((100, resource.RLIM_INFINITY), 500, 500, (500, resource.RLIM_INFINITY)),
+        ((resource.RLIM_INFINITY,) * 2, 500, 500, (resource.RLIM_INFINITY,) * 2),
+    ],
+)
+def test_as_many_files_as_can_be(
+    monkeypatch: pytest.MonkeyPatch,
+    limits: tuple[int, int],
+    wanted: int,
+    found: int,
+    left: tuple[int, int],
+) -> None:
+    now = [limits]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: now[0])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: now.__setitem__(0, new))
+    assert raise_limit(wanted, 100, "a test") == found
+    assert now == [left]
+    with pytest.raises(RequestError, match=r"files may be open, and a test needs 501; see ulimit"):
+        raise_limit(wanted, 501, "a test")
+
+
+def test_a_limit_that_the_system_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    assert raise_limit(20_000, 100, "a test") == 256
