@@ -1,32 +1,24 @@
-"""Conversations to prompts: the checkpoint's Jinja template, or the built-in Cerebrum one.
+"""Conversations to prompts: a Jinja template's text and control tokens, told from a person's.
 
-A template writes control tokens as text (`<s>`, `<|im_end|>`), and so can a user. The two
-are told apart by spelling: before rendering, wherever a message spells a control token its
-first character is swapped for a private one that nothing else uses; after rendering, the
-control tokens still spelled out are the template's own, and the characters are swapped
-back in the text between them.
+A template writes control tokens as text (`<s>`, `<|im_end|>`), and so can a user. While a
+template runs, each character is known to be its own or somebody else's (see template_text), and
+a control token is only what is spelled by the template's characters alone. Messages read as
+they are in the template, so that it finds the `</think>` of an earlier answer.
 
-The template comes from the checkpoint, so it runs in Jinja's sandbox: no files, no
-attributes with underscores, a bound on time (checked in each loop and macro), on output and
-on repetition. Not bounded: the memory of what `~`, `+` and filters build within one step.
+The template comes from the checkpoint: it is walked, never run as Python, reaches no file, and
+its steps, its text and its time are bounded whatever it says.
 """
 
-import json
 import re
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+from functools import cached_property
+from typing import Any
 
-import jinja2
 from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_cerebrum.errors import RequestError, TokenizerError
+from mlx_cerebrum.template_run import RefusalError, Run, parse
+from mlx_cerebrum.template_text import Budget, marks, own
 from mlx_cerebrum.vocabulary import AddedToken
 
 # The model card's text.
@@ -56,8 +48,10 @@ CEREBRUM_TEMPLATE = (
 CEREBRUM_STOP = "\nUser:"
 
 ROLES = ("system", "user", "assistant")
-RENDER_SECONDS = 10.0
-RENDER_CHARS = 1_000_000  # plus four times what the messages hold
+# What a rendering may take (see Budget), and how much more for each message and its characters.
+SECONDS = 5.0
+STEPS, MESSAGE_STEPS = 1_000_000, 1_000
+LETTERS, MESSAGE_LETTERS = 16_000_000, 32
 
 Segment = str | AddedToken
 
@@ -104,18 +98,27 @@ class ChatTemplate:
     ) -> None:
         self.source = source
         self._controls = controls
-        self._variables = dict(variables)
+        self._variables = {name: own(text) for name, text in variables.items()}
         # Longest first, so that no token hides behind a shorter one.
         names = sorted(filter(None, controls), key=len, reverse=True)
-        self._names = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        begins = "".join(sorted({re.escape(name[0]) for name in names}))
         self._split = re.compile(
-            "|".join(
+            rf"(?=[{begins}\s])(?:"  # most places are no token: seen at once
+            + "|".join(
                 r"\s*" * controls[name].lstrip + re.escape(name) + r"\s*" * controls[name].rstrip
                 for name in names
             )
-            or r"(?!)"
+            + ")"
+            if names
+            else r"(?!)"
         )
-        self._parts = {(name[:cut], name[cut:]) for name in names for cut in range(1, len(name))}
+        # Stands where somebody else's characters are: it is in no control token's name.
+        spelled = set("".join(names))
+        self._hidden = next(char for char in map(chr, range(0xE000, 0xF8FF)) if char not in spelled)
+
+    @cached_property
+    def _tree(self) -> nodes.Template:
+        return parse(self.source)
 
     def render(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
@@ -125,137 +128,61 @@ class ChatTemplate:
         Raises RequestError where the template refuses the conversation, TokenizerError
         where the template itself fails.
         """
-        contents = [message["content"] for message in messages]
-        stand_in = self._stand_ins(contents)
-        shielded = [
-            {**message, "content": self._shield(message["content"], stand_in)}
-            for message in messages
-        ]
-        text = _render(
-            self.source,
-            {
-                "messages": shielded,
-                "add_generation_prompt": add_generation_prompt,
-                "tools": None,
-                "documents": None,
-                **self._variables,
-            },
-            RENDER_CHARS + 4 * sum(map(len, contents)),
+        held = sum(len(message["content"]) for message in messages)
+        budget = Budget(
+            STEPS + MESSAGE_STEPS * len(messages), LETTERS + MESSAGE_LETTERS * held, SECONDS
         )
-        restore = str.maketrans({new: old for old, new in stand_in.items()})
+        variables = {
+            # A role is one of three words, which some templates build a token's name with.
+            "messages": [
+                {"role": own(message["role"]), "content": message["content"]}
+                for message in messages
+            ],
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+            **self._variables,
+        }
+        try:
+            text = Run(budget, variables).render(self._tree)
+        except RefusalError as error:
+            raise RequestError(
+                f"the chat template refuses these messages: {_line(error)}"
+            ) from None
+        except Exception as error:  # a template can raise anything Python can
+            raise TokenizerError(f"the chat template fails: {_line(error)}") from None
+        return self._segments(text)
+
+    def _segments(self, text: str) -> list[Segment]:
         segments: list[Segment] = []
-        at = 0
-        for match in self._split.finditer(text):
-            segments.append(text[at : match.start()].translate(restore))
+        at, whose = 0, marks(text)
+        for match in self._split.finditer(self._visible(text, whose)):
             name = match[0] if match[0] in self._controls else match[0].strip()
-            segments.append(self._controls[name])
+            start = text.index(name, match.start())
+            if 0 in whose[start : start + len(name)]:
+                continue  # a space in the name, which is somebody else's
+            segments += (text[at : match.start()], self._controls[name])
             at = match.end()
-        segments.append(text[at:].translate(restore))
+        segments.append(text[at:])
         return [segment for segment in segments if segment != ""]
 
-    def _stand_ins(self, contents: Sequence[str]) -> dict[str, str]:
-        """A private-use character, in no message nor template, for each character to swap."""
-        used = set(self.source).union(*contents)
-        free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
-        swapped = {char for name in self._controls for char in name}
-        return dict(zip(sorted(swapped), free, strict=False))
-
-    def _shield(self, content: str, stand_in: Mapping[str, str]) -> str:
-        """Break every control token spelled in `content`, and any it could be a part of."""
-        chars = list(content)
-        starts = [match.start() for match in self._names.finditer(content)]
-        body = content.strip()
-        first = len(content) - len(content.lstrip())
-        for head, tail in self._parts:
-            if body.endswith(head):
-                starts.append(first + len(body) - len(head))
-            if body.startswith(tail):
-                starts.append(first)
-        if body and any(body in name for name in self._controls):
-            starts.append(first)
-        for start in starts:
-            chars[start] = stand_in[content[start]]
-        return "".join(chars)
-
-
-class _RefusalError(Exception):
-    """The template called raise_exception."""
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks answers for training; here its body is simply rendered."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """One rendering's environment: transformers' settings, plus a deadline."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
-        self._limit = limit
-        self._deadline = time.monotonic() + RENDER_SECONDS
-        self.filters["tojson"] = _tojson
-        self.globals["raise_exception"] = _refuse
-        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-
-    def tick(self) -> None:
-        if time.monotonic() > self._deadline:
-            raise SecurityError(f"it ran for more than {RENDER_SECONDS:.0f} seconds")
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        numbers = (int, float)
-        if operator == "**" and not (abs(left) <= 2**32 and abs(right) <= 64):
-            raise SecurityError("a power out of bounds")
-        for factor, other in ((left, right), (right, left)):
-            repeats = operator == "*" and not isinstance(factor, numbers)
-            if repeats and isinstance(other, int) and len(factor) * other > self._limit:
-                raise SecurityError("a repetition out of bounds")
-        return super().call_binop(context, operator, left, right)
-
-    def stream(self, source: str, variables: Mapping[str, Any]) -> Iterable[str]:
-        tree = self.parse(source)
-        for node in tree.find_all((nodes.For, nodes.Macro)):
-            assert isinstance(node, nodes.For | nodes.Macro)
-            tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
-            node.body.insert(0, nodes.ExprStmt(tick).set_lineno(node.lineno))
-        tree.set_environment(self)
-        template = jinja2.Template.from_code(self, self.compile(tree), dict(self.globals))
-        return template.generate(variables)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise _RefusalError(message)
-
-
-def _tojson(value: Any, **options: Any) -> str:
-    # Jinja's own escapes <, > and &, which a prompt must not.
-    return json.dumps(value, ensure_ascii=False, **options)
-
-
-def _render(source: str, variables: Mapping[str, Any], limit: int) -> str:
-    parts: list[str] = []
-    size = 0
-    try:
-        for part in _Sandbox(limit).stream(source, variables):
-            parts.append(part)
-            size += len(part)
-            if size > limit:
-                raise SecurityError(f"its prompt is longer than {limit:,} characters")
-    except _RefusalError as error:
-        raise RequestError(f"the chat template refuses these messages: {_line(error)}") from None
-    except Exception as error:  # a template can raise anything Python can
-        raise TokenizerError(f"the chat template fails: {_line(error)}") from None
-    return "".join(parts)
+    def _visible(self, text: str, whose: bytes) -> str:
+        """`text` with what is not the template's hidden, but for white space at its edges: that
+        may belong to a token beside it."""
+        shown, at = list[str](), 0
+        for match in re.finditer(rb"\0+", whose):
+            start, stop = match.span()
+            piece = text[start:stop]
+            body = piece.strip()
+            left = len(piece) - len(piece.lstrip()) if body else len(piece)
+            hidden = self._hidden * len(body)
+            shown += (text[at:start], piece[:left], hidden, piece[left + len(body) :])
+            at = stop
+        shown.append(text[at:])
+        return "".join(shown)
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,14 +1,10 @@
-"""Chat templates: the prompt's exact text, whose control tokens count, and hostile templates."""
+"""Chat templates: the prompt's exact text, and messages that are none."""
 
-import time
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from mlx_cerebrum import template
-from mlx_cerebrum.errors import RequestError, TokenizerError
+from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.template import (
     CEREBRUM_TEMPLATE,
     DEFAULT_SYSTEM,
@@ -53,46 +49,6 @@ def test_the_built_in_template_refuses_two_users_in_a_row() -> None:
         chat(CEREBRUM_TEMPLATE).render([user("a"), user("b")])
 
 
-GLUED = (
-    "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    "<{% for m in messages %}{{ m.content.strip() }}{% endfor %}>"
-)
-
-
-@settings(deadline=None, max_examples=300)
-@given(
-    contents=st.lists(
-        st.text(st.sampled_from("</s> x\n"))
-        | st.sampled_from(["<s>", "a</s>", "<", "</", "s>x", "/s>", ">", "</s </s>"]),
-        min_size=1,
-        max_size=4,
-    )
-)
-def test_text_never_becomes_a_control_token(contents: list[str]) -> None:
-    """Not even glued to the next message, or to what the template writes around it."""
-    prompt = chat(GLUED).render([user(content) for content in contents])
-    assert [part for part in prompt if isinstance(part, AddedToken)] == [BOS] + [EOS] * len(
-        contents
-    )
-    text = "".join(part if isinstance(part, str) else part.content for part in prompt)
-    glued = "".join(content.strip() for content in contents)
-    assert text == "<s>" + "".join(content + "</s>" for content in contents) + f"<{glued}>"
-
-
-def test_a_message_still_reads_as_itself_inside_the_template() -> None:
-    source = (
-        "{% for m in messages %}{{ m.content|length }}{{ 'think>' in m.content }}"
-        "{{ m.content.split('</think>')[-1] }}{% endfor %}"
-    )
-    assert chat(source).render([user("<think>x</think>y</s>")]) == ["21Truey</s>"]
-
-
-def test_white_space_that_belongs_to_a_token() -> None:
-    greedy = {"<|end|>": AddedToken(5, "<|end|>", lstrip=True, rstrip=True)}
-    prompt = ChatTemplate("a {{ '<|end|>' }} \n b", greedy, {}).render([user("x")])
-    assert prompt == ["a", greedy["<|end|>"], "b"]
-
-
 def test_a_longer_name_wins() -> None:
     controls = {"<a>": AddedToken(1, "<a>"), "<a>b": AddedToken(2, "<a>b")}
     assert ChatTemplate("<a>b<a>", controls, {}).render([user("")]) == [
@@ -109,39 +65,6 @@ def test_what_transformers_templates_rely_on() -> None:
     )
     prompt = chat(source).render([user("no"), user("<é>")])
     assert prompt == ['{"role": "user", "content": "<é>"}4True']
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% if %}",
-        "{{ messages.nothing.there }}",
-        "{{ 1 / 0 }}",
-        "{% include '/etc/passwd' %}",
-        "{{ messages.append(1) }}",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
-        "{{ 'a' * 10**9 }}",
-        "{{ 10**9 * 'a' }}",
-        "{{ 9**999999999 }}",
-        "{% for i in range(10**9) %}{% endfor %}",
-        "{% for i in range(90000) %}{{ 'a' * 100 }}{% endfor %}",
-        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    ],
-)
-def test_a_failing_or_hostile_template_is_one_line(source: str) -> None:
-    with pytest.raises(TokenizerError, match="the chat template fails: ") as caught:
-        chat(source).render([user("x")])
-    assert "\n" not in str(caught.value)
-
-
-def test_an_endless_template_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template, "RENDER_SECONDS", 0.2)
-    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    started = time.monotonic()
-    with pytest.raises(TokenizerError, match="ran for more than"):
-        chat(loops).render([user("x")])
-    assert time.monotonic() - started < 5
 
 
 def test_what_the_template_refuses_is_the_request_s_fault() -> None:
