@@ -12,16 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cerebrum import gguf
-from mlx_cerebrum.checkpoint import FLOATS, INDEX, Place, as_stored, matrix_shapes, norm_names
+from mlx_cerebrum.checkpoint import (
+    BUFFERS,
+    FLOATS,
+    INDEX,
+    Place,
+    described,
+    misfits,
+    open_checkpoint,
+    weight_files,
+)
 from mlx_cerebrum.config import MODEL_TYPES, ModelConfig, model_type, read_json
-from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError
+from mlx_cerebrum.errors import CerebrumError, ConfigError
+from mlx_cerebrum.foreign import adapter_problem, config_problem, unfinished
 from mlx_cerebrum.gguf_blocks import BITS
 from mlx_cerebrum.gguf_file import GGUFFile
-from mlx_cerebrum.quantize import Packing
 from mlx_cerebrum.safetensors_file import TensorInfo, read_header
 from mlx_cerebrum.tokenizer import Tokenizer
-
-_BUFFERS = ("rotary_emb.inv_freq",)  # what old checkpoints carry and every loader computes anew
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,9 @@ def directory(path: Path) -> Findings:
     found = Findings(path)
     files = sorted(file.name for file in path.glob("*.safetensors"))
     if not files and not (path / INDEX).exists():
-        raise CheckpointError(f"{path} has no safetensors files")
+        weight_files(path)  # raises: it says what there is instead
+    if problem := adapter_problem(path):
+        found.problem(problem, "adapter_config.json")
     headers: dict[str, dict[str, TensorInfo]] = {}
     for file in files:
         found.spans[file] = None
@@ -83,21 +92,21 @@ def directory(path: Path) -> Findings:
         tensors |= {name: (file, info) for name, info in headers.get(file, {}).items()}
     with found.catch("config.json"):
         found.config = read_json(path / "config.json")
-    config = _config(found) if found.config else None
+    config = _config(found)
     complete = all(found.spans.get(file) is not None for file in used)
     if config is not None and complete:
-        stored = as_stored(config, path, tensors)
-        if stored != config:
-            found.notes.append("config.json says the head is tied, but it is stored and differs")
-        _compare(found, stored, {name: info for name, (_, info) in tensors.items()})
+        with found.catch():
+            _compare(found, config, tensors)
     elif config is not None:
         found.unchecked.append("shapes against config.json: a header can't be read")
     _tokenizer(found, config, lambda eos: Tokenizer.from_directory(path, eos))
+    if config is not None and not found.problems:
+        with found.catch():  # whatever loading it refuses is a problem, seen above or not
+            open_checkpoint(path)
     code = found.config.get("model_file")
     if isinstance(code, str):
-        found.notes.append(f"config.json names code for mlx-lm to run: {code}")
-        if not (path / code).is_file():
-            found.problem(f"model_file {code} is missing", "config.json")
+        missing = "" if (path / code).is_file() else ", which is missing"
+        found.notes.append(f"config.json names code for mlx-lm to run: {code}{missing}")
     return found
 
 
@@ -119,16 +128,17 @@ def _indexed(found: Findings, headers: dict[str, dict[str, TensorInfo]]) -> list
         if file not in found.spans:
             inside = Path(file).name == file and file.endswith(".safetensors")
             text = "is missing" if inside else "is not a safetensors file of the directory"
-            found.problem(f"{file} {text}, but the index lists it", INDEX, names)
+            left = unfinished(found.path / file) if inside else ""
+            found.problem(f"{file} {text}, but the index lists it{left}", INDEX, names)
         elif file in headers:
-            absent = [name for name in names if name not in headers[file]]
+            absent = [n for n in names if n not in headers[file] and not n.endswith(BUFFERS)]
             if absent:
                 found.problem(f"the index says {file} holds tensors it does not", INDEX, absent)
     used = [file for file in sorted(listed) if file in found.spans]
     for file in used:
         extra = [name for name in headers.get(file, {}) if weight_map.get(name) != file]
-        if extra:
-            found.problem(f"{file} holds tensors the index does not place there", INDEX, extra)
+        if extra:  # a fault only where they are missing, or twice, elsewhere
+            found.notes.append(f"{file} holds {len(extra)} tensors the index does not place there")
     _stray(found, [file for file in found.spans if file not in listed])
     metadata = index.get("metadata")
     claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
@@ -136,7 +146,9 @@ def _indexed(found: Findings, headers: dict[str, dict[str, TensorInfo]]) -> list
     if claimed is None:
         found.unchecked.append(f"the index's total_size: {INDEX} has none")
     elif len(used) == len(listed) and set(used) <= set(headers) and claimed != actual:
-        found.problem(f"total_size is {claimed!r}, the tensors have {actual} bytes", INDEX)
+        found.notes.append(
+            f"{INDEX}: total_size is {claimed!r:.40}, the tensors have {actual} bytes"
+        )
     return used
 
 
@@ -153,65 +165,38 @@ def _stray(found: Findings, files: list[str]) -> None:
     """Weight files that are no part of the model: mlx-lm loads every `model*.safetensors`,
     and transformers prefers `model.safetensors` to an index."""
     for file in files:
-        if file.startswith("model"):
-            found.problem("it is no part of the model, but mlx-lm would load it too", file)
+        if file == "model.safetensors":
+            found.problem("the index does not list it, but transformers would read it alone", file)
+        elif file.startswith("model"):
+            found.notes.append(f"{file} is no part of the model, but mlx-lm would load it too")
         else:
             found.notes.append(f"{file} is no part of the model")
 
 
 def _config(found: Findings) -> ModelConfig | None:
+    """The config, where it is one that can be run here."""
     kind = model_type(found.config)
-    if kind not in MODEL_TYPES:
-        found.unchecked.append(f"shapes against config.json: model_type {kind!r} is not known here")
+    if not found.config:
         return None
-    with found.catch("config.json"):
-        return ModelConfig.from_dict(found.config, str(found.path / "config.json"))
+    if problem := config_problem(found.config):
+        found.problem(problem, "config.json")
+    elif kind not in MODEL_TYPES:
+        found.unchecked.append(f"shapes against config.json: model_type {kind!r} is not known here")
+    else:
+        with found.catch("config.json"):
+            return ModelConfig.from_dict(found.config, str(found.path / "config.json"))
     return None
 
 
-def _compare(found: Findings, config: ModelConfig, tensors: dict[str, TensorInfo]) -> None:
+def _compare(found: Findings, config: ModelConfig, tensors: dict[str, Place]) -> None:
     """Names, shapes and dtypes against the config."""
     found.checked.append("names, shapes and dtypes against config.json")
-    expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
-    for module, (rows, columns) in matrix_shapes(config).items():
-        if f"{module}.scales" not in tensors:
-            expected[f"{module}.weight"] = (rows, columns), tuple(FLOATS)
-            continue
-        if config.quantization is None:
-            found.problem(f"{module} is quantized, but there is no 'quantization'", "config.json")
-            return
-        try:
-            packing = Packing.from_config(config.quantization, module)
-        except ConfigError as error:
-            found.problem(str(error), "config.json")
-            return
-        scales = tuple(FLOATS) if packing.mode == "affine" else ("U8",)
-        for part, shape in packing.shapes(rows, columns).items():
-            expected[f"{module}.{part}"] = shape, ("U32",) if part == "weight" else scales
-    expected |= dict.fromkeys(norm_names(config), ((config.hidden_size,), tuple(FLOATS)))
-    unused = ("lm_head.",) if config.tie_word_embeddings else ()
-    wrong = {
-        "tensors missing": [name for name in expected if name not in tensors],
-        "tensors the model has no place for": [
-            name
-            for name in tensors
-            if name not in expected and not name.endswith(_BUFFERS) and not name.startswith(unused)
-        ],
-        "tensors of the wrong shape": [
-            f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
-            for name, (shape, _) in expected.items()
-            if name in tensors and tensors[name].shape != shape
-        ],
-        "tensors of a dtype they can't have": [
-            f"{name} is {tensors[name].dtype}"
-            for name, (_, dtypes) in expected.items()
-            if name in tensors and tensors[name].dtype not in dtypes
-        ],
-    }
-    for text, names in wrong.items():
-        if names:
-            found.problem(text, None, names)
-    kinds = {FLOATS[tensor.dtype] for tensor in tensors.values() if tensor.dtype in FLOATS}
+    stored, shapes, dtypes, spare = described(config, found.path, tensors)
+    if stored != config:
+        found.notes.append("config.json says the head is tied, but it is stored and differs")
+    for problem, names in misfits(stored, shapes, dtypes, spare, found.path):
+        found.problem(problem, None, names)
+    kinds = {FLOATS[kind] for kind in dtypes.values() if kind in FLOATS}
     if config.dtype is not None and kinds and config.dtype not in kinds:
         found.notes.append(f"config.json says {config.dtype}, the tensors are {sorted(kinds)}")
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.foreign import not_a_file
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -84,6 +85,8 @@ class HashedFile:
         self, path: Path, verify: bool = True, executor: ThreadPoolExecutor | None = None
     ) -> None:
         self.path = path
+        if problem := not_a_file(path):  # a pipe would never end
+            raise CheckpointError(problem)
         try:
             self._file = path.open("rb", buffering=0)  # the interpreter sets O_CLOEXEC
         except OSError as error:

@@ -6,7 +6,7 @@ file is refused before a byte of data is read.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,14 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_cerebrum.config import ModelConfig, read_json
-from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.errors import CerebrumError, CheckpointError
+from mlx_cerebrum.foreign import (
+    adapter_problem,
+    config_problem,
+    folder_problem,
+    tensor_problem,
+    unfinished,
+)
 from mlx_cerebrum.quantize import Packing
 from mlx_cerebrum.safetensors_file import TensorInfo, read_header
 from mlx_cerebrum.tokenizer import Tokenizer
@@ -22,9 +29,10 @@ from mlx_cerebrum.tokenizer import Tokenizer
 INDEX = "model.safetensors.index.json"
 # safetensors' names of the dtypes weights have -> torch's, which are also MLX's.
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+PARTS = ("weight", "scales", "biases")  # of a matrix
+_HELD = (*FLOATS, "U32", "U8")
 # Buffers that old checkpoints carry and that the architecture computes anew.
-_BUFFERS = ("rotary_emb.inv_freq",)
-_PARTS = ("weight", "scales", "biases")  # of a module, those that are not weight where it is packed
+BUFFERS = ("rotary_emb.inv_freq",)
 _PIECE = 2**22  # bytes compared at once
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -100,13 +108,7 @@ class Checkpoint(ABC):
 
     def packing(self, module: str) -> Packing | None:
         """How the matrix at this module path is quantized; None when it is dense."""
-        if f"{module}.scales" not in self.shapes:
-            return None
-        if self.config.quantization is None:
-            raise CheckpointError(
-                f"{self.path}: {module} is quantized, but the config has no 'quantization'"
-            )
-        return Packing.from_config(self.config.quantization, module)
+        return packing_of(self.config, self.shapes, module)
 
     @property
     def weight_dtype(self) -> str:
@@ -119,46 +121,84 @@ class Checkpoint(ABC):
 
         Raises CheckpointError naming the missing, extra or misshapen tensors.
         """
-        expected: dict[str, tuple[int, ...]] = {}
-        for module, (rows, columns) in matrix_shapes(self.config).items():
-            if packing := self.packing(module):
-                shapes = packing.shapes(rows, columns)
-                expected |= {f"{module}.{name}": shape for name, shape in shapes.items()}
-            else:
-                expected[f"{module}.weight"] = (rows, columns)
-        for module in self.spare:  # a head like the one that is used
-            rows, columns = self.config.vocab_size, self.config.hidden_size
-            packing = self.packing(module)
-            table = packing.shapes(rows, columns) if packing else {"weight": (rows, columns)}
-            expected |= {f"{module}.{part}": shape for part, shape in table.items()}
-        expected |= dict.fromkeys(norm_names(self.config), (self.config.hidden_size,))
+        directory = self.path if self.path.is_dir() else self.path.parent
+        for problem, names in misfits(self.config, self.shapes, self.dtypes, self.spare, directory):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            listed = f": {', '.join(names[:3])}{more}" if names else ""
+            raise CheckpointError(f"{self.path}: {problem}{listed}")
 
-        def refuse(problem: str, names: list[str]) -> None:
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise CheckpointError(f"{self.path}: {problem}: {', '.join(names[:3])}{more}")
 
-        refuse("tensors missing", [name for name in expected if name not in self.shapes])
-        refuse("tensors the model has no place for", [n for n in self.shapes if n not in expected])
-        wrong = [
-            f"{name} is {list(self.shapes[name])}, not {list(shape)}"
-            for name, shape in expected.items()
-            if self.shapes[name] != shape
-        ]
-        refuse("tensors of the wrong shape", wrong)
-        odd = [
-            f"{name} is {self.dtypes[name]}"
-            for name in expected
-            if self.dtypes[name] not in self._dtypes_allowed(name)
-        ]
-        refuse("tensors of a dtype they can't have", odd)
+def packing_of(config: ModelConfig, names: Container[str], module: str) -> Packing | None:
+    """How the matrix at this module path of a checkpoint with these tensors is quantized."""
+    if f"{module}.scales" not in names:
+        return None
+    if config.quantization is None:
+        raise CheckpointError(f"{module} is quantized, but the config has no 'quantization'")
+    return Packing.from_config(config.quantization, module)
 
-    def _dtypes_allowed(self, name: str) -> set[str]:
-        module, _, part = name.rpartition(".")
-        packing = self.packing(module)
-        if packing is None or (packing.mode == "affine" and part != "weight"):
-            return set(FLOATS)
-        return {"U32"} if part == "weight" else {"U8"}
+
+def described(
+    config: ModelConfig, path: Path, tensors: Mapping[str, Place]
+) -> tuple[ModelConfig, dict[str, tuple[int, ...]], dict[str, str], frozenset[str]]:
+    """What the tensors of the directory `path` mean: the config as they have it, their shapes and
+    dtypes, buffers left out, and the spare modules. Raises CheckpointError as `as_stored` does."""
+    kept = {name: info for name, (_, info) in tensors.items() if not name.endswith(BUFFERS)}
+    shapes = {name: info.shape for name, info in kept.items()}
+    dtypes = {name: info.dtype for name, info in kept.items()}
+    stored = as_stored(config, path, tensors)
+    spare = stored.tie_word_embeddings and "lm_head.weight" in kept
+    return stored, shapes, dtypes, frozenset({"lm_head"} if spare else ())
+
+
+def misfits(
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+    spare: Iterable[str],
+    directory: Path,
+) -> Iterator[tuple[str, list[str]]]:
+    """What of the tensors is not as the config has it: each problem, and the tensors with it.
+
+    Loading stops at the first one, verifying has them all: what one takes, the other does.
+    directory: where the checkpoint lies, and perhaps what its quantizer left.
+    """
+    matrices: dict[str, tuple[int, int]] = dict(matrix_shapes(config))
+    matrices |= dict.fromkeys(spare, (config.vocab_size, config.hidden_size))
+    norms = norm_names(config)
+    known = {f"{module}.{part}" for module in matrices for part in PARTS}.union(norms)
+    odd = any(name not in known or kind not in _HELD for name, kind in dtypes.items())
+    if odd and (problem := tensor_problem(dtypes, directory)):
+        yield problem, []
+        return
+    expected: dict[str, tuple[tuple[int, ...], Container[str]]] = {}
+    for module, (rows, columns) in matrices.items():
+        try:
+            packing = packing_of(config, shapes, module)
+        except CerebrumError as error:
+            yield str(error), []
+            return
+        if packing is None:
+            expected[f"{module}.weight"] = (rows, columns), FLOATS
+            continue
+        scales: Container[str] = FLOATS if packing.mode == "affine" else ("U8",)
+        for part, shape in packing.shapes(rows, columns).items():
+            expected[f"{module}.{part}"] = shape, ("U32",) if part == "weight" else scales
+    expected |= dict.fromkeys(norms, ((config.hidden_size,), FLOATS))
+    found = {
+        "tensors missing": [name for name in expected if name not in shapes],
+        "tensors the model has no place for": [name for name in shapes if name not in expected],
+        "tensors of the wrong shape": [
+            f"{name} is {list(shapes[name])}, not {list(shape)}"
+            for name, (shape, _) in expected.items()
+            if name in shapes and shapes[name] != shape
+        ],
+        "tensors of a dtype they can't have": [
+            f"{name} is {dtypes[name]}"
+            for name, (_, allowed) in expected.items()
+            if name in dtypes and dtypes[name] not in allowed
+        ],
+    }
+    yield from ((problem, names) for problem, names in found.items() if names)
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -166,11 +206,14 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if (path / "adapter_config.json").exists():
-            raise CheckpointError(
-                f"{path} holds a LoRA adapter, which is not supported: merge it into its base first"
-            )
-        self.raw_config = read_json(path / "config.json") if _has_config(path) else {}
+        if problem := adapter_problem(path):
+            raise CheckpointError(f"{path}: {problem}")
+        if not (path / "config.json").exists():
+            problem = folder_problem(path) or "it has no config.json"
+            raise CheckpointError(f"{path} is not a checkpoint: {problem}")
+        self.raw_config = read_json(path / "config.json")
+        if problem := config_problem(self.raw_config):
+            raise CheckpointError(f"{path}: {problem}")
         self.config = ModelConfig.from_dict(self.raw_config, str(path / "config.json"))
         self.files = weight_files(path)
         self.tensors: dict[str, Place] = {}
@@ -179,29 +222,25 @@ class SafetensorsCheckpoint(Checkpoint):
                 if name in self.tensors:
                     other = self.tensors[name][0]
                     raise CheckpointError(f"{path}: {name} is in both {other} and {file}")
-                if not name.endswith(_BUFFERS):
-                    self.tensors[name] = (file, info)
+                self.tensors[name] = (file, info)
         self._check_index()
-        self.shapes = {name: info.shape for name, (_, info) in self.tensors.items()}
-        self.dtypes = {name: info.dtype for name, (_, info) in self.tensors.items()}
-        if self.config.tie_word_embeddings and "lm_head.weight" in self.tensors:
-            self.config = as_stored(self.config, path, self.tensors)
-            if self.config.tie_word_embeddings:
-                self.spare = frozenset({"lm_head"})
+        self.config, self.shapes, self.dtypes, self.spare = described(
+            self.config, path, self.tensors
+        )
         self._open: dict[str, dict[str, mx.array]] = {}
 
     def _check_index(self) -> None:
         if not (self.path / INDEX).exists():
             return
         for name, file in read_json(self.path / INDEX)["weight_map"].items():
-            if not name.endswith(_BUFFERS) and self.tensors.get(name, ("",))[0] != file:
+            if not name.endswith(BUFFERS) and self.tensors.get(name, ("",))[0] != file:
                 raise CheckpointError(f"{self.path}: {INDEX} says {name} is in {file}; it is not")
 
     def read(self, module: str) -> dict[str, mx.array]:
         return {part: self._take(f"{module}.{part}") for part in self.extents(module)}
 
     def extents(self, module: str) -> dict[str, Extent]:
-        names = {part: f"{module}.{part}" for part in _PARTS}
+        names = {part: f"{module}.{part}" for part in PARTS}
         found = {part: self.tensors[n] for part, n in names.items() if n in self.tensors}
         return {
             part: Extent(self.path / file, info.offset, info.nbytes)
@@ -235,7 +274,7 @@ def as_stored(config: ModelConfig, path: Path, tensors: Mapping[str, Place]) -> 
         return config
 
     def parts(module: str) -> dict[str, Place]:
-        return {part: tensors[n] for part in _PARTS if (n := f"{module}.{part}") in tensors}
+        return {part: tensors[n] for part in PARTS if (n := f"{module}.{part}") in tensors}
 
     head, table = parts("lm_head"), parts("model.embed_tokens")
     alike = head.keys() == table.keys() and all(_alike(path, head[p], table[p]) for p in head)
@@ -282,12 +321,6 @@ def _open_file(path: Path) -> Checkpoint:
     raise CheckpointError(f"{path} is not a checkpoint: name its directory, or a .gguf file")
 
 
-def _has_config(path: Path) -> bool:
-    if (path / "config.json").exists():
-        return True
-    raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
-
-
 def weight_files(path: Path) -> list[str]:
     """The safetensors files of a directory, from its index where it has one.
 
@@ -305,8 +338,16 @@ def weight_files(path: Path) -> list[str]:
                     " file of the directory"
                 )
             if not (path / file).is_file():
-                raise CheckpointError(f"{path / file} is missing, but {INDEX} lists it")
-        return sorted(set(weight_map.values()))
+                raise CheckpointError(
+                    f"{path / file} is missing, but {INDEX} lists it{unfinished(path / file)}"
+                )
+        files = sorted(set(weight_map.values()))
+        if "model.safetensors" not in files and (path / "model.safetensors").exists():
+            raise CheckpointError(
+                f"{path} has model.safetensors beside {INDEX}, which does not list it; tools differ"
+                " in which they read: remove one"
+            )
+        return files
     if (path / "model.safetensors").exists():
         return ["model.safetensors"]
     found = sorted(file.name for file in path.glob("*.safetensors"))
@@ -314,6 +355,8 @@ def weight_files(path: Path) -> list[str]:
         return found
     if found:
         raise CheckpointError(f"{path} has {len(found)} safetensors files but no {INDEX}")
+    if problem := folder_problem(path):
+        raise CheckpointError(f"{path} has no safetensors files: {problem}")
     if any(next(path.glob(pattern), None) for pattern in _PICKLES):
         raise CheckpointError(
             f"{path} has only pickled weights (.bin), which can run code: convert them to"

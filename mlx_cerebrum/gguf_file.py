@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.foreign import stand_in
 
 # Metadata and tensor table together; the largest vocabularies take about 15 MB. Values
 # become Python objects of several times their size, so the bound bounds memory too.
@@ -81,6 +82,8 @@ class GGUFFile:
         Raises CheckpointError, naming the byte, for anything that is not a sound
         little-endian GGUF of version 2 or 3.
         """
+        if problem := stand_in(path):
+            raise CheckpointError(problem)
         try:
             with path.open("rb") as handle:
                 identity = _identity(handle.fileno())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cerebrum.errors import CerebrumError
+from mlx_cerebrum.foreign import stand_in
 
 # The largest tokenizer.json of a public model has 32 MiB, and half a million merges.
 MAX_BYTES = 33 << 20
@@ -37,8 +38,10 @@ def read(path: Path, error: type[CerebrumError]) -> Any:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise error(f"{path} does not exist") from None
-    except OSError as problem:
-        raise error(f"{path} can't be read: {problem.strerror or problem}") from None
+    except OSError as failure:
+        raise error(f"{path} can't be read: {failure.strerror or failure}") from None
+    if problem := stand_in(path, data):
+        raise error(problem)
     return parse(data, str(path), error)
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 
 from mlx_cerebrum import json_file
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.foreign import stand_in, unfinished
 
 ITEM_BYTES = {
     "F64": 8,
@@ -30,6 +31,9 @@ ITEM_BYTES = {
     "BOOL": 1,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
 }
 _MAX_RANK = 32  # a product of more sizes could take minutes
 
@@ -58,6 +62,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    if problem := stand_in(path):
+        raise CheckpointError(problem)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -112,7 +118,7 @@ def _check_layout(path: Path, tensors: dict[str, TensorInfo], start: int, size: 
     if at > size:
         raise CheckpointError(
             f"{path} is truncated: {size} bytes of the {at} its header describes;"
-            " download or copy it again"
+            f" download or copy it again{unfinished(path)}"
         )
     if at < size:
         raise CheckpointError(f"{path} has {size - at} bytes after its last tensor")

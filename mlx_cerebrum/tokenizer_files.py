@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_cerebrum import json_file
 from mlx_cerebrum.errors import TokenizerError
+from mlx_cerebrum.foreign import stand_in
 from mlx_cerebrum.vocabulary import AddedToken
 
 # Every file a tokenizer is read from, and `Tokenizer.save` copies.
@@ -71,10 +72,14 @@ class TokenizerFiles:
 
 
 def read_bytes(path: Path) -> bytes:
+    """Raises TokenizerError for what can't be read, or is not what its name says."""
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
+    if problem := stand_in(path, data):
+        raise TokenizerError(problem)
+    return data
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -576,7 +576,7 @@ STRING, ARRAY, U32 = 8, 9, 4
     [
         (b"", "is empty"),
         (b"GG", "past the end"),
-        (b"PK\3\4" + bytes(60), "not a GGUF file"),
+        (b"PK\3\4" + bytes(60), "is a zip archive"),
         (container([], [], version=1), "version 1"),
         (container([], [], version=4), "version 4"),
         (struct.pack(">4sIQQ", b"GGUF", 3, 0, 0) + bytes(32), "big-endian"),

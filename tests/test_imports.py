@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Every module of the runtime, lowest room first: it may import only what stands before it.
 ROOMS = [
     ["errors"],
+    ["foreign"],
     ["open_files"],
     ["cli", "progress", "json_file"],
     ["plan_yaml"],

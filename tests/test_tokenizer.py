@@ -344,7 +344,7 @@ def test_saved_files_give_the_same_ids_here_and_in_transformers(
     ("name", "content", "complaint"),
     [
         ("tokenizer.model", "", "tokenizer.model is empty"),
-        ("tokenizer.model", "version https://git-lfs", "not a SentencePiece model"),
+        ("tokenizer.model", "version https://git-lfs", "tokenizer.model is a git-lfs pointer"),
         ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
         ("tokenizer_config.json", "[]", "holds a list"),
         ("tokenizer_config.json", '{"add_bos_token": "yes"}', "add_bos_token must be"),
