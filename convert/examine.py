@@ -27,6 +27,7 @@ from mlx_cerebrum.errors import CerebrumError, ConfigError
 from mlx_cerebrum.foreign import adapter_problem, config_problem, unfinished
 from mlx_cerebrum.gguf_blocks import BITS
 from mlx_cerebrum.gguf_file import GGUFFile
+from mlx_cerebrum.load import load_tokenizer
 from mlx_cerebrum.safetensors_file import TensorInfo, read_header
 from mlx_cerebrum.tokenizer import Tokenizer
 
@@ -100,9 +101,8 @@ def directory(path: Path) -> Findings:
     elif config is not None:
         found.unchecked.append("shapes against config.json: a header can't be read")
     _tokenizer(found, config, lambda eos: Tokenizer.from_directory(path, eos))
-    if config is not None and not found.problems:
-        with found.catch():  # whatever loading it refuses is a problem, seen above or not
-            open_checkpoint(path)
+    if config is not None:
+        _loads(found, path)
     code = found.config.get("model_file")
     if isinstance(code, str):
         missing = "" if (path / code).is_file() else ", which is missing"
@@ -180,7 +180,7 @@ def _config(found: Findings) -> ModelConfig | None:
         return None
     if problem := config_problem(found.config):
         found.problem(problem, "config.json")
-    elif kind not in MODEL_TYPES:
+    elif kind is not None and kind not in MODEL_TYPES:
         found.unchecked.append(f"shapes against config.json: model_type {kind!r} is not known here")
     else:
         with found.catch("config.json"):
@@ -212,10 +212,17 @@ def _tokenizer(
     with found.catch():
         tokenizer, rows = read(config.eos_token_ids), config.vocab_size
         if tokenizer.vocab_size > rows:
-            found.problem(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}")
+            found.notes.append(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}")
         beyond = sorted(token for token in tokenizer.eos_token_ids if token >= rows)
         if beyond:
-            found.problem(f"end tokens {beyond} are past the vocabulary of {rows}")
+            found.notes.append(f"end tokens {beyond} are past the vocabulary of {rows}")
+
+
+def _loads(found: Findings, path: Path) -> None:
+    """Whatever loading refuses is a problem, seen above or not."""
+    if not found.problems:
+        with found.catch(path.name if path.is_file() else None):
+            load_tokenizer(open_checkpoint(path))
 
 
 def gguf_file(path: Path) -> Findings:
@@ -238,4 +245,6 @@ def gguf_file(path: Path) -> Findings:
             except ConfigError as error:  # another architecture: sound for its own tools
                 found.unchecked.append(f"shapes against metadata: {error}")
         _tokenizer(found, config, lambda _: Tokenizer.from_gguf(file.metadata))
+        if config is not None:
+            _loads(found, path)
     return found

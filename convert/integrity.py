@@ -30,6 +30,8 @@ _LIMITS: dict[str, tuple[type[np.unsignedinteger[Any]], type[np.signedinteger[An
     "F16": (np.uint16, np.int16, 0x7C00),
     "BF16": (np.uint16, np.int16, 0x7F80),
 }
+_SMALL = 100_000_000  # bytes of what is no weight file, and still read for its hash
+_GIT_HASH = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -67,6 +69,32 @@ def expected_sha256(file: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return etag if unedited and _SHA256.fullmatch(etag) else None
+
+
+def small_files(directory: Path) -> tuple[list[str], list[tuple[str, str, str]]]:
+    """Config and tokenizer files against the hub's cache, which names a blob by its hash: SHA-256
+    for large files, git's own (SHA-1) for the others.
+
+    Returns the files that have one, and those that differ: (name, hash, the hub's).
+    """
+    compared: list[str] = []
+    wrong: list[tuple[str, str, str]] = []
+    for path in sorted(directory.iterdir()):
+        if path.suffix == ".safetensors" or not path.is_file() or path.stat().st_size > _SMALL:
+            continue
+        blob = Path(os.path.realpath(path))
+        wanted = expected_sha256(path)
+        if wanted is not None:
+            actual = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif blob.parent.name == "blobs" and _GIT_HASH.fullmatch(blob.name):
+            wanted, data = blob.name, path.read_bytes()
+            actual = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        else:
+            continue
+        compared.append(path.name)
+        if actual != wanted:
+            wrong.append((path.name, actual, wanted))
+    return compared, wrong
 
 
 class ReadError(CheckpointError):

@@ -11,7 +11,7 @@ from typing import Self
 import mlx.core as mx
 import numpy as np
 
-from convert.integrity import PIECE, Bytes, HashedFile, expected_sha256
+from convert.integrity import PIECE, Bytes, HashedFile, expected_sha256, small_files
 from convert.outputs import modules
 from mlx_cerebrum.checkpoint import Checkpoint, SafetensorsCheckpoint
 from mlx_cerebrum.errors import CheckpointError
@@ -110,6 +110,12 @@ class Source:
         provenance = self.checkpoint.raw_config.get("provenance")
         recorded = provenance.get("sha256") if isinstance(provenance, dict) else None
         hashes: dict[str, str] = {}
+        if self._verify and self.checkpoint.path.is_dir():
+            for name, actual, wanted in small_files(self.checkpoint.path)[1]:
+                raise CheckpointError(
+                    f"{self.checkpoint.path / name} is damaged: its hash is {actual[:12]}..., the"
+                    f" hub's {wanted[:12]}...; fetch it again (--no-verify ignores this)"
+                )
         for path in self.paths:
             found = self.open(path).finish()
             if _stat(path) != self.stats[path]:

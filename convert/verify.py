@@ -5,9 +5,7 @@ written and no weights are kept: one pass over the bytes, in pieces, hashes them
 NaN and Inf on the way.
 """
 
-import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +17,7 @@ import numpy as np
 
 from convert import examine
 from convert.examine import Findings, Span
-from convert.integrity import PIECE, Bytes, HashedFile, expected_sha256, nonfinite
+from convert.integrity import PIECE, Bytes, HashedFile, expected_sha256, nonfinite, small_files
 from mlx_cerebrum import cli, hub
 from mlx_cerebrum.checkpoint import FLOATS
 from mlx_cerebrum.errors import CheckpointError
@@ -33,9 +31,7 @@ _SOURCES = {
     "provenance": "config.json's provenance has {} (damaged, or rewritten by another tool since)",
     "hub": "the hub gave {} (damaged: download it again)",
 }
-_SMALL = 100_000_000  # what is no weight file, and still read for its hash
 _INTEGERS = re.compile(r"[IU]\d+|BOOL")
-_GIT_HASH = re.compile(r"[0-9a-f]{40}")
 # GGUF blocks that begin with float16 scales: how many. The rest of a block is integers.
 _SCALES = {"Q4_0": 1, "Q4_1": 2, "Q8_0": 1}
 _BLOCK_BYTES = {name: nbytes for name, _, nbytes in GGML_TYPES.values()}
@@ -152,31 +148,18 @@ def _provenance_hashes(found: Findings) -> dict[str, str]:
         return {}
     for file in recorded:
         if not (found.path / file).exists():
-            found.problem("is missing, but config.json's provenance lists it", file)
-    return {file: str(sha256) for file, sha256 in recorded.items()}
+            found.notes.append(f"{file} is missing, but config.json's provenance lists it")
+    return {file: sha256 for file, sha256 in recorded.items() if isinstance(sha256, str)}
 
 
 def _small_files(found: Findings) -> None:
-    """Config and tokenizer files against the hub's cache, which names a blob by its hash:
-    SHA-256 for large files, git's own (SHA-1) for the others."""
-    matched: list[str] = []
-    for path in sorted(found.path.iterdir()):
-        if path.name in found.spans or not path.is_file() or _size(path) > _SMALL:
-            continue
-        blob = Path(os.path.realpath(path))
-        wanted = expected_sha256(path)
-        if wanted is not None:
-            actual = hashlib.sha256(path.read_bytes()).hexdigest()
-        elif blob.parent.name == "blobs" and _GIT_HASH.fullmatch(blob.name):
-            wanted, data = blob.name, path.read_bytes()
-            actual = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        else:
-            continue
-        matched.append(path.name)
-        if actual != wanted:
-            found.problem(f"its hash is {actual}; {_SOURCES['hub'].format(wanted)}", path.name)
-    if matched:
-        found.checked.append(f"the hub's hashes of {_some(matched)}")
+    """Config and tokenizer files against the hub's cache."""
+    with found.catch():
+        compared, wrong = small_files(found.path)
+        for name, actual, wanted in wrong:
+            found.problem(f"its hash is {actual}; {_SOURCES['hub'].format(wanted)}", name)
+        if compared:
+            found.checked.append(f"the hub's hashes of {_some(compared)}")
 
 
 def _size(path: Path) -> int:

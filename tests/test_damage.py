@@ -347,7 +347,8 @@ def hub_copy(source: Path, root: Path) -> Path:
     for file in source.iterdir():
         data = file.read_bytes()
         large = file.suffix == ".safetensors"
-        name = hashlib.sha256(data).hexdigest() if large else hashlib.sha1(data).hexdigest()
+        git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        name = hashlib.sha256(data).hexdigest() if large else git
         (blobs / name).write_bytes(data)
         (snapshot / file.name).symlink_to(Path("../../blobs") / name)
     return snapshot
