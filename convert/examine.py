@@ -25,7 +25,7 @@ from mlx_cerebrum.checkpoint import (
 from mlx_cerebrum.config import MODEL_TYPES, ModelConfig, model_type, read_json
 from mlx_cerebrum.errors import CerebrumError, ConfigError
 from mlx_cerebrum.foreign import adapter_problem, config_problem, unfinished
-from mlx_cerebrum.gguf_blocks import BITS
+from mlx_cerebrum.gguf_blocks import BITS, REPACKED
 from mlx_cerebrum.gguf_file import GGUFFile
 from mlx_cerebrum.load import load_tokenizer
 from mlx_cerebrum.safetensors_file import TensorInfo, read_header
@@ -233,7 +233,7 @@ def gguf_file(path: Path) -> Findings:
         tensors = file.tensors.values()
         found.checked.append("header")
         found.spans[path.name] = {t.name: Span(t.ggml_type, t.offset, t.nbytes) for t in tensors}
-        config, odd = None, sorted({t.ggml_type for t in tensors} - {*FLOATS, *BITS})
+        config, odd = None, sorted({t.ggml_type for t in tensors} - {*FLOATS, *BITS, *REPACKED})
         if odd:
             found.unchecked.append(f"shapes against metadata: types {', '.join(odd)}")
         elif file.metadata.get("split.count", 1) not in (0, 1):

@@ -91,9 +91,7 @@ def _package() -> ModuleType:
     try:
         import gguf
     except ImportError:
-        raise ConfigError(
-            "writing GGUF needs the gguf package: pip install 'mlx-cerebrum[gguf]'"
-        ) from None
+        raise ConfigError("writing GGUF needs the gguf package: pip install gguf") from None
     module: ModuleType = gguf
     return module
 

@@ -123,14 +123,17 @@ class Stream:
 
 def _rows(checkpoint: Checkpoint, tensor: Tensor) -> Iterator[Floats]:
     """The module's weight in float32, some rows at a time, in llama.cpp's order."""
-    arrays = checkpoint.read(tensor.module)
+    packing = checkpoint.packing(tensor.module)
+    if tensor.module in checkpoint.repacked:
+        arrays, packing = {"weight": checkpoint.dense(tensor.module)}, None
+    else:
+        arrays = checkpoint.read(tensor.module)
     if tensor.rotary_heads is not None:
         arrays = {part: paired(array, tensor.rotary_heads) for part, array in arrays.items()}
     try:
         mx.eval(arrays)
     except RuntimeError as error:  # a file that changed since its header was read
         raise CheckpointError(f"{checkpoint.path}: {tensor.module}: {first_line(error)}") from None
-    packing = checkpoint.packing(tensor.module)
     step = max(1, _CHUNK // prod(tensor.shape[1:]))
     for start in range(0, tensor.shape[0], step):
         part = {name: array[start : start + step] for name, array in arrays.items()}

@@ -100,7 +100,9 @@ class Change:
     vocabulary: int | None = None
 
     def of(self, checkpoint: Checkpoint, module: str) -> Transform:
-        unpack = checkpoint.packing(module) if self.dequantize else None
+        """A matrix that is `repacked` comes unpacked where all are."""
+        unpacks = self.dequantize and module not in checkpoint.repacked
+        unpack = checkpoint.packing(module) if unpacks else None
         return Transform(unpack, self.dtype, self.out_dtype, self.packings.get(module))
 
 
@@ -171,7 +173,7 @@ def _output(
         raise ConfigError(
             f"{checkpoint.path}: {source} is quantized and can't be scaled; add --dequantize"
         )
-    if transform.unpack is not None:
+    if change.dequantize and checkpoint.packing(source) is not None:
         tables = {"lm_head": matrix_shapes(checkpoint.config)["model.embed_tokens"]}
         stored = {"weight": ("F32", (tables | matrix_shapes(checkpoint.config))[source])}
     if change.vocabulary is not None and source in ("model.embed_tokens", "lm_head"):

@@ -92,7 +92,7 @@ def _attempt(
     checks = Checks(options.verify, options.allow_nonfinite, frozenset(suspects))
     with (
         ThreadPoolExecutor(1, "hash-source") as hasher,
-        Source(checkpoint, options.verify, hasher) as source,
+        Source(checkpoint, options.verify, hasher, options.dequantize) as source,
     ):
         outputs = in_order(source, layout.outputs)
         ours = options.layout == "folded" or any(output.packing for output in outputs)

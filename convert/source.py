@@ -49,11 +49,19 @@ class Rows:
 class Source:
     """The pieces of a checkpoint's modules; with `verify`, every byte of its files is hashed.
 
-    `hasher` is a pool of one thread, which does the hashing beside everything else.
+    `dense`: matrices that are `repacked` come unpacked, in float32. `hasher` is a pool of one
+    thread, which does the hashing beside everything else.
     """
 
-    def __init__(self, checkpoint: Checkpoint, verify: bool, hasher: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        verify: bool,
+        hasher: ThreadPoolExecutor,
+        dense: bool = False,
+    ) -> None:
         self.checkpoint = checkpoint
+        self._dense = checkpoint.repacked if dense else frozenset()
         names = [*modules(checkpoint.config), *sorted(checkpoint.spare)]
         at = {name: checkpoint.extents(name)["weight"] for name in names}
         self.modules = sorted(names, key=lambda name: (at[name].path, at[name].offset))
@@ -77,13 +85,13 @@ class Source:
         rows = shapes["weight"][0]
         width = sum(ITEM_BYTES[dtypes[p]] * prod(shapes[p][1:]) for p in shapes)
         step = rows if len(shapes["weight"]) == 1 else max(1, PIECE // width)
-        decoded = None if self._stored_as_is else self.checkpoint.read(module)
+        decoded = None if self._stored_as_is else self._decoded(module)
         extents = self.checkpoint.extents(module)
         wanted = rows if limit is None else min(limit, rows)
         for start in range(0, wanted, step):
             stop = min(start + step, wanted)
             if decoded is not None:
-                yield {p: Rows.of(decoded[p][start:stop]) for p in shapes}
+                yield {p: Rows.of(array[start:stop]) for p, array in decoded.items()}
                 continue
             piece = {}
             for part, shape in shapes.items():
@@ -92,6 +100,11 @@ class Source:
                 data = file.read(extent.offset + start * stride, (stop - start) * stride)
                 piece[part] = Rows(data, dtypes[part], (stop - start, *shape[1:]))
             yield piece
+
+    def _decoded(self, module: str) -> dict[str, mx.array]:
+        if module in self._dense:
+            return {"weight": self.checkpoint.dense(module)}
+        return self.checkpoint.read(module)
 
     def _has(self, name: str) -> bool:
         return name in self.checkpoint.shapes

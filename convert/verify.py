@@ -32,8 +32,14 @@ _SOURCES = {
     "hub": "the hub gave {} (damaged: download it again)",
 }
 _INTEGERS = re.compile(r"[IU]\d+|BOOL")
-# GGUF blocks that begin with float16 scales: how many. The rest of a block is integers.
-_SCALES = {"Q4_0": 1, "Q4_1": 2, "Q8_0": 1}
+# The bytes of a GGUF block that are float16 scales, from and to. The rest of it is integers.
+_SCALES = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "IQ1_S"), (0, 2)),
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0, 2)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 4)),
+    **{"Q2_K": (80, 84), "Q3_K": (108, 110), "Q6_K": (208, 210)},
+    **{"TQ1_0": (52, 54), "TQ2_0": (64, 66)},
+}
 _BLOCK_BYTES = {name: nbytes for name, _, nbytes in GGML_TYPES.values()}
 
 
@@ -136,7 +142,7 @@ def _nonfinite(data: Bytes, kind: str) -> int:
     """Values of a piece that are NaN or infinite: floats, or the scales of GGUF blocks."""
     if kind not in _SCALES:
         return nonfinite(data, kind)
-    scales = data.reshape(-1, _BLOCK_BYTES[kind])[:, : 2 * _SCALES[kind]]
+    scales = data.reshape(-1, _BLOCK_BYTES[kind])[:, slice(*_SCALES[kind])]
     return nonfinite(np.ascontiguousarray(scales).reshape(-1), "F16")
 
 

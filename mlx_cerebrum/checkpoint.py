@@ -83,6 +83,8 @@ class Checkpoint(ABC):
     `spare` are modules that are stored though the model never reads them: a tied model's head,
     the embedding's bytes once more. `config` is what the tensors mean: a head that says it is tied
     but is stored with other values is not, as transformers has it.
+    `repacked` are matrices stored in a format MLX has none like: `read` packs them anew, as
+    `packing` says, `repack` in another way, and `dense` gives what is stored.
     """
 
     path: Path
@@ -91,6 +93,7 @@ class Checkpoint(ABC):
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     spare: frozenset[str] = frozenset()
+    repacked: frozenset[str] = frozenset()
 
     @abstractmethod
     def read(self, module: str) -> dict[str, mx.array]:
@@ -98,6 +101,15 @@ class Checkpoint(ABC):
 
         Nothing here keeps them alive: a module that is read again is read from disk again.
         """
+
+    def dense(self, module: str) -> mx.array:
+        """One matrix unpacked: float32 where it is packed, else as stored."""
+        arrays, packing = self.read(module), self.packing(module)
+        return packing.dequantize(arrays, mx.float32) if packing else arrays["weight"]
+
+    def repack(self, module: str, packing: Packing) -> dict[str, mx.array]:
+        """One matrix as `read` gives it, packed in this way instead of `self.packing(module)`."""
+        return packing.quantize(self.dense(module))
 
     @abstractmethod
     def extents(self, module: str) -> dict[str, Extent]:

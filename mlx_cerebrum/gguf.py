@@ -16,8 +16,9 @@ import numpy as np
 
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import CheckpointError, ConfigError
-from mlx_cerebrum.gguf_blocks import BITS, FLOATS, GROUP_SIZE, read_arrays
+from mlx_cerebrum.gguf_blocks import FLOATS, read_arrays, stored_packing
 from mlx_cerebrum.gguf_file import GGUFFile, TensorInfo, quote
+from mlx_cerebrum.quantize import Packing
 
 __all__ = ["GGUFFile", "TensorInfo", "iter_tensors", "model_config", "modules"]
 
@@ -69,11 +70,16 @@ def iter_tensors(file: GGUFFile) -> Iterator[tuple[str, Callable[[], dict[str, m
     read only by its own call. `modules` tells the shapes.
     """
     config, _ = model_config(file)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return (
-        (path, partial(read_arrays, file, tensor, heads.get(path.rpartition(".")[2])))
+        (path, partial(read_arrays, file, tensor, rotary_heads(config, path)))
         for path, tensor in modules(file, config).items()
     )
+
+
+def rotary_heads(config: ModelConfig, module: str) -> int | None:
+    """How many heads' rows llama.cpp reordered in this module; None for none."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return heads.get(module.rpartition(".")[2])
 
 
 def modules(file: GGUFFile, config: ModelConfig) -> dict[str, TensorInfo]:
@@ -97,10 +103,10 @@ def modules(file: GGUFFile, config: ModelConfig) -> dict[str, TensorInfo]:
             raise CheckpointError(
                 f"{file.path}: tensor {name} has shape {tensor.shape}, its metadata means {shape}"
             )
-        if tensor.ggml_type not in FLOATS and (tensor.ggml_type not in BITS or len(shape) == 1):
+        if tensor.ggml_type not in FLOATS and (len(shape) == 1 or not stored_packing(tensor)):
             raise CheckpointError(
                 f"{file.path}: tensor {name} is stored as {tensor.ggml_type}, which cannot be read "
-                f"exactly: export the model as F16, BF16, Q8_0, Q4_0 or Q4_1"
+                f"here: take the model as Q4_K_M, Q6_K, Q8_0, F16 or BF16"
             )
         found[path] = tensor
     return found
@@ -260,19 +266,21 @@ def _dtype(found: dict[str, TensorInfo]) -> str:
 
 
 def _quantization(found: dict[str, TensorInfo]) -> dict[str, Any] | None:
-    """mlx-lm's `quantization`: the commonest bits, and each module that differs by its path."""
-    bits = {path: BITS.get(t.ggml_type) for path, t in found.items() if len(t.shape) == 2}
-    common = Counter(value for value in bits.values() if value).most_common(1)
+    """mlx-lm's `quantization`: the commonest packing, and each module that differs by its path."""
+    packings = {path: stored_packing(t) for path, t in found.items() if len(t.shape) == 2}
+    common = Counter(packing for packing in packings.values() if packing).most_common(1)
     if not common:
         return None
     default = common[0][0]
-    quantization: dict[str, Any] = {"group_size": GROUP_SIZE, "bits": default}
-    for path, value in bits.items():
-        if value is None:
-            quantization[path] = False
-        elif value != default:
-            quantization[path] = {"group_size": GROUP_SIZE, "bits": value}
+    quantization = _as_config(default)
+    for path, packing in packings.items():
+        if packing != default:
+            quantization[path] = _as_config(packing) if packing else False
     return quantization
+
+
+def _as_config(packing: Packing) -> dict[str, Any]:
+    return {"group_size": packing.group_size, "bits": packing.bits}
 
 
 def _some(names: list[str]) -> str:

@@ -41,6 +41,7 @@ GGML_TYPES: dict[int, tuple[str, int, int]] = {
     40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }
 # fmt: on
+BLOCK_WEIGHTS = {name: elements for name, elements, _ in GGML_TYPES.values()}
 _BLOCK_BYTES = {name: nbytes for name, _, nbytes in GGML_TYPES.values()}
 
 # Metadata value types: number -> how one value is stored.

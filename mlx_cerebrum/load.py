@@ -1,9 +1,9 @@
 """From a checkpoint to a model that runs: planned, cast, packed and fused, a block at a time."""
 
 import contextlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,15 +12,18 @@ import mlx.nn as nn
 from mlx_cerebrum import hub
 from mlx_cerebrum.checkpoint import FLOATS, Checkpoint, matrix_shapes, open_checkpoint
 from mlx_cerebrum.config import MOST, ModelConfig
-from mlx_cerebrum.errors import ConfigError
+from mlx_cerebrum.errors import CheckpointError, ConfigError
 from mlx_cerebrum.memory import available_bytes, on_gpu, require
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.plan import LayerPlan
 from mlx_cerebrum.plan import resolve as resolve_plan
-from mlx_cerebrum.quantize import FUSED, Packing, fuse_projections
+from mlx_cerebrum.quantize import FUSED, PIECE, Packing, fuse_projections
+from mlx_cerebrum.safetensors_file import ITEM_BYTES
 from mlx_cerebrum.tokenizer import Tokenizer
 
 DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, name) for name in FLOATS.values()}
+
+_PIECE = 32 * PIECE  # bytes at most: a piece in float32, and up to 7 more while it is unpacked
 
 SMALLER = "try --q-bits 4, or a smaller model"
 
@@ -35,7 +38,7 @@ class Storage:
     packings: dict[str, Packing | None]  # module path -> how it is packed after reading
     dequantize: bool  # packed weights become dense
     nbytes: int  # of all matrices, once loaded
-    transient: int  # more than that while loading, at most: the largest part as it is read
+    transient: int  # more than that while loading, at most: what makes a matrix what it is held as
 
 
 def load(
@@ -107,13 +110,16 @@ def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str
     activations, else 16 bits as stored. Bits asked for on the way in stay packed. Raises
     ConfigError for what can't be combined.
     """
-    if requested is not None and checkpoint.config.quantization is not None:
+    quantized = checkpoint.config.quantization is not None and not checkpoint.repacked
+    if requested is not None and quantized:
         raise ConfigError(f"{checkpoint.path} is quantized already; drop --q-bits")
     shapes = matrix_shapes(checkpoint.config)
     packings: dict[str, Packing | None] = {}
     for module, (_, columns) in shapes.items():
-        fits = requested is not None and requested.fits(columns)
-        packings[module] = checkpoint.packing(module) or (requested if fits else None)
+        packings[module] = own = checkpoint.packing(module)
+        changes = own is None or module in checkpoint.repacked
+        if requested is not None and changes and requested.fits(columns):
+            packings[module] = requested
     if requested is not None and not any(packings.values()):
         raise ConfigError(f"no matrix of {checkpoint.path} divides into {requested}")
 
@@ -121,18 +127,17 @@ def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str
 
     def storage(dtype: mx.Dtype, dequantize: bool = False) -> Storage:
         held = {module: None if dequantize else packing for module, packing in packings.items()}
-        size = sum(
-            matrix_bytes(shape, held[module], dtype.size) for module, shape in shapes.items()
-        )
-        parts: Counter[str] = Counter()  # bytes as read, of each block and other module
-        for module, shape in shapes.items():
-            part = ".".join(module.split(".")[:3])
-            parts[part] += matrix_bytes(shape, checkpoint.packing(module), stored.size)
-        # And what the CPU packs it widens to float32, a matrix at a time.
-        table = checkpoint.config.vocab_size * checkpoint.config.hidden_size
-        widened = 4 * table if requested is not None and not on_gpu() else 0
-        transient = max(parts.values()) + widened
-        return Storage(dtype, packings, dequantize, size, transient)
+        size = most = 0
+        for sources in _load_order(checkpoint.config):
+            before = size
+            for source in sources:
+                nbytes = matrix_bytes(shapes[source], held[source], dtype.size)
+                working = _working_bytes(checkpoint, source, held[source])
+                most = max(most, size + nbytes + working)
+                size += nbytes
+            if len(sources) > 1:  # apart, and stacked
+                most = max(most, 2 * size - before)
+        return Storage(dtype, packings, dequantize, size, most - size)
 
     if dtype != "auto":
         if dtype not in DTYPES:
@@ -146,13 +151,56 @@ def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str
     return storage(mx.float32 if any(packings.values()) else stored)
 
 
+def _load_order(config: ModelConfig) -> list[list[str]]:
+    """The matrices in the order they are read: what is stacked into one, or may be, together.
+
+    The large tables first, while little else is held; of each block the largest first, so that
+    the last ones are small.
+    """
+    shapes = matrix_shapes(config)
+    stacked = {name: fused for fused, names in FUSED.items() for name in names}
+    blocks: dict[str, dict[str, list[str]]] = {}
+    for module in shapes:
+        parent, _, name = module.rpartition(".")
+        part = ".".join(module.split(".")[:3])
+        target = f"{parent}.{stacked.get(name, name)}"
+        blocks.setdefault(part, {}).setdefault(target, []).append(module)
+    tables = [part for part in ("lm_head", "model.embed_tokens") if part in blocks]
+    order = [blocks.pop(part) for part in tables] + list(blocks.values())
+    return [
+        sources
+        for targets in order
+        for sources in sorted(targets.values(), key=lambda s: -_weights(shapes, s))
+    ]
+
+
+def _weights(shapes: Mapping[str, tuple[int, int]], modules: Iterable[str]) -> int:
+    return sum(prod(shapes[module]) for module in modules if module in shapes)
+
+
+def _working_bytes(checkpoint: Checkpoint, module: str, held: Packing | None) -> int:
+    """Bytes that making a matrix what is held takes besides: as it is read, and on the way."""
+    shape, own = matrix_shapes(checkpoint.config)[module], checkpoint.packing(module)
+    wide = 4 * prod(shape)
+    piece = min(8 * wide, _PIECE)
+    if module in checkpoint.repacked:
+        return piece
+    names = (f"{module}.{part}" for part in ("weight", "scales", "biases"))
+    found = [name for name in names if name in checkpoint.shapes]
+    read = sum(prod(checkpoint.shapes[n]) * ITEM_BYTES[checkpoint.dtypes[n]] for n in found)
+    if own == held or on_gpu():
+        return read
+    return read + (piece if held is None else wide)  # the CPU widens what it packs
+
+
 def smaller_weights(
     checkpoint: Checkpoint, requested: Packing | None, dtype: str
 ) -> list[tuple[str, Storage]]:
     """The flags that would hold the weights in fewer bits, most bits first, and how they would."""
-    if checkpoint.config.quantization is not None:
+    if checkpoint.config.quantization is not None and not checkpoint.repacked:
         return []
-    given, group = (requested.bits, requested.group_size) if requested else (16, 64)
+    stored = 8 if checkpoint.repacked else 16
+    given, group = (requested.bits, requested.group_size) if requested else (stored, 64)
     found = []
     for bits in (8, 4):
         if bits < given:
@@ -165,9 +213,9 @@ def smaller_weights(
 def load_model(
     checkpoint: Checkpoint, config: ModelConfig, storage: Storage, progress: Progress | None = None
 ) -> Model:
-    """Read, fuse, cast and pack the weights of `config`'s stored blocks, a block at a time.
+    """Read, fuse, cast and pack the weights of `config`'s stored blocks, a matrix at a time.
 
-    Peak memory is the model's plus one block's.
+    Peak memory is the model's plus `storage.transient`.
     """
     held = {} if storage.dequantize else storage.packings
     model = Model(config)
@@ -180,25 +228,24 @@ def load_model(
     shapes = matrix_shapes(config)
     ready = 0
     for part, prefix in _parts(model):
-        weights: list[tuple[str, mx.array]] = []
-        for target, sources in _sources(part, prefix).items():
+        targets = _sources(part, prefix)
+        for target, sources in sorted(targets.items(), key=lambda t: -_weights(shapes, t[1])):
             arrays = _arrays(checkpoint, sources, storage)
-            weights += [(f"{target}.{name}", array) for name, array in arrays.items()]
+            mx.eval(arrays)
+            model.load_weights([(f"{target}.{n}", a) for n, a in arrays.items()], strict=False)
+            del arrays
             matrices = [source for source in sources if source in shapes]
             ready += sum(matrix_bytes(shapes[m], held.get(m), storage.dtype.size) for m in matrices)
-        model.load_weights(weights, strict=False)
-        del arrays, weights
-        mx.eval(part.parameters())
+        mx.clear_cache()
         if progress is not None:
             progress(ready, storage.nbytes)
-    mx.clear_cache()
     return model
 
 
 def _parts(model: Model) -> Iterator[tuple[nn.Module, str]]:
-    """What is read and evaluated together, with its path: each block, and each other module."""
+    """What is reported together, with its path, in `_load_order`: each block and other module."""
     if not model.config.tie_word_embeddings:
-        yield model.lm_head, "lm_head"  # the large tables first, while little else is held
+        yield model.lm_head, "lm_head"
     yield model.model.embed_tokens, "model.embed_tokens"
     for i, block in enumerate(model.model.layers):
         yield block, f"model.layers.{i}"
@@ -217,19 +264,36 @@ def _sources(part: nn.Module, prefix: str) -> dict[str, list[str]]:
 
 
 def _arrays(checkpoint: Checkpoint, sources: list[str], storage: Storage) -> dict[str, mx.array]:
-    """One module's arrays as they will be held; sources packed alike are stacked as stored."""
-    if len({storage.packings.get(source) for source in sources}) > 1:  # dense by the time they meet
-        each = [_arrays(checkpoint, [source], storage) for source in sources]
-        return {"weight": mx.concatenate([arrays["weight"] for arrays in each])}
-    read = [checkpoint.read(source) for source in sources]
-    arrays = {part: mx.concatenate([r[part] for r in read]) for part in read[0]}
-    packing = storage.packings.get(sources[0])
-    if packing is not None and "scales" not in arrays:
-        arrays = packing.quantize(arrays["weight"])
-    if packing is not None and storage.dequantize:
-        return {"weight": packing.dequantize(arrays, storage.dtype)}
+    """One module's arrays as they will be held; packing, unpacking and casts go row by row, so
+    what is stacked is made so apart."""
+    each = [_held(checkpoint, source, storage) for source in sources]
+    return {part: mx.concatenate([arrays[part] for arrays in each]) for part in each[0]}
+
+
+def _held(checkpoint: Checkpoint, source: str, storage: Storage) -> dict[str, mx.array]:
+    packing = storage.packings.get(source)
+    if packing is None:
+        arrays = checkpoint.read(source)
+    elif storage.dequantize:
+        if source in checkpoint.repacked:  # exactly
+            arrays = {"weight": checkpoint.dense(source)}
+        else:
+            arrays = {"weight": packing.dequantize(checkpoint.read(source), storage.dtype)}
+    elif packing == checkpoint.packing(source):
+        arrays = checkpoint.read(source)
+    else:
+        arrays = checkpoint.repack(source, packing)
     floats = DTYPES.values()
-    return {part: a.astype(storage.dtype) if a.dtype in floats else a for part, a in arrays.items()}
+    held = {n: a.astype(storage.dtype) if a.dtype in floats else a for n, a in arrays.items()}
+    mx.eval(held)
+    if storage.dtype == mx.float16 and "scales" in held and arrays["scales"].dtype == mx.float32:
+        for part in ("scales", "biases"):
+            if not mx.all(mx.isfinite(held[part])):
+                raise CheckpointError(
+                    f"{checkpoint.path}: {source} has {part} too large for float16;"
+                    " try --dtype bfloat16 or float32"
+                )
+    return held
 
 
 def matrix_bytes(shape: tuple[int, int], packing: Packing | None, item_bytes: int) -> int:

@@ -5,6 +5,7 @@ a scale and a bias beside the packed integers: `bits + 32 / group_size` bits a w
 16-bit scales. Norms stay as they are; embedding and head are quantized too.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
 # What MLX takes where a config says null; the float formats have no other, and no biases.
 DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+
+PIECE = 1 << 19  # weights of a matrix that are made at a time where making takes memory
 
 # Matrices over the same input, stacked row by row into one.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -103,9 +106,38 @@ class Packing:
         scales, biases = arrays["scales"], arrays.get("biases")
         if biases is not None:  # affine: in the target's precision, not the stored scales'
             scales, biases = scales.astype(dtype), biases.astype(dtype)
-        return mx.dequantize(
-            arrays["weight"], scales, biases, self.group_size, self.bits, self.mode
-        ).astype(dtype)
+        packed = arrays["weight"]
+
+        def rows(start: int, stop: int) -> mx.array:
+            return mx.dequantize(
+                packed[start:stop],
+                scales[start:stop],
+                None if biases is None else biases[start:stop],
+                self.group_size,
+                self.bits,
+                self.mode,
+            ).astype(dtype)
+
+        count, columns = len(packed), packed.shape[-1] * 32 // self.bits
+        step = max(1, PIECE // columns)
+        if count <= step:
+            return rows(0, count)
+        # The CPU makes several arrays of the matrix's size on the way.
+        return joined((count, columns), (rows(i, i + step) for i in range(0, count, step)))
+
+
+def joined(shape: tuple[int, ...], pieces: Iterable[mx.array]) -> mx.array:
+    """Rows that come in pieces as one array of `shape`, evaluated, the whole never held twice."""
+    whole: mx.array | None = None
+    start = 0
+    for piece in pieces:
+        if whole is None:
+            whole = mx.zeros(shape, piece.dtype)
+        whole[start : start + len(piece)] = piece
+        mx.eval(whole)  # in place: nothing else refers to it
+        start += len(piece)
+    assert whole is not None
+    return whole
 
 
 def fuse_projections(block: TransformerBlock) -> None:

@@ -320,7 +320,7 @@ def started() -> dict[str, int]:
     code = (
         "import json, mlx_cerebrum.generate; from mlx_cerebrum.load import load_tokenizer;"
         "from mlx_cerebrum.checkpoint import open_checkpoint; from mlx_cerebrum import hub;"
-        "load_tokenizer(open_checkpoint(hub.demo_path()));"
+        "held = open_checkpoint(hub.demo_path()); tokenizer = load_tokenizer(held);"
         "from mlx_cerebrum.memory_limits import PROC, sizes;"
         "print(json.dumps(sizes(PROC / 'self/status')))"
     )
