@@ -85,13 +85,19 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(gate, up))
 
 
+def _norm(config: ModelConfig) -> nn.RMSNorm:
+    norm = nn.RMSNorm(config.hidden_size)
+    norm.eps = config.rms_norm_eps  # given above, MLX refuses a zero, which transformers runs
+    return norm
+
+
 class TransformerBlock(SharedWeights):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = _norm(config)
+        self.post_attention_layernorm = _norm(config)
 
     def __call__(
         self, x: mx.array, mask: Mask, cache: Cache | None, scales: tuple[float, float] | None
@@ -110,7 +116,7 @@ class Decoder(SharedWeights):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [TransformerBlock(config) for _ in range(config.num_hidden_layers)]
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = _norm(config)
 
 
 class Model(SharedWeights):

@@ -152,6 +152,11 @@ def test_a_head_that_is_not_the_embedding_is_used(checkpoint: MakeCheckpoint) ->
     assert "lm_head.weight is [9, 64]" in refused(tied)
 
 
+def test_a_norm_without_an_epsilon(checkpoint: MakeCheckpoint) -> None:
+    model, tokenizer = load(checkpoint(rms_norm_eps=0.0))
+    assert bool(mx.isfinite(model(mx.array([tokenizer.encode("a")]))).all())
+
+
 def test_plan_at_load(checkpoint: MakeCheckpoint, plan_file: Callable[..., Path]) -> None:
     path = checkpoint()
     model, _ = load(path, plan=str(plan_file("0-4,2-6,4-8")))
