@@ -35,5 +35,7 @@ def raise_limit(wanted: int, least: int, why: str) -> int:
             allowed = more
     found = wanted if allowed == resource.RLIM_INFINITY else min(allowed, wanted)
     if found < least:
-        raise RequestError(f"{found} files may be open, and {why} needs {least}; see ulimit -n")
+        raise RequestError(
+            f"only {found} files may be open and {why} needs {least}; raise it: ulimit -n {least}"
+        )
     return found

@@ -49,7 +49,9 @@ def test_as_many_files_as_can_be(
     monkeypatch.setattr(resource, "setrlimit", lambda _, new: now.__setitem__(0, new))
     assert raise_limit(wanted, 100, "a test") == found
     assert now == [left]
-    with pytest.raises(RequestError, match=r"files may be open, and a test needs 501; see ulimit"):
+    with pytest.raises(
+        RequestError, match=r"may be open and a test needs 501; raise it: ulimit -n 501"
+    ):
         raise_limit(wanted, 501, "a test")
 
 

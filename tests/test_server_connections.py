@@ -23,6 +23,7 @@ from server_room import (
     until_closed,
 )
 
+from mlx_cerebrum.server.connections import Patience
 from mlx_cerebrum.server.intake import SLICE
 from mlx_cerebrum.server.jobs import BusyError, ClosedError, Event, Reading
 from mlx_cerebrum.tokenizer import Tokenizer
@@ -94,7 +95,10 @@ def test_a_client_that_goes_within_its_body(server: Running) -> None:
 
 
 def test_a_body_that_does_not_come(engine: FakeEngine, tokenizer: Tokenizer) -> None:
-    with serving(engine, tokenizer, body_seconds=0.05) as server, ask(server, b"", 9) as client:
+    with (
+        serving(engine, tokenizer, patience=Patience(body=0.05)) as server,
+        ask(server, b"", 9) as client,
+    ):
         assert client.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
@@ -147,7 +151,7 @@ def test_a_client_that_does_not_read(engine: FakeEngine, tokenizer: Tokenizer) -
 
     engine.script = script
     with (
-        serving(engine, tokenizer, most_pending=100, stall=WAIT) as server,
+        serving(engine, tokenizer, most_pending=100) as server,
         ask(server, chat(stream=True)) as client,
     ):
         ticket = engine.ticket()
@@ -198,7 +202,10 @@ def test_a_client_that_stalls(engine: FakeEngine, tokenizer: Tokenizer) -> None:
             yield piece(ticket.job, 0, 5, "H" * 100_000)
 
     engine.script = script
-    with serving(engine, tokenizer, stall=0.05) as server, ask(server, chat(stream=True)):
+    with (
+        serving(engine, tokenizer, patience=Patience(unread=0.05)) as server,
+        ask(server, chat(stream=True)),
+    ):
         assert engine.ticket().cancelled.wait(WAIT)
 
 

@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import webbrowser
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -15,6 +16,7 @@ from mlx_cerebrum.model_args import check_model_flags
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.server import args as flags
 from mlx_cerebrum.server.app import Service
+from mlx_cerebrum.server.connections import Room
 from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.server.listening import Server, bind, url
 from mlx_cerebrum.views import describe, load_asked
@@ -28,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     # Everything that can be refused is, cheapest first, before weights are read.
     memory = check_model_flags(args)
-    settings = flags.settings(args)
+    settings = replace(flags.settings(args), room=Room.within_limits())
     with bind(args.host, args.port, settings.api_key is not None) as listening:
         with limits(memory), progress("loading", not args.quiet) as report:
             models, tokenizer = load_asked(args, report)

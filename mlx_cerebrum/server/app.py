@@ -19,6 +19,7 @@ from mlx_cerebrum import __version__
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.server import faults, page_files
 from mlx_cerebrum.server.answers import ChatShape, Head, Shape, TextShape
+from mlx_cerebrum.server.connections import Patience, Room
 from mlx_cerebrum.server.faults import ApiError
 from mlx_cerebrum.server.intake import Defaults, Intake
 from mlx_cerebrum.server.jobs import BusyError, ClosedError, Engine, Job
@@ -66,10 +67,10 @@ class Settings:
     allowed_hosts: Collection[str] = ()
     cors_origins: Collection[str] = ()
     max_body: int = 2_000_000
-    body_seconds: float = 60.0  # for a body to arrive
     keep_alive: float = 5.0  # silence in a stream, at most
-    stall: float = 60.0  # for a client that does not read its stream
     most_pending: int = MOST_PENDING
+    room: Room = field(default_factory=Room)
+    patience: Patience = field(default_factory=Patience)
     defaults: Defaults = field(default_factory=Defaults)
     log: bool = False
     debug: bool = False
@@ -111,6 +112,7 @@ class Service:
             self._metrics,
             self._route,
             lambda: self.closing,
+            self.settings.room.posts,
             log=self.settings.log,
             debug=self.settings.debug,
         )
@@ -189,13 +191,7 @@ class Service:
             raise ApiError(400, str(error), code="invalid_value") from None
         if not asked.stream:
             return Whole(running, shape)
-        return Stream(
-            running,
-            shape,
-            usage=asked.wants_usage,
-            keep_alive=settings.keep_alive,
-            stall=settings.stall,
-        )
+        return Stream(running, shape, usage=asked.wants_usage, keep_alive=settings.keep_alive)
 
     def _failure(self, message: str) -> ApiError:
         code = "shutting_down" if self.closing else "generation_failed"
@@ -214,13 +210,10 @@ class Service:
             raise too_large
         body = bytearray()
         try:
-            async with asyncio.timeout(self.settings.body_seconds):
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > most:
-                        raise too_large
-        except TimeoutError:
-            raise ApiError(408, "the body did not arrive in time", code="timeout") from None
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > most:
+                    raise too_large
         except ClientDisconnect:
             request.scope[GONE] = True
             raise ApiError(400, "the body ends early") from None

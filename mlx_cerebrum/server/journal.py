@@ -24,6 +24,7 @@ class Journal:
     """ASGI middleware, the outermost.
 
     route: the name to count a path under. closing: whether new requests are refused.
+    most_posts: how many may be in the works; more are refused.
     log, debug: whether to write a line for each request, and the traceback of a fault.
     """
 
@@ -33,12 +34,14 @@ class Journal:
         metrics: Metrics,
         route: Callable[[str], str],
         closing: Callable[[], bool],
+        most_posts: int,
         *,
         log: bool = False,
         debug: bool = False,
     ) -> None:
         self._app, self._metrics, self._route, self._closing = app, metrics, route, closing
         self._log, self._debug = log, debug
+        self._most_posts, self._posts = most_posts, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,7 +58,12 @@ class Journal:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
-        app = faults.closing().response if self._closing() else self._app
+        app, post = self._app, scope["method"] == "POST"
+        if self._closing():
+            app = faults.closing().response
+        elif post and self._posts >= self._most_posts:
+            app = faults.queue_full("too many requests at once; try again later").response
+        self._posts += post
         try:
             await app(scope, receive, watched)
         except Exception as error:
@@ -67,6 +75,7 @@ class Journal:
             if status == 0:
                 await faults.internal(request_id).response(scope, receive, watched)
         finally:
+            self._posts -= post
             if scope.get(GONE) or status == 0:
                 status = CLIENT_GONE
             self._metrics.requests.labels(self._route(scope["path"]), str(status)).inc()

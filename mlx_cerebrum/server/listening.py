@@ -1,6 +1,7 @@
 """From an address to a running web server, and its orderly end."""
 
 import asyncio
+import contextlib
 import math
 import os
 import signal
@@ -9,13 +10,18 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
-from mlx_cerebrum.cli import INTERRUPTED
+from mlx_cerebrum.cli import INTERRUPTED, describe, one_line
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.server.app import Service
+from mlx_cerebrum.server.connections import AT_ONCE, HEAD_BYTES, Connection, Gate, State
 from mlx_cerebrum.server.security import is_loopback
+
+_SAY_AGAIN = 10.0  # seconds
+_BACKLOG = 1024  # connections that wait to be accepted
 
 
 def bind(host: str, port: int, has_key: bool) -> socket.socket:
@@ -44,7 +50,7 @@ def bind(host: str, port: int, has_key: bool) -> socket.socket:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         # At once: two sockets can bind to one port, and only the second's `listen` would fail.
-        listening.listen(1024)
+        listening.listen(_BACKLOG)
     except OSError as error:
         listening.close()
         reason = error.strerror or str(error)
@@ -70,7 +76,8 @@ class Server(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             service.app,
-            http="h11",
+            http=Connection,
+            backlog=AT_ONCE,
             loop="asyncio",
             ws="none",
             lifespan="off",
@@ -79,19 +86,39 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=15,
+            timeout_keep_alive=3600,  # the gate ends idle connections
             timeout_graceful_shutdown=math.ceil(grace) + 3,  # for clients that do not read
-            h11_max_incomplete_event_size=32768,
+            h11_max_incomplete_event_size=HEAD_BYTES,
         )
         super().__init__(config)
         self._service, self._grace, self._ready = service, grace, ready
+        self._gate = Gate(service.settings.room, service.settings.patience)
+        self.server_state = State(self._gate)
+        self._said = -math.inf  # when a fault was last written down
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._fault)
         await super().startup(sockets)
+        for listening in sockets or ():  # uvicorn's backlog is how many are accepted together
+            listening.listen(_BACKLOG)
         here = threading.current_thread() is threading.main_thread()
         if here and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # uvicorn leaves it
             signal.signal(signal.SIGHUP, self.handle_exit)
         self._ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        self._gate.tick(asyncio.get_running_loop().time())
+        return await super().on_tick(counter)
+
+    def _fault(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A connection failed, or no more can be opened: a line, not one for each try."""
+        if loop.time() - self._said < _SAY_AGAIN:
+            return
+        self._said = loop.time()
+        error = context.get("exception")
+        what = describe(error) if error else ""
+        with contextlib.suppress(OSError):
+            print(f"{one_line(context['message'])}: {what}", file=sys.stderr)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.closing = True
@@ -100,9 +127,18 @@ class Server(uvicorn.Server):
             target=self._service.engine.close, args=(self._grace,), daemon=True
         )
         close.start()
+        ticking = asyncio.create_task(self._tick())  # uvicorn's ticks are over
         await super().shutdown(sockets)
         while close.is_alive() and not self.force_exit:
             await asyncio.sleep(0.02)
+        ticking.cancel()
+        self._gate.close()
+        await asyncio.sleep(0.01)  # for the sockets to be closed
+
+    async def _tick(self) -> None:
+        while True:
+            self._gate.tick(asyncio.get_running_loop().time())
+            await asyncio.sleep(0.1)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not uvicorn's own: it raises the signal again at the end, and that is no exit code 0.

@@ -143,7 +143,7 @@ def _preflight(headers: Headers) -> Response:
     return Response(status_code=204, headers=allowed)
 
 
-def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def parsed(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """The address that a host is written as; an IPv4 one where IPv6 only wraps it (a socket
     for every address sees clients so)."""
     try:
@@ -154,13 +154,13 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def is_loopback(host: str) -> bool:
-    address = _address(host)
+    address = parsed(host)
     return address is not None and address.is_loopback
 
 
 def same_address(one: str, other: str) -> bool:
-    address = _address(one)
-    return address is not None and address == _address(other)
+    address = parsed(one)
+    return address is not None and address == parsed(other)
 
 
 def check_key(key: str) -> None:

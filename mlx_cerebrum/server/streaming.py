@@ -50,14 +50,11 @@ class Stream(Response):
     """The answer's pieces as server-sent events, with comments while there is nothing to say.
 
     usage: whether a last object tells the tokens used. keep_alive: seconds of silence at most.
-    stall: seconds to wait for a client that does not read.
     """
 
-    def __init__(
-        self, running: Running, shape: Shape, *, usage: bool, keep_alive: float, stall: float
-    ) -> None:
+    def __init__(self, running: Running, shape: Shape, *, usage: bool, keep_alive: float) -> None:
         self._running, self._shape, self._usage = running, shape, usage
-        self._keep_alive, self._stall = keep_alive, stall
+        self._keep_alive = keep_alive
         self.status_code, self.background = 200, None  # no super().__init__: no content-length
         self.media_type = "text/event-stream"
         # No proxy may collect what is meant to be seen as it comes.
@@ -67,8 +64,6 @@ class Stream(Response):
         gone = False
         try:
             gone = await until_gone(receive, self._send(send)) is None
-        except TimeoutError:  # it does not read
-            gone = True
         finally:
             self._running.cancel()
             _note(scope, self._running)
@@ -111,8 +106,7 @@ class Stream(Response):
 
     async def _write(self, send: Send, events: list[bytes]) -> None:
         if body := b"".join(events):
-            async with asyncio.timeout(self._stall):
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 def _data(value: dict[str, Any]) -> bytes:
