@@ -226,18 +226,21 @@ def _loads(found: Findings, path: Path) -> None:
 
 
 def gguf_file(path: Path) -> Findings:
-    """Examine a GGUF file: header, tensors against metadata, tokenizer."""
+    """Examine a GGUF file, and the parts that belong to it: headers, tensors, tokenizer."""
     found = Findings(path.parent, spans={path.name: None})
     with found.catch(path.name):
         file = GGUFFile.open(path)
-        tensors = file.tensors.values()
         found.checked.append("header")
-        found.spans[path.name] = {t.name: Span(t.ggml_type, t.offset, t.nbytes) for t in tensors}
-        config, odd = None, sorted({t.ggml_type for t in tensors} - {*FLOATS, *BITS, *REPACKED})
+        found.spans = {
+            part.path.name: {
+                t.name: Span(t.ggml_type, t.offset, t.nbytes) for t in part.tensors.values()
+            }
+            for part in file.parts or (file,)
+        }
+        kinds = {tensor.ggml_type for tensor in file.tensors.values()}
+        config, odd = None, sorted(kinds - {*FLOATS, *BITS, *REPACKED})
         if odd:
             found.unchecked.append(f"shapes against metadata: types {', '.join(odd)}")
-        elif file.metadata.get("split.count", 1) not in (0, 1):
-            found.unchecked.append("shapes against metadata: one part of several")
         else:
             try:
                 config, _ = gguf.model_config(file)

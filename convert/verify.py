@@ -19,9 +19,10 @@ from convert import examine
 from convert.examine import Findings, Span
 from convert.integrity import PIECE, Bytes, HashedFile, expected_sha256, nonfinite, small_files
 from mlx_cerebrum import cli, hub
-from mlx_cerebrum.checkpoint import FLOATS
+from mlx_cerebrum.checkpoint import FLOATS, no_checkpoint
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.gguf_file import GGML_TYPES
+from mlx_cerebrum.gguf_paths import gguf_at
 from mlx_cerebrum.memory import human
 from mlx_cerebrum.progress import progress as live_line
 
@@ -50,16 +51,16 @@ def verify(path: Path, progress: Callable[[int, int], None] | None = None) -> di
     `unchecked` and `notes`, the number of `tensors`, and `files`: for each its bytes, its SHA-256
     and what that was compared with. Raises CheckpointError where there is nothing to check.
     """
-    if path.is_dir():
-        found = examine.directory(path)
-    elif path.suffix == ".gguf" and path.is_file():
-        found = examine.gguf_file(path)
-    elif path.exists():
-        raise CheckpointError(f"{path} is not a checkpoint: name its directory, or a .gguf file")
-    else:
+    if not path.exists():
         raise CheckpointError(f"{path} does not exist")
+    if (gguf := gguf_at(path)) is not None:
+        found = examine.gguf_file(gguf)
+    elif path.is_dir():
+        found = examine.directory(path)
+    else:
+        raise CheckpointError(no_checkpoint(path))
     files = _read_all(found, progress)
-    if path.is_dir():
+    if gguf is None:
         _small_files(found)
     compared = [file for file, entry in files.items() if entry["compared_with"]]
     if len(compared) < len(files):

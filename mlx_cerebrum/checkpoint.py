@@ -19,9 +19,11 @@ from mlx_cerebrum.foreign import (
     adapter_problem,
     config_problem,
     folder_problem,
+    stand_in,
     tensor_problem,
     unfinished,
 )
+from mlx_cerebrum.gguf_paths import gguf_at
 from mlx_cerebrum.quantize import Packing
 from mlx_cerebrum.safetensors_file import TensorInfo, read_header
 from mlx_cerebrum.tokenizer import Tokenizer
@@ -312,25 +314,31 @@ def _alike(path: Path, one: Place, other: Place) -> bool:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A directory or a `.gguf` file, its tensors checked against its config.
+    """A directory or a GGUF file, its tensors checked against its config (see `gguf_at`).
 
     Raises CheckpointError or ConfigError, one line each, for anything else.
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    checkpoint = SafetensorsCheckpoint(path) if path.is_dir() else _open_file(path)
+    if (gguf := gguf_at(path)) is not None:
+        from mlx_cerebrum.gguf_checkpoint import GGUFCheckpoint  # brings numpy: 0.1 s
+
+        checkpoint: Checkpoint = GGUFCheckpoint(gguf)
+    elif path.is_dir():
+        checkpoint = SafetensorsCheckpoint(path)
+    else:
+        raise CheckpointError(no_checkpoint(path))
     checkpoint.check()
     return checkpoint
 
 
-def _open_file(path: Path) -> Checkpoint:
-    if path.suffix == ".gguf":
-        from mlx_cerebrum.gguf_checkpoint import GGUFCheckpoint  # brings numpy: 0.1 s
-
-        return GGUFCheckpoint(path)
+def no_checkpoint(path: Path) -> str:
+    """Why a file that is no GGUF can't be read."""
+    if problem := stand_in(path):
+        return problem
     if any(path.match(pattern) for pattern in _PICKLES):
-        raise CheckpointError(f"{path} is a pickle, which can run code: convert it to safetensors")
-    raise CheckpointError(f"{path} is not a checkpoint: name its directory, or a .gguf file")
+        return f"{path} is a pickle, which can run code: convert it to safetensors"
+    return f"{path} is not a checkpoint: name its directory, or a GGUF file"
 
 
 def weight_files(path: Path) -> list[str]:

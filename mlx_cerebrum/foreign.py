@@ -129,7 +129,7 @@ _FOLDERS = (
 )
 
 # A download that is not over, or a name that a browser or wget gave.
-_UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".download", ".tmp")
+UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".download", ".tmp")
 _BINARY = (".safetensors", ".model", ".gguf")
 _PAGE = re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.IGNORECASE)
 
@@ -209,7 +209,7 @@ def folder_problem(directory: Path) -> str | None:
             instead = instead or "take the Hugging Face checkpoint (safetensors), or a GGUF file"
             return f"it holds {what}; {instead}"
     for file in sorted(directory.glob("*")):
-        if file.suffix in _UNFINISHED:
+        if file.suffix in UNFINISHED:
             return f"{file.name} is an unfinished download; finish it, or start it again"
         if ".safetensors" in file.name[:-1] and file.suffix not in (".safetensors", ".json"):
             return f"{file.name} may be one under another name; rename it"
@@ -218,7 +218,7 @@ def folder_problem(directory: Path) -> str | None:
 
 def unfinished(path: Path) -> str:
     """What to add where `path` is missing or cut: a download of it that is not over."""
-    beside = [path.with_name(path.name + suffix) for suffix in _UNFINISHED]
+    beside = [path.with_name(path.name + suffix) for suffix in UNFINISHED]
     caches = (path.parent / ".cache" / "huggingface" / "download", path.parent / "../../blobs")
     beside += [file for cache in caches for file in cache.glob("*.incomplete")]
     left = next((file for file in beside if file.exists()), None)

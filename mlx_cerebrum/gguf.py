@@ -151,12 +151,6 @@ def _refuse(file: GGUFFile) -> None:
             f"{file.path}: architecture {named} is not supported; only 'llama' is (the name "
             f"GGUF files give Llama and Mistral models)"
         )
-    parts = file.metadata.get("split.count", 1)
-    if parts not in (0, 1):
-        raise CheckpointError(
-            f"{file.path} is one part of {quote(str(parts))}: join the parts into one file first "
-            f"(llama-gguf-split --merge)"
-        )
     for key, plain in _PLAIN.items():
         if key in file.metadata and file.metadata[key] not in plain:
             raise ConfigError(

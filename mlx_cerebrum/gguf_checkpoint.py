@@ -14,11 +14,11 @@ _CODES = {name: code for code, name in FLOATS.items()}
 
 
 class GGUFCheckpoint(Checkpoint):
-    """One `.gguf` file; packed integers, scales and biases kept as they are where MLX can."""
+    """A GGUF file, or the parts of a split one; packed integers kept as they are where MLX can."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self.file = GGUFFile.open(path)
+        self.path = self.file.path  # of a split model the first part
         self.config, self.raw_config = model_config(self.file)
         self._tensors = modules(self.file, self.config)
         self.repacked = frozenset(m for m, t in self._tensors.items() if t.ggml_type in REPACKED)
@@ -50,7 +50,8 @@ class GGUFCheckpoint(Checkpoint):
 
     def extents(self, module: str) -> dict[str, Extent]:
         tensor = self._tensors[module]
-        return {"weight": Extent(self.path, tensor.offset, tensor.nbytes)}
+        holder = self.file.holder(tensor).path
+        return {"weight": Extent(holder, tensor.offset, tensor.nbytes)}
 
     @property
     def weight_dtype(self) -> str:

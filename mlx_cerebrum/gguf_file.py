@@ -9,7 +9,7 @@ it speaks of are there, and nothing is allocated from one.
 import mmap
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from struct import Struct
@@ -20,10 +20,15 @@ import numpy.typing as npt
 
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.foreign import stand_in
+from mlx_cerebrum.gguf_paths import MAGIC, part_paths
 
-# Metadata and tensor table together; the largest vocabularies take about 15 MB. Values
-# become Python objects of several times their size, so the bound bounds memory too.
+# Metadata and tensor table together; the largest vocabularies take about 15 MB.
 MAX_HEADER = 64 << 20
+# Values become Python objects of up to 100 times their size, so their number is bounded too:
+# those in arrays (a vocabulary's texts, scores and types, of 256 thousand tokens a million), and
+# keys and tensors (some hundred).
+MAX_VALUES = 4_000_000
+MAX_ENTRIES = 100_000
 
 # ggml's tensor types: number -> (name, elements in a block, bytes of a block).
 # fmt: off
@@ -57,7 +62,7 @@ class TensorInfo:
     """One entry of the tensor table.
 
     `shape` is row-major as in numpy (`[out, in]` for a linear layer), `ggml_type` a name
-    such as "Q4_0", `offset` counts from the start of the file.
+    such as "Q4_0", `offset` counts from the start of the file: of a split model's, `part`.
     """
 
     name: str
@@ -65,24 +70,76 @@ class TensorInfo:
     ggml_type: str
     offset: int
     nbytes: int
+    part: int = 0
 
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A parsed header; tensor bytes are read when asked for."""
+    """A parsed header; tensor bytes are read when asked for.
+
+    A split model is its first part, with the tensors of all: `parts` are the files.
+    """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
     identity: tuple[int, int]  # size and modification time, to notice a replaced file
+    parts: tuple["GGUFFile", ...] = ()
 
     @classmethod
     def open(cls, path: Path) -> "GGUFFile":
-        """Read and check the header of the file at `path`.
+        """Read and check the header of the file at `path`, and of the parts that belong to it.
 
         Raises CheckpointError, naming the byte, for anything that is not a sound
-        little-endian GGUF of version 2 or 3.
+        little-endian GGUF of version 2 or 3, and for parts that are missing or of other models.
         """
+        file = cls._open_one(path)
+        count = file.metadata.get("split.count", 1)
+        if type(count) is int and count in (0, 1):
+            return file
+        if type(count) is not int or count < 0:
+            raise CheckpointError(f"{path}: split.count must be a number of parts")
+        return cls._joined(file, part_paths(path, count))
+
+    @classmethod
+    def _joined(cls, opened: "GGUFFile", paths: list[Path]) -> "GGUFFile":
+        """The model of all these parts, of which one is `opened` already."""
+        parts = tuple(opened if p == opened.path else cls._open_one(p) for p in paths)
+        first, count = parts[0], len(parts)
+        tensors: dict[str, TensorInfo] = {}
+        for number, part in enumerate(parts):
+            said = (part.metadata.get("split.no", number), part.metadata.get("split.count"))
+            if said != (number, count):
+                raise CheckpointError(
+                    f"{part.path} says it is part {quote(str(said[0]))} of {quote(str(said[1]))}"
+                    f" (counted from 0), not {number} of {count}: of another model, or renamed"
+                )
+            for key in ("general.architecture", "general.name"):
+                mine, its = first.metadata.get(key), part.metadata.get(key)
+                if None not in (mine, its) and mine != its:
+                    raise CheckpointError(
+                        f"{part.path} is of another model: its {key} is {quote(str(its))}, not"
+                        f" {quote(str(mine))}"
+                    )
+            for name, tensor in part.tensors.items():
+                if name in tensors:
+                    other = parts[tensors[name].part].path.name
+                    raise CheckpointError(f"{part.path}: tensor {quote(name)} is in {other} too")
+                tensors[name] = replace(tensor, part=number)
+        total = first.metadata.get("split.tensors.count", len(tensors))
+        if total != len(tensors):
+            raise CheckpointError(
+                f"{first.path}: its parts have {len(tensors)} tensors, not the"
+                f" {quote(str(total))} it says: they are of different models"
+            )
+        return cls(first.path, first.metadata, tensors, first.identity, parts)
+
+    def holder(self, tensor: TensorInfo) -> "GGUFFile":
+        """The file with the tensor's bytes."""
+        return self.parts[tensor.part] if self.parts else self
+
+    @classmethod
+    def _open_one(cls, path: Path) -> "GGUFFile":
         if problem := stand_in(path):
             raise CheckpointError(problem)
         try:
@@ -99,23 +156,23 @@ class GGUFFile:
 
     def blocks(self, tensor: TensorInfo, limit: int) -> Iterator[npt.NDArray[np.uint8]]:
         """The tensor's blocks in file order, in pieces `[n, bytes of a block]` with n <= limit."""
-        width = _BLOCK_BYTES[tensor.ggml_type]
+        file, width = self.holder(tensor), _BLOCK_BYTES[tensor.ggml_type]
         try:
-            with self.path.open("rb") as handle:
-                if _identity(handle.fileno()) != self.identity:
-                    raise CheckpointError(f"{self.path} changed while it was being read")
+            with file.path.open("rb") as handle:
+                if _identity(handle.fileno()) != file.identity:
+                    raise CheckpointError(f"{file.path} changed while it was being read")
                 handle.seek(tensor.offset)
                 left = tensor.nbytes // width
                 while left:
                     piece = np.empty((min(left, limit), width), np.uint8)
                     if handle.readinto(piece.data) != piece.nbytes:
                         raise CheckpointError(
-                            f"{self.path} ended inside tensor {quote(tensor.name)}"
+                            f"{file.path} ended inside tensor {quote(tensor.name)}"
                         )
                     yield piece
                     left -= len(piece)
         except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
+            raise CheckpointError(f"{file.path} cannot be read: {error.strerror}") from None
 
     def read(self, tensor: TensorInfo) -> npt.NDArray[np.uint8]:
         """All bytes of one tensor, flat."""
@@ -141,6 +198,7 @@ class _Header:
         self.position = 0
         self.end = min(len(data), MAX_HEADER)
         self.place = "header"
+        self.values = 0  # in arrays, so far
 
     def fail(self, text: str) -> NoReturn:
         raise CheckpointError(f"{self.path}: byte {self.position} ({self.place}): {text}")
@@ -201,16 +259,24 @@ class _Header:
 
     def array(self) -> list[Any]:
         kind, count = self.number(_U32), self.number(_U64)
+        item = _SCALARS.get(kind, _U64)  # a text takes 8 bytes at least, for its length
+        self.need(item.size * count)
+        self.values += count
+        if self.values > MAX_VALUES:
+            self.fail(f"the metadata has arrays of more than {MAX_VALUES} values: damaged")
         if kind == _STRING:
             return self.strings(count)
         if kind not in _SCALARS:
             self.fail(f"arrays of value type {kind} are not supported")
-        item = _SCALARS[kind]
         values: list[Any] = np.frombuffer(self.take(item.size * count), item.format).tolist()
         return values
 
     def read(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         tensor_count, metadata_count = self.preamble()
+        for count, size, what in ((metadata_count, 13, "keys"), (tensor_count, 32, "tensors")):
+            self.need(size * count)  # what each takes at least
+            if count > MAX_ENTRIES:
+                self.fail(f"it has {count} {what}, more than {MAX_ENTRIES}: damaged")
         metadata = self.metadata(metadata_count)
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
@@ -221,7 +287,11 @@ class _Header:
         return metadata, self.placed(entries, start, alignment)
 
     def preamble(self) -> tuple[int, int]:
-        if self.take(4) != b"GGUF":
+        if (magic := self.take(4)) != MAGIC:
+            if magic in (b"lmgg", b"fmgg", b"tjgg", b"algg"):
+                raise CheckpointError(
+                    f"{self.path} is a GGML file, from before GGUF: take the model as GGUF"
+                )
             raise CheckpointError(f"{self.path} is not a GGUF file (it does not begin with 'GGUF')")
         version = self.number(_U32)
         if version and not version & 0xFFFF:

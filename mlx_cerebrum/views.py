@@ -1,6 +1,7 @@
 """The models that one loaded set of weights serves: its blocks in several orders, by name."""
 
 import argparse
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 
@@ -15,6 +16,8 @@ from mlx_cerebrum.tokenizer import Tokenizer
 
 CEREBRUM = ("cerebrum-7b", "cerebrum-12.25b")
 DEMO = "demo-interleaved"
+
+_SUFFIX = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$")  # of a file, or of a part of one
 
 Order = tuple[tuple[int, ...], tuple[tuple[float, float], ...] | None]  # layer map, scales
 
@@ -83,7 +86,7 @@ def orders(config: ModelConfig, source: str, plans: Sequence[str] = ()) -> dict[
     `source` is what the checkpoint was asked for by. Raises PlanError for a plan that does not fit.
     """
     blocks = config.num_hidden_layers
-    short = PurePath(source).name.removesuffix(".gguf").lower() or "model"
+    short = _SUFFIX.sub("", PurePath(source).name.lower()) or "model"
     cerebrum = blocks == 32 and "cerebrum" in short
     found: dict[str, Order] = {}
     if cerebrum:

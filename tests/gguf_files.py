@@ -152,7 +152,7 @@ def _value(value: Any) -> bytes:
     if isinstance(value, bool):
         return struct.pack("<I?", 7, value)
     if isinstance(value, int):
-        return struct.pack("<II", 4, value)
+        return struct.pack("<II", 4, value) if value >= 0 else struct.pack("<Ii", 5, value)
     if isinstance(value, float):
         return struct.pack("<If", 6, value)
     if isinstance(value, str):
@@ -186,6 +186,28 @@ def write(
                 file.write(np.ascontiguousarray(piece).data)
             file.write(bytes(-file.tell() % 32))
     return path
+
+
+def write_split(
+    folder: Path, name: str, count: int, kind: str, geometry: Geometry = SMALL, **changes: Any
+) -> list[Path]:
+    """`write`'s model in parts, as llama-gguf-split makes them: all metadata are in the first."""
+    tensors = list(table(geometry, lambda _: kind).items())
+    paths = []
+    for number in range(count):
+        own = tensors[number * len(tensors) // count : (number + 1) * len(tensors) // count]
+        said = {"split.no": number, "split.count": count, "split.tensors.count": len(tensors)}
+        said |= changes
+        if number == 0:
+            said = metadata(geometry, **({"general.name": "model"} | said))
+        paths.append(folder / f"{name}-{number + 1:05d}-of-{count:05d}.gguf")
+        with paths[-1].open("wb") as file:
+            file.write(header(said, dict(own)))
+            for tensor, (shape, stored) in own:
+                for piece in _data(shape, stored, list(geometry.tensors()).index(tensor)):
+                    file.write(np.ascontiguousarray(piece).data)
+                file.write(bytes(-file.tell() % 32))
+    return paths
 
 
 def write_hole(path: Path, kind: Callable[[str], str], geometry: Geometry) -> Path:

@@ -30,6 +30,7 @@ ROOMS = [
     ["model"],
     ["quantize"],
     ["safetensors_file"],
+    ["gguf_paths"],
     ["gguf_file"],
     ["gguf_blocks"],
     ["gguf"],
