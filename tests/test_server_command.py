@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +148,52 @@ def test_a_second_signal_ends_at_once(checkpoint: MakeCheckpoint) -> None:
                 except httpx.HTTPError:
                     break
             next(lines)  # and still answers
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
             with pytest.raises(httpx.RemoteProtocolError):
                 list(lines)
-        assert process.wait(WAIT) == 130
+        assert process.wait(WAIT) == 128 + signal.SIGTERM
         assert process.stderr.read() == "interrupted\n"
+
+
+def test_the_end_while_much_is_going_on(checkpoint: MakeCheckpoint) -> None:
+    """Stopped and continued, then ended: an answer, a prompt being read, and two that wait."""
+    model = checkpoint(max_position_embeddings=100_000)
+    flags = ("--batch", "2", "--grace", "0.2", "--prefill-step-size", "8", "--quiet")
+    with running(model, *flags, HOME="/dev/null", TMPDIR="/dev/null") as (url, process):
+        ended: list[str] = []
+
+        def ask(**body: Any) -> None:
+            body = {"max_tokens": 30_000, **body}
+            ended.append(httpx.post(f"{url}/v1/completions", json=body, timeout=WAIT).text)
+
+        asking = [
+            threading.Thread(target=ask, kwargs={"prompt": "Hi", "stream": stream})
+            for stream in (True, False)
+        ]
+        with ExitStack() as stack:
+            streams = []
+            for prompt in ("Hi", "a" * 60_000):
+                body = {"prompt": prompt, "max_tokens": 30_000, "stream": True}
+                answer = httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=WAIT)
+                streams.append(stack.enter_context(answer).iter_lines())
+                next(streams[-1])
+            for thread in asking:
+                thread.start()
+            while "cerebrum_queued 2.0" not in httpx.get(f"{url}/metrics").text:
+                pass
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.2)
+            process.send_signal(signal.SIGCONT)
+            for _ in range(10):
+                next(streams[0])
+            process.send_signal(signal.SIGTERM)
+            ended += ["\n".join(lines) for lines in streams]
+        for thread in asking:
+            thread.join(WAIT)
+        assert process.wait(WAIT) == 0
+        assert process.stderr.read() == ""
+    assert len(ended) == 4
+    assert all('"code":"shutting_down"' in text[-200:] for text in ended)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,11 @@
 """Connections: bodies that are too large or late, clients that go or do not read, the end."""
 
+import contextlib
+import os
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -23,6 +27,7 @@ from server_room import (
     until_closed,
 )
 
+from mlx_cerebrum.server import log
 from mlx_cerebrum.server.connections import Patience
 from mlx_cerebrum.server.intake import SLICE
 from mlx_cerebrum.server.jobs import BusyError, ClosedError, Event, Reading
@@ -266,6 +271,43 @@ def test_an_engine_that_has_stopped_is_not_a_busy_one(
         assert error(answer)[:2] == (503, "unavailable")
         assert "the engine has stopped" in answer.text
         assert server.client.get("/health").status_code == 503
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_log_that_is_full(
+    engine: FakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("/dev/full").open("w") as full, serving(engine, tokenizer, log=True) as server:
+        monkeypatch.setattr(sys, "stderr", full)
+        for _ in range(3):
+            assert post(server, **chat()).status_code == 200
+
+
+def test_a_log_that_nobody_reads(
+    engine: FakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped terminal, say: answers go on, and most lines of that time are lost."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    written = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            written += os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    monkeypatch.setattr(log, "MOST", 3)
+    with (
+        os.fdopen(reader, "rb", buffering=0) as pipe,
+        os.fdopen(writer, "w") as stuck,
+        serving(engine, tokenizer, log=True) as server,
+    ):
+        monkeypatch.setattr(sys, "stderr", stuck)
+        for _ in range(10):
+            assert post(server, **chat()).status_code == 200
+        while written:
+            written -= len(pipe.read(written) or b"")
+        server.stop()
+        monkeypatch.undo()
+        assert pipe.read(10_000).count(b"POST") in range(3, 8)  # of 10
 
 
 def test_a_line_for_each_request(

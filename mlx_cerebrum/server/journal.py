@@ -1,8 +1,6 @@
 """Around every request: an id, a line on stderr, a count, and an answer should the server fail."""
 
-import contextlib
 import secrets
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -11,7 +9,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_cerebrum.cli import one_line
-from mlx_cerebrum.server import faults
+from mlx_cerebrum.server import faults, log
 from mlx_cerebrum.server.metrics import Metrics
 from mlx_cerebrum.server.streaming import GONE, TOKENS
 
@@ -68,10 +66,9 @@ class Journal:
             await app(scope, receive, watched)
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
-            with contextlib.suppress(OSError):  # nobody reads the log any more
-                print(f"{request_id}: {one_line(what)}", file=sys.stderr)
-                if self._debug:
-                    traceback.print_exc()
+            log.write(f"{request_id}: {one_line(what)}")
+            if self._debug:
+                log.write(traceback.format_exc())
             if status == 0:
                 await faults.internal(request_id).response(scope, receive, watched)
         finally:
@@ -86,7 +83,4 @@ class Journal:
         # A path as it came: percent-encoded, so that it can't write lines of its own.
         path = scope.get("raw_path", b"?").decode("ascii", "replace")[:100]
         tokens = "{} + {} tokens, ".format(*scope[TOKENS]) if TOKENS in scope else ""
-        with contextlib.suppress(OSError):
-            print(
-                f"{scope['method'][:20]} {path} {status}, {tokens}{seconds:.2f} s", file=sys.stderr
-            )
+        log.write(f"{scope['method'][:20]} {path} {status}, {tokens}{seconds:.2f} s")

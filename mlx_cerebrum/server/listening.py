@@ -1,7 +1,6 @@
 """From an address to a running web server, and its orderly end."""
 
 import asyncio
-import contextlib
 import math
 import os
 import signal
@@ -14,13 +13,15 @@ from typing import Any
 
 import uvicorn
 
-from mlx_cerebrum.cli import INTERRUPTED, describe, one_line
+from mlx_cerebrum.cli import describe, one_line
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.server import log
 from mlx_cerebrum.server.app import Service
 from mlx_cerebrum.server.connections import AT_ONCE, HEAD_BYTES, Connection, Gate, State
 from mlx_cerebrum.server.security import is_loopback
 
 _SAY_AGAIN = 10.0  # seconds
+_LAST_WORDS = 0.5  # seconds, for the log to be written at the end
 _BACKLOG = 1024  # connections that wait to be accepted
 
 
@@ -117,8 +118,7 @@ class Server(uvicorn.Server):
         self._said = loop.time()
         error = context.get("exception")
         what = describe(error) if error else ""
-        with contextlib.suppress(OSError):
-            print(f"{one_line(context['message'])}: {what}", file=sys.stderr)
+        log.write(f"{one_line(context['message'])}: {what}")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.closing = True
@@ -134,6 +134,7 @@ class Server(uvicorn.Server):
         ticking.cancel()
         self._gate.close()
         await asyncio.sleep(0.01)  # for the sockets to be closed
+        log.flush(_LAST_WORDS)
 
     async def _tick(self) -> None:
         while True:
@@ -145,6 +146,7 @@ class Server(uvicorn.Server):
         self._service.closing = True
         if self.should_exit:
             # The second: nobody waits for the step that the generating thread is in.
-            print("interrupted", file=sys.stderr, flush=True)
-            os._exit(INTERRUPTED)
+            log.write("interrupted")
+            log.flush(_LAST_WORDS)
+            os._exit(128 + sig)  # as shells report it
         self.should_exit = True
