@@ -9,8 +9,9 @@ from convert.destination import Partial, copy_file
 from convert.engine import Checks, Progress, run
 from convert.integrity import HashedFile
 from convert.outputs import Output
-from convert.source import Source
+from convert.source import Source, check_stamps
 from mlx_cerebrum.checkpoint import SafetensorsCheckpoint
+from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.safetensors_file import read_header
 
 
@@ -68,7 +69,12 @@ class Copies:
 
         def copy(paths: set[Path]) -> None:
             for path in sorted(paths):
-                copy_file(path, self.targets[path], go_on)
+                try:
+                    copy_file(path, self.targets[path], go_on)
+                except FileNotFoundError:
+                    raise CheckpointError(
+                        f"{path} is gone while it was copied; start again"
+                    ) from None
                 partial.journal.add(self.targets[path].name, "copied")
 
         with ThreadPoolExecutor(1, "copy") as copier:
@@ -93,6 +99,7 @@ class Copies:
                 if copied.finish() != hashes.get(path.name):
                     damaged.add(path)  # or nothing to compare it with
         copy(damaged)
+        check_stamps(source.stats)  # what was copied is what was read
         names = (name for path in kept - damaged for name in read_header(path))
         self.resumed = len({name.rpartition(".")[0] for name in names})
         self.hashes = {

@@ -75,18 +75,24 @@ def new_directory(destination: Path, identity: str, needed: int) -> Iterator[Par
     """
     partial = partial_of(destination)
     if not partial.exists() and _begun(destination) == identity:
-        Journal(destination, identity).close()  # raises where that run is not over yet
+        # Raises where that run is not over yet.
+        Journal(destination, identity, create=False).close()
         destination.rename(partial)  # killed between the last two steps: check it again
     check_free(destination)
-    if partial.is_symlink() or (partial.exists() and _begun(partial) is None and _holds(partial)):
-        raise CheckpointError(f"{partial} is in the way and no conversion's; move it elsewhere")
     try:
+        if partial.is_symlink() or (
+            partial.exists() and _begun(partial) is None and _holds(partial)
+        ):
+            raise CheckpointError(f"{partial} is in the way and no conversion's; move it elsewhere")
         partial.mkdir(exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{partial} can't be made: {error.strerror}") from None
-    replaced = _size(partial) if _begun(partial) != identity else 0
+        raise CheckpointError(
+            f"{partial} can't be made: {error.strerror}; name another destination"
+        ) from None
     journal = Journal(partial, identity)
     try:
+        check_free(destination)  # the one that had the lock may have finished
+        replaced = 0 if journal.resumes else _size(partial)
         _clear(partial, shards=not journal.entries)
         _require_space(destination, partial, needed)
         yield Partial(partial, journal, replaced)
@@ -123,7 +129,9 @@ def _begun(directory: Path) -> str | None:
 
 
 def _holds(directory: Path) -> bool:
-    return not directory.is_dir() or any(f.name != JOURNAL for f in directory.iterdir())
+    if not directory.is_dir():
+        return directory.exists()
+    return any(file.name != JOURNAL for file in directory.iterdir())
 
 
 def _clear(directory: Path, shards: bool = True) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from convert.gguf_stream import Stream, Tensor, new_file
 from convert.gguf_vocabulary import tokenizer_metadata
+from convert.source import check_stamps, stamps
 from mlx_cerebrum.checkpoint import Checkpoint, matrix_shapes, open_checkpoint
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import ConfigError
@@ -68,6 +69,7 @@ def export(
     metadata, notes = tokenizer_metadata(checkpoint)
     notes += _notes(config, tensors, kind)
     total = sum(tensor.nbytes for tensor in tensors)
+    before = stamps(checkpoint)
     with new_file(destination, total) as partial:
         _write_header(gguf, partial, config, kind, destination.stem, metadata, tensors)
         with partial.open("r+b") as file:
@@ -75,6 +77,7 @@ def export(
             for tensor in tensors:
                 stream.append(checkpoint, tensor)
             stream.finish()
+        check_stamps(before)
         open_checkpoint(partial)  # what was written reads back: names, shapes, sizes
         size = partial.stat().st_size
     return {

@@ -154,8 +154,7 @@ def new_file(destination: Path, needed: int) -> Iterator[Path]:
     Raises CheckpointError when `destination` exists or is being written by another run, when
     `needed` bytes are not free, and when the disk fails.
     """
-    if destination.exists() or destination.is_symlink():
-        raise CheckpointError(f"{destination} exists already; name a new file, or remove it")
+    _check_free(destination)
     parent = destination.absolute().parent
     if not parent.is_dir():
         raise CheckpointError(f"{parent} does not exist; make it first")
@@ -170,12 +169,16 @@ def new_file(destination: Path, needed: int) -> Iterator[Path]:
         with partial.open("ab") as claim:  # what an interrupted run left is written over
             try:
                 fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                if not os.path.samestat(os.fstat(claim.fileno()), partial.stat()):
+                    raise BlockingIOError  # what was locked has another name meanwhile
+            except (BlockingIOError, FileNotFoundError):
                 raise CheckpointError(
                     f"another run is writing {destination}; wait for it"
                 ) from None
             try:
+                _check_free(destination)
                 yield partial
+                _check_free(destination)
                 partial.rename(destination)
             finally:
                 partial.unlink(missing_ok=True)
@@ -185,3 +188,8 @@ def new_file(destination: Path, needed: int) -> Iterator[Path]:
     except OSError as error:
         problem = error.strerror or error
         raise CheckpointError(f"{destination} can't be written: {problem}") from None
+
+
+def _check_free(destination: Path) -> None:
+    if destination.exists() or destination.is_symlink():
+        raise CheckpointError(f"{destination} exists already; name a new file, or remove it")

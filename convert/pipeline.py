@@ -141,7 +141,7 @@ def _attempt(
             if options.shim:
                 shim.write(partial.path)
             write_json(partial.path / "config.json", raw)
-            open_checkpoint(partial.path)  # what was written reads back: names, shapes, sizes
+            load_tokenizer(open_checkpoint(partial.path))  # what was written reads back
     if partial.replaced:
         done = human(partial.replaced)
         notes = [*notes, f"{done} of a stopped conversion, of something else, were given up"]

@@ -15,7 +15,7 @@ from convert.integrity import PIECE, Bytes, HashedFile, expected_sha256, small_f
 from convert.outputs import modules
 from mlx_cerebrum.checkpoint import Checkpoint, SafetensorsCheckpoint
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.safetensors_file import ITEM_BYTES
+from mlx_cerebrum.safetensors_file import ITEM_BYTES, read_header
 
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
 CODES = {
@@ -25,6 +25,8 @@ CODES = {
     mx.uint32: "U32",
     mx.uint8: "U8",
 }
+Stamp = tuple[str, int, int, int, int, int]
+Stamps = dict[Path, Stamp]
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 
@@ -67,7 +69,7 @@ class Source:
         self.modules = sorted(names, key=lambda name: (at[name].path, at[name].offset))
         self.paths = sorted({e.path for n in names for e in checkpoint.extents(n).values()})
         self.nbytes = sum(e.nbytes for n in names for e in checkpoint.extents(n).values())
-        self.stats = {path: _stat(path) for path in self.paths}
+        self.stats = stamps(checkpoint)
         self._verify, self._hasher = verify, hasher
         self._stored_as_is = isinstance(checkpoint, SafetensorsCheckpoint)
         self._files: dict[Path, HashedFile] = {}
@@ -131,8 +133,6 @@ class Source:
                 )
         for path in self.paths:
             found = self.open(path).finish()
-            if _stat(path) != self.stats[path]:
-                raise CheckpointError(f"{path} changed while it was read; start again")
             if found is None:
                 continue
             hashes[path.name] = found
@@ -145,6 +145,7 @@ class Source:
                         f"{path} is damaged: its SHA-256 is {found[:12]}..., {whose}"
                         f" {expected[:12]}...; fetch or convert it again (--no-verify ignores this)"
                     )
+        check_stamps(self.stats)
         return hashes
 
     def new_digest(self, module: str) -> "hashlib._Hash":
@@ -163,7 +164,41 @@ class Source:
             file.close()
 
 
-def _stat(path: Path) -> tuple[str, int, int, int, int, int]:
+def stamps(checkpoint: Checkpoint) -> Stamps:
+    """What tells whether the checkpoint's files are others later, or were written to.
+
+    Raises CheckpointError where they are others already than when it was opened.
+    """
+    names = [*modules(checkpoint.config), *sorted(checkpoint.spare)]
+    found: Stamps = {}
+    for path in sorted({e.path for n in names for e in checkpoint.extents(n).values()}):
+        try:
+            found[path] = _stat(path)
+        except OSError:
+            raise _changed(path) from None
+        if isinstance(checkpoint, SafetensorsCheckpoint):
+            own = {n: info for n, (file, info) in checkpoint.tensors.items() if file == path.name}
+            if read_header(path) != own:
+                raise _changed(path)
+    return found
+
+
+def check_stamps(before: Stamps) -> None:
+    """Raise CheckpointError for a file that has changed since `before`."""
+    for path, stamp in before.items():
+        try:
+            same = _stat(path) == stamp
+        except OSError:
+            same = False
+        if not same:
+            raise _changed(path)
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} changed while it was read; start again")
+
+
+def _stat(path: Path) -> Stamp:
     """What tells that a file is another one, or was written to since: the change time can't be
     set back."""
     found = path.stat()

@@ -30,12 +30,23 @@ _FLUSH = 100_000_000  # bytes after which the disk is set to work, so that littl
 class Journal:
     """Lines of `{"key": ..., "sha256": ...}` under one with the conversion's fingerprint.
 
-    `entries` are those of this fingerprint. The file is locked while it is open; raises
-    CheckpointError where another process has it.
+    `entries` are those of this fingerprint, `resumes` whether it was there before. The file is
+    locked while it is open; raises CheckpointError where another process has it.
+
+    create: make the file where there is none.
     """
 
-    def __init__(self, directory: Path, fingerprint: str) -> None:
-        self._file = (directory / JOURNAL).open("a+b")
+    def __init__(self, directory: Path, fingerprint: str, create: bool = True) -> None:
+        busy = f"{directory} is being written by another conversion; wait for it or stop it"
+        try:
+            flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0)
+            self._file = os.fdopen(os.open(directory / JOURNAL, flags, 0o666), "a+b")
+        except FileNotFoundError:  # renamed by the one that was there first
+            raise CheckpointError(busy) from None
+        except OSError as error:
+            raise CheckpointError(
+                f"{directory} can't be written: {error.strerror}; name another destination"
+            ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held, named = os.fstat(self._file.fileno()), (directory / JOURNAL).stat()
@@ -43,13 +54,12 @@ class Journal:
                 raise BlockingIOError  # what was locked has been removed or renamed meanwhile
         except (BlockingIOError, FileNotFoundError):
             self._file.close()
-            raise CheckpointError(
-                f"{directory} is being written by another conversion; wait for it or stop it"
-            ) from None
+            raise CheckpointError(busy) from None
         if self._file.tell() and not self._ends_whole():
             self._write(b"\n")  # a line cut short must not swallow the next
         entries = self.read(directory)
-        if not entries or entries[0] != {"fingerprint": fingerprint}:
+        self.resumes = bool(entries) and entries[0] == {"fingerprint": fingerprint}
+        if not self.resumes:
             # Appended, not written over: at any moment the file says whose directory this is.
             self._append({"fingerprint": fingerprint})
             entries = []
