@@ -26,7 +26,7 @@ from mlx_cerebrum.memory import human, require
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.prompt_cache import PromptCache
 from mlx_cerebrum.prompt_cache_identity import Identity
-from mlx_cerebrum.safetensors_file import TensorInfo, read_header, read_metadata
+from mlx_cerebrum.safetensors_file import TensorInfo, read_whole_header
 
 FORMAT = "mlx-cerebrum prompt cache"
 VERSION = "1"
@@ -49,7 +49,7 @@ def check_destination(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise CheckpointError(f"{path.absolute().parent} does not exist; make it first")
     if path.exists():
-        _read_metadata(path)
+        _read(path)
 
 
 def save(prompt_cache: PromptCache, path: Path, identity: Identity) -> None:
@@ -152,7 +152,14 @@ def _replacing(destination: Path) -> Iterator[BinaryIO]:
 
 def check(path: Path, identity: Identity, kv_bits: int | None = None) -> int:
     """The bytes `load` would take; no model is needed. Raises CheckpointError as it does."""
-    metadata = _read_metadata(path)
+    return sum(tensor.nbytes for tensor in _checked(path, identity, kv_bits)[0].values())
+
+
+def _checked(
+    path: Path, identity: Identity, kv_bits: int | None
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """A prompt cache's header, of one that was made as it would be here."""
+    tensors, metadata = _read(path)
     if metadata.get("version") != VERSION:
         raise CheckpointError(f"{path} has format {metadata.get('version')}, not {VERSION}; {_NEW}")
     here = identity | {"kv-bits": str(kv_bits or "none")}
@@ -163,7 +170,7 @@ def check(path: Path, identity: Identity, kv_bits: int | None = None) -> int:
     ]
     if differing:
         raise CheckpointError(f"{path} was made with another {' and '.join(differing)}; {_NEW}")
-    return sum(tensor.nbytes for tensor in read_header(path).values())
+    return tensors, metadata
 
 
 def load(
@@ -179,19 +186,20 @@ def load(
     way, made it; and for a file that is damaged or something else. MemoryBudgetError when it
     can't fit.
     """
-    require(check(path, identity, kv_bits), f"the prompt cache {path}", _NEW)
-    prompt_cache, header = PromptCache(model, kv_bits, max_bytes), read_header(path)
+    header, metadata = _checked(path, identity, kv_bits)
+    require(sum(t.nbytes for t in header.values()), f"the prompt cache {path}", _NEW)
+    prompt_cache = PromptCache(model, kv_bits, max_bytes)
     _check_sum(path, header)
-    _restore(prompt_cache, path, model, header, _read_metadata(path))
+    _restore(prompt_cache, path, model, header, metadata)
     return prompt_cache
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a prompt cache's header. Raises CheckpointError for any other file."""
-    metadata = read_metadata(path)
+def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """A prompt cache's header. Raises CheckpointError for any other file."""
+    tensors, metadata = read_whole_header(path)
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is safetensors, but not a prompt cache; name another file")
-    return metadata
+    return tensors, metadata
 
 
 def _check_sum(path: Path, header: dict[str, TensorInfo]) -> None:

@@ -35,6 +35,7 @@ ITEM_BYTES = {
     "F8_E4M3FNUZ": 1,
     "F8_E5M2FNUZ": 1,
 }
+_MAX_TENSORS = 100_000  # one file of all the blocks that are supported has fewer
 _MAX_RANK = 32  # a product of more sizes could take minutes
 
 
@@ -53,15 +54,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Raises CheckpointError (one line, with the file) for anything that does not add up.
     """
-    return _read(path)[0]
+    return read_whole_header(path)[0]
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The texts beside the tensors (`__metadata__`). Raises as `read_header` does."""
-    return _read(path)[1]
-
-
-def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def read_whole_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors, and the texts beside them (`__metadata__`). Raises as `read_header` does."""
     if problem := stand_in(path):
         raise CheckpointError(problem)
     try:
@@ -82,6 +79,8 @@ def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     entries = json_file.parse(text, f"{path}: the header", CheckpointError)
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path} is not safetensors: its header is not a JSON object")
+    if len(entries) > _MAX_TENSORS:
+        raise CheckpointError(f"{path} has {len(entries)} tensors; {_MAX_TENSORS} are supported")
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: the header's __metadata__ is not text by name")

@@ -515,6 +515,13 @@ def test_metadata_that_is_not_text(checkpoint: MakeCheckpoint, metadata: Any) ->
     assert "__metadata__ is not text by name" in refused(path)
 
 
+def test_more_tensors_than_any_model_has(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint()
+    many = {str(i): {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)}
+    header(path / "model.safetensors", lambda entries: entries.update(many))
+    assert "100000 are supported" in refused(path)
+
+
 def test_overlapping_tensors(checkpoint: MakeCheckpoint) -> None:
     path = checkpoint()
 
