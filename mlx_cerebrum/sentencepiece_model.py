@@ -61,7 +61,10 @@ class SentencePieceVocabulary:
         sp = self._processor = self._load(model)
         self._size: int = sp.vocab_size()
         self._added = {token.id: token for token in self._placed(tuple(added), renames)}
-        named = [i for i in range(self._size) if sp.is_control(i) or sp.is_unknown(i)]
+        ids = list(range(self._size))
+        self._reading(sp.id_to_piece, ids)  # each of them is text
+        marked = zip(ids, sp.is_control(ids), sp.is_unknown(ids), strict=True)
+        named = [i for i, control, unknown in marked if control or unknown]
         self._own = [AddedToken(i, sp.id_to_piece(i)) for i in named if i not in self._added]
         if len(self._own) + len(self._added) > MAX_ADDED:
             raise TokenizerError(f"{where}: more than {MAX_ADDED:,} control and added tokens")

@@ -171,12 +171,13 @@ def all_types(node: Any) -> set[str]:
 
 
 def _decoder(decoder: Any, problem: str) -> Any:
-    if decoder is None:
-        return None
-    steps = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else None
-    if not isinstance(steps, list) or not all(
-        isinstance(step, dict) and isinstance(step.get("type"), str) for step in steps
-    ):
+    def sound(step: Any) -> bool:
+        inner = step.get("decoders") or [] if isinstance(step, dict) else None
+        return (
+            isinstance(inner, list) and isinstance(step.get("type"), str) and all(map(sound, inner))
+        )
+
+    if decoder is not None and not sound(decoder):
         raise TokenizerError(f"{problem}: its decoder has no type")
     return decoder
 
@@ -192,6 +193,9 @@ def _processor(processor: Any, problem: str) -> Any:
         template = part.get("single", [])
         if not isinstance(template, list) or not all(isinstance(item, dict) for item in template):
             raise TokenizerError(f"{problem}: its post_processor's single is not a list")
+        for token in (item["SpecialToken"] for item in template if "SpecialToken" in item):
+            if not isinstance(token, dict) or not _is_text(token.get("id")):
+                raise TokenizerError(f"{problem}: its post_processor has a SpecialToken without id")
     return processor
 
 
@@ -200,7 +204,7 @@ def _checked(node: Any, problem: str, depth: int = 0) -> int:
     if node is None and depth == 0:
         return 1
     kind = node.get("type") if isinstance(node, dict) else None
-    if kind not in _STEPS:
+    if not isinstance(kind, str) or kind not in _STEPS:
         raise TokenizerError(f"{problem}: {kind!r:.40} is not a step that is supported here")
     if kind == "Sequence":
         steps = node.get("normalizers", node.get("pretokenizers"))

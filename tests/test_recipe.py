@@ -254,6 +254,7 @@ def test_a_table_survives_saving(tmp_path: Path) -> None:
     [
         ({"bits": 7}, "7 bits a weight"),
         ({"blocks": {}}, "not a sensitivity table"),
+        ({"layer_map": [float("inf")]}, "not a sensitivity table"),
         ({"blocks": {kind: [1.0, -1.0] for kind in KINDS}}, "not negative"),
         ({"blocks": {kind: [1.0] * (i + 1) for i, kind in enumerate(KINDS)}}, "one figure"),
         ({"outer": {EMBEDDING: 1.0, HEAD: float("nan")}}, "finite"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from conftest import mistral_model
+from conftest import byte_tokenizer, mistral_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -378,6 +378,42 @@ def test_damaged_tokenizer_json(tmp_path: Path, content: str, complaint: str) ->
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(TokenizerError, match=complaint):
         Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "complaint"),
+    [
+        ("post_processor", {"single": [{"SpecialToken": None}]}, "SpecialToken without id"),
+        ("post_processor", {"single": [{"SpecialToken": {"ids": [1]}}]}, "SpecialToken without"),
+        ("post_processor", {"processors": [{"single": [{"SpecialToken": {"id": 7}}]}]}, "Special"),
+        ("decoder", {"decoders": [{"type": "ByteLevel"}]}, "decoder has no type"),
+        (
+            "decoder",
+            {"type": "ByteLevel", "decoders": [{"type": "x", "decoders": [{}]}]},
+            "no type",
+        ),
+        ("normalizer", {"type": []}, "not a step"),
+        ("pre_tokenizer", {"type": {"a": 1}}, "not a step"),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": [[]]}]}, "not a step"),
+    ],
+)
+def test_a_tokenizer_json_with_parts_of_other_types(
+    tmp_path: Path, part: str, value: Any, complaint: str
+) -> None:
+    byte_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    Tokenizer.from_directory(tmp_path)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {part: value}))
+    with pytest.raises(TokenizerError, match=complaint):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_a_piece_that_is_no_text(files: Files) -> None:
+    path = files()
+    model = (path / "tokenizer.model").read_bytes()
+    (path / "tokenizer.model").write_bytes(model.replace(b"the", b"t\x80e", 1))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model is damaged"):
+        Tokenizer.from_directory(path)
 
 
 def test_merges_that_spell_a_control_token_are_not_used(tmp_path: Path) -> None:
