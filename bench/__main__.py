@@ -27,6 +27,7 @@ from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.memory import on_gpu
 from mlx_cerebrum.memory_limits import limits
+from mlx_cerebrum.text import one_line, say, tell
 
 # Those that measure in processes of their own come first, before this one holds weights.
 SUITES = ("memory", "peers", "speed", "context", "quality")
@@ -154,15 +155,15 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
                 if len(names) == 1:
                     raise
                 # One question that this model can't be asked must not cost the others.
-                document["suites"][name] = {"not_measured": cli.one_line(str(error))}
+                document["suites"][name] = {"not_measured": one_line(str(error))}
                 settings.say(f"{name}: not measured: {error}")
             if args.out is not None:  # what is done is kept, whatever comes after
                 suite.write(args.out, document)
     if args.out is not None:
         render.report(document, args.out)
     if not args.json:
-        print(render.report(document))  # without the pictures
-    print(json.dumps(document, ensure_ascii=False))
+        say(render.report(document))  # without the pictures
+    say(json.dumps(document, ensure_ascii=False))
     return 0
 
 
@@ -190,7 +191,7 @@ def _settings(args: argparse.Namespace, work: Path) -> Settings:
         tasks=tuple(filter(None, args.tasks.split(","))),
         task_dir=args.task_dir,
         limit=args.limit,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        say=tell,
     )
 
 

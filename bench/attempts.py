@@ -59,7 +59,7 @@ class Attempt:
 
 
 def one_line(error: Exception) -> str:
-    text = cli.one_line(str(error)) or type(error).__name__
+    text = cli.describe(error)
     return text if isinstance(error, CerebrumError) else f"{type(error).__name__}: {text:.200}"
 
 

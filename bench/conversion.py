@@ -29,6 +29,7 @@ from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.memory import GB
 from mlx_cerebrum.plan import resolve
+from mlx_cerebrum.text import tell
 from mlx_cerebrum.tokenizer_files import FILES
 
 _PIECE = 4_000_000  # bytes the plain reader takes at a time, as the converter does
@@ -102,7 +103,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _add(costs: dict[str, list[Cost]], name: str, cost: Cost) -> None:
     costs.setdefault(name, []).append(cost)
-    print(f"{name}: {cost.wall:.1f} s", file=sys.stderr)
+    tell(f"{name}: {cost.wall:.1f} s")
 
 
 def _middle(found: Sequence[Cost]) -> Cost:

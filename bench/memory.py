@@ -43,6 +43,7 @@ from mlx_cerebrum.load import SMALLER, choose_storage, load_model, planned_confi
 from mlx_cerebrum.memory import kv_bytes, on_gpu, request_bytes, require
 from mlx_cerebrum.plan import resolve
 from mlx_cerebrum.quantize import Packing
+from mlx_cerebrum.text import say
 
 PLAN = "cerebrum-12.25b"
 BITS = (None, 8, 4)  # None: as stored
@@ -256,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _print(args: argparse.Namespace) -> int:
     case = Case("", args.directory, args.plan, args.view, args.q_bits, args.window)
-    print(json.dumps(inspect(case)))
+    say(json.dumps(inspect(case)))
     return 0
 
 

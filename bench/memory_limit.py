@@ -33,6 +33,7 @@ from mlx_cerebrum.memory import GB, kv_bytes, request_bytes
 from mlx_cerebrum.memory_limits import PROC, cgroups, sizes
 from mlx_cerebrum.plan import resolve
 from mlx_cerebrum.quantize import Packing
+from mlx_cerebrum.text import say
 
 PLAN = "cerebrum-12.25b"
 MAC_8GB = 8 * 2**30 * 2 // 3  # bytes
@@ -211,12 +212,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     if args.model is None:
-        print("\n\n".join(arithmetic()))
+        say("\n\n".join(arithmetic()))
         return 0
     arguments = ["mlx_cerebrum.generate", "--model", args.model, "--raw", "--prompt", args.prompt]
     arguments += ["--max-tokens", str(args.max_tokens), "--json", *args.flags]
     outcome = run(arguments, int(args.limit_gb * GB), args.kind)
-    print(json.dumps(asdict(outcome)) if args.json else text(outcome))
+    say(json.dumps(asdict(outcome)) if args.json else text(outcome))
     return 0 if outcome.finished else 1
 
 

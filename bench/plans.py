@@ -49,6 +49,7 @@ from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.memory_limits import limits
 from mlx_cerebrum.plan import LayerPlan, resolve
+from mlx_cerebrum.text import say, tell
 from mlx_cerebrum.tokenizer import Tokenizer
 
 SECONDS = 150.0  # that a sweep may take unless asked otherwise
@@ -234,7 +235,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
         cell = Cell.named(args.yaml)
         if cell is None:
             raise RequestError(f"{args.yaml!r} is not a plan of the family, such as s13-w4-r1")
-        print(cell.plan(blocks).text, end="")
+        say(cell.plan(blocks).text, end="")
         return 0
     plans = [Cell.named(name) or resolve(name) for name in args.plan]
     if not args.sweep and not plans:
@@ -257,7 +258,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
             seconds=args.seconds,
             texts=tuple(map(Path, args.text)),
             text_tokens=args.tokens,
-            say=lambda line: print(line, file=sys.stderr, flush=True),
+            say=tell,
         )
         with limits():
             results = measure(pair, settings, context=args.context, sweep=sweep, plans=plans)
@@ -267,8 +268,8 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
         write_plans(args.out / "plans", results)
     page = render.report(document, args.out)
     if not args.json:
-        print(page)
-    print(json.dumps(document, ensure_ascii=False))
+        say(page)
+    say(json.dumps(document, ensure_ascii=False))
     return 0
 
 

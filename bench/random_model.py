@@ -25,6 +25,7 @@ from mlx_cerebrum.checkpoint import Checkpoint, Extent, matrix_shapes, norm_name
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.memory import GB
+from mlx_cerebrum.text import say
 from mlx_cerebrum.tokenizer import Tokenizer
 from mlx_cerebrum.tokenizer_files import FILES
 
@@ -168,7 +169,7 @@ def _run(args: argparse.Namespace) -> int:
     for file in found:
         shutil.copyfile(file, args.directory / file.name)
     took = time.perf_counter() - started
-    print(f"{args.directory}: {args.geometry}, {written / GB:.2f} GB in {took:.1f} s")
+    say(f"{args.directory}: {args.geometry}, {written / GB:.2f} GB in {took:.1f} s")
     return 0
 
 

@@ -7,7 +7,6 @@ python -m bench render --figures   that, and the figures in README.md and bench/
 
 import importlib
 import re
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from bench.suite import Results, Suite
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.memory import GB
+from mlx_cerebrum.text import one_line, say, tell
 
 SCHEMA = 1
 # In the order of the page. A document can name no other module.
@@ -70,12 +70,12 @@ def _run(directories: list[Path], index: bool, all_figures: bool) -> int:
             report(document, directory)
         except RequestError as error:
             raise RequestError(f"{directory / suite.FILE}: {error}") from error
-        print(directory / PAGE)
+        say(str(directory / PAGE))
         for found in private(document):
-            print(f"before you send it: {suite.FILE} says {found!r}", file=sys.stderr)
+            tell(f"before you send it: {suite.FILE} says {found!r}")
     if index or all_figures:
         for path in figures.rewrite(figures.ROOT, None if all_figures else figures.INDEX):
-            print(path)
+            say(str(path))
     return 0
 
 
@@ -107,7 +107,7 @@ def report(document: Results, directory: Path | None = None) -> str:
 
 
 def _misshapen(what: str, error: BaseException) -> RequestError:
-    said = cli.one_line(str(error))[:80]
+    said = one_line(str(error))[:80]
     return RequestError(f"{what} can't be read: {type(error).__name__}: {said}")
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from bench import machine
 from mlx_cerebrum import cli
 from mlx_cerebrum.memory import GB
+from mlx_cerebrum.text import say
 
 T = TypeVar("T")
 
@@ -136,8 +137,8 @@ def publish(
         "results": results,
     }
     if not args.json:
-        print("\n\n".join([f"## {bench}", _card_text(machine_card), *text]) + "\n")
-    print(json.dumps(document, ensure_ascii=False))
+        say("\n\n".join([f"## {bench}", _card_text(machine_card), *text]) + "\n")
+    say(json.dumps(document, ensure_ascii=False))
 
 
 def _card_text(card: dict[str, Any]) -> str:

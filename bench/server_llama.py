@@ -17,6 +17,7 @@ from typing import Any
 from bench import llama_cpp
 from bench.engines import required
 from mlx_cerebrum import cli
+from mlx_cerebrum.text import say
 
 _KEYS = "float32"
 _STOP = (signal.SIGTERM, signal.SIGINT)
@@ -40,8 +41,8 @@ def _run(args: argparse.Namespace) -> int:
     place = "all layers on the GPU" if llama_cpp.on_gpu() else f"CPU, threads: {tuning.threads}"
     flash = "on" if tuning.flash_attention else "off"
     settings = f"{args.parallel} slots, {place}, flash attention {flash}, {_KEYS} keys and values"
-    print(json.dumps({"version": f"xllamacpp {version}", "settings": settings}), flush=True)
-    print(server.listening_address, flush=True)
+    say(json.dumps({"version": f"xllamacpp {version}", "settings": settings}))
+    say(server.listening_address)
     signal.sigwait(_STOP)
     return 0
 

@@ -52,6 +52,7 @@ from mlx_cerebrum import cli, hub
 from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.load import load_tokenizer
+from mlx_cerebrum.text import tell
 
 WARM_UP = 0.2  # of the minutes, before them; of this load only errors count
 
@@ -249,7 +250,7 @@ def at_rest(address: Address, pid: int, patience: float) -> int | None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+    tell(line)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from bench.server_peers_report import text
 from bench.server_process import Process, free_port, resident
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError, RequestError
+from mlx_cerebrum.text import tell
 
 _SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 _CONTEXT = 1024  # tokens a request may take where a server wants to know
@@ -114,7 +115,7 @@ def servers(
     }
     found: dict[str, Engine | str] = {OURS: _ours(stack, model, clients)}
     for name in peers:
-        print(f"{name}: writing its weights, starting it", file=sys.stderr)
+        tell(f"{name}: writing its weights, starting it")
         try:
             found[name] = starts[name]()
         except Exception as error:
@@ -162,7 +163,7 @@ def measure(
         for name, engine in engines.items()
     }  # fmt: skip
     for kind, many in (("together", clients), ("alone", 1)):
-        print(f"{kind}: {', '.join(up)}", file=sys.stderr)
+        tell(f"{kind}: {', '.join(up)}")
         sides = {name: _Turns(engine, many, max_tokens).run for name, engine in up.items()}
         runs = rounds(sides, count)
         for name, done in runs.items():

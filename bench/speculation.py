@@ -31,6 +31,7 @@ from mlx_cerebrum.draft_models import draft_model
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.speculative import Speculation, speculation, speculative_step
+from mlx_cerebrum.text import tell
 
 Run = dict[str, Any]
 Drafting = Callable[[], Speculation | None]
@@ -97,7 +98,7 @@ def _measure(model: Model, prompts: dict[str, list[int]], args: argparse.Namespa
         sides["auto"] = sides.pop("ngram")  # all there is without another model's weights
     answers: dict[str, Any] = {}
     for name, prompt in prompts.items():
-        print(f"{name}: {', '.join(sides)}", file=sys.stderr)
+        tell(f"{name}: {', '.join(sides)}")
         runs = {side: _runner(model, prompt, make, args.tokens) for side, make in sides.items()}
         answers[name] = rounds(runs, args.rounds, warm=False)
     return {

@@ -22,6 +22,7 @@ from mlx_cerebrum.checkpoint import Checkpoint, open_checkpoint
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.load import planned_config
 from mlx_cerebrum.progress import progress
+from mlx_cerebrum.text import say, tell
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +59,7 @@ def _run(args: argparse.Namespace) -> int:
         written["url"] = upload(destination, args.upload_repo, quiet=quiet)
     written |= {"path": str(args.mlx_path), "peak_memory": _peak_memory()}
     if args.json:
-        print(json.dumps(written, ensure_ascii=False))
+        say(json.dumps(written, ensure_ascii=False))
     elif not args.quiet:
         from convert.report import show
 
@@ -89,7 +90,7 @@ def _directory(
         except KeyboardInterrupt:
             if not args.quiet and partial_of(destination).exists():
                 with suppress(OSError):  # the terminal is gone
-                    print("stopped: run the same command again to go on from here", file=sys.stderr)
+                    tell("stopped: run the same command again to go on from here")
             raise
 
 

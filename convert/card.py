@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 from mlx_cerebrum.checkpoint import FLOATS, matrix_shapes, norm_names
-from mlx_cerebrum.cli import one_line
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.hub import DEFAULT_REPO
@@ -18,6 +17,7 @@ from mlx_cerebrum.plan import LayerPlan
 from mlx_cerebrum.quantize import Packing
 from mlx_cerebrum.safetensors_file import ITEM_BYTES
 from mlx_cerebrum.template import DEFAULT_SYSTEM
+from mlx_cerebrum.text import one_line
 
 _MERGED_REPO = "Joseph717171/Cerebrum-1.0-12.25B"
 # What the cards of the two Cerebrum repositories say.

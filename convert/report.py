@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from mlx_cerebrum.memory import human
+from mlx_cerebrum.text import one_line, say, tell
 
 _MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128)  # GB of unified memory
 
@@ -25,16 +26,16 @@ def show(written: dict[str, Any]) -> None:
     from rich.table import Table
 
     for note in written["notes"]:
-        print(f"note: {note}", file=sys.stderr)
+        tell(f"note: {note}")
     table = Table(show_header=False, box=None, pad_edge=False)
     for label, text in lines(written):
-        table.add_row(label, text)
+        table.add_row(label, one_line(text))
     # Not a terminal: no line may be cut or wrapped.
     width = None if sys.stdout.isatty() else 10_000
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, markup=False, highlight=False, emoji=False)
     console.print(table)
-    print("\n".join(line.rstrip() for line in buffer.getvalue().splitlines()))
+    say("\n".join(line.rstrip() for line in buffer.getvalue().splitlines()))
 
 
 def lines(written: dict[str, Any]) -> list[tuple[str, str]]:

@@ -13,8 +13,8 @@ from typing import Any
 
 from convert.card import REPO_ID
 from mlx_cerebrum import __version__
-from mlx_cerebrum.cli import one_line
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError
+from mlx_cerebrum.text import one_line
 
 _READ_ONLY = "read"  # what the hub calls the role of such tokens and members
 

@@ -25,6 +25,7 @@ from mlx_cerebrum.gguf_file import GGML_TYPES
 from mlx_cerebrum.gguf_paths import gguf_at
 from mlx_cerebrum.memory import human
 from mlx_cerebrum.progress import progress as live_line
+from mlx_cerebrum.text import one_line, say
 
 UNSOUND = 1  # the exit code where problems were found
 _SHOWN = 8  # tensors that a printed line names; --json has them all
@@ -178,11 +179,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _plain(text: str) -> str:
-    """The text with what a terminal would act on made visible: names come from the files."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def lines(result: dict[str, Any]) -> Iterator[str]:
     """`verify`'s result for a person, problems first."""
     for problem in result["problems"]:
@@ -214,16 +210,16 @@ def main(argv: list[str] | None = None) -> int:
         with live_line("verifying", not (args.quiet or args.json)) as report:
             result = verify(path, report)
         if args.json:
-            print(json.dumps(result))
+            say(json.dumps(result))
         else:
             for line in lines(result):
                 if not args.quiet or line.startswith("problem"):
-                    print(_plain(line))
+                    say(one_line(line))
         if not (args.json or args.quiet):
             count = len(result["problems"])
             verdict = f"{count} problem{'s' * (count > 1)}" if count else "sound"
-            print(
-                f"{_plain(result['path'])}: {verdict}; {len(result['files'])} files,"
+            say(
+                f"{one_line(result['path'])}: {verdict}; {len(result['files'])} files,"
                 f" {result['tensors']} tensors, {human(result['bytes'])},"
                 f" {time.perf_counter() - started:.1f} s"
             )

@@ -7,7 +7,9 @@ can't get in its way.
 import importlib
 import sys
 
-from mlx_cerebrum import __version__
+from mlx_cerebrum import __version__, cli
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.text import say
 
 # Modules by name, imported when asked for: the runtime itself never depends on `convert`.
 COMMANDS = {
@@ -21,19 +23,22 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] and arguments[0] in COMMANDS:
+        code: int = importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+        return code
+    return cli.run(lambda: _help(arguments))
+
+
+def _help(arguments: list[str]) -> int:
     if arguments[:1] == ["--version"]:
-        print(f"mlx-cerebrum {__version__}")
+        say(f"mlx-cerebrum {__version__}")
         return 0
     if arguments[:1] in ([], ["-h"], ["--help"]):
-        print("usage: mlx-cerebrum COMMAND [options]   (COMMAND --help says more)\n")
-        print("\n".join(f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()))
+        say("usage: mlx-cerebrum COMMAND [options]   (COMMAND --help says more)\n")
+        say("\n".join(f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()))
         return 0
-    if arguments[0] not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        print(f"error: {arguments[0]!r} is not a command; there are {known}", file=sys.stderr)
-        return 2
-    code: int = importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
-    return code
+    known = ", ".join(COMMANDS)
+    raise RequestError(f"{arguments[0]!r} is not a command; there are {known}")
 
 
 if __name__ == "__main__":

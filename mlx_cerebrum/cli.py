@@ -4,34 +4,70 @@ import argparse
 import contextlib
 import errno
 import io
+import math
 import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-from mlx_cerebrum.errors import CerebrumError
+from mlx_cerebrum.errors import CerebrumError, shown
+from mlx_cerebrum.text import one_line, tell, tell_traceback
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 PIPE_CLOSED = 141  # 128 + SIGPIPE: the reader (`| head`) had enough
+_MOST_WHOLE = 2**31  # MLX counts in 32 bits
+_MOST_NUMBER = 1e18
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose complaints are one line, and which never guesses an abbreviated flag."""
+    """argparse whose complaints are one line, and which never guesses an abbreviated flag.
+
+    As `type=int` and `type=float` it takes numbers that can be computed with: finite, and none
+    that overflows where it is multiplied or handed on.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
+        self.register("type", int, _whole)
+        self.register("type", float, _number)
 
     def add_debug(self) -> None:
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"error: {one_line(message)} (see {self.prog} --help)\n")
+
+
+def seed(text: str) -> int:
+    """The type of a --seed: `sampling.check_sampling` says how large it may be."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number") from None
+
+
+def _whole(text: str) -> int:
+    value = seed(text)
+    if abs(value) >= _MOST_WHOLE:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is too large")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number")
+    if abs(value) >= _MOST_NUMBER:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is too large")
+    return value
 
 
 def run(main_body: Callable[[], int], debug: bool = False) -> int:
@@ -48,11 +84,13 @@ def run(main_body: Callable[[], int], debug: bool = False) -> int:
         code = 128 + signum
         raise KeyboardInterrupt  # what is kept or tidied after Ctrl-C, is
 
+    if sys.stdout is None or sys.stderr is None:  # started with `>&-`
+        if sys.stderr is not None:
+            tell("error: standard output is closed; redirect it to /dev/null")
+        return BAD_INPUT
     if isinstance(sys.stdout, io.TextIOWrapper):  # a C locale must not lose a whole answer
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if sys.stdout is None or sys.stderr is None:  # started with `>&-`
-            raise CerebrumError("standard output or error is closed; redirect it to /dev/null")
         with on_end_signals(end):
             done = main_body()
         sys.stdout.flush()  # a closed pipe or full disk must show here, not at exit
@@ -62,15 +100,13 @@ def run(main_body: Callable[[], int], debug: bool = False) -> int:
         return PIPE_CLOSED
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):  # the terminal is gone
-            print("interrupted", file=sys.stderr)
+            tell("interrupted")
         return code
     except (CerebrumError, OSError) as error:
         if debug:
-            traceback.print_exc()
-        if sys.stderr is None or sys.stdout is None:
-            return BAD_INPUT
+            tell_traceback(error)
         with contextlib.suppress(OSError):
-            print(f"error: {describe(error)}", file=sys.stderr)
+            tell(f"error: {describe(error)}")
         try:
             sys.stdout.flush()
         except OSError:
@@ -106,22 +142,17 @@ def describe(error: BaseException) -> str:
     return one_line(text)
 
 
-def one_line(text: str) -> str:
-    """The text with its line breaks (every kind str.splitlines knows) made spaces."""
-    return " ".join(line.strip() for line in text.splitlines()).strip()
-
-
 def _drop_stdout() -> None:  # so that the interpreter's own last flush is quiet
     with contextlib.suppress(OSError, ValueError):  # not a file when a test captures it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Ctrl-C while modules are still being imported, before `run` can catch it."""
+    """Ctrl-C while modules are still being imported, before `run` can catch it; and faults."""
     if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
+        tell("interrupted")
     else:
-        sys.__excepthook__(kind, error, trace)
+        tell_traceback(error)
 
 
 sys.excepthook = _uncaught  # only command lines import this module, and first

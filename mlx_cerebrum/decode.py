@@ -34,11 +34,12 @@ def prefill(
     bounded; no logits are computed (MLX is lazy and nothing asks for them).
     """
     for start in range(0, tokens.size, step):
-        model(tokens[None, start : start + step], cache)
+        end = min(start + step, tokens.size)
+        model(tokens[None, start:end], cache)
         mx.eval([c.state for c in cache])
         mx.clear_cache()
         if progress is not None:
-            progress(min(start + step, tokens.size), tokens.size)
+            progress(end, tokens.size)
 
 
 def decode_step(

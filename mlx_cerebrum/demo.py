@@ -19,6 +19,7 @@ from mlx_cerebrum.memory import GB
 from mlx_cerebrum.plan import resolve
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.stream import stream_generate
+from mlx_cerebrum.text import clean, say
 
 QUESTION = "Why is the sky blue? Answer in two sentences."
 PLAN = "demo-interleaved"
@@ -47,7 +48,7 @@ def _run(args: argparse.Namespace) -> int:
     models = {"as it is": model, "interleaved": interleaved}
     ids = tokenizer.apply_chat_template([{"role": "user", "content": args.prompt}])
 
-    print(f"Question: {args.prompt}")
+    say(f"Question: {args.prompt}")
     texts, figures = dict.fromkeys(models, ""), dict.fromkeys(models, "")
 
     def columns() -> Table:
@@ -59,7 +60,7 @@ def _run(args: argparse.Namespace) -> int:
                 ratio=1,
             )
         table.show_footer = any(figures.values())
-        table.add_row(*(Text(text) for text in texts.values()))
+        table.add_row(*(Text(clean(text)) for text in texts.values()))
         return table
 
     with Live(columns(), refresh_per_second=8) as live:
@@ -71,8 +72,8 @@ def _run(args: argparse.Namespace) -> int:
             figures[name] = f"{count} tokens at {pace:.1f}/s"
             live.update(columns())
     if not live.console.is_terminal:
-        print()  # a finished table ends its line only on a terminal
-    print(f"Weights in memory: {held / GB:.2f} GB for both; the second model added {added} bytes.")
+        say()  # a finished table ends its line only on a terminal
+    say(f"Weights in memory: {held / GB:.2f} GB for both; the second model added {added} bytes.")
     return 0
 
 

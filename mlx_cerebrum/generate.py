@@ -34,6 +34,7 @@ from mlx_cerebrum.quantize import Packing
 from mlx_cerebrum.sampling import make_sampler
 from mlx_cerebrum.speculative import Speculation, speculation
 from mlx_cerebrum.stream import Response, StopText, check_request, generate, stream_generate
+from mlx_cerebrum.text import say, tell
 
 __all__ = ["generate", "main", "stream_generate"]
 
@@ -113,9 +114,9 @@ def _answer(args: argparse.Namespace, sampler: Sampler, asked: str | list[Any]) 
             "draft": None if drafting is None else drafting.summary(),
         }
         if args.json:
-            print(json.dumps(answer | facts, ensure_ascii=False))
+            say(json.dumps(answer | facts, ensure_ascii=False))
         elif not args.quiet:
-            print(_closing_line(answer | facts), file=sys.stderr)
+            tell(_closing_line(answer | facts))
     finally:  # what was computed is kept, also of a prompt that Ctrl-C cut short
         if kept is not None and prompt_cache.tokens:
             save(prompt_cache, kept, same)
@@ -171,16 +172,16 @@ def _stream(first: Response, rest: Iterable[Response], echo: bool) -> dict[str, 
     reason = "interrupted"
     try:
         if echo:
-            print(first.text, end="", flush=True)
+            say(first.text, end="")
         for response in rest:
             got.append(response)
             if echo:
-                print(response.text, end="", flush=True)
+                say(response.text, end="")
         reason = got[-1].finish_reason or reason
     except KeyboardInterrupt:
         pass
     if echo:
-        print()
+        say()
     last = got[-1]
     return {
         "text": "".join(response.text for response in got),

@@ -39,7 +39,9 @@ def parser() -> cli.ArgumentParser:
     )
     p.add_argument("--raw", action="store_true", help="continue the prompt itself: no template")
     add_sampling_flags(p, 100)
-    p.add_argument("--seed", type=int, help="of the random draws (default: a new one every run)")
+    p.add_argument(
+        "--seed", type=cli.seed, help="of the random draws (default: a new one every run)"
+    )
     p.add_argument(
         "--stop",
         action="append",

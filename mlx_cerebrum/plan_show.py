@@ -10,6 +10,7 @@ from mlx_cerebrum import cli
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import PlanError
 from mlx_cerebrum.plan import LayerPlan, named_plans, resolve
+from mlx_cerebrum.text import one_line, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,12 +72,12 @@ def _list(as_json: bool) -> int:
     found = [describe(LayerPlan.named(name)) for name in named_plans()]
     if as_json:
         keys = ("name", "source", "positions", "blocks")
-        print(json.dumps([{key: entry[key] for key in keys} for entry in found]))
+        say(json.dumps([{key: entry[key] for key in keys} for entry in found]))
         return 0
     width = max(len(entry["name"]) for entry in found)
     for entry in found:
         count = f"{entry['positions']} positions over {entry['blocks']} blocks"
-        print(f"{entry['name']:<{width}}  {count} of {entry['source']}")
+        say(f"{entry['name']:<{width}}  {count} of {entry['source']}")
     return 0
 
 
@@ -88,7 +89,7 @@ def _show(name: str, config_path: Path | None, as_json: bool) -> int:
         config = ModelConfig.from_file(inner)
     facts = describe(plan, config)
     if as_json:
-        print(json.dumps(facts))
+        say(json.dumps(facts))
     else:
         _render(facts)
     return 0
@@ -236,7 +237,7 @@ def _render(facts: dict[str, Any]) -> None:
 
 def _say(console: "Console", line: str) -> None:
     """Print without wrapping, so that a line can be searched for."""
-    console.print(line, soft_wrap=True)
+    console.print(one_line(line), soft_wrap=True)
 
 
 def _picture(start: int, end: int, blocks: int, full: str, empty: str) -> str:

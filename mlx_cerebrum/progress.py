@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from mlx_cerebrum.text import one_line
+
 
 class Report(Protocol):
     """Say how far the work is: `done` of `total`, and what is being worked on."""
@@ -32,13 +34,14 @@ def progress(what: str, show: bool, unit: str = "bytes") -> Iterator[Report | No
     amount = (
         (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
+    words = TextColumn("{task.description}", markup=False)
+    columns = (words, BarColumn(), *amount, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what)
 
         def report(done: int, total: int, item: str = "") -> None:
             # Names of one width, or the bar would jump.
-            text = f"{what} {item:<33}".lstrip() if item else what
+            text = f"{what} {one_line(item):<33}".lstrip() if item else what
             bar.update(task, completed=done, total=total, description=text)
 
         yield report

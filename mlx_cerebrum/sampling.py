@@ -6,7 +6,7 @@ import secrets
 import mlx.core as mx
 
 from mlx_cerebrum.decode import Sampler, greedy
-from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.errors import RequestError, shown
 from mlx_cerebrum.open_files import limit_kept
 
 
@@ -15,7 +15,7 @@ def check_sampling(temp: float, top_p: float, min_p: float, seed: int | None) ->
     if not math.isfinite(temp) or temp < 0 or 0 < temp < 1e-3:
         raise RequestError(f"temp must be 0 (greedy) or at least 0.001, not {temp}")
     if seed is not None and not 0 <= seed < 2**64:
-        raise RequestError(f"seed must be from 0 to 2^64 - 1, not {seed}")
+        raise RequestError(f"seed must be from 0 to 2^64 - 1, not {shown(seed)}")
     if not 0 < top_p <= 1:
         raise RequestError(f"top-p must be above 0 and at most 1, not {top_p}")
     if not 0 <= min_p < 1:

@@ -13,7 +13,8 @@ from mlx_cerebrum.chat import render
 from mlx_cerebrum.chat.columns import Columns
 from mlx_cerebrum.chat.render import MarkdownStream, Region
 from mlx_cerebrum.chat.reply import Answer
-from mlx_cerebrum.chat.text import clean, finished, first_difference, markdown_parser, wrap
+from mlx_cerebrum.chat.text import finished, first_difference, markdown_parser, wrap
+from mlx_cerebrum.text import clean
 
 LONG = """# A title
 

@@ -485,7 +485,33 @@ def test_closed_streams_are_one_line(demo: Path) -> None:
         ["bash", "-c", f"{command} >&-"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    assert done.stderr == "error: standard output is closed; redirect it to /dev/null\n"
+    for closed in ("2>&-", ">&- 2>&-"):  # nowhere to say it
+        done = subprocess.run(
+            ["bash", "-c", f"{command} {closed}"], capture_output=True, text=True, cwd=ROOT
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+def test_ctrl_z_and_fg(demo: Path) -> None:
+    """The shell gets its terminal as it was, and the answer goes on where it was stopped."""
+    shell = ["sh", "-c", 'set -m; "$@"; stty -a; echo "is stopped"; read line; fg; exit $?', "sh"]
+    command = [sys.executable, "-m", "mlx_cerebrum.generate", "--model", str(demo), "--quiet"]
+    command += ["--prompt", "Tell me a very long story.", "--max-tokens", "80"]
+    alone = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+    with Program([*shell, *command], dict(os.environ), columns=4000) as program:
+        program.until(lambda text: len(text) > 20)
+        program.send("\x1a")
+        found = program.until("is stopped").split()
+        assert {"echo", "icanon"} <= set(found)
+        program.send("\n")
+        assert program.end(60) == 0
+        assert program.as_found
+        before, stopped, after = program.terminal.text.partition("^Z")
+    assert stopped
+    assert alone.startswith(before)
+    assert after.endswith(alone.rstrip()[len(before) + 1 :][-40:])
+    assert len(before) < len(alone) / 2
 
 
 def test_progress_is_shown_to_a_person(demo: Path) -> None:

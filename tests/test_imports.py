@@ -14,6 +14,7 @@ ROOMS = [
     ["errors"],
     ["foreign"],
     ["open_files"],
+    ["text"],
     ["cli", "progress", "json_file"],
     ["plan_yaml"],
     ["plan_mergekit"],
@@ -70,6 +71,7 @@ ROOMS = [
 ]
 PURE = [
     "errors",
+    "text",
     "json_file",
     "config",
     "plan",

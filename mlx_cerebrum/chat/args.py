@@ -27,7 +27,7 @@ def parser() -> cli.ArgumentParser:
     add_sampling_flags(p, default.max_tokens)
     p.add_argument(
         "--seed",
-        type=int,
+        type=cli.seed,
         help="of the random draws; answer number n, counted from 0, draws with SEED + n, so the"
         " same lines give the same conversation (default: a new one every time)",
     )

@@ -1,7 +1,6 @@
 """The chat itself: reads lines, asks the session, shows what comes."""
 
 import re
-import traceback
 from pathlib import Path
 
 from mlx_cerebrum import cli
@@ -14,6 +13,7 @@ from mlx_cerebrum.chat.session import Messages, Session
 from mlx_cerebrum.chat.signals import interrupts
 from mlx_cerebrum.chat.text import first_difference
 from mlx_cerebrum.errors import CerebrumError, RequestError
+from mlx_cerebrum.text import one_line, tell_traceback
 from mlx_cerebrum.views import find
 
 # Two slashes begin a message with one. Not where code is pasted: `// a comment`, `/// another`.
@@ -77,10 +77,10 @@ class Chat:
             self.screen.error(cli.describe(error))
         except (EOFError, OSError):
             raise
-        except Exception:  # a fault of the program's own
+        except Exception as error:  # a fault of the program's own
             if not self.asks:
                 raise
-            traceback.print_exc()
+            tell_traceback(error)
             self.session.forget_caches()  # it may have left them half written
             self.screen.error(
                 "that is a fault of this program; the conversation is still here, /save FILE keeps"
@@ -187,5 +187,5 @@ def _difference(first: Answer, second: Answer) -> str:
     at = first_difference((first.text, second.text), (True, True))
     if at is None:
         return "both say the same"
-    same = cli.one_line(first.text[:at])
+    same = one_line(first.text[:at])
     return f"they first differ after: {same[-40:]}" if same else "they differ from the start"

@@ -8,7 +8,8 @@ from rich.text import Text
 
 from mlx_cerebrum.chat.render import Line, Pacer, Region
 from mlx_cerebrum.chat.reply import Answer
-from mlx_cerebrum.chat.text import clean, first_difference, wrap
+from mlx_cerebrum.chat.text import first_difference, wrap
+from mlx_cerebrum.text import clean
 
 LEAST_WIDTH = 60  # of a terminal that two columns fit in, cells
 

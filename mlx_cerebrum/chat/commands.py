@@ -17,6 +17,7 @@ from mlx_cerebrum.conversation import read_messages, write_messages
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.memory import human
 from mlx_cerebrum.template import DEFAULT_SYSTEM
+from mlx_cerebrum.text import one_line
 from mlx_cerebrum.views import find
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def counted(count: int, what: str) -> str:
 
 def shorten(text: str, length: int = 50) -> str:
     """One line of at most `length` characters."""
-    line = cli.one_line(text)
+    line = one_line(text)
     return line if len(line) <= length else line[: length - 3] + "..."
 
 

@@ -18,8 +18,8 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from mlx_cerebrum.chat.signals import ends
-from mlx_cerebrum.chat.text import clean
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.text import clean, tell
 
 HISTORY_BYTES = 1_000_000  # of the history file; the older half is dropped beyond
 
@@ -59,15 +59,15 @@ class PlainReader:
 
     def _line(self, prompt: str) -> str:
         if self._person:
-            print(clean(prompt), end="", file=sys.stderr, flush=True)
+            tell(prompt, end="")
         try:
             line = sys.stdin.readline()
         except KeyboardInterrupt:
-            print(file=sys.stderr)  # the terminal has shown ^C
+            tell()  # the terminal has shown ^C
             raise
         if not line:
             if self._person:
-                print(file=sys.stderr)
+                tell()
             raise EOFError
         return line.rstrip("\r\n")
 
@@ -112,7 +112,7 @@ class EditingReader:
         )
 
     def read(self, prompt: str, default: str | None = None) -> str:
-        return _prompt(self._session, [("", "\n"), ("bold", prompt)], default or "")
+        return _prompt(self._session, [("", "\n"), ("bold", clean(prompt))], default or "")
 
     def ask(self, question: str) -> str:
         session: PromptSession[str] = PromptSession(history=InMemoryHistory(), enable_suspend=True)

@@ -11,7 +11,8 @@ from rich.segment import Segment, SegmentLines
 from rich.syntax import Syntax
 from rich.text import Text
 
-from mlx_cerebrum.chat.text import clean, finished, markdown_parser
+from mlx_cerebrum.chat.text import finished, markdown_parser
+from mlx_cerebrum.text import clean
 
 Line = list[Segment]
 

@@ -13,7 +13,7 @@ from mlx_cerebrum.chat.columns import LEAST_WIDTH, Columns, figures
 from mlx_cerebrum.chat.render import MarkdownStream, Region
 from mlx_cerebrum.chat.reply import Reply
 from mlx_cerebrum.chat.signals import quiet_keys
-from mlx_cerebrum.chat.text import clean
+from mlx_cerebrum.text import clean, say, tell
 
 Rows = Sequence[tuple[str, str]]
 
@@ -42,7 +42,7 @@ class PlainScreen:
         self._answers = 0
 
     def notice(self, text: str) -> None:
-        print(clean(text), file=sys.stderr, flush=True)
+        tell(text)
 
     error = notice
 
@@ -55,11 +55,11 @@ class PlainScreen:
         begun = False
         for piece in reply:
             if piece and not begun:
-                print("\n" * (self._answers > 0), end="")  # an empty line between answers
+                say("\n" * (self._answers > 0), end="")  # an empty line between answers
                 self._answers, begun = self._answers + 1, True
-            print(clean(piece), end="", flush=True)
+            say(piece, end="")
         if begun:
-            print(flush=True)
+            say()
 
     def compare(self, replies: tuple[Reply, Reply]) -> None:
         for number, reply in enumerate(replies, start=1):

@@ -1,37 +1,10 @@
-"""What a model writes, made fit for a terminal: safe characters, lines, blocks of Markdown."""
+"""What a model writes, on its way to a terminal: lines, and blocks of Markdown."""
 
 import re
-import unicodedata
 from collections.abc import Iterator
 
 from markdown_it import MarkdownIt
 from rich.cells import cell_len
-
-# Text that turns the direction of what follows: it can make a line read as another one.
-_DIRECTIONS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
-_KEPT = "\n\t"
-
-
-def clean(text: str) -> str:
-    """`text` with nothing in it that a terminal would obey: ESC becomes its picture, U+241B."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(map(_shown, text))
-
-
-def _shown(char: str) -> str:
-    if char in _KEPT:
-        return char
-    code = ord(char)
-    if code < 0x20:
-        return "" if char == "\r" else chr(0x2400 + code)
-    if code == 0x7F:
-        return "\u2421"
-    if char in "\u2028\u2029":
-        return "\n"
-    if code in _DIRECTIONS or unicodedata.category(char) in ("Cc", "Cs"):
-        return "\ufffd"
-    return char
 
 
 def markdown_parser() -> MarkdownIt:

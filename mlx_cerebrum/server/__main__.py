@@ -1,6 +1,7 @@
 """`python -m mlx_cerebrum.server`: OpenAI's API and a chat page on this machine."""
 
 import argparse
+import logging
 import os
 import sys
 import threading
@@ -19,11 +20,15 @@ from mlx_cerebrum.server.app import Service
 from mlx_cerebrum.server.connections import Room
 from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.server.listening import Server, bind, url
+from mlx_cerebrum.server.log import CleanFormatter
+from mlx_cerebrum.text import say
 from mlx_cerebrum.views import describe, load_asked
 
 
 def main(argv: list[str] | None = None) -> int:
     args = flags.parser().parse_args(argv)
+    if logging.lastResort is not None:  # what the engine's thread reports goes to stderr by it
+        logging.lastResort.setFormatter(CleanFormatter())
     return cli.run(lambda: _run(args), args.debug)
 
 
@@ -51,7 +56,7 @@ def _run(args: argparse.Namespace) -> int:
             line = f"{address}  {', '.join(models)}  ({human(mx.get_active_memory())} held)"
 
             def ready() -> None:
-                print(line, flush=True)
+                say(line)
                 if args.open:
                     open_page(address)
 

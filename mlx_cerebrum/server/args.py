@@ -1,7 +1,6 @@
 """The flags of `python -m mlx_cerebrum.server`, and what they ask for."""
 
 import argparse
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -125,10 +124,14 @@ def settings(args: argparse.Namespace, environment: Mapping[str, str] = os.envir
             raise RequestError(f"{flag} must be at least 1, not {getattr(args, name)}")
     if args.queue < 0:
         raise RequestError(f"queue must be 0 or more, not {args.queue}")
-    for name, least in (("cache_gb", 0.0), ("max_body_mb", 0.001), ("grace", 0.0)):
-        value = getattr(args, name)
-        if not math.isfinite(value) or value < least:
-            raise RequestError(f"{name.replace('_', '-')} must be {least:g} or more, not {value}")
+    for name, least, most in (
+        ("cache_gb", 0.0, 1e9),
+        ("max_body_mb", 0.001, 1e9),
+        ("grace", 0.0, 86_400.0),  # a day; threads can't wait for ever
+    ):
+        value, flag = getattr(args, name), name.replace("_", "-")
+        if not least <= value <= most:
+            raise RequestError(f"{flag} must be from {least:g} to {most:g}, not {value:g}")
     check_sampling(args.temp, args.top_p, args.min_p, None)
     for host in args.allowed_host:
         if not re.fullmatch(r"[A-Za-z0-9.:-]+", host) or "://" in host:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_cerebrum.cli import one_line
 from mlx_cerebrum.server import faults, log
 from mlx_cerebrum.server.metrics import Metrics
 from mlx_cerebrum.server.streaming import GONE, TOKENS
+from mlx_cerebrum.text import one_line
 
 CLIENT_GONE = 499  # as nginx counts it; never sent
 ID = "cerebrum.id"  # of the request, in its ASGI scope

@@ -13,12 +13,13 @@ from typing import Any
 
 import uvicorn
 
-from mlx_cerebrum.cli import describe, one_line
+from mlx_cerebrum.cli import describe
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.server import log
 from mlx_cerebrum.server.app import Service
 from mlx_cerebrum.server.connections import AT_ONCE, HEAD_BYTES, Connection, Gate, State
 from mlx_cerebrum.server.security import is_loopback
+from mlx_cerebrum.text import one_line
 
 _SAY_AGAIN = 10.0  # seconds
 _LAST_WORDS = 0.5  # seconds, for the log to be written at the end

@@ -6,10 +6,13 @@ who writes to them waits: that must not be the event loop. Lines that nobody tak
 
 import contextlib
 import io
+import logging
 import os
 import sys
 import threading
 from queue import SimpleQueue
+
+from mlx_cerebrum.text import clean
 
 MOST = 1000  # lines that may wait
 
@@ -17,10 +20,17 @@ _lines: SimpleQueue[str | threading.Event] = SimpleQueue()  # may be put to by a
 _started = threading.Lock()
 
 
+class CleanFormatter(logging.Formatter):
+    """A record as it is logged, in clean text: the traceback of a fault may quote a file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return clean(super().format(record))
+
+
 def write(text: str) -> None:
-    """Write the text and a line's end, soon, if it can be."""
+    """Write the text, clean, and a line's end, soon, if it can be."""
     if _lines.qsize() < MOST:
-        _put(text)
+        _put(clean(text))
 
 
 def flush(seconds: float) -> None:

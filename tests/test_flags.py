@@ -1,0 +1,116 @@
+"""Numbers on the command line: whatever they are, one line says so, or they work."""
+
+import argparse
+import importlib
+import io
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakeCheckpoint
+
+from mlx_cerebrum import cli
+
+ROOT = Path(__file__).parent.parent
+# Every command line of the package, of convert and of bench; the first only picks another.
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for room in ("mlx_cerebrum", "convert", "bench")
+    for path in (ROOT / room).rglob("*.py")
+    if "def main(" in path.read_text(encoding="utf-8")
+} - {"mlx_cerebrum.__main__"}
+HOSTILE = ["1e300", "1e400", "inf", "-inf", "nan", "10" * 20, "-" + "1" * 40, "1" * 5000, "", "x"]
+
+
+class _ParserError(Exception):
+    pass
+
+
+def parser_of(module: str, monkeypatch: pytest.MonkeyPatch) -> cli.ArgumentParser:
+    """The parser that a module's `main` parses its flags with."""
+    found: list[cli.ArgumentParser] = []
+
+    def note(parser: cli.ArgumentParser, *_: Any) -> None:
+        found.append(parser)
+        raise _ParserError
+
+    main = importlib.import_module(module).main
+    with monkeypatch.context() as patched:
+        patched.setattr(cli.ArgumentParser, "parse_args", note)
+        with pytest.raises(_ParserError):
+            main([])
+    return found[0]
+
+
+def numbers(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    return (a for a in parser._actions if a.type in (int, float, cli.seed) and a.option_strings)
+
+
+def given(action: argparse.Action, value: str) -> list[str]:
+    return [f"{action.option_strings[-1]}={value}"]
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_number_that_overflows_is_refused_in_one_line(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = parser_of(module, monkeypatch)
+    for action in numbers(parser):
+        for value in HOSTILE:
+            if action.type is cli.seed and value.strip("-").isdecimal() and len(value) < 100:
+                continue  # checked where it is used: it may have 64 bits
+            with pytest.raises(SystemExit) as ended:
+                parser.parse_args(given(action, value))
+            _, err = capsys.readouterr()
+            assert ended.value.code == 2
+            assert err.startswith(f"error: argument {'/'.join(action.option_strings)}: ")
+            assert err.count("\n") == 1
+            assert len(err) < 300
+
+
+MOST = ["0", "-1", "1", str(2**31 - 1), "1e17", "-1e17", "99999999", str(2**64), str(10**18)]
+
+
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [
+        ("mlx_cerebrum.generate", ["--prompt", "x", "--quiet"]),
+        ("mlx_cerebrum.chat.__main__", []),
+        ("mlx_cerebrum.server.__main__", ["--quiet", "--port=0"]),
+    ],
+)
+def test_a_number_that_is_taken_works(
+    checkpoint: MakeCheckpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    module: str,
+    flags: list[str],
+) -> None:
+    """The answer comes, or one line that says why not: nothing overflows on the way."""
+    from mlx_cerebrum.server import listening
+
+    def serve(server: Any, sockets: Any) -> None:
+        server.config.timeout_graceful_shutdown.__index__()
+
+    monkeypatch.setattr(listening.Server, "run", serve)
+    main: Callable[[list[str]], int] = importlib.import_module(module).main
+    base = ["--model", str(checkpoint(num_hidden_layers=1)), "--dtype", "float32", *flags]
+    needs = {"seed": ["--temp=1"], "draft_tokens": ["--draft=ngram"], "q_group_size": []}
+    for action in numbers(parser_of(module, monkeypatch)):
+        if action.choices is not None:
+            continue
+        for value in MOST:
+            monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n" * (value != "1")))
+            more = [] if action.dest == "max_tokens" else ["--max-tokens=2"]
+            argv = [*base, *more, *needs.get(action.dest, []), *given(action, value)]
+            try:
+                code = main(argv)
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+            _, err = capsys.readouterr()
+            assert "Traceback" not in err
+            said = [line for line in err.splitlines() if line.startswith("error: ")]
+            chat_goes_on = "chat" in module and code == 2  # a question was refused
+            assert code == 0 or len(said) == 1 or chat_goes_on, (argv[-1], err)
