@@ -1,7 +1,6 @@
 """From a checkpoint to a model that runs: planned, cast, packed and fused, a block at a time."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -20,6 +19,7 @@ from mlx_cerebrum.plan import LayerPlan
 from mlx_cerebrum.plan import resolve as resolve_plan
 from mlx_cerebrum.quantize import FUSED, PIECE, Packing, fuse_projections
 from mlx_cerebrum.safetensors_file import ITEM_BYTES
+from mlx_cerebrum.text import tell
 from mlx_cerebrum.tokenizer import Tokenizer
 
 DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, name) for name in FLOATS.values()}
@@ -88,10 +88,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
             f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}"
         )
     if beyond > 0:
-        print(
+        tell(
             f"note: the tokenizer's added tokens from {rows} on ({beyond} of them) are past the "
-            f"model's {rows} rows; a prompt that has one will be refused",
-            file=sys.stderr,
+            f"model's {rows} rows; a prompt that has one will be refused"
         )
     return tokenizer
 
