@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
+from mlx_cerebrum.config import read_json
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.foreign import adapter_problem, config_problem
 from mlx_cerebrum.tokenizer_files import FILES
 
 DEFAULT_REPO = "AetherResearch/Cerebrum-1.0-7b"
@@ -18,6 +20,7 @@ WANTED = [
     "README.md",  # its license and languages go into a converted model's card
 ]
 UNWANTED = ["consolidated*.safetensors", "*/*"]
+_FIRST = ["config.json", "adapter_config.json"]
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -74,13 +77,17 @@ def download(repo: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
-    demo = "to try without it: --model demo"
-    try:
+    def fetch(wanted: list[str]) -> Path:
         return Path(
             snapshot_download(
-                repo, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED
+                repo, revision=revision, allow_patterns=wanted, ignore_patterns=UNWANTED
             )
         )
+
+    demo = "to try without it: --model demo"
+    try:
+        _check_config(repo, fetch(_FIRST))
+        return fetch(WANTED)
     except GatedRepoError:
         problem = "needs its terms accepted on the hub and a token (HF_TOKEN)"
     except RepositoryNotFoundError:
@@ -94,3 +101,12 @@ def download(repo: str, revision: str | None) -> Path:
     except (HfHubHTTPError, OSError) as error:
         problem = f"could not be downloaded ({' '.join(str(error).split())}); {demo}"
     raise CheckpointError(f"{repo} {problem}")
+
+
+def _check_config(repo: str, directory: Path) -> None:
+    """Refuse what can't be run before gigabytes of it are fetched."""
+    problem = adapter_problem(directory)
+    if problem is None and (directory / "config.json").exists():
+        problem = config_problem(read_json(directory / "config.json"))
+    if problem is not None:
+        raise CheckpointError(f"{repo}: {problem}")

@@ -1,6 +1,7 @@
 """Conversions that others get in the way of: another converter, another user, a changing source."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -469,3 +470,41 @@ def test_a_disk_that_fails_late(
     assert main(argv) == 0
     assert verify(tmp_path / "out")["sound"]
     assert there(tmp_path) == ["out", "source"]
+
+
+def test_a_disk_that_is_really_full(
+    checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mounted, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount")
+    argv = ["--hf-path", str(checkpoint()), "--mlx-path", str(disk / "out"), "--quiet"]
+    argv += ["--dtype", "float16"]
+    put, rest = writer.Writer.put, disk / "rest"
+
+    def filling(self: writer.Writer, data: Any) -> None:
+        if not rest.exists() and self.done > 20:  # somebody else takes what is left
+            with pytest.raises(OSError, match="No space"):
+                rest.write_bytes(bytes(9_000_000))
+        put(self, data)
+
+    monkeypatch.setattr(destination, "_SLACK", 0)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.Writer, "put", filling)
+            assert main(argv) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: the disk is full: ")
+        assert err.count("\n") == 1
+        rest.unlink()
+        assert main([*argv[:-3], *argv[-2:], "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["resumed_modules"] >= 20
+        assert verify(disk / "out")["sound"]
+        assert there(disk) == ["out"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

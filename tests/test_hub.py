@@ -132,6 +132,25 @@ def test_download_takes_only_what_is_needed_then_works_offline(
     assert by_commit.returncode == 0, by_commit.stderr
 
 
+@pytest.mark.parametrize("kind", ["quantized", "adapter"])
+def test_what_can_not_run_is_refused_before_its_weights_are_fetched(
+    stand_in: StandIn, tmp_path: Path, kind: str
+) -> None:
+    config = stand_in.directory / "config.json"
+    if kind == "adapter":
+        (stand_in.directory / "adapter_config.json").write_text("{}")
+    else:
+        said = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
+        config.write_text(json.dumps(json.loads(config.read_text()) | said))
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{stand_in.server_port}", "HF_HOME": str(tmp_path)}
+    done = generate(env, "--model", REPO)
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]  # after the fetching's own
+    assert line.startswith(f"error: {REPO}: it ")
+    assert ("AWQ" if kind == "quantized" else "LoRA adapter") in line
+    assert stand_in.fetched <= {"config.json", "adapter_config.json"}
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
