@@ -49,7 +49,7 @@ class Room:
     """Connections at most."""
 
     all: int = 1000
-    bodies: int = 128  # of them with a body on its way: each can be as large as is allowed
+    bodies: int = 250  # of them with a body on its way: each can be as large as is allowed
 
     @property
     def address(self) -> int:
@@ -143,7 +143,7 @@ class Gate:
         if phase in self._lines:
             self._lines[phase].add(one)
         if len(self._bodies) > self._room.bodies and (oldest := self._bodies.first()):
-            self.drop(oldest)
+            oldest.refuse(faults.closed("too many bodies are on their way; try again later"))
 
     def leave(self, one: "Connection") -> None:
         """Count a connection out."""
@@ -222,6 +222,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._unset_keepalive_if_required()  # the gate's business, and it would outlive a reset
         self._settle()
 
     def pause_writing(self) -> None:

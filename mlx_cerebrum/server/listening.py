@@ -88,7 +88,6 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=3600,  # the gate ends idle connections
             timeout_graceful_shutdown=math.ceil(grace) + 3,  # for clients that do not read
             h11_max_incomplete_event_size=HEAD_BYTES,
         )
