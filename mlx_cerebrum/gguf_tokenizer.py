@@ -65,8 +65,12 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
             f"GGUF: tokenizer.ggml.model {model!r:.60} is not supported; only gpt2 and llama are"
         )
     tokens = gguf_list(metadata, "tokens", str)
-    if not tokens or "" in tokens or len(tokens) > MAX_TOKENS:
+    if not tokens or "" in tokens:
         raise TokenizerError("GGUF: tokenizer.ggml.tokens is missing or has an empty token")
+    if len(tokens) > MAX_TOKENS:
+        raise TokenizerError(
+            f"GGUF: tokenizer.ggml.tokens has {len(tokens):,} tokens, more than {MAX_TOKENS:,}"
+        )
     if len(set(tokens)) != len(tokens):
         raise TokenizerError("GGUF: tokenizer.ggml.tokens names a token twice")
     try:

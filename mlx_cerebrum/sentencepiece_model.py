@@ -17,6 +17,7 @@ from mlx_cerebrum.detokenizer import PER_BYTE, SPACE_MARK, StreamingDetokenizer
 from mlx_cerebrum.errors import TokenizerError
 from mlx_cerebrum.vocabulary import (
     MAX_ADDED,
+    MAX_TOKENS,
     AddedToken,
     bos_processor,
     controls_among,
@@ -60,13 +61,15 @@ class SentencePieceVocabulary:
         self.model = model
         sp = self._processor = self._load(model)
         self._size: int = sp.vocab_size()
-        self._added = {token.id: token for token in self._placed(tuple(added), renames)}
+        if self._size > MAX_TOKENS:
+            raise TokenizerError(f"{where} has {self._size:,} pieces, more than {MAX_TOKENS:,}")
         ids = list(range(self._size))
         self._reading(sp.id_to_piece, ids)  # each of them is text
+        self._added = {token.id: token for token in self._placed(tuple(added), renames)}
         marked = zip(ids, sp.is_control(ids), sp.is_unknown(ids), strict=True)
         named = [i for i, control, unknown in marked if control or unknown]
         self._own = [AddedToken(i, sp.id_to_piece(i)) for i in named if i not in self._added]
-        if len(self._own) + len(self._added) > MAX_ADDED:
+        if len(self._own) + len(self._user_defined) + len(self._added) > MAX_ADDED:
             raise TokenizerError(f"{where}: more than {MAX_ADDED:,} control and added tokens")
         space = sp.piece_to_id(SPACE_MARK)
         self._strip_space = not sp.is_unknown(space) and sp.decode([space]) == ""
@@ -78,7 +81,8 @@ class SentencePieceVocabulary:
         if not added:
             return []
         names = {token.id: token.content for token in added} if renames else {}
-        vocab = {self._processor.id_to_piece(i): i for i in range(self._size)}
+        pieces = self._processor.id_to_piece(list(range(self._size)))
+        vocab = {piece: i for i, piece in enumerate(pieces)}
         kept = {piece for piece, i in vocab.items() if i not in names}
         for piece, i in list(vocab.items()):
             if i in names and names[i] not in kept:

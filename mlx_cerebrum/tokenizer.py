@@ -33,12 +33,13 @@ from mlx_cerebrum.template import (
     strip_eos,
 )
 from mlx_cerebrum.tokenizer_files import FILES, TokenizerFiles, read_bytes, read_text
-from mlx_cerebrum.tokenizer_json import all_types, as_llama_class, parse, with_added
+from mlx_cerebrum.tokenizer_json import as_llama_class, parse, with_added
 from mlx_cerebrum.vocabulary import (
     MAX_ADDED,
     AddedToken,
     TokenizersVocabulary,
     Vocabulary,
+    all_types,
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from mlx_cerebrum import json_file
 from mlx_cerebrum.detokenizer import SPACE_MARK
 from mlx_cerebrum.errors import TokenizerError
-from mlx_cerebrum.vocabulary import MAX_ADDED, MAX_TOKENS, AddedToken, numbered
+from mlx_cerebrum.vocabulary import MAX_ADDED, MAX_TOKENS, AddedToken, all_types, numbered
 
 _STEPS = {  # normalizers and pre_tokenizers that need no data of their own
     *("Sequence", "Prepend", "Replace", "Strip", "StripAccents", "Lowercase"),
@@ -161,15 +161,6 @@ def _added(added: Any, problem: str) -> list[dict[str, Any]]:
 ADDED_FLAGS = tuple(AddedToken.__dataclass_fields__)[2:]
 
 
-def all_types(node: Any) -> set[str]:
-    """Every "type" in a part of the file."""
-    if isinstance(node, list):
-        return set().union(*map(all_types, node))
-    if not isinstance(node, dict):
-        return set()
-    return {str(node.get("type"))}.union(*map(all_types, node.values()))
-
-
 def _decoder(decoder: Any, problem: str) -> Any:
     def sound(step: Any) -> bool:
         inner = step.get("decoders") or [] if isinstance(step, dict) else None
@@ -234,44 +225,38 @@ def _checked(node: Any, problem: str, depth: int = 0) -> int:
     return 1
 
 
-_REPEATED = re.compile(r"[*+]|\{(\d*)(,?)(\d*)\}")
+_REPEATED = re.compile(r"[*+]|\{\d*,?\d*\}")
 
 
 def _may_explode(pattern: str) -> bool:
-    """Whether a repeated group holds a repetition, or something is repeated over 1000 times.
+    """Whether a search for the pattern may take for ever, or much memory.
 
-    That is what makes the time or the size of a search exponential.
+    The patterns of real tokenizers repeat a character or a set of them, at most two in a row;
+    what repeats a group, or looks for what it has found before, is not one of theirs.
     """
-    groups = [False]  # whether each open group holds a repetition
-    at, in_class, last = 0, 0, False
+    depth = at = repeats = 0
+    in_set, group_ended = 0, False
     while at < len(pattern):
-        char = pattern[at]
-        repeat = None if in_class else _REPEATED.match(pattern, at)
+        char, width = pattern[at], 1
+        repeated = None if in_set else _REPEATED.match(pattern, at)
         if char == "\\":
-            at, last = at + 2, False
-            continue
-        if repeat:
-            counts = [int(count) for count in repeat.groups() if count and count.isdecimal()]
-            if last or any(count > 1000 for count in counts):
+            width = 2
+            if not in_set and pattern[at + 1 : at + 2] in {*"123456789gk"}:
                 return True
-            if char in "*+" or repeat[2] or max(counts, default=0) > 1:
-                groups[-1] = True
-            at = repeat.end()
-            # `a++` and `a*+` only forbid going back.
-            if at < len(pattern) and pattern[at] in "+?":
-                at += 1
-            last = False
-            continue
-        if char == "[":
-            in_class += 1
-        elif char == "]" and in_class:
-            in_class -= 1
-        elif char == "(" and not in_class:
-            groups.append(False)
-        elif char == ")" and not in_class and len(groups) > 1:
-            last = groups.pop()
-            groups[-1] = groups[-1] or last
-            at += 1
-            continue
-        last, at = False, at + 1
+        elif repeated:
+            width, repeats = len(repeated[0]), repeats + 1
+            if group_ended or repeats > 3 or re.search(r"\d{4}", repeated[0]):
+                return True
+        elif char in "[]":
+            in_set = max(0, in_set + (1 if char == "[" else -1))
+        elif char == "|" and not in_set:
+            repeats = 0
+        elif char == "(" and not in_set:
+            depth += 1
+        elif char == ")" and not in_set:
+            depth -= 1
+        if depth > 16:
+            return True
+        group_ended = char == ")" and not in_set
+        at += width
     return False

@@ -19,7 +19,7 @@ from mlx_cerebrum.detokenizer import PER_BYTE, PER_SEQUENCE, StreamingDetokenize
 from mlx_cerebrum.errors import TokenizerError
 
 # Real vocabularies have up to 262,144 tokens, of which a few thousand were added.
-MAX_TOKENS = 2**22
+MAX_TOKENS = 2**19
 MAX_ADDED = 2**14
 
 
@@ -136,7 +136,7 @@ class TokenizersVocabulary:
         self.raw = raw
         self._where = where
         model = raw["model"]
-        decoders = _kinds(raw["decoder"])
+        decoders = all_types(raw["decoder"])
         self._byte_level = "ByteLevel" in decoders
         self._strip_space = not self._byte_level and bool(decoders & {"Strip", "Metaspace"})
         self._unknown: str | None = model["unk_token"]
@@ -276,20 +276,21 @@ def _never_first(node: Any) -> Any:
     return [_never_first(item) for item in node] if isinstance(node, list) else node
 
 
-def _kinds(node: Any) -> set[str]:
-    """The types of a decoder, a "Sequence" being its members'."""
-    if node is None:
+def all_types(node: Any) -> set[str]:
+    """Every "type" in a part of a tokenizer.json."""
+    if isinstance(node, list):
+        return set().union(*map(all_types, node))
+    if not isinstance(node, dict):
         return set()
-    members = node.get("decoders") or []
-    return {node["type"]}.union(*map(_kinds, members))
+    return {str(node.get("type"))}.union(*map(all_types, node.values()))
 
 
 def _prefix_token(processor: Any) -> str | None:
     """What a post_processor puts before a text."""
-    for part in (processor or {}).get("processors") or [processor or {}]:
-        first = (part.get("single") or [{}])[0]
-        if "SpecialToken" in first:
-            return str(first["SpecialToken"]["id"])
+    for part in processor.get("processors", [processor]) if processor else []:
+        if part.get("type") == "TemplateProcessing" and part.get("single"):
+            token = part["single"][0].get("SpecialToken")
+            return str(token["id"]) if token else None
     return None
 
 
