@@ -18,7 +18,7 @@ from typing import Any
 from bench.scoring import Ids, Scorer
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model import Model
-from mlx_cerebrum.template import CEREBRUM_TEMPLATE, check_messages
+from mlx_cerebrum.template import check_messages
 from mlx_cerebrum.tokenizer import Tokenizer
 from mlx_cerebrum.vocabulary import AddedToken
 
@@ -48,7 +48,7 @@ class Adapter:
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The template's source, for the harness's records."""
-        return self._tokenizer.chat_template or CEREBRUM_TEMPLATE
+        return self._tokenizer.format.source
 
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from mlx_cerebrum.chat_formats import DEFAULT_SYSTEM
 from mlx_cerebrum.checkpoint import FLOATS, matrix_shapes, norm_names
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import CerebrumError
@@ -16,7 +17,6 @@ from mlx_cerebrum.memory import human
 from mlx_cerebrum.plan import LayerPlan
 from mlx_cerebrum.quantize import Packing
 from mlx_cerebrum.safetensors_file import ITEM_BYTES
-from mlx_cerebrum.template import DEFAULT_SYSTEM
 from mlx_cerebrum.text import one_line
 
 _MERGED_REPO = "Joseph717171/Cerebrum-1.0-12.25B"
@@ -244,7 +244,7 @@ def _prompt(repo: str | None) -> str:
     if repo not in _KNOWN:
         return (
             "## Prompt format\n\nThe tokenizer's own chat template, where it has one; else"
-            " mlx-cerebrum takes Cerebrum's."
+            " mlx-cerebrum says which it assumes, and `--template` names another."
         )
     return (
         "## Prompt format\n\n"

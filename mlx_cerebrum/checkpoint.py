@@ -8,7 +8,7 @@ file is refused before a byte of data is read.
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import mlx.core as mx
@@ -119,6 +119,18 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def tokenizer(self) -> Tokenizer: ...
+
+    def names(self) -> list[str]:
+        """What the checkpoint is called: as a path or on the hub, in its config, and what it was
+        converted from."""
+        snapshot = self.path.parent.name == "snapshots"  # the hub's cache: models--OWNER--NAME
+        found: list[Any] = [self.path.parents[1].name] if snapshot else [self.path.name]
+        found += [self.path.resolve().name, self.raw_config.get("_name_or_path")]
+        entry: Any = self.raw_config.get("provenance")
+        while isinstance(entry, dict):
+            found.append(entry.get("source"))
+            entry = entry.get("from")
+        return [PurePath(name).name for name in found if isinstance(name, str)]
 
     def packing(self, module: str) -> Packing | None:
         """How the matrix at this module path is quantized; None when it is dense."""

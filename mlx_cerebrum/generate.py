@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_cerebrum import cli, hub
 from mlx_cerebrum.attention import check_kv_bits
+from mlx_cerebrum.chat_formats import read_format
 from mlx_cerebrum.checkpoint import Checkpoint, open_checkpoint
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.decode import Sampler
@@ -25,7 +26,7 @@ from mlx_cerebrum.load import (
 from mlx_cerebrum.memory import fits, human, request_bytes, require, what_fits
 from mlx_cerebrum.memory_limits import limits
 from mlx_cerebrum.model import Model
-from mlx_cerebrum.model_args import check_model_flags
+from mlx_cerebrum.model_args import check_model_flags, say_assumed
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.prompt_cache import PromptCache
 from mlx_cerebrum.prompt_cache_file import check, check_destination, load, save
@@ -65,7 +66,8 @@ def _answer(args: argparse.Namespace, sampler: Sampler, asked: str | list[Any]) 
     config = planned_config(checkpoint.config, plan, args.window)
     check_kv_bits(config, args.kv_bits)
     draft = check_draft(config, args.draft_plan, args.draft_bits)
-    tokenizer = load_tokenizer(checkpoint)
+    chosen = None if args.template is None else read_format(args.template)
+    tokenizer = load_tokenizer(checkpoint, chosen)
     if isinstance(asked, str):
         ids = tokenizer.encode(asked)
     else:
@@ -76,12 +78,14 @@ def _answer(args: argparse.Namespace, sampler: Sampler, asked: str | list[Any]) 
     more = copy_bytes(draft, args.draft_bits, storage.dtype.size) if args.draft_bits else 0
     kept, same = args.prompt_cache, {}
     if kept is not None:
-        same = identity(checkpoint, config, storage, tokenizer.chat_template)
+        same = identity(checkpoint, config, storage, tokenizer.format.source)
         more += check(kept, same, args.kv_bits) if kept.exists() else 0
     _check_memory(args, checkpoint, packing, config, storage, len(ids), more)
     show = not (args.quiet or args.json)
     with progress("loading", show) as report:
         model = load_model(checkpoint, config, storage, report)
+    if not args.quiet and not args.raw:
+        say_assumed(tokenizer)
     drafting = _drafting(args, model)
     # One answer: nothing will be taken back, so nothing is kept for it.
     prompt_cache = PromptCache(model, args.kv_bits, max_bytes=0)

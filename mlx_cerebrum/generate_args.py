@@ -124,8 +124,9 @@ def question(args: argparse.Namespace) -> str | list[Any]:
     if not (prompt if args.raw else prompt.strip()):
         raise RequestError("the prompt is empty; there is nothing to answer")
     if args.raw:
-        if args.system is not None:
-            raise RequestError("--raw has no template to put --system into")
+        for flag in ("system", "template"):
+            if getattr(args, flag) is not None:
+                raise RequestError(f"--raw takes no template: no --{flag} with it")
         return str(prompt)
     return [*before, {"role": "user", "content": prompt}]
 

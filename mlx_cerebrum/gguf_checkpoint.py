@@ -60,3 +60,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self.file.metadata)
+
+    def names(self) -> list[str]:
+        said = (self.file.metadata.get(f"general.{key}") for key in ("name", "basename"))
+        return [*super().names(), *(name for name in said if isinstance(name, str))]

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_cerebrum import hub
+from mlx_cerebrum.chat_formats import BUILT_IN, ChatFormat, read_format
 from mlx_cerebrum.checkpoint import FLOATS, Checkpoint, matrix_shapes, open_checkpoint
 from mlx_cerebrum.config import MOST, ModelConfig
 from mlx_cerebrum.errors import CheckpointError, ConfigError
@@ -51,6 +52,7 @@ def load(
     q_group_size: int = 64,
     window: int | None = None,
     revision: str | None = None,
+    template: str | Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Model, Tokenizer]:
     """A model and its tokenizer from a directory, a `.gguf` file, a hub id, or `"demo"`.
@@ -58,10 +60,14 @@ def load(
     `plan` (a LayerPlan, a named plan or a YAML file) lays the blocks out anew; without it the
     checkpoint's own order stands. `q_bits` packs a dense checkpoint on the way in. `dtype`
     is "auto" or float32, float16, bfloat16. `window` overrides the sliding window (tokens; 0
-    for none). Raises a CerebrumError, one line, for whatever can't be honoured.
+    for none). `template` is how conversations are written: a name of `chat_formats.BUILT_IN` or a
+    Jinja file; without it the checkpoint's own, Cerebrum's for a Cerebrum that has none, else
+    what `tokenizer.format.assumed` says. Raises a CerebrumError, one line, for whatever can't be
+    honoured.
     """
+    chosen = None if template is None else read_format(template)
     checkpoint = open_checkpoint(hub.resolve(path_or_repo, revision))
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint, chosen)
     packing = None if q_bits is None else Packing(q_bits, q_group_size)
     config = planned_config(checkpoint.config, plan, window)
     storage = choose_storage(checkpoint, packing, dtype)
@@ -74,11 +80,11 @@ def load(
     return load_model(checkpoint, config, storage, progress), tokenizer
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The checkpoint's tokenizer. Raises ConfigError if it is of another model.
+def load_tokenizer(checkpoint: Checkpoint, chosen: ChatFormat | None = None) -> Tokenizer:
+    """The checkpoint's tokenizer, writing conversations as `chosen`, by default as `load` has it.
 
-    Added tokens past the model's last row, such as a padding that nobody writes, are named on
-    stderr; a prompt that has one is refused.
+    Raises ConfigError if it is of another model. Added tokens past the model's last row, such as
+    a padding that nobody writes, are named on stderr; a prompt that has one is refused.
     """
     tokenizer = checkpoint.tokenizer()
     rows = checkpoint.config.vocab_size
@@ -92,6 +98,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
             f"note: the tokenizer's added tokens from {rows} on ({beyond} of them) are past the "
             f"model's {rows} rows; a prompt that has one will be refused"
         )
+    if chosen is not None:
+        tokenizer.use_format(chosen)
+    elif tokenizer.chat_template is None and any(
+        "cerebrum" in n.lower() for n in checkpoint.names()
+    ):
+        tokenizer.use_format(BUILT_IN["cerebrum"])
     return tokenizer
 
 

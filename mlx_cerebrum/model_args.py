@@ -2,10 +2,13 @@
 
 import argparse
 
+from mlx_cerebrum.chat_formats import NAMES, read_format
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.load import DTYPES
 from mlx_cerebrum.memory import GB
 from mlx_cerebrum.quantize import AFFINE_BITS, AFFINE_GROUPS
+from mlx_cerebrum.text import tell
+from mlx_cerebrum.tokenizer import Tokenizer
 
 
 def add_model_flags(p: argparse.ArgumentParser, default: str) -> None:
@@ -39,6 +42,13 @@ def add_model_flags(p: argparse.ArgumentParser, default: str) -> None:
         type=int,
         metavar="TOKENS",
         help="sliding window in tokens, 0 for none (default: the checkpoint's)",
+    )
+    p.add_argument(
+        "--template",
+        metavar="FILE|NAME",
+        help=f"how conversations are written: a Jinja file, or {NAMES} (default: the"
+        " checkpoint's own; without one Cerebrum's for a Cerebrum, else what its vocabulary"
+        " suggests, which is said)",
     )
     p.add_argument(
         "--memory-limit",
@@ -84,7 +94,9 @@ def add_sampling_flags(
 
 
 def check_model_flags(args: argparse.Namespace) -> int | None:
-    """The memory limit in bytes, if any. Raises RequestError for flags that can't be honoured."""
+    """The memory limit in bytes, if any. Raises a CerebrumError for what can't be honoured."""
+    if args.template is not None:
+        read_format(args.template)
     if args.q_bits is None and args.q_group_size is not None:
         raise RequestError("--q-group-size only means something with --q-bits")
     memory = args.memory_limit
@@ -93,3 +105,12 @@ def check_model_flags(args: argparse.Namespace) -> int | None:
     if not 0 < memory < 1e9:
         raise RequestError(f"memory-limit must be a number of GB above 0, not {memory}")
     return int(memory * GB)
+
+
+def say_assumed(tokenizer: Tokenizer) -> None:
+    """One line on stderr where nobody said how conversations are written."""
+    if tokenizer.format.assumed:
+        tell(
+            f"note: the model has no chat template: {tokenizer.format.assumed};"
+            f" to choose: --template FILE, or one of {NAMES}"
+        )

@@ -12,7 +12,6 @@ from mlx_cerebrum.checkpoint import Checkpoint
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.load import Storage
-from mlx_cerebrum.template import CEREBRUM_TEMPLATE
 
 Identity = dict[str, str]
 
@@ -21,13 +20,13 @@ SAMPLES, SAMPLE_BYTES = 4, 256
 
 
 def identity(
-    checkpoint: Checkpoint, config: ModelConfig, storage: Storage, template: str | None
+    checkpoint: Checkpoint, config: ModelConfig, storage: Storage, template: str
 ) -> Identity:
     """What a cache entry depends on, by the name a person knows it by; values are short texts.
 
-    `template` is the tokenizer's `chat_template`. The weights' fingerprint is of names, shapes,
-    dtypes, sizes and SAMPLES evenly spread pieces of every stored array, wherever the files lie:
-    it tells models apart, it is no security check.
+    `template` is the source of the one that conversations are written with. The weights'
+    fingerprint is of names, shapes, dtypes, sizes and SAMPLES evenly spread pieces of every stored
+    array, wherever the files lie: it tells models apart, it is no security check.
     """
     packings = {str(p) for p in storage.packings.values() if p is not None}
     held = ", ".join(sorted(packings)) or "none"
@@ -53,7 +52,7 @@ def identity(
         "quantization": f"{quantization} {_short(each)}" if packings else quantization,
         "dtype": _name(storage.dtype),
         "window": str(config.sliding_window or "none"),
-        "chat template": _short(CEREBRUM_TEMPLATE if template is None else template),
+        "chat template": _short(template),
     }
 
 

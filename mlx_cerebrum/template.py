@@ -21,32 +21,6 @@ from mlx_cerebrum.template_run import RefusalError, Run, parse
 from mlx_cerebrum.template_text import Budget, marks, own
 from mlx_cerebrum.vocabulary import AddedToken
 
-# The model card's text.
-DEFAULT_SYSTEM = (
-    "A chat between a user and a thinking artificial intelligence assistant. The assistant "
-    "describes its thought process and gives helpful and detailed answers to the user's questions."
-)
-
-# The card's format; earlier answers as the models' public users write them, without an EOS.
-CEREBRUM_TEMPLATE = (
-    "{% if messages[0]['role'] == 'system' %}"
-    "{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
-    "{% else %}"
-    f"{{% set system = {DEFAULT_SYSTEM!r} %}}{{% set turns = messages %}}"
-    "{% endif %}"
-    "{{ bos_token + system.strip() + '\\n' }}"
-    "{% for message in turns %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate user, assistant, user, ...') }}"
-    "{% endif %}"
-    "{{ ('User: ' if message['role'] == 'user' else 'AI: ') + message['content'].strip() + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'AI:' }}{% endif %}"
-)
-
-# A model that runs on past its answer writes the user's next turn.
-CEREBRUM_STOP = "\nUser:"
-
 ROLES = ("system", "user", "assistant")
 # What a rendering may take (see Budget), and how much more for each message and its characters.
 SECONDS = 5.0

@@ -20,18 +20,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_cerebrum.chat_formats import ChatFormat, assumed_format, for_tokens, own_format
 from mlx_cerebrum.detokenizer import StreamingDetokenizer, decode
 from mlx_cerebrum.errors import RequestError, TokenizerError
 from mlx_cerebrum.gguf_tokenizer import gguf_token_id, vocabulary_from_gguf
 from mlx_cerebrum.sentencepiece_model import SentencePieceVocabulary
-from mlx_cerebrum.template import (
-    CEREBRUM_STOP,
-    CEREBRUM_TEMPLATE,
-    ChatTemplate,
-    Segment,
-    check_messages,
-    strip_eos,
-)
+from mlx_cerebrum.template import ChatTemplate, Segment, check_messages, strip_eos
 from mlx_cerebrum.tokenizer_files import FILES, TokenizerFiles, read_bytes, read_text
 from mlx_cerebrum.tokenizer_json import as_llama_class, parse, with_added
 from mlx_cerebrum.vocabulary import (
@@ -69,22 +63,34 @@ class Tokenizer:
         self._id_limit = max(self.vocab_size, model_vocab_size)
         self.bos_token_id = self._special_id("bos_token")
         eos = self._special_id("eos_token")
-        self.eos_token_ids = frozenset(eos_ids) | (frozenset() if eos is None else {eos})
+        self._own_ends = frozenset(eos_ids) | (frozenset() if eos is None else {eos})
         if add_bos and self.bos_token_id is None:
             raise TokenizerError("the tokenizer is set to add a BOS token but names none")
         self.add_bos = add_bos
         self.chat_template = chat_template
-        vocabulary.reserve(chat_template or "", self.eos_token_ids)
-        self.stop_strings: tuple[str, ...] = (CEREBRUM_STOP,) if chat_template is None else ()
-        variables = dict(special_tokens)
-        if chat_template is None and not add_bos:
-            variables["bos_token"] = ""
-        self._template = ChatTemplate(
-            CEREBRUM_TEMPLATE if chat_template is None else chat_template,
-            vocabulary.controls,
-            variables,
-        )
         self._source = source
+        self.use_format(
+            assumed_format(self._is_token) if chat_template is None else own_format(chat_template)
+        )
+
+    def use_format(self, chosen: ChatFormat) -> None:
+        """Write conversations so from here on, and end answers where that format does.
+
+        At first it is the checkpoint's own template, else what its vocabulary suggests.
+        """
+        self.format = chosen = for_tokens(chosen, self._is_token)
+        variables = dict(self._special_tokens)
+        if chosen.built_in and not self.add_bos:
+            variables["bos_token"] = ""
+        ends = {text: self._vocabulary.token_id(text) for text in chosen.ends}
+        # A token adds nothing to the text, so no text would stop there.
+        self.eos_token_ids = self._own_ends.union(id for id in ends.values() if id is not None)
+        self.stop_strings = tuple(text for text, token in ends.items() if token is None)
+        self._vocabulary.reserve(chosen.source, self.eos_token_ids)
+        self._template = ChatTemplate(chosen.source, self._vocabulary.controls, variables)
+
+    def _is_token(self, text: str) -> bool:
+        return self._vocabulary.token_id(text) is not None
 
     def _special_id(self, name: str) -> int | None:
         content = self._special_tokens.get(name)
@@ -283,7 +289,7 @@ class Tokenizer:
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         made["tokenizer_config.json"] = _json(config)
-        ends = {"bos_token_id": self.bos_token_id, "eos_token_id": sorted(self.eos_token_ids)}
+        ends = {"bos_token_id": self.bos_token_id, "eos_token_id": sorted(self._own_ends)}
         made["generation_config.json"] = _json(ends)
         return {name: data for name, data in made.items() if name not in present}
 

@@ -3,7 +3,7 @@
 import argparse
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from mlx_cerebrum import hub
 from mlx_cerebrum.checkpoint import open_checkpoint
@@ -31,6 +31,7 @@ def load_views(
     q_group_size: int = 64,
     window: int | None = None,
     revision: str | None = None,
+    template: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Model], Tokenizer]:
     """Load one checkpoint and lay its blocks out in every order it is to answer in.
@@ -50,6 +51,7 @@ def load_views(
         dtype=dtype,
         q_group_size=q_group_size,
         window=window,
+        template=template,
         progress=progress,
     )
     return views(base, source, plans), tokenizer
@@ -67,6 +69,7 @@ def load_asked(
         q_group_size=args.q_group_size or 64,
         window=args.window,
         revision=args.revision,
+        template=args.template,
         progress=progress,
     )
 

@@ -10,6 +10,7 @@ from talker import talkers
 
 from mlx_cerebrum.chat.reply import Answer
 from mlx_cerebrum.chat.session import Session, Settings
+from mlx_cerebrum.chat_formats import BUILT_IN
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.stream import generate, stream_generate
@@ -132,6 +133,7 @@ def test_with_the_real_vocabulary_a_turn_begins_with_the_last_one(
     """Cerebrum's template joins its text to the answer's: the pieces must not change."""
     (tmp_path / "tokenizer.model").write_bytes(mistral_model().read_bytes())
     tokenizer = Tokenizer.from_directory(tmp_path)
+    tokenizer.use_format(BUILT_IN["cerebrum"])
     start = [] if system is None else [{"role": "system", "content": system}]
     answers = [
         "Hello! How can I help?",

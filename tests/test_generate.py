@@ -277,7 +277,10 @@ def test_prompt_from_standard_input(
         (["--prompt", "x", "--bogus"], "--bogus"),
         (["--prompt", "x", "--max-tok", "5"], "--max-tok"),
         (["--prompt", "x", "--max-tokens", "0"], "max-tokens"),
-        (["--prompt", "x", "--max-tokens", "500"], "512 positions"),
+        (["--prompt", "x", "--max-tokens", "512"], "512 positions"),
+        (["--prompt", "x", "--template", "vicuna"], "nor one of chatml, llama-2, mistral"),
+        (["--prompt", "x", "--template", "README.md/x"], "neither a chat template's file"),
+        (["--prompt", "x", "--raw", "--template", "chatml"], "--raw takes no template"),
         (["--prompt", "x", "--q-bits", "7"], "--q-bits"),
         (["--prompt", "x", "--plan", "nowhere"], "nowhere"),
         (["--prompt", "x", "--plan", "cerebrum-12.25b"], "past the model"),
@@ -368,7 +371,7 @@ def test_ctrl_c_while_importing_is_one_line() -> None:
 def test_builtin_template_stops_at_the_user_line_unless_raw(
     checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint without a template gets Cerebrum's, and its stop string."""
+    """Cerebrum's template brings its stop string."""
     import mlx_cerebrum.stream
 
     stops: list[list[str]] = []
@@ -380,7 +383,7 @@ def test_builtin_template_stops_at_the_user_line_unless_raw(
 
     monkeypatch.setattr(sys.modules["mlx_cerebrum.generate"], "stream_generate", spy)
     common = ["--model", str(checkpoint()), "--prompt", "x", "--max-tokens", "2", "--quiet"]
-    assert main([*common, "--stop", "END"]) == 0
+    assert main([*common, "--stop", "END", "--template", "cerebrum"]) == 0
     assert main([*common, "--raw"]) == 0
     assert stops == [["END", "\nUser:"], []]
 
@@ -544,3 +547,21 @@ def test_help_gives_every_flag_a_unit_or_default(capsys: pytest.CaptureFixture[s
         assert action.help, action
         if action.nargs != 0 and action.option_strings not in (["--prompt"], ["--messages"]):
             assert "(default:" in action.help, action.option_strings
+
+
+def test_the_assumed_template_is_said_in_one_line(
+    checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    common = ["--model", str(checkpoint()), "--prompt", "x", "--max-tokens", "2"]
+    told = "note: the model has no chat template: plain is assumed, which only continues the text;"
+    told += " to choose: --template FILE, or one of chatml, llama-2, mistral, alpaca, zephyr,"
+    assert main([*common, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == f"{told} cerebrum, plain\n"
+    assert json.loads(out)["prompt_tokens"] == 2  # BOS and one letter
+    (tmp_path / "mine.jinja").write_text("<{{ messages[0].content }}>")
+    for more in (["--quiet"], ["--raw", "--json"], ["--template", "zephyr", "--json"]):
+        assert main([*common, *more]) == 0
+        assert capsys.readouterr().err == ""
+    assert main([*common, "--json", "--template", str(tmp_path / "mine.jinja")]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 4

@@ -22,6 +22,7 @@ from bench.data import make_arithmetic
 from bench.harness import evaluate
 from bench.harness_model import Adapter, cerebrum_lm
 from bench.scoring import Scorer
+from mlx_cerebrum.chat_formats import BUILT_IN
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.load import load
 from mlx_cerebrum.model import Model
@@ -38,7 +39,8 @@ Loaded = tuple[Model, Tokenizer]
 @pytest.fixture
 def tiny(checkpoint: Callable[..., Path]) -> Loaded:
     """8 blocks, a window of 12, a token a byte, the built-in Cerebrum template."""
-    return load(checkpoint(max_position_embeddings=400), dtype="float32")
+    path = checkpoint(max_position_embeddings=400)
+    return load(path, dtype="float32", template="cerebrum")
 
 
 @pytest.fixture
@@ -55,7 +57,9 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Mistral's real tokenizer: 32000 pieces, BOS, the built-in template."""
     path = tmp_path_factory.mktemp("mistral")
     (path / "tokenizer.model").write_bytes(mistral_model().read_bytes())
-    return Tokenizer.from_directory(path)
+    tokenizer = Tokenizer.from_directory(path)
+    tokenizer.use_format(BUILT_IN["cerebrum"])
+    return tokenizer
 
 
 def request(*arguments: Any) -> Any:

@@ -43,6 +43,7 @@ ROOMS = [
     ["template_values"],
     ["template_filters"],
     ["template_run"],
+    ["chat_formats"],
     ["template"],
     ["tokenizer_files"],
     ["tokenizer"],

@@ -152,7 +152,7 @@ def test_settings_are_sent_and_kept(page: Page, room: Room) -> None:
 
 
 def test_the_system_texts_placeholder_is_the_templates_own(page: Page) -> None:
-    from mlx_cerebrum.template import DEFAULT_SYSTEM
+    from mlx_cerebrum.chat_formats import DEFAULT_SYSTEM
 
     page.click("#open-settings")
     assert page.locator("[name=system]").get_attribute("placeholder") == DEFAULT_SYSTEM

@@ -582,7 +582,7 @@ class Opened(NamedTuple):
     said: dict[str, str]
 
 
-def described(path: Path, template: str | None = None, **changes: Any) -> Opened:
+def described(path: Path, template: str = "t", **changes: Any) -> Opened:
     checkpoint = open_checkpoint(path)
     config = planned_config(checkpoint.config, changes.get("plan"), changes.get("window"))
     storage = choose_storage(checkpoint, changes.get("packing"), changes.get("dtype", "float32"))

@@ -11,10 +11,10 @@ from conftest import byte_tokenizer, mistral_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mlx_cerebrum.chat_formats import BUILT_IN, DEFAULT_SYSTEM
 from mlx_cerebrum.errors import RequestError, TokenizerError
 from mlx_cerebrum.gguf_file import GGUFFile
 from mlx_cerebrum.sentencepiece_model import read_pieces, write_model
-from mlx_cerebrum.template import DEFAULT_SYSTEM
 from mlx_cerebrum.tokenizer import Tokenizer
 
 TEXTS = [
@@ -136,7 +136,8 @@ def test_the_real_tokenizer(mistral: Tokenizer) -> None:
     assert mistral.vocab_size == 32000
     assert mistral.add_bos
     assert mistral.chat_template is None
-    assert mistral.stop_strings == ("\nUser:",)
+    assert mistral.stop_strings == ()
+    assert mistral.format.built_in == "plain"  # of which model it is, a vocabulary can't tell
 
 
 def test_every_source_gives_sentencepiece_s_ids(
@@ -167,7 +168,9 @@ def test_add_space_prefix_false(mistral_gguf: dict[str, Any]) -> None:
     assert bare.decode([415]) == " The"
 
 
-def test_the_cerebrum_prompt(mistral: Tokenizer, oracle: Any) -> None:
+def test_the_cerebrum_prompt(files: Files, oracle: Any) -> None:
+    mistral = Tokenizer.from_directory(files())
+    mistral.use_format(BUILT_IN["cerebrum"])
     prompt = f"{DEFAULT_SYSTEM}\nUser: How many legs?\nAI:"
     ids = mistral.apply_chat_template(user("How many legs?"))
     assert ids == [1, *oracle.encode(prompt)]
@@ -207,6 +210,8 @@ def test_exactly_one_bos(files: Files, template: str | None, setting: dict[str, 
     tokenizer = Tokenizer.from_directory(
         files(tokenizer_config={"chat_template": template, **setting})
     )
+    if template is None:
+        tokenizer.use_format(BUILT_IN["cerebrum"])
     messages = [*user("a"), {"role": "assistant", "content": "b"}, *user("c")]
     ids = tokenizer.apply_chat_template(messages)
     assert ids[0] == 1

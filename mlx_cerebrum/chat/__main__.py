@@ -26,7 +26,7 @@ from mlx_cerebrum.conversation import read_messages
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.memory import human
 from mlx_cerebrum.memory_limits import limits
-from mlx_cerebrum.model_args import check_model_flags
+from mlx_cerebrum.model_args import check_model_flags, say_assumed
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.sampling import make_sampler
 from mlx_cerebrum.views import load_asked
@@ -61,6 +61,7 @@ def _talk(args: argparse.Namespace, messages: Messages | None) -> int:
     check_kv_bits(open_checkpoint(hub.resolve(name, args.revision)).config, args.kv_bits)
     with progress("loading", show=is_full(args.plain)) as report:
         models, tokenizer = load_asked(args, report)
+    say_assumed(tokenizer)
     settings = Settings(
         max_tokens=args.max_tokens,
         temp=args.temp,

@@ -13,10 +13,10 @@ import mlx.core as mx
 
 from mlx_cerebrum import cli
 from mlx_cerebrum.chat.reply import Answer
+from mlx_cerebrum.chat_formats import DEFAULT_SYSTEM
 from mlx_cerebrum.conversation import read_messages, write_messages
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.memory import human
-from mlx_cerebrum.template import DEFAULT_SYSTEM
 from mlx_cerebrum.text import one_line
 from mlx_cerebrum.views import find
 
@@ -87,7 +87,7 @@ def _help(chat: "Chat", argument: str) -> None:
 def _system(chat: "Chat", argument: str) -> None:
     session = chat.session
     if not argument:
-        built_in = session.tokenizer.chat_template is None
+        built_in = session.tokenizer.format.built_in == "cerebrum"
         own = f"the template's own{f': {DEFAULT_SYSTEM}' if built_in else ', if it has one'}"
         chat.screen.notice(own if session.system is None else session.system or "(empty)")
         return

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_cerebrum import cli
 from mlx_cerebrum.memory import human
 from mlx_cerebrum.memory_limits import limits
-from mlx_cerebrum.model_args import check_model_flags
+from mlx_cerebrum.model_args import check_model_flags, say_assumed
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.server import args as flags
 from mlx_cerebrum.server.app import Service
@@ -39,6 +39,7 @@ def _run(args: argparse.Namespace) -> int:
     with bind(args.host, args.port, settings.api_key is not None) as listening:
         with limits(memory), progress("loading", not args.quiet) as report:
             models, tokenizer = load_asked(args, report)
+        say_assumed(tokenizer)
         dtype = next(iter(models.values())).model.norm.weight.dtype
         engine = BatchEngine(
             models,

@@ -23,6 +23,7 @@ from tiny import tiny_config, tiny_weights
 from convert.examine import directory as examine
 from convert.sensitivity import Sensitivity
 from convert.writer import JOURNAL, Journal
+from mlx_cerebrum.chat_formats import CEREBRUM_TEMPLATE
 from mlx_cerebrum.checkpoint import INDEX
 from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.conversation import read_messages, write_messages
@@ -36,7 +37,7 @@ from mlx_cerebrum.prompt_cache_file import save
 from mlx_cerebrum.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, Piece, write_model
 from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest
 from mlx_cerebrum.server.strict import parse
-from mlx_cerebrum.template import CEREBRUM_TEMPLATE, ChatTemplate
+from mlx_cerebrum.template import ChatTemplate
 from mlx_cerebrum.tokenizer import Tokenizer
 
 from . import gguf_seed, templates
