@@ -23,8 +23,8 @@ from mlx_cerebrum.checkpoint import (
     weight_files,
 )
 from mlx_cerebrum.config import MODEL_TYPES, ModelConfig, model_type, read_json
-from mlx_cerebrum.errors import CerebrumError, ConfigError
-from mlx_cerebrum.foreign import adapter_problem, config_problem, unfinished
+from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError
+from mlx_cerebrum.foreign import config_problem, directory_problem, unfinished
 from mlx_cerebrum.gguf_blocks import BITS, REPACKED
 from mlx_cerebrum.gguf_file import GGUFFile
 from mlx_cerebrum.load import load_tokenizer
@@ -71,11 +71,11 @@ class Findings:
 def directory(path: Path) -> Findings:
     """Examine a directory of safetensors. Raises CheckpointError when it holds none."""
     found = Findings(path)
+    if problem := directory_problem(path):
+        raise CheckpointError(f"{path}: {problem}")
     files = sorted(file.name for file in path.glob("*.safetensors"))
     if not files and not (path / INDEX).exists():
         weight_files(path)  # raises: it says what there is instead
-    if problem := adapter_problem(path):
-        found.problem(problem, "adapter_config.json")
     headers: dict[str, dict[str, TensorInfo]] = {}
     for file in files:
         found.spans[file] = None

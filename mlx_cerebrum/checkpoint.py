@@ -16,8 +16,8 @@ import mlx.core as mx
 from mlx_cerebrum.config import ModelConfig, read_json
 from mlx_cerebrum.errors import CerebrumError, CheckpointError
 from mlx_cerebrum.foreign import (
-    adapter_problem,
     config_problem,
+    directory_problem,
     folder_problem,
     stand_in,
     tensor_problem,
@@ -232,7 +232,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if problem := adapter_problem(path):
+        if problem := directory_problem(path):
             raise CheckpointError(f"{path}: {problem}")
         if not (path / "config.json").exists():
             problem = folder_problem(path) or "it has no config.json"

@@ -192,8 +192,11 @@ def _first(pattern: str, names: Iterable[str]) -> str | None:
     return next((name for name in names if compiled.search(name)), None)
 
 
-def adapter_problem(directory: Path) -> str | None:
-    """Why a folder with PEFT's adapter_config.json is no model."""
+def directory_problem(directory: Path) -> str | None:
+    """Why a folder with PEFT's adapter_config.json, or with a pipe in it, is no model."""
+    for file in directory.iterdir():
+        if problem := not_a_file(file):
+            return problem
     if not (directory / "adapter_config.json").exists():
         return None
     return (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mlx_cerebrum.config import read_json
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.foreign import adapter_problem, config_problem
+from mlx_cerebrum.foreign import config_problem, directory_problem
 from mlx_cerebrum.tokenizer_files import FILES
 
 DEFAULT_REPO = "AetherResearch/Cerebrum-1.0-7b"
@@ -105,7 +105,7 @@ def download(repo: str, revision: str | None) -> Path:
 
 def _check_config(repo: str, directory: Path) -> None:
     """Refuse what can't be run before gigabytes of it are fetched."""
-    problem = adapter_problem(directory)
+    problem = directory_problem(directory)
     if problem is None and (directory / "config.json").exists():
         problem = config_problem(read_json(directory / "config.json"))
     if problem is not None:

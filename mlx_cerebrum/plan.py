@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from mlx_cerebrum.errors import PlanError
+from mlx_cerebrum.foreign import stand_in
 from mlx_cerebrum.plan_mergekit import Scale, Slice, read
 from mlx_cerebrum.plan_yaml import MAX_CHARACTERS, documents, printable
 
@@ -93,6 +94,8 @@ class LayerPlan:
         try:
             with Path(path).open("rb") as file:
                 raw = file.read(4 * MAX_CHARACTERS + 1)  # UTF-8 takes at most 4 bytes each
+            if raw.strip(b"\0") and (problem := stand_in(Path(path), raw)):
+                raise PlanError(printable(problem))
             text = raw.decode("utf-8-sig")
         except OSError as error:
             raise PlanError(f"{where}: {error.strerror or error}") from None

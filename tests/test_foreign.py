@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main as convert
 from convert.verify import verify
-from mlx_cerebrum.errors import CerebrumError
+from mlx_cerebrum.errors import CerebrumError, PlanError
 from mlx_cerebrum.load import load
+from mlx_cerebrum.plan import LayerPlan
 
 PROJECTION = "model.layers.3.mlp.up_proj"
 WAY_OUT = "take the unquantized checkpoint"
@@ -399,10 +400,25 @@ def test_what_is_left_of_a_download_is_said(
     refused(source, capsys, f"({beside.name} is left of an unfinished download)")
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "README.md"]
+)
 def test_a_pipe_is_not_waited_for(
-    checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
+    checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     source = checkpoint()
-    (source / "model.safetensors").unlink()
-    os.mkfifo(source / "model.safetensors")
-    refused(source, capsys, "is no regular file")
+    (source / name).unlink(missing_ok=True)
+    os.mkfifo(source / name)
+    refused(source, capsys, f"{source / name} is no regular file")
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [STAND_INS["pointer"], STAND_INS["page"], STAND_INS["page without a type"]],
+)
+def test_a_stand_in_for_a_plan(tmp_path: Path, data: bytes, says: str) -> None:
+    file = tmp_path / "plan.yml"
+    file.write_bytes(data)
+    with pytest.raises(PlanError) as caught:
+        LayerPlan.from_file(file)
+    assert str(caught.value).startswith(f"{file} {says}")
