@@ -355,7 +355,11 @@ def open_to_all() -> Iterator[Path]:
 @pytest.fixture
 def shared(checkpoint: MakeCheckpoint, open_to_all: Path) -> Path:
     """A source that anybody may read, in a directory that anybody may write to."""
-    source = checkpoint(shards=2).rename(open_to_all / "source")
+    source = checkpoint(shards=2)
+    # What Python imports and looks up on the way may be readable for its owner only.
+    assert main(["--hf-path", str(source), "--mlx-path", f"{source}-out", "--quiet"]) == 0
+    assert main(["verify", f"{source}-out", "--quiet"]) == 0
+    source = source.rename(open_to_all / "source")
     for file in source.iterdir():
         file.chmod(0o644)
     source.chmod(0o755)
