@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 from conftest import byte_tokenizer
 
+from mlx_cerebrum.chat_formats import BUILT_IN
 from mlx_cerebrum.server.app import Service, Settings
 from mlx_cerebrum.server.jobs import (
     Engine,
@@ -37,7 +38,9 @@ ANSWER = "Hello there, all of you."
 def tokenizer_in(directory: Path) -> Tokenizer:
     """256 bytes and three control tokens: token 3 + b is, for printable ASCII, a byte."""
     byte_tokenizer(directory)
-    return Tokenizer.from_directory(directory)
+    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer.use_format(BUILT_IN["cerebrum"])
+    return tokenizer
 
 
 @dataclass(eq=False)
