@@ -1,6 +1,7 @@
 """What a person sees of an answer: nothing lost, nothing obeyed, whatever the size."""
 
 import io
+import time
 import unicodedata
 
 import pytest
@@ -197,11 +198,44 @@ def test_any_markdown_can_be_shown(text: str) -> None:
         assert shown.count(word) >= min(1, text.count(word))
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("2*(3+4)*5 and (a+b)*c*(d+e)", "2*(3+4)*5 and (a+b)*c*(d+e)"),
+        ("**x**n + y**n = z**n** a*b *c*", "x**n + y**n = z**n a*b c"),
+        ("count(*) sum(*) *f(x)* **g**(y)", "count(*) sum(*) f(x) g(y)"),
+        ("**C**PU *word*s \u4e2d**\u52a0**\u4e2d", "CPU words \u4e2d\u52a0\u4e2d"),
+        (
+            r"\(a_1 * b*c\) \\ \{1\,2\} \*no\* $5 *or* $6",
+            r"\(a_1 * b*c\) \\ \{1\,2\} *no* $5 or $6",
+        ),
+        ("\U0001d465*\U0001d466*\U0001d467 2 *x* 3 (a) *2* 5", None),
+        ("{a}_{n} + {b}_{n} [x]_0 + [y]_1 _so_", "{a}_{n} + {b}_{n} [x]_0 + [y]_1 so"),
+        ("*so* \\[\n  a*b\n- 2", "so \\[\n  a*b\n- 2"),
+        ("12\n+ 7\n+ 30", "12\n+ 7\n+ 30"),
+    ],
+)
+def test_products_and_tex_are_not_markdowns(text: str, shown: str | None) -> None:
+    for size in (len(text), 3):
+        assert streamed(text, Terminal(80, 24), size) == (shown or text)
+
+
+def test_many_marks_take_linear_time() -> None:
+    """Bounds that only a square would pass."""
+    for mark in ("2*", "*a", "**a**b", "(*", r"\[", r"\begin{a}", "$x", "a_{", r"\(", "`$$ "):
+        started = time.monotonic()
+        markdown_parser().parse(mark * 5000)
+        assert time.monotonic() - started < 10, mark
+
+
 def contents(text: str) -> list[str]:
     return [token.content for token in markdown_parser().parse(text) if token.content]
 
 
-@given(st.text(st.sampled_from("ab\n -*>`#|1."), max_size=60), st.integers(0, 60))
+PIECES = [*"ab\n -*>`#|1.", r"\[", r"\]", "$$", "+ 1", r"\begin{a}", r"\end{a}"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=60).map("".join), st.integers(0, 60))
 @settings(deadline=None, max_examples=300)
 def test_finished_blocks_stay_as_they_are(text: str, shown: int) -> None:
     """What is printed for good early reads as it does in the whole text."""

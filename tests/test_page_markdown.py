@@ -94,7 +94,12 @@ def link(url: str, text: str, more: str = "") -> str:
             r"$a^{2}_{i} + b^{2}_{i}$, $5 *or* $6",
             r"<p>$a^{2}_{i} + b^{2}_{i}$, $5 <em>or</em> $6</p>",
         ),
-        (r"\(555\) and \[1\]", "<p>(555) and [1]</p>"),
+        (r"\(555\) and \[1\] \\ \{\$5\}", r"<p>\(555\) and \[1\] \\ \{$5\}</p>"),
+        (
+            "*so* \\begin{cases}\n  a*b \\\\\n- 2\n\\end{cases} *on*",
+            "<p><em>so</em> \\begin{cases}<br>  a*b \\\\<br>- 2<br>\\end{cases} <em>on</em></p>",
+        ),
+        ("\\begin{align}\n- a*b*(c)\n\n*on*", None),
         ("\\[\nx_1\n- 2\n\\]\n*y*", '<p class="formula">\\[\nx_1\n- 2\n\\]</p><p><em>y</em></p>'),
         (
             "so\n$$\na_b*c\n\nand *on*",
@@ -103,6 +108,8 @@ def link(url: str, text: str, more: str = "") -> str:
     ],
 )
 def test_blocks_and_spans(page: Page, text: str, html: str | None) -> None:
+    if text.startswith("\\begin"):  # not closed yet, or never
+        html = '<p class="formula">\\begin{align}\n- a*b*(c)</p><p><em>on</em></p>'
     html = html or (
         "<p><em>em</em> <strong>strong</strong> <em><strong>both</strong></em> <del>gone</del></p>"
     )

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from markdown_it import MarkdownIt
 from rich.cells import cell_len
 
+from mlx_cerebrum.chat.maths import mathematics
+
 
 def markdown_parser() -> MarkdownIt:
     """CommonMark with tables, and without what would hide text: HTML, pictures, references."""
-    parser = MarkdownIt().enable(["strikethrough", "table"])
+    parser = MarkdownIt().enable(["strikethrough", "table"]).use(mathematics)
     return parser.disable(["html_block", "html_inline", "image", "reference"])
 
 

@@ -7,7 +7,8 @@ const HEADING = /^ {0,3}(#{1,6})(?=[ \t]|$)/;
 const FENCE = /^ *(`{3,}|~{3,})/;
 const QUOTE = /^ {0,3}>/;
 const MARKER = /^( *)(?:([-+*•])|(\d{1,9})([.)]))( +|$)/;
-const FORMULA = new Map([["\\[", "\\]"], ["$$", "$$"]]); // what ends it, by what begins it
+const SUM = /^ *\+ *\d/; // a sum that goes on, no item of a list
+const DISPLAY = /(`+)[^`]*\1|\\(?:begin|end)\{[^{}]*\}|\\.|\$\$/g;
 
 function indentOf(line) {
   return line.length - line.trimStart().length;
@@ -35,11 +36,11 @@ function oneBlock(lines, at, depth) {
   const mark = fenceOf(line);
   if (mark) return fence(lines, at, mark);
   if (isRule(line)) return [{ type: "rule" }, at + 1];
-  if (FORMULA.has(line.trim())) return formula(lines, at);
   if (QUOTE.test(line) && depth < DEEPEST) return quote(lines, at, depth);
   if (isTable(lines, at)) return table(lines, at);
   const marker = depth < DEEPEST ? markerOf(line) : null;
   if (marker) return list(lines, at, depth, marker);
+  if (leftOpen(line)) return formula(lines, at);
   return paragraph(lines, at, depth);
 }
 
@@ -92,14 +93,35 @@ function fence(lines, at, { mark, info, indent }) {
   return [block, end + 1];
 }
 
-/** A formula on lines of its own, shown as it was written; a blank line ends it too. */
+/** What ends the formula that a line begins and does not end, or null. */
+function leftOpen(line) {
+  let close = null;
+  const text = line.trim();
+  for (const { 0: found, index } of text.matchAll(DISPLAY)) {
+    const edge = index === 0 || index + found.length === text.length;
+    if (close) close = found === close ? null : close;
+    else if (found === "\\[") close = "\\]";
+    else if (found === "$$" && edge) close = "$$";
+    else if (found.startsWith("\\begin")) close = found.replace("\\begin", "\\end");
+  }
+  return close;
+}
+
+/**
+ * Lines from one that leaves a formula open to its end or a blank line: no lists, no rules in it.
+ * A formula alone is shown as it was written.
+ */
 function formula(lines, at) {
-  const close = FORMULA.get(lines[at].trim());
+  const close = leftOpen(lines[at]);
   let end = at + 1;
-  while (end < lines.length && lines[end].trim() && lines[end].trim() !== close) end += 1;
-  if (end < lines.length && lines[end].trim()) end += 1;
+  let open = true;
+  while (open && end < lines.length && lines[end].trim()) {
+    open = !lines[end].includes(close);
+    end += 1;
+  }
   const text = lines.slice(at, end).map((line) => line.trimEnd());
-  return [{ type: "formula", text: text.join("\n") }, end];
+  const alone = /^ *(?:\\\[|\$\$|\\begin)/.test(text[0]) && (open || text.at(-1).endsWith(close));
+  return [{ type: alone ? "formula" : "paragraph", text: text.join("\n").trimStart() }, end];
 }
 
 function quote(lines, at, depth) {
@@ -147,7 +169,7 @@ function table(lines, at) {
 
 function markerOf(line) {
   const match = MARKER.exec(line.replaceAll("\t", "    "));
-  if (!match || isRule(line)) return null;
+  if (!match || isRule(line) || SUM.test(line)) return null;
   const [whole, before, bullet, number, dot, after] = match;
   const width = whole.length - after.length;
   return {
@@ -203,7 +225,7 @@ function list(lines, at, depth, first) {
 function startsBlock(lines, at, depth) {
   const line = lines[at];
   if (HEADING.test(line) || fenceOf(line) || isRule(line) || isTable(lines, at)) return true;
-  if (FORMULA.has(line.trim())) return true;
+  if (leftOpen(line)) return true;
   if (depth >= DEEPEST) return false;
   if (QUOTE.test(line)) return true;
   const marker = markerOf(line);

@@ -6,11 +6,24 @@ import { address, destination, safeUrl } from "./links.js";
 
 const SPECIAL = /[\\`*_~[\]!<&$\n]|https?:\/\//g;
 const BREAK = /<br *\/?>/iy;
-const FORMULA = { "\\(": "\\)", "\\[": "\\]", $$: "$$", $: "$" }; // its end by its beginning
-const LONGEST_FORMULA = 1000;
-const WORD = /[\p{sc=Latin}\p{sc=Greek}\p{N}]/u; // in scripts that put spaces between words
+const FORMULA = /\\[([]|\$\$?|\\begin\{[^{}\n]*\}/y;
+const FORMULA_END = { "\\(": "\\)", "\\[": "\\]", $$: "$$", $: "$" };
+const LONGEST_FORMULA = 4000;
 const PUNCTUATION = /[\p{P}\p{S}]/u;
 const ESCAPABLE = /[!-/:-@[-`{-~]/;
+const TEX = "\\()[]{},;:"; // what a backslash before it does not escape: \( \\ \{ \, are TeX's
+
+// Letters and digits of scripts that put spaces between words, mathematical letters too.
+const WORD = String.raw`(?:(?=[\p{L}\p{N}])[\0-\u0dff\u1e00-\u2e7f\u{1d400}-\u{1d7ff}])`;
+const LETTER = String.raw`(?:(?!\p{Nd})${WORD})`;
+const [IS_WORD, IS_LETTER] = [new RegExp(`^${WORD}`, "u"), new RegExp(`^${LETTER}`, "u")];
+// What a factor ends with, and what the next begins with.
+const ENDS = new RegExp(String.raw`^(?:${WORD}|[)\]}|!%'′″°$∞\u0300-\u036f])`, "u");
+const BEGINS = new RegExp(String.raw`^(?:${WORD}|[(\[{\\|$√∞∑∫€£]|[-+.]\d)`, "u");
+const POWER_OF = new RegExp(String.raw`\*${WORD}$`, "u");
+const POWER = new RegExp(`^${WORD}(?!${WORD})`, "u");
+// 3, (3, x, (x but not (word
+const NUMBER = new RegExp(String.raw`^[(\[{]*(?:\d|${LETTER}(?!${WORD}))`, "u");
 const ENTITY = /&(?:(amp|lt|gt|quot|apos|nbsp)|#(\d{1,7})|#[xX]([0-9a-fA-F]{1,6}));/y;
 const NAMED = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0" };
 const DEEPEST = 16; // elements within each other; what is deeper is shown without its own
@@ -52,7 +65,8 @@ function scan(source) {
     } else if (char === "\\") {
       const next = source[at] ?? "";
       if (ESCAPABLE.test(next)) at += 1;
-      if (next !== "\n") text(ESCAPABLE.test(next) ? next : "\\");
+      if (TEX.includes(next)) text(`\\${next}`);
+      else if (next !== "\n") text(ESCAPABLE.test(next) ? next : "\\");
     } else if (char === "`") {
       at = codeSpan(source, start, ticks, pieces);
     } else if (char in openers) {
@@ -95,22 +109,25 @@ function matchAt(pattern, source, at) {
  * take its backslashes and underscores for its own.
  */
 function formulaEnd(source, start, ends) {
-  const two = source.slice(start, start + 2);
-  const open = two[0] === "$" && two !== "$$" ? "$" : two;
-  const close = FORMULA[open];
-  if (!close) return 0;
+  const open = matchAt(FORMULA, source, start)?.[0];
+  if (!open) return 0;
+  const close = FORMULA_END[open] ?? open.replace("\\begin", "\\end");
   const from = start + open.length;
   if (!(ends.get(close) >= from)) {
-    const next = source.indexOf(close, from);
+    let next = source.indexOf(close, from);
+    while (open === "$" && source[next - 1] === "\\") next = source.indexOf(close, next + 1);
     ends.set(close, next < 0 ? Infinity : next);
   }
   const end = ends.get(close);
-  if (end - from > LONGEST_FORMULA) return 0;
-  const inner = source.slice(from, end);
-  if (!/[\\^_={}]/.test(inner)) return 0; // escaped brackets, amounts of money
+  if (end - from > LONGEST_FORMULA) {
+    // Of several lines it runs to their end, as blocks.js has it.
+    const lines = open !== "$" && open !== "\\(" && source.indexOf("\n", from) >= 0;
+    return lines ? source.length : 0;
+  }
   if (open === "$") {
+    const inner = source.slice(from, end); // not an amount of money
     const apart = /[\w$]/.test(source[start - 1] ?? "") || /\d/.test(source[end + 1] ?? "");
-    if (apart || inner.trim() !== inner || inner.includes("\n")) return 0;
+    if (apart || inner.trim() !== inner || !/^[^\n]*[\\^_={}][^\n]*$/.test(inner)) return 0;
   }
   return end + close.length;
 }
@@ -155,6 +172,35 @@ function characterBefore(source, at) {
   return at > 0 ? source.slice(at - (pair ? 2 : 1), at) : " ";
 }
 
+/**
+ * Whether a run of * or _ may begin emphasis, and whether it may end it: not where it multiplies.
+ * The terminal's rules are the same (`chat/maths.py`).
+ */
+function may(source, start, end) {
+  const before = start > 0 ? characterBefore(source, start) : "";
+  const rest = source.slice(end, end + 44);
+  if (/^[([{]/.test(before) && /^[)\]}]/.test(rest)) return [false, false]; // count(*)
+  if (!(ENDS.test(before) && BEGINS.test(rest))) {
+    const earlier = source.slice(Math.max(0, start - 40), start);
+    const number = /\d +$/.test(earlier) && NUMBER.test(rest); // 2 *x
+    const bracket = /[)\]}] +$/.test(earlier) && /^[([{]*\d/.test(rest); // (a) *(2
+    return [!number && !bracket, true];
+  }
+  if (source[start] === "_") return [false, false]; // a_{n}
+  const letters = IS_LETTER.test(before) && IS_LETTER.test(rest);
+  // **C**entral, *word*s: what was begun with this word may end in it; but **x**n is a power.
+  const word = source.slice(Math.max(0, start - 44), start);
+  const mark = "\\*".repeat(end - start);
+  const power = POWER_OF.test(word) && POWER.test(rest);
+  const opened = !power && new RegExp(String.raw`(?:^|[^*])${mark}[^\s*]{1,40}$`, "u").exec(word);
+  let begun = opened && !ENDS.test(opened[0]);
+  if (end - start === 1) return [false, letters && begun];
+  if (opened && !begun) begun = new RegExp(`[^*]${mark}${LETTER}{2,40}$`, "u").test(word);
+  // (a + b)**n, but (as said)**Answer:**
+  if (!IS_WORD.test(before)) return [!NUMBER.test(rest), begun];
+  return [letters && new RegExp(`^${LETTER}{2,40}${mark}`, "u").test(rest), begun];
+}
+
 /** CommonMark's rules for which runs can begin and end emphasis. */
 function delimiter(source, start, end, pieces, openers) {
   const char = source[start];
@@ -165,25 +211,21 @@ function delimiter(source, start, end, pieces, openers) {
   const left = !spaceAfter && (!markAfter || spaceBefore || markBefore);
   const right = !spaceBefore && (!markBefore || spaceAfter || markAfter);
   const word = char === "_";
-  // 2*3*4 and x**2 are no emphasis, though CommonMark would have it so.
-  const inWord = char === "*" && WORD.test(before) && WORD.test(after);
-  const single = inWord && end - start === 1;
-  const digits = inWord && /\d/.test(before + after);
+  const [opens, closes] = char === "~" ? [true, true] : may(source, start, end);
   const run = {
     char,
     count: end - start,
     index: pieces.length,
     closes: [],
     opens: [],
-    canOpen: left && (!word || !right || markBefore) && !single && !digits,
-    canClose: right && (!word || !left || markAfter) && !(single && digits),
+    canOpen: left && (!word || !right || markBefore) && opens,
+    canClose: right && (!word || !left || markAfter) && closes,
   };
   pieces.push(run);
   if (char === "~" && run.count !== 2) return; // ~ alone means "about"
   const stack = openers[char];
   while (run.canClose && run.count && stack.length) {
     const opener = stack.at(-1);
-    if (single && opener.count !== 1) break;
     const both = opener.canClose || run.canOpen;
     if (both && char !== "~" && (opener.count + run.count) % 3 === 0 && run.count % 3) break;
     const used = opener.count >= 2 && run.count >= 2 ? 2 : 1;

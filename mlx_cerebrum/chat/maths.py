@@ -1,0 +1,168 @@
+"""Markdown's marks where a model writes mathematics: a product is no emphasis, TeX stays as it is.
+
+The rules are the page's too (`server/page/inline.js` and `blocks.js`); `tests/answers/` holds both
+to them.
+"""
+
+import re
+
+from markdown_it import MarkdownIt
+from markdown_it.rules_block import StateBlock, list_block
+from markdown_it.rules_inline import StateInline, emphasis, escape
+
+# Letters and digits of scripts that put spaces between words, mathematical letters too.
+_WORD = r"(?:(?![\W_])[\0-\u0dff\u1e00-\u2e7f\U0001d400-\U0001d7ff])"
+_LETTER = rf"(?!\d){_WORD}"
+_ENDS = re.compile(rf"{_WORD}|[)\]}}|!%'\u2032\u2033\u00b0$\u221e\u0300-\u036f]")  # a factor
+_BEGINS = re.compile(
+    rf"{_WORD}|[(\[{{\\|$\u221a\u221e\u2211\u222b\u20ac\u00a3]|[-+.]\d"
+)  # the next
+_NUMBER = re.compile(rf"[(\[{{]*(?:\d|{_LETTER}(?!{_WORD}))")  # 3, (3, x, (x but not (word
+_DIGIT = re.compile(r"[(\[{]*\d")
+_TEX = "\\()[]{},;:"  # what a backslash before it does not escape: \( \\ \{ \, are TeX's
+_OPENS = re.compile(r"\\[(\[]|\$\$?|\\begin\{[^{}\n]*\}")
+_CLOSES = {"\\(": "\\)", "\\[": "\\]", "$$": "$$", "$": "$"}
+_LONGEST = 4000  # characters of a formula within a line
+_DISPLAY = re.compile(r"(`+)[^`]*\1|\\(?:begin|end)\{[^{}]*\}|\\.|\$\$")
+
+
+def mathematics(parser: MarkdownIt) -> None:
+    """A plugin for CommonMark's parser."""
+    parser.inline.ruler.before("escape", "formula", _formula)
+    parser.inline.ruler.at("escape", _escape)
+    parser.inline.ruler.at("emphasis", _emphasis)
+    within = ["paragraph", "reference", "blockquote"]  # what the block may interrupt
+    parser.block.ruler.before("paragraph", "display", _display, {"alt": [*within, "list"]})
+    parser.block.ruler.at("list", _list, {"alt": within})
+    parser.disable("lheading")  # a line under a sum is no heading's
+
+
+def _emphasis(state: StateInline, silent: bool) -> bool:
+    start = state.pos
+    if not emphasis.tokenize(state, silent):
+        return False
+    opens, closes = _may(state.src, start, state.pos)
+    for delimiter in state.delimiters[start - state.pos :]:
+        delimiter.open = delimiter.open and opens
+        delimiter.close = delimiter.close and closes
+    return True
+
+
+def _may(source: str, start: int, end: int) -> tuple[bool, bool]:
+    """Whether the run of `*` or `_` may begin emphasis, and whether it may end it."""
+    run, before = source[start:end], source[max(0, start - 1) : start]
+    if before in tuple("([{") and source[end : end + 1] in tuple(")]}"):  # count(*)
+        return False, False
+    if not (_ENDS.match(before) and _BEGINS.match(source, end)):
+        earlier = source[max(0, start - 40) : start]
+        number = re.search(r"\d +$", earlier) and _NUMBER.match(source, end)  # 2 *x
+        bracket = re.search(r"[)\]}] +$", earlier) and _DIGIT.match(source, end)  # (a) *(2
+        return not (number or bracket), True
+    if run[0] == "_":  # a_{n}
+        return False, False
+    left, right = re.match(_LETTER, before), re.compile(_LETTER).match(source, end)
+    # **C**entral, *word*s: what was begun with this word may end in it; but **x**n is a power.
+    word = source[max(0, start - 44) : start]
+    mark = re.escape(run)
+    power = re.search(rf"\*{_WORD}$", word) and re.compile(rf"{_WORD}(?!{_WORD})").match(
+        source, end
+    )
+    begun = None if power else re.search(rf"(?:^|[^*]){mark}[^\s*]{{1,40}}$", word)
+    if begun and _ENDS.match(begun[0]):
+        begun = re.search(rf"[^*]{mark}(?:{_LETTER}){{2,40}}$", word) if len(run) > 1 else None
+    if len(run) == 1:
+        return False, bool(left and right and begun)
+    if not re.match(_WORD, before):  # (a + b)**n, but (as said)**Answer:**
+        return not _NUMBER.match(source, end), bool(begun)
+    inside = re.compile(rf"(?:{_LETTER}){{2,40}}{mark}").match(source, end)
+    return bool(left and right and inside), bool(begun)
+
+
+def _escape(state: StateInline, silent: bool) -> bool:
+    if state.src[state.pos] != "\\" or state.src[state.pos + 1 : state.pos + 2] not in tuple(_TEX):
+        return escape(state, silent)
+    if not silent:
+        state.pending += state.src[state.pos : state.pos + 2]
+    state.pos += 2
+    return True
+
+
+def _formula(state: StateInline, silent: bool) -> bool:
+    end = _formula_end(state.src, state.pos)
+    if not end:
+        return False
+    if not silent:
+        for number, line in enumerate(state.src[state.pos : end].split("\n")):
+            if number:
+                state.push("softbreak", "br", 0)
+            state.pending += line
+    state.pos = end
+    return True
+
+
+def _formula_end(source: str, start: int) -> int:
+    """Where a formula that begins at `start` ends; 0: none does."""
+    found = _OPENS.match(source, start)
+    if found is None:
+        return 0
+    opening, begin = found[0], found.end()
+    close = _CLOSES.get(opening, opening.replace("\\begin", "\\end"))
+    end = source.find(close, begin, begin + _LONGEST)
+    while opening == "$" and end > 0 and source[end - 1] == "\\":  # an amount within it
+        end = source.find(close, end + 1, begin + _LONGEST)
+    if end < 0:  # of several lines it runs to their end, as `_display` has it
+        return len(source) if opening not in ("$", "\\(") and "\n" in source[begin:] else 0
+    inner = source[begin:end]
+    if opening == "$":  # not an amount of money
+        apart = re.match(r"[\w$]", source[max(0, start - 1) : start])
+        apart = apart or re.match(r"\d", source[end + 1 : end + 2])
+        if apart or inner.strip() != inner or "\n" in inner or not re.search(r"[\\^_={}]", inner):
+            return 0
+    return end + len(close)
+
+
+def _display(state: StateBlock, start: int, end_line: int, silent: bool) -> bool:
+    """Lines from one that leaves a formula open to its end or a blank line: no lists, no rules."""
+    if state.is_code_block(start):
+        return False
+    close = _left_open(state.src[state.bMarks[start] + state.tShift[start] : state.eMarks[start]])
+    if close is None:
+        return False
+    if silent:
+        return True
+    line = start + 1
+    while line < end_line and not state.isEmpty(line) and state.sCount[line] >= state.blkIndent:
+        line += 1
+        if close in state.src[state.bMarks[line - 1] : state.eMarks[line - 1]]:
+            break
+    token = state.push("paragraph_open", "p", 1)
+    token.map = [start, line]
+    token = state.push("inline", "", 0)
+    token.content = state.getLines(start, line, state.blkIndent, False).rstrip()
+    token.map, token.children = [start, line], []
+    state.push("paragraph_close", "p", -1)
+    state.line = line
+    return True
+
+
+def _left_open(line: str) -> str | None:
+    """What ends the formula that a line begins and does not end."""
+    close: str | None = None
+    line = line.strip()
+    for found in _DISPLAY.finditer(line):
+        if close is not None:
+            close = None if found[0] == close else close
+        elif found[0] == "\\[":
+            close = "\\]"
+        elif found[0] == "$$" and (found.start() == 0 or found.end() == len(line)):
+            close = "$$"
+        elif found[0].startswith("\\begin"):
+            close = found[0].replace("\\begin", "\\end")
+    return close
+
+
+def _list(state: StateBlock, start: int, end_line: int, silent: bool) -> bool:
+    text = state.src[state.bMarks[start] + state.tShift[start] : state.eMarks[start]]
+    if re.match(r"\+ *\d", text):  # a sum that goes on
+        return False
+    return list_block(state, start, end_line, silent)
