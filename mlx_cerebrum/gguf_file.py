@@ -25,9 +25,9 @@ from mlx_cerebrum.gguf_paths import MAGIC, part_paths
 # Metadata and tensor table together; the largest vocabularies take about 15 MB.
 MAX_HEADER = 64 << 20
 # Values become Python objects of up to 100 times their size, so their number is bounded too:
-# those in arrays (a vocabulary's texts, scores and types, of 256 thousand tokens a million), and
-# keys and tensors (some hundred).
-MAX_VALUES = 4_000_000
+# those in arrays (a vocabulary of 256 thousand tokens, with merges, scores and types, has 1.3
+# million), and keys and tensors (some hundred).
+MAX_VALUES = 2_000_000
 MAX_ENTRIES = 100_000
 
 # ggml's tensor types: number -> (name, elements in a block, bytes of a block).

@@ -6,6 +6,7 @@ from pathlib import Path
 from mlx_cerebrum.config import read_json
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.foreign import config_problem, directory_problem
+from mlx_cerebrum.gguf_paths import gguf_at
 from mlx_cerebrum.tokenizer_files import FILES
 
 DEFAULT_REPO = "AetherResearch/Cerebrum-1.0-7b"
@@ -65,6 +66,7 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
 def download(repo: str, revision: str | None) -> Path:
     """Fetch a repository's needed files (showing progress) into the hub's cache.
 
+    A GGUF file is not fetched, as most repositories have a dozen; one that is in the cache is used.
     HF_HUB_OFFLINE, HF_HOME and HF_TOKEN work as huggingface_hub documents them.
     """
     from huggingface_hub import snapshot_download
@@ -87,7 +89,19 @@ def download(repo: str, revision: str | None) -> Path:
     demo = "to try without it: --model demo"
     try:
         _check_config(repo, fetch(_FIRST))
-        return fetch(WANTED)
+        found = fetch(WANTED)
+        if next(found.glob("*.safetensors"), None) is not None or (
+            found.exists() and gguf_at(found) is not None
+        ):
+            return found
+        files = _gguf_files(repo, revision)
+        if not files:
+            return found
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        problem = (
+            f"has no safetensors but GGUF files ({', '.join(files[:3])}{more}): fetch one with"
+            f" `hf download {repo} {files[0]}` and name the file that it prints"
+        )
     except GatedRepoError:
         problem = "needs its terms accepted on the hub and a token (HF_TOKEN)"
     except RepositoryNotFoundError:
@@ -110,3 +124,16 @@ def _check_config(repo: str, directory: Path) -> None:
         problem = config_problem(read_json(directory / "config.json"))
     if problem is not None:
         raise CheckpointError(f"{repo}: {problem}")
+
+
+def _gguf_files(repo: str, revision: str | None) -> list[str]:
+    """The repository's GGUF files, of a split one the first part; none where it can't be asked."""
+    from huggingface_hub import list_repo_files
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        names = list_repo_files(repo, revision=revision)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        return []
+    later = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
+    return sorted(n for n in names if n.lower().endswith(".gguf") and not later.search(n))

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -698,3 +699,48 @@ def test_fuzz(sound: bytes, tmp_path_factory: pytest.TempPathFactory, edits: lis
         message = str(error)
         assert "\n" not in message
         assert len(message) < len(str(path)) + 500
+
+
+# --- headers made to take memory or time
+
+
+def numbers(kind: int, size: int, count: int) -> bytes:
+    return pair("a", ARRAY, struct.pack("<IQ", kind, count)) + bytes(size * count)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "entries", "says"),
+    [
+        ([numbers(1, 1, 5_000_000)], [], "arrays of more than 2000000 values"),
+        ([numbers(0, 1, 1_500_000), text("b") + numbers(7, 1, 1_500_000)[9:]], [], "2000000"),
+        ([pair("a", ARRAY, struct.pack("<IQ", STRING, 5_000_000)) + bytes(40_000_000)], [], "2000000"),
+        ([pair(f"{i:x}", 0, b"\0") for i in range(100_001)], [], "100001 keys, more than 100000"),
+        ([], [entry(f"{i:x}", 32 * i) for i in range(100_001)], "100001 tensors, more than"),
+    ],
+)
+def test_more_values_than_a_header_has(
+    pairs: list[bytes], entries: list[bytes], says: str, tmp_path: Path
+) -> None:
+    """Each value would become an object: 60 million of a byte took 3 GB."""
+    path = tmp_path / "many.gguf"
+    path.write_bytes(container(pairs, entries))
+    tracemalloc.start()
+    try:
+        assert says in refused(path, CheckpointError)
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_large_vocabulary_is_read(tmp_path: Path) -> None:
+    """256 thousand tokens with scores and types, as Gemma's; a million values at most."""
+    count = 262_144
+    texts = b"".join(text(f"{i:x}") for i in range(count))
+    pairs = [
+        pair("a", ARRAY, struct.pack("<IQ", STRING, count) + texts),
+        pair("b", ARRAY, struct.pack("<IQ", 6, count) + bytes(4 * count)),
+        pair("c", ARRAY, struct.pack("<IQ", 5, count) + bytes(4 * count)),
+    ]
+    path = tmp_path / "large.gguf"
+    path.write_bytes(container(pairs, []))
+    assert [len(GGUFFile.open(path).metadata[key]) for key in "abc"] == [count] * 3

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import pytest
 from conftest import MakeCheckpoint
 
@@ -166,6 +167,28 @@ def test_what_the_hub_does_not_have(
     assert done.returncode == 2
     assert says in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_repository_of_gguf_files(stand_in: StandIn, tmp_path: Path) -> None:
+    """The files there are, and how to get one; the one that was got is found in the cache."""
+    for file in stand_in.directory.iterdir():
+        file.unlink()
+    for name in ("x-Q4_K_M.gguf", "x-Q8_0-00001-of-00002.gguf", "x-Q8_0-00002-of-00002.gguf"):
+        gguf_files.write(stand_in.directory / name)
+    (stand_in.directory / "README.md").write_text("GGUF files")
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{stand_in.server_port}", "HF_HOME": str(tmp_path)}
+    done = generate(env, "--model", REPO)
+    assert done.returncode == 2
+    assert stand_in.fetched == {"README.md"}
+    assert done.stderr.endswith(
+        f"error: {REPO} has no safetensors but GGUF files (x-Q4_K_M.gguf,"
+        f" x-Q8_0-00001-of-00002.gguf): fetch one with `hf download {REPO} x-Q4_K_M.gguf` and name"
+        " the file that it prints\n"
+    )
+    (snapshot,) = tmp_path.glob("hub/models--owner--tiny/snapshots/*")
+    (snapshot / "x-Q4_K_M.gguf").symlink_to(stand_in.directory / "x-Q4_K_M.gguf")
+    done = generate(env | {"HF_HUB_OFFLINE": "1"}, "--model", REPO)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
