@@ -6,6 +6,7 @@ Mistral models travel under the architecture "llama", usually without their wind
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,7 +26,7 @@ __all__ = ["GGUFFile", "TensorInfo", "iter_tensors", "model_config", "modules"]
 # Metadata that changes the arithmetic, with the values that mean plain Llama.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "llama.expert_count": (0,),
-    "llama.rope.scaling.type": ("none",),
+    "llama.rope.scaling.attn_factor": (1.0,),
     "llama.attention.causal": (True,),
     "llama.attention.clamp_kqv": (0.0,),
     "llama.attention.max_alibi_bias": (0.0,),
@@ -39,6 +40,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "llama.use_parallel_residual": (False,),
 }
 _ROPE_FREQS = "rope_freqs.weight"
+# What old converters stored, and every reader computes anew; `_refuse_scaled_rope` looks at one.
+_BUFFERS = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?")
 
 
 def model_config(file: GGUFFile) -> tuple[ModelConfig, dict[str, Any]]:
@@ -88,7 +91,7 @@ def modules(file: GGUFFile, config: ModelConfig) -> dict[str, TensorInfo]:
     Raises CheckpointError naming the tensors otherwise.
     """
     expected = _expected(config)
-    unknown = [name for name in file.tensors if name not in expected and name != _ROPE_FREQS]
+    unknown = [n for n in file.tensors if n not in expected and not _BUFFERS.fullmatch(n)]
     if unknown:
         raise CheckpointError(
             f"{file.path} has tensors a Llama or Mistral model does not: {_some(unknown)}"
@@ -159,10 +162,13 @@ def _refuse(file: GGUFFile) -> None:
     experts = [name for name in file.tensors if "_exps." in name or ".ffn_gate_inp." in name]
     if experts:
         raise ConfigError(f"{file.path} is a mixture of experts: {_some(experts)}; not supported")
-    if "llama.rope.scaling.type" not in file.metadata:
-        for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):
-            if file.metadata.get(key, 1) not in (0, 1):
-                raise ConfigError(f"{file.path}: {key} is not supported; only plain RoPE is")
+    scaling = "llama.rope.scaling.type"
+    kind = file.metadata.get(scaling, "linear")  # llama.cpp's default: positions divided
+    if kind not in ("none", "linear"):
+        raise ConfigError(f"{file.path}: {scaling} = {quote(str(kind))} is not supported")
+    for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):
+        if kind == "linear" and file.metadata.get(key, 1) not in (0, 1):
+            raise ConfigError(f"{file.path}: {key} is not supported; only plain RoPE is")
 
 
 def _refuse_scaled_rope(file: GGUFFile, config: ModelConfig) -> None:

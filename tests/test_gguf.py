@@ -347,6 +347,10 @@ def test_no_output_tensor_means_tied(tmp_path: Path) -> None:
         ({"tokenizer.ggml.eos_token_id": None}, "eos_token_ids", ()),
         ({"tokenizer.ggml.bos_token_id": None}, "bos_token_id", None),
         ({"llama.rope.scaling.type": "none"}, "rope_theta", 1e4),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, "rope_theta", 1e4),
+        ({"llama.rope.scaling.type": "linear"}, "rope_theta", 1e4),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0}, "head_dim", 16),
+        ({"llama.rope.scaling.attn_factor": 1.0}, "rope_theta", 1e4),
         ({"llama.expert_count": 0}, "hidden_size", HIDDEN),
         ({"split.count": 1}, "hidden_size", HIDDEN),
     ],
@@ -486,6 +490,13 @@ def test_a_tensor_cut_short_while_reading(tiny: Path) -> None:
         ({"llama.attention.value_length": 32}, ConfigError, "value_length"),
         ({"llama.attention.sliding_window": 0}, ConfigError, "sliding_window"),
         ({"llama.rope.scaling.type": "yarn"}, ConfigError, "yarn"),
+        ({"llama.rope.scaling.type": ["none"]}, ConfigError, "scaling.type"),
+        (
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+            ConfigError,
+            "rope.scaling.factor",
+        ),
+        ({"llama.rope.scaling.attn_factor": 1.2}, ConfigError, "attn_factor"),
         ({"llama.rope.scaling.factor": 4.0}, ConfigError, "rope.scaling.factor"),
         ({"llama.rope.scale_linear": 4.0}, ConfigError, "scale_linear"),
         ({"llama.expert_count": 8}, ConfigError, "expert_count"),
@@ -528,6 +539,11 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
     drop = ("blk.0.ffn_up.weight", "output_norm.weight")
     message = refused(write(tmp_path / "model.gguf", drop=drop), CheckpointError)
     assert all(name in message for name in drop)
+
+
+def test_old_buffers_are_computed_anew(tmp_path: Path) -> None:
+    extra = {f"blk.{i}.attn_rot_embd.weight": np.ones(8, np.float32) for i in range(LAYERS)}
+    assert list(read(write(tmp_path / "model.gguf", extra=extra))) == list(SHAPES)
 
 
 def test_rope_divisors_must_be_ones(tmp_path: Path) -> None:
@@ -713,7 +729,11 @@ def numbers(kind: int, size: int, count: int) -> bytes:
     [
         ([numbers(1, 1, 5_000_000)], [], "arrays of more than 2000000 values"),
         ([numbers(0, 1, 1_500_000), text("b") + numbers(7, 1, 1_500_000)[9:]], [], "2000000"),
-        ([pair("a", ARRAY, struct.pack("<IQ", STRING, 5_000_000)) + bytes(40_000_000)], [], "2000000"),
+        (
+            [pair("a", ARRAY, struct.pack("<IQ", STRING, 5_000_000)) + bytes(40_000_000)],
+            [],
+            "2000000",
+        ),
         ([pair(f"{i:x}", 0, b"\0") for i in range(100_001)], [], "100001 keys, more than 100000"),
         ([], [entry(f"{i:x}", 32 * i) for i in range(100_001)], "100001 tensors, more than"),
     ],
