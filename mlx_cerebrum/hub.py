@@ -119,6 +119,8 @@ def download(repo: str, revision: str | None) -> Path:
 
 def _check_config(repo: str, directory: Path) -> None:
     """Refuse what can't be run before gigabytes of it are fetched."""
+    if not directory.exists():  # none of these files is there
+        return
     problem = directory_problem(directory)
     if problem is None and (directory / "config.json").exists():
         problem = config_problem(read_json(directory / "config.json"))
