@@ -203,12 +203,11 @@ class _Reader:
         """A number of tokens; what is more than any sequence can have is that many."""
         return min(MOST, self.integer(key, default, most=None))
 
-    def number(self, key: str, value: Any, least: float) -> float:
+    def number(self, key: str, value: Any) -> float:
         if type(value) not in (int, float):
             raise self.error(f"{key} must be a number, not {shown(value)}")
-        if not finite(value) or value < least:
-            bound = "above zero" if least else "not below zero"
-            raise self.error(f"{key} must be finite in float32 and {bound}, not {shown(value)}")
+        if not finite(value) or value < _FLOAT32_LEAST:
+            raise self.error(f"{key} must be finite in float32 and above zero, not {shown(value)}")
         return float(value)
 
     def boolean(self, key: str) -> bool:
@@ -230,7 +229,7 @@ class _Reader:
         value = self.raw.get("rms_norm_eps", 1e-6)
         if type(value) is int:  # as transformers has it
             raise self.error(f"rms_norm_eps must be a number with a point, not {shown(value)}")
-        return self.number("rms_norm_eps", value, least=0.0)
+        return self.number("rms_norm_eps", value)
 
     def rope_theta(self) -> float:
         """Of its three places transformers takes the first one there is: `rope_scaling`, then
@@ -247,22 +246,21 @@ class _Reader:
             if isinstance(value, dict) or name in _LAYER_TYPES:
                 raise self.error(f"{key} by layer type ({shown(name)}) is not supported")
         self.plain("partial_rotary_factor", rope, f"{key}.")
-        theta = rope.get("rope_theta", self.raw.get("rope_theta", 10000.0))
-        return self.number("rope_theta", theta, least=_FLOAT32_LEAST)
+        if "rope_theta" in rope:
+            return self.number(f"{key}.rope_theta", rope["rope_theta"])
+        return self.number("rope_theta", self.raw.get("rope_theta", 10000.0))
 
     def window(self, blocks: int) -> int | None:
-        """The window every block has. transformers' Mistral has it whatever `layer_types` says,
-        and its Llama has none; a cache made by `layer_types` must not say otherwise."""
+        """The window every block has: none where `layer_types` says full attention (transformers
+        loads a Mistral that has the key as a Ministral), and none in a Llama."""
         kinds = self.layer_types(blocks)
         if len(kinds) > 1:
             raise self.error("layer_types mixes sliding and full attention, which is not supported")
-        if self.model_type == "llama":
+        mistral = self.model_type == "mistral" and "sliding_window" not in self.raw
+        null = self.raw.get("sliding_window") is None and not mistral
+        window = None if null else self.tokens("sliding_window", 4096)
+        if self.model_type == "llama" or "full_attention" in kinds:
             window = None
-        elif self.model_type == "mistral" and "sliding_window" not in self.raw:
-            window = 4096
-        else:
-            null = self.raw.get("sliding_window") is None
-            window = None if null else self.tokens("sliding_window")
         if window is None and "sliding_attention" in kinds:
             raise self.error("layer_types says sliding_attention, but the model has no window")
         return window

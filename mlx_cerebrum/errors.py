@@ -47,5 +47,7 @@ _LINE.maxstring = _LINE.maxother = 60
 
 
 def shown(value: Any) -> str:
-    """Someone's value as a message shows it: escaped, and cut to fit a line."""
+    """A value from JSON as a message shows it: escaped, and cut to fit a line."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
     return _LINE.repr(value)

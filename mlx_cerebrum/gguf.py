@@ -55,8 +55,6 @@ def model_config(file: GGUFFile) -> tuple[ModelConfig, dict[str, Any]]:
     _refuse(file)
     raw = _config_json(file)
     config = ModelConfig.from_dict(raw, where)
-    if config.head_dim % 2:
-        raise ConfigError(f"{where}: head_dim must be even, not {config.head_dim}")
     _refuse_scaled_rope(file, config)
     found = modules(file, config)
     raw["dtype"] = _dtype(found)

@@ -85,15 +85,22 @@ def tiny_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def tiny_weights(config: dict[str, Any], seed: int) -> Weights:
-    """Float32 weights for `config`, uniform around 0 (norms: around 1)."""
-    stream = np.random.PCG64(seed)
+def tiny_weights(
+    config: dict[str, Any], seed: int, stream: float = STREAM, write: float = WRITE
+) -> Weights:
+    """Float32 weights for `config`, uniform around 0 (norms: around 1).
+
+    `stream` and `write` are STREAM and WRITE for another model than the 32 blocks'.
+    """
+    source = np.random.PCG64(seed)
+    scale = {"embed_tokens": stream / STREAM, "o_proj": write / WRITE, "down_proj": write / WRITE}
     weights: Weights = {}
     for name, shape in tiny_shapes(config).items():
         # The top 24 bits fill a float32 exactly; centred, they are uniform in [-0.5, 0.5).
-        raw = stream.random_raw(int(np.prod(shape))) >> np.uint64(40)
+        raw = source.random_raw(int(np.prod(shape))) >> np.uint64(40)
         centred = (raw.astype(np.int64) - (1 << 23)).astype(np.float32) / np.float32(1 << 24)
-        spread = np.float32(_deviation(name, shape) * 12**0.5)
+        factor = scale.get(name.split(".")[-2], 1.0)
+        spread = np.float32(_deviation(name, shape) * factor * 12**0.5)
         mean = np.float32(1 if name.endswith("norm.weight") else 0)
         weights[name] = (mean + centred * spread).reshape(shape)
     if "lm_head.weight" in weights:

@@ -141,11 +141,11 @@ def rounded(figures: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]
     }
 
 
-def write_json(path: Path, document: dict[str, Any]) -> None:
+def write_json(path: Path, document: dict[str, Any], allow_nan: bool = False) -> None:
     """One line for each key, and for each item of a list of objects: diffs stay readable."""
 
     def dump(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return json.dumps(value, ensure_ascii=False, allow_nan=allow_nan)
 
     lines = []
     for key, value in document.items():
