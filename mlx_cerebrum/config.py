@@ -203,11 +203,12 @@ class _Reader:
         """A number of tokens; what is more than any sequence can have is that many."""
         return min(MOST, self.integer(key, default, most=None))
 
-    def number(self, key: str, value: Any) -> float:
+    def number(self, key: str, value: Any, least: float) -> float:
         if type(value) not in (int, float):
             raise self.error(f"{key} must be a number, not {shown(value)}")
-        if not finite(value) or value < _FLOAT32_LEAST:
-            raise self.error(f"{key} must be finite in float32 and above zero, not {shown(value)}")
+        if not finite(value) or value < least:
+            bound = "above zero" if least else "not below zero"
+            raise self.error(f"{key} must be finite in float32 and {bound}, not {shown(value)}")
         return float(value)
 
     def boolean(self, key: str) -> bool:
@@ -229,7 +230,7 @@ class _Reader:
         value = self.raw.get("rms_norm_eps", 1e-6)
         if type(value) is int:  # as transformers has it
             raise self.error(f"rms_norm_eps must be a number with a point, not {shown(value)}")
-        return self.number("rms_norm_eps", value)
+        return self.number("rms_norm_eps", value, least=0.0)
 
     def rope_theta(self) -> float:
         """Of its three places transformers takes the first one there is: `rope_scaling`, then
@@ -247,8 +248,8 @@ class _Reader:
                 raise self.error(f"{key} by layer type ({shown(name)}) is not supported")
         self.plain("partial_rotary_factor", rope, f"{key}.")
         if "rope_theta" in rope:
-            return self.number(f"{key}.rope_theta", rope["rope_theta"])
-        return self.number("rope_theta", self.raw.get("rope_theta", 10000.0))
+            return self.number(f"{key}.rope_theta", rope["rope_theta"], _FLOAT32_LEAST)
+        return self.number("rope_theta", self.raw.get("rope_theta", 10000.0), _FLOAT32_LEAST)
 
     def window(self, blocks: int) -> int | None:
         """The window every block has: none where `layer_types` says full attention (transformers

@@ -157,14 +157,9 @@ class Model(SharedWeights):
             else cache[start].make_mask(L, return_array=False, window_size=window)
         )
         for position in range(len(layer_map))[start:stop]:
-            block = self.model.layers[layer_map[position]]
-            scales = self.config.residual_scales
-            h = block(
-                h,
-                mask,
-                None if cache is None else cache[position],
-                None if scales is None else scales[position],
-            )
+            block, scales = self.model.layers[layer_map[position]], self.config.residual_scales
+            own = None if cache is None else cache[position]
+            h = block(h, mask, own, None if scales is None else scales[position])
         return h
 
     def logits(self, h: mx.array) -> mx.array:

@@ -140,7 +140,7 @@ def test_layer_types_that_no_window_fits_are_refused(changes: dict[str, Any]) ->
         ("tie_word_embeddings", (None, 0, 1, "yes")),
         ("head_dim", (1, 3, 5, 0, -2, 16.0, True, "16", 2**31)),
         ("num_key_value_heads", (None, 3, 0, True, 2.0)),
-        ("rms_norm_eps", (None, 1, 0.0, -1e-5, 1e39, True, "x", float("nan"), float("inf"))),
+        ("rms_norm_eps", (None, 1, -1e-5, 1e39, True, "x", float("nan"), float("inf"))),
         ("rope_theta", (None, 0, -5.0, 1e39, 10**40, True, float("nan"))),
         ("vocab_size", (None, 0, -1, 1.0, True, "260", 2**31, 10**4000)),
         ("hidden_size", (None, 64.0, 2**31, 10**4000)),
@@ -163,14 +163,14 @@ def test_what_is_not_honoured_is_refused_by_name(key: str, values: tuple[Any, ..
 
 def test_numbers_at_the_edge_are_read() -> None:
     config = read(
-        rms_norm_eps=1e-30,
+        rms_norm_eps=0.0,
         rope_theta=1e38,
         max_position_embeddings=10**30,
         eos_token_id=[2, -1, 10**30],
         bos_token_id=-1,
         residual_scales=[[3e38, -3e38], [0, 1]],
     )
-    assert (config.rms_norm_eps, config.rope_theta) == (1e-30, 1e38)
+    assert (config.rms_norm_eps, config.rope_theta) == (0.0, 1e38)
     assert config.max_position_embeddings == MOST
     assert (config.eos_token_ids, config.bos_token_id) == ((2, 10**30), None)
     assert config.residual_scales == ((3e38, -3e38), (0.0, 1.0))

@@ -81,7 +81,7 @@ WE_REFUSE: dict[str, list[Any]] = {
     "attention_bias": [True, 0, "x"],  # Mistral has none, whatever is said
     "mlp_bias": [True, 0],
     # Not a number, or not one that float32 can hold; or that no one means.
-    "rms_norm_eps": [0.0, -1e-6, 1e39, NAN, INFINITY],
+    "rms_norm_eps": [-1e-6, 1e39, NAN, INFINITY],
     "rope_theta": [1e39, 0, -5.0, True, NAN],
     # Renames keys, and is obeyed.
     "attribute_map": [{"num_key_value_heads": "num_labels"}],
