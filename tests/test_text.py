@@ -283,7 +283,7 @@ def test_a_prompt_cache_and_a_conversation(
     talk.write_text(f'[{{"{HOSTILE}": 1}}]')
     assert generate([*base, "--messages", str(talk)]) == 2
     assert generate(["--prompt", "x", "--model", f"{tmp_path}/{TITLE}"]) == 2
-    assert not obeyed("".join(capsys.readouterr()))
+    assert not obeyed(capsys.readouterr().err)
 
 
 def test_generate_on_a_terminal_and_on_a_pipe(tmp_path: Path) -> None:
