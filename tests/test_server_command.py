@@ -89,6 +89,7 @@ def test_help_says_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> Non
 def running(model: Path, *flags: str, **environment: str) -> Iterator[tuple[str, Any]]:
     """`(url, process)` of a server that is up."""
     arguments = [sys.executable, "-m", "mlx_cerebrum.server", "--model", str(model), "--port", "0"]
+    arguments += ["--template", "cerebrum"]  # of a model without one, a line says what is assumed
     process = subprocess.Popen(
         [*arguments, *flags],
         cwd=ROOT,
