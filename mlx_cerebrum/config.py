@@ -13,7 +13,7 @@ from mlx_cerebrum.errors import ConfigError, shown
 from mlx_cerebrum.json_file import read_object
 
 FORMAT_VERSION = 1
-MAX_BLOCKS = 10_000
+MAX_BLOCKS = MAX_POSITIONS = 10_000
 MODEL_TYPES = ("mistral", "llama", "cerebrum")
 # Where a config names no model type.
 _ARCHITECTURES = {"MistralForCausalLM": "mistral", "LlamaForCausalLM": "llama"}
@@ -285,6 +285,10 @@ class _Reader:
             return tuple(range(blocks))
         if not isinstance(value, list) or not value:
             raise self.error("layer_map must be a list of block numbers")
+        if len(value) > MAX_POSITIONS:
+            raise self.error(
+                f"layer_map has {len(value)} positions; at most {MAX_POSITIONS} can run"
+            )
         for position, block in enumerate(value):
             if type(block) is not int or not 0 <= block < blocks:
                 raise self.error(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
+from mlx_cerebrum.config import MAX_POSITIONS
 from mlx_cerebrum.errors import PlanError
 from mlx_cerebrum.foreign import stand_in
 from mlx_cerebrum.plan_mergekit import Scale, Slice, read
@@ -20,7 +21,6 @@ from mlx_cerebrum.plan_yaml import MAX_CHARACTERS, documents, printable
 
 __all__ = ["LayerPlan", "Scale", "Slice", "interleave", "main", "named_plans", "resolve"]
 
-MAX_POSITIONS = 10_000
 _NUMBER = re.compile(r"[0-9]{1,6}")
 
 _EMBEDDING = "model.embed_tokens.weight"

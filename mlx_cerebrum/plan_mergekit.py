@@ -4,7 +4,7 @@ Accepted is what leaves one meaning with one source model; what mergekit would i
 let vanish (reversed ranges, unknown or repeated keys, NaN) is refused.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mlx_cerebrum.errors import PlanError
 from mlx_cerebrum.plan_yaml import Item
@@ -36,16 +36,25 @@ class Scale:
 
     entries: tuple[tuple[str | None, tuple[float, ...]], ...]
     place: str
+    # What `entries` hold for a tensor, by its name: thousands of both make a search of minutes.
+    _found: dict[str, tuple[float, ...] | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def value(self, name: str, t: float) -> float | None:
         """The factor for a source tensor at `t` (0 to 1) of the way through its slice."""
-        for pattern, values in self.entries:
-            if pattern in (None, "*") or pattern in name:
-                at = t * (len(values) - 1)
-                low = int(at)
-                high = min(low + 1, len(values) - 1)
-                return (1 - (at - low)) * values[low] + (at - low) * values[high]
-        return None
+        if name not in self._found:
+            self._found[name] = next(
+                (vs for pattern, vs in self.entries if pattern in (None, "*") or pattern in name),
+                None,
+            )
+        values = self._found[name]
+        if values is None:
+            return None
+        at = t * (len(values) - 1)
+        low = int(at)
+        high = min(low + 1, len(values) - 1)
+        return (1 - (at - low)) * values[low] + (at - low) * values[high]
 
 
 @dataclass(frozen=True)

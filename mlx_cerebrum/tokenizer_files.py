@@ -108,9 +108,12 @@ class TokenizerFiles:
 def read_bytes(path: Path) -> bytes:
     """Raises TokenizerError for what can't be read, or is not what its name says."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(json_file.MAX_BYTES + 1)
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
+    if len(data) > json_file.MAX_BYTES:
+        raise TokenizerError(f"{path} is larger than {json_file.MAX_BYTES >> 20} MiB: damaged")
     if problem := stand_in(path, data):
         raise TokenizerError(problem)
     return data

@@ -151,7 +151,7 @@ def test_layer_types_that_no_window_fits_are_refused(changes: dict[str, Any]) ->
         ("eos_token_id", (True, [2, 2.0], {"a": 1}, "x" * 5000)),
         ("format_version", (2, True, 1.0, "1")),
         ("residual_scales", ([[1e299, 1], [1, 1]], [[1, 1]], [[1, True]] * 2, [[1, 10**400]] * 2)),
-        ("layer_map", ([0, True], [0, 1.0], [10**4000], [-1])),
+        ("layer_map", ([0, True], [0, 1.0], [10**4000], [-1], [0] * 10_001)),
         ("model_type", ("qwen2", 5, {"a": 1}, "x" * 5000)),
     ],
 )

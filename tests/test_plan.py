@@ -5,14 +5,16 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mlx_cerebrum.config import MAX_POSITIONS
 from mlx_cerebrum.errors import PlanError
-from mlx_cerebrum.plan import MAX_POSITIONS, LayerPlan, interleave, named_plans, resolve
+from mlx_cerebrum.plan import LayerPlan, interleave, named_plans, resolve
 from mlx_cerebrum.plan_yaml import MAX_CHARACTERS
 
 CARD_MAP = tuple(block for start in range(0, 25, 4) for block in range(start, start + 8))
@@ -513,6 +515,17 @@ def test_binary_files_raise_only_plan_errors(
     file.write_bytes(raw)
     with pytest.raises(PlanError):
         LayerPlan.from_file(file)
+
+
+@pytest.mark.timeout(60)
+def test_thousands_of_filters_over_thousands_of_positions() -> None:
+    """Each is looked for once for a tensor's name; once for each position took a minute."""
+    entries = ",".join(f"{{filter: a{i}, value: 1}}" for i in range(7000))
+    slices = "- sources: [{model: a, layer_range: [0, 32]}]\n" * 312
+    text = f"merge_method: passthrough\nparameters: {{scale: [{entries}]}}\nslices:\n{slices}"
+    started = time.process_time()
+    assert LayerPlan.from_text(text).residual_scales(32) is None
+    assert time.process_time() - started < 30
 
 
 def test_planning_imports_no_mlx() -> None:

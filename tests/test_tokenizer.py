@@ -1,6 +1,7 @@
 """Ids are SentencePiece's for Mistral and transformers' for the demo model; text is text."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -411,6 +412,13 @@ def test_a_tokenizer_json_with_parts_of_other_types(
     file.write_text(json.dumps(json.loads(file.read_text()) | {part: value}))
     with pytest.raises(TokenizerError, match=complaint):
         Tokenizer.from_directory(tmp_path)
+
+
+def test_a_file_without_end(files: Files) -> None:
+    path = files()
+    os.truncate(path / "tokenizer.model", 1 << 40)
+    with pytest.raises(TokenizerError, match="larger than 33 MiB"):
+        Tokenizer.from_directory(path)
 
 
 def test_a_piece_that_is_no_text(files: Files) -> None:

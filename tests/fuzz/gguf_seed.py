@@ -150,6 +150,8 @@ def _change_pairs(pairs: list[Pair], random: Random) -> None:
         pair[2] = random.choice(_LIES)
     elif change == 4:
         pair[0] = random.choice((*TEXTS, *(other[0] for other in pairs)))
+    elif isinstance(pair[2], bytes):
+        pair[2] = mutated_bytes(pair[2], random)
     elif pair[1] == ARRAY:
         item, items = pair[2]
         items = list(items)
