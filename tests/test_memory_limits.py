@@ -321,6 +321,7 @@ def started() -> dict[str, int]:
         "import json, mlx_cerebrum.generate; from mlx_cerebrum.load import load_tokenizer;"
         "from mlx_cerebrum.checkpoint import open_checkpoint; from mlx_cerebrum import hub;"
         "held = open_checkpoint(hub.demo_path()); tokenizer = load_tokenizer(held);"
+        "tokenizer.encode('Once');"  # its tables are made when they are first asked for
         "from mlx_cerebrum.memory_limits import PROC, sizes;"
         "print(json.dumps(sizes(PROC / 'self/status')))"
     )
