@@ -142,11 +142,12 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
         )
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = [merge.split(" ") for merge in gguf_list(metadata, "merges", str)]
+    misfit = "GGUF: tokenizer.ggml.merges does not fit its tokens"
     for merge in merges:
-        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
-            raise TokenizerError(
-                f"GGUF: tokenizer.ggml.merges does not fit its tokens: {' '.join(merge)!r:.60}"
-            )
+        if len(merge) != 2 or not (
+            merge[0] in vocab and merge[1] in vocab and merge[0] + merge[1] in vocab
+        ):
+            raise TokenizerError(f"{misfit}: {' '.join(merge)!r:.60}")
     flags = dict.fromkeys(ADDED_FLAGS, False)
     added = [
         {"id": i, "content": token, **flags, "special": kind != USER_DEFINED}
@@ -168,7 +169,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
         },
     }
     unused = [i for i, kind in enumerate(types) if kind == UNUSED]  # rows of padding
-    return TokenizersVocabulary(raw, "GGUF: tokenizer", hidden=unused)
+    return TokenizersVocabulary(raw, misfit, hidden=unused)
 
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> Vocabulary:

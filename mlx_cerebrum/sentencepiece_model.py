@@ -69,7 +69,7 @@ class SentencePieceVocabulary:
         marked = zip(ids, sp.is_control(ids), sp.is_unknown(ids), strict=True)
         named = [i for i, control, unknown in marked if control or unknown]
         self._own = [AddedToken(i, sp.id_to_piece(i)) for i in named if i not in self._added]
-        if len(self._own) + len(self._user_defined) + len(self._added) > MAX_ADDED:
+        if len(self._own) + len(self._added) > MAX_ADDED:
             raise TokenizerError(f"{where}: more than {MAX_ADDED:,} control and added tokens")
         space = sp.piece_to_id(SPACE_MARK)
         self._strip_space = not sp.is_unknown(space) and sp.decode([space]) == ""
@@ -99,7 +99,9 @@ class SentencePieceVocabulary:
             ) from None
 
     def reserve(self, template: str, ends: Container[int]) -> None:
-        added = [*self._own, *self._user_defined, *self._added.values()]
+        added = [*self._own, *self._added.values()]
+        if template:  # which may write the model's own words as markers
+            added += self._user_defined
         self.controls = controls_among(added, template, ends)
         words = {t.content: t for t in self._added.values() if t.content not in self.controls}
         self._words = words
@@ -113,11 +115,14 @@ class SentencePieceVocabulary:
         """The model's own words, which SentencePiece finds by itself, space marks and all."""
         if _int(3, USER_DEFINED) not in self.model:  # spares most models the reading
             return []
-        return [
+        found = [
             AddedToken(i, text, special=False)
             for i, (text, _, kind) in enumerate(self.pieces)
             if kind == USER_DEFINED and i not in self._added
         ]
+        if len(found) > MAX_ADDED:
+            raise TokenizerError(f"{self._where}: more than {MAX_ADDED:,} user-defined pieces")
+        return found
 
     @property
     def pieces(self) -> list[Piece]:
@@ -137,7 +142,7 @@ class SentencePieceVocabulary:
         sp = self._processor
         closed = {
             token.id
-            for token in (*self._added.values(), *self._user_defined)
+            for token in (*self._added.values(), *self.controls.values())
             if token.id < self._size
             and not (sp.is_control(token.id) or sp.is_unknown(token.id) or sp.is_byte(token.id))
             and (token.content in self.controls or sp.id_to_piece(token.id) != token.content)

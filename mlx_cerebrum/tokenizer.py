@@ -115,8 +115,8 @@ class Tokenizer:
             if files.llama_class and "ByteLevel" not in all_types(raw["decoder"]):
                 raw = as_llama_class(raw, files.prefix, own_added=not files.has_decoder)
             raw = with_added(raw, files.added_tokens, files.has_decoder)
-            fast = TokenizersVocabulary(raw, str(file), files.control_tokens)
-            fast.build()
+            where = f"{file} is not a usable tokenizer.json"
+            fast = TokenizersVocabulary(raw, where, files.control_tokens)
             vocabulary = fast
             if fast.prefix_token is not None:
                 special.setdefault("bos_token", fast.prefix_token)

@@ -50,7 +50,10 @@ class Vocabulary(Protocol):
     def __len__(self) -> int: ...
 
     def reserve(self, template: str, ends: Container[int]) -> None:
-        """Count the added tokens that a template spells, and its end tokens, as controls."""
+        """Count the added tokens that a template spells, and its end tokens, as controls.
+
+        Raises TokenizerError where text can't be cut up with what is left.
+        """
 
     def encode(self, text: str, at_start: bool = True) -> list[int]:
         """The ids of plain text; `at_start` is false after a control token."""
@@ -121,7 +124,7 @@ class TokenizersVocabulary:
     """A `tokenizer.json`: byte-level BPE, or SentencePiece's BPE with byte fallback.
 
     raw: the file's content, checked (see tokenizer_json.py).
-    where: the file, for error messages.
+    where: how an error message begins.
     special: texts that are control tokens whatever the file says of them.
     hidden: ids besides the control tokens' that decode to nothing.
     """
@@ -151,7 +154,7 @@ class TokenizersVocabulary:
         self._contents |= {token.id: token.content for token in self._added.values()}
         self._added_ids = {token.id for token in self._added.values()}
         self._hidden = {token.id for token in self._added.values() if token.special}.union(hidden)
-        self.reserve("", ())
+        self.controls = controls_among(self._added.values(), "", ())
 
     def __len__(self) -> int:
         return 1 + max(self._contents, default=-1)
@@ -160,6 +163,8 @@ class TokenizersVocabulary:
         self.controls = controls_among(self._added.values(), template, ends)
         self.__dict__.pop("_at_start", None)
         self.__dict__.pop("_continuation", None)
+        with self._told():
+            _ = self._continuation  # a fault is to show now, not at the first text
 
     @cached_property
     def _at_start(self) -> tokenizers.Tokenizer:
@@ -168,13 +173,17 @@ class TokenizersVocabulary:
         It is told neither of the control tokens nor of the merges that would spell one.
         """
         model = self.raw["model"]
-        vocab = {text: i for text, i in model["vocab"].items() if text not in self.controls}
+        vocab = dict(model["vocab"])
+        closed = self.controls.keys() | {self._contents[i] for i in self._hidden}
+        for content in closed:
+            vocab.pop(content, None)
         vocab |= {token.content: token.id for token in self._words}
-        merges = [(a, b) for a, b in model["merges"] if {a, b, a + b} <= vocab.keys()]
         flags = {name: model[name] for name in ("fuse_unk", "byte_fallback", "ignore_merges")}
         if self._unknown is not None:
             flags["unk_token"] = "\U0010ffff"  # under a name that is no one's
             vocab["\U0010ffff"] = self._ids[self._unknown]
+        # It panics over a merge of what it does not know.
+        merges = [(a, b) for a, b in model["merges"] if closed.isdisjoint((a, b, a + b))]
         bpe = tokenizers.models.BPE(vocab, merges, **flags)
         return self._assemble(bpe, self.raw["pre_tokenizer"])
 
@@ -210,11 +219,6 @@ class TokenizersVocabulary:
         tokenizer.add_tokens(words)
         return tokenizer
 
-    def build(self) -> None:
-        """Make the library's tokenizer now. Raises TokenizerError for what it refuses."""
-        with self._told():
-            _ = self._continuation
-
     @contextmanager
     def _told(self) -> Iterator[None]:
         """The library's own errors, and its panics, as TokenizerError."""
@@ -223,9 +227,7 @@ class TokenizersVocabulary:
         except BaseException as error:
             # It raises bare Exception; its PanicException is not even one.
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise TokenizerError(
-                    f"{self._where} is not a usable tokenizer.json: {first_line(error)}"
-                ) from None
+                raise TokenizerError(f"{self._where}: {first_line(error)}") from None
             raise
 
     def encode(self, text: str, at_start: bool = True) -> list[int]:

@@ -79,7 +79,8 @@ def test_more_pieces_than_any_model_has(tmp_path: Path, kind: int) -> None:
     count = MAX_TOKENS if kind == NORMAL else MAX_ADDED
     more: list[Piece] = [(f"p{i}", 0.0, kind) for i in range(count + 1)]
     (tmp_path / "tokenizer.model").write_bytes(write_model([*pieces(False), *more]))
-    refused(tmp_path, "more than (524,288|16,384 control and added tokens)")
+    (tmp_path / "chat_template.jinja").write_text("x")
+    refused(tmp_path, "more than (524,288|16,384 (control and added tokens|user-defined pieces))")
 
 
 @pytest.mark.parametrize(
