@@ -10,8 +10,8 @@ from fuzz.readers import READERS
 from fuzz.run import _Folder, _one, fuzz
 
 SEED = 1
-# Inputs of each reader: some two seconds of one core.
-COUNTS = dict.fromkeys(READERS, 200)
+# Inputs of each reader: some three seconds of one core.
+COUNTS = dict.fromkeys(READERS, 500)
 
 
 def test_every_reader_reads_what_is_valid(tmp_path: Path) -> None:
