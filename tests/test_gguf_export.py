@@ -408,7 +408,7 @@ def test_without_the_package(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ConfigError, match=r"pip install 'mlx-cerebrum\[gguf\]'"):
+    with pytest.raises(ConfigError, match="pip install gguf"):
         write(checkpoint(), tmp_path / "out.gguf")
 
 
