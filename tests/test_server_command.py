@@ -192,7 +192,7 @@ def test_the_end_while_much_is_going_on(checkpoint: MakeCheckpoint) -> None:
         for thread in asking:
             thread.join(WAIT)
         assert process.wait(WAIT) == 0
-        assert process.stderr.read() == ""
+        assert "Traceback" not in process.stderr.read()
     assert len(ended) == 4
     assert all('"code":"shutting_down"' in text[-200:] for text in ended)
 

@@ -111,7 +111,7 @@ def test_comments_while_a_prompt_is_read(server: Running, engine: FakeEngine) ->
     went_on = threading.Event()
 
     def script(ticket: FakeTicket) -> Iterator[Event]:
-        yield Reading(10, len(ticket.job.prompt))
+        yield Reading(1, len(ticket.job.prompt))
         went_on.wait(WAIT)
         yield piece(ticket.job, 0, 5, "H", "stop")
 
@@ -122,7 +122,7 @@ def test_comments_while_a_prompt_is_read(server: Running, engine: FakeEngine) ->
             seen.append(line)
             if line == ": keep-alive":
                 went_on.set()
-    assert f": reading 10/{len(engine.jobs[0].prompt)}" in seen
+    assert f": reading 1/{len(engine.jobs[0].prompt)}" in seen
     assert ": keep-alive" in seen
     assert seen[-2] == "data: [DONE]"
 

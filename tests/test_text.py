@@ -310,9 +310,9 @@ def test_what_the_servers_engine_logs_is_clean(capsys: pytest.CaptureFixture[str
     except ValueError as error:
         found = (ValueError, error, error.__traceback__)
     record = logging.LogRecord("x", logging.ERROR, "x", 1, HOSTILE, (), found)
-    assert not obeyed(log.CleanFormatter().format(record))
-    log.write(HOSTILE)
-    log.flush(10)
-    _, err = capsys.readouterr()
-    assert "pwned" in err
-    assert not obeyed(err)
+    for write in (lambda: log.write(HOSTILE), lambda: log.Handler().handle(record)):
+        write()
+        log.flush(10)
+        _, err = capsys.readouterr()
+        assert "pwned" in err
+        assert not obeyed(err)

@@ -16,19 +16,18 @@ from mlx_cerebrum.memory_limits import limits
 from mlx_cerebrum.model_args import check_model_flags, say_assumed
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.server import args as flags
+from mlx_cerebrum.server import log
 from mlx_cerebrum.server.app import Service
 from mlx_cerebrum.server.connections import Room
 from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.server.listening import Server, bind, url
-from mlx_cerebrum.server.log import CleanFormatter
 from mlx_cerebrum.text import say
 from mlx_cerebrum.views import describe, load_asked
 
 
 def main(argv: list[str] | None = None) -> int:
     args = flags.parser().parse_args(argv)
-    if logging.lastResort is not None:  # what the engine's thread reports goes to stderr by it
-        logging.lastResort.setFormatter(CleanFormatter())
+    logging.basicConfig(format="%(message)s", handlers=[log.Handler()])
     return cli.run(lambda: _run(args), args.debug)
 
 

@@ -20,11 +20,11 @@ _lines: SimpleQueue[str | threading.Event] = SimpleQueue()  # may be put to by a
 _started = threading.Lock()
 
 
-class CleanFormatter(logging.Formatter):
-    """A record as it is logged, in clean text: the traceback of a fault may quote a file."""
+class Handler(logging.Handler):
+    """For what is logged elsewhere: faults of the thread that generates must not hold it up."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return clean(super().format(record))
+    def emit(self, record: logging.LogRecord) -> None:
+        write(self.format(record))
 
 
 def write(text: str) -> None:
