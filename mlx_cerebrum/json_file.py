@@ -8,7 +8,6 @@ number of more than MAX_DIGITS is a float too: who takes a number checks its typ
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +86,13 @@ def _number(digits: str) -> int | float:
 
 
 def _check_depth(value: Any) -> None:
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
-        level = [inner for outer in level for inner in _parts(outer)]
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) is dict or type(inner) is list
+        ]
     if level:
         raise RecursionError
-
-
-def _parts(value: Any) -> Iterator[Any]:
-    inner = value.values() if type(value) is dict else value if type(value) is list else ()
-    return (one for one in inner if type(one) is dict or type(one) is list)
