@@ -138,9 +138,16 @@ class Checkpoint(ABC):
 
     @property
     def weight_dtype(self) -> str:
-        """The safetensors dtype that most of the dense or scale values have."""
+        """The safetensors dtype that most of the dense or scale values have.
+
+        Our converter keeps the scales of packed matrices in float32 where float16 would round; then
+        it is what the converter says the model is in.
+        """
         kinds = [kind for kind in self.dtypes.values() if kind in FLOATS]
-        return max(sorted(set(kinds)), key=kinds.count) if kinds else "F16"
+        most = max(sorted(set(kinds)), key=kinds.count) if kinds else "F16"
+        converted = self.config.quantization is not None and "provenance" in self.raw_config
+        stated = {name: code for code, name in FLOATS.items()}.get(self.config.dtype or "")
+        return stated if converted and stated else most
 
     def check(self) -> None:
         """Compare names, shapes and dtypes with the config, without reading data.

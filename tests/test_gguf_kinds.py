@@ -289,11 +289,16 @@ def test_bits_of_a_file_that_is_only_moved_are_its_own(tmp_path: Path) -> None:
         load(path, q_bits=4)
 
 
-def test_auto_is_16_bits_on_a_gpu(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_16_bits_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_checkpoint(gguf_files.write(tmp_path / "model.gguf", "Q4_K"))
+    convert(source, tmp_path / "converted", Options())
+    converted = open_checkpoint(tmp_path / "converted")
+    assert converted.dtypes["model.layers.0.self_attn.q_proj.scales"] == "F32"
     module = sys.modules["mlx_cerebrum.load"]  # its name is the function's too
     monkeypatch.setattr(module, "on_gpu", lambda: True)
-    storage = choose_storage(open_checkpoint(model), None, "auto")
-    assert (storage.dtype, storage.dequantize) == (mx.float16, False)
+    for checkpoint in (source, converted):
+        storage = choose_storage(checkpoint, None, "auto")
+        assert (storage.dtype, storage.dequantize) == (mx.float16, False)
 
 
 def test_scales_too_large_for_float16_are_named(tmp_path: Path) -> None:
