@@ -19,6 +19,7 @@ _BEGINS = re.compile(
 )  # the next
 _NUMBER = re.compile(rf"[(\[{{]*(?:\d|{_LETTER}(?!{_WORD}))")  # 3, (3, x, (x but not (word
 _DIGIT = re.compile(r"[(\[{]*\d")
+_DOTS = re.compile(r"\.\.|[\u2026\u22ef]")
 _TEX = "\\()[]{},;:"  # what a backslash before it does not escape: \( \\ \{ \, are TeX's
 _OPENS = re.compile(r"\\[(\[]|\$\$?|\\begin\{[^{}\n]*\}")
 _CLOSES = {"\\(": "\\)", "\\[": "\\]", "$$": "$$", "$": "$"}
@@ -55,9 +56,11 @@ def _may(source: str, start: int, end: int) -> tuple[bool, bool]:
         return False, False
     if not (_ENDS.match(before) and _BEGINS.match(source, end)):
         earlier = source[max(0, start - 40) : start]
-        number = re.search(r"\d +$", earlier) and _NUMBER.match(source, end)  # 2 *x
+        ahead = re.search(r"\d +$|(?:\.\.|[\u2026\u22ef])$", earlier)  # 2 *x, ...*n
+        number = ahead and _NUMBER.match(source, end)
         bracket = re.search(r"[)\]}] +$", earlier) and _DIGIT.match(source, end)  # (a) *(2
-        return not (number or bracket), True
+        dots = _ENDS.match(before) and _DOTS.match(source, end)  # (n - 1)*...
+        return not (number or bracket or dots), True
     if run[0] == "_":  # a_{n}
         return False, False
     left, right = re.match(_LETTER, before), re.compile(_LETTER).match(source, end)

@@ -182,9 +182,11 @@ function may(source, start, end) {
   if (/^[([{]/.test(before) && /^[)\]}]/.test(rest)) return [false, false]; // count(*)
   if (!(ENDS.test(before) && BEGINS.test(rest))) {
     const earlier = source.slice(Math.max(0, start - 40), start);
-    const number = /\d +$/.test(earlier) && NUMBER.test(rest); // 2 *x
+    const ahead = /\d +$|(?:\.\.|[\u2026\u22ef])$/.test(earlier); // 2 *x, ...*n
+    const number = ahead && NUMBER.test(rest);
     const bracket = /[)\]}] +$/.test(earlier) && /^[([{]*\d/.test(rest); // (a) *(2
-    return [!number && !bracket, true];
+    const dots = ENDS.test(before) && /^(?:\.\.|[\u2026\u22ef])/.test(rest); // (n - 1)*...
+    return [!number && !bracket && !dots, true];
   }
   if (source[start] === "_") return [false, false]; // a_{n}
   const letters = IS_LETTER.test(before) && IS_LETTER.test(rest);
