@@ -38,7 +38,8 @@ def commands(text: str) -> list[str]:
     ]
 
 
-COMMANDS = commands(README)
+CHECKPOINTS = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+COMMANDS = commands(README) + commands(CHECKPOINTS)
 SERVER = next(command for command in COMMANDS if ".server " in command)  # it does not end
 CURL = re.findall(r"^curl .*", README, re.M)
 THE_BENCHS = [command for path in BENCHES for command in commands(path.read_text("utf-8"))]
