@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jinja2 import nodes
+
 from mlx_cerebrum.errors import TokenizerError
 from mlx_cerebrum.template_run import LONGEST, parse
 
@@ -142,7 +144,9 @@ def read_format(name: str | Path) -> ChatFormat:
     path = Path(name)
     try:
         if not path.is_file():
-            raise TokenizerError(f"{name} is neither a chat template's file nor one of {NAMES}")
+            raise TokenizerError(
+                f"{str(name)!r} is neither a chat template's file nor one of {NAMES}"
+            )
         if path.stat().st_size > 4 * LONGEST:
             raise TokenizerError(f"{path} is too long for a chat template")
         source = path.read_text(encoding="utf-8")
@@ -151,12 +155,14 @@ def read_format(name: str | Path) -> ChatFormat:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise TokenizerError(f"{str(name)!r} cannot be read: {error}") from None
     try:
-        parse(source)
+        tree = parse(source)
     except Exception as error:  # whatever Jinja's parser raises
         problem = " ".join(str(error).split())[:200] or type(error).__name__
         line = getattr(error, "lineno", None)
         where = path if line is None else f"{path}, line {line}"
         raise TokenizerError(f"{where} is not a chat template: {problem}") from None
+    if all(name.name != "messages" for name in tree.find_all(nodes.Name)):
+        raise TokenizerError(f"{path} is not a chat template: it never looks at 'messages'")
     return own_format(source)
 
 

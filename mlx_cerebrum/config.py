@@ -178,8 +178,12 @@ class _Reader:
         self.where = where
         self.model_type = model_type(raw)
         if self.model_type not in MODEL_TYPES:
-            named = shown(self.model_type or "missing")
-            raise self.error(f"architecture {named} is not supported; only Mistral and Llama are")
+            if self.model_type is None:
+                raise self.error("model_type is missing; it must be 'mistral' or 'llama'")
+            raise self.error(
+                f"architecture {shown(self.model_type)} is not supported; only 'mistral' and"
+                " 'llama' are"
+            )
 
     def error(self, text: str) -> ConfigError:
         return ConfigError(f"{self.where}: {text}")

@@ -72,8 +72,9 @@ class SentencePieceVocabulary:
         if len(self._own) + len(self._added) > MAX_ADDED:
             raise TokenizerError(f"{where}: more than {MAX_ADDED:,} control and added tokens")
         space = sp.piece_to_id(SPACE_MARK)
-        self._strip_space = not sp.is_unknown(space) and sp.decode([space]) == ""
-        self._prefix, self._twice = prefix if self._strip_space else "never", twice
+        prefixes = not sp.is_unknown(space) and sp.decode([space]) == ""
+        self._prefix, self._twice = prefix if prefixes else "never", twice
+        self._strip_space = self._prefix != "never"
         self.reserve("", ())
 
     def _placed(self, added: Sequence[AddedToken], renames: bool) -> list[AddedToken]:

@@ -154,6 +154,7 @@ class TokenizersVocabulary:
         self._contents |= {token.id: token.content for token in self._added.values()}
         self._added_ids = {token.id for token in self._added.values()}
         self._hidden = {token.id for token in self._added.values() if token.special}.union(hidden)
+        self._shown: dict[int, str] = {}
         self.controls = controls_among(self._added.values(), "", ())
 
     def __len__(self) -> int:
@@ -165,6 +166,12 @@ class TokenizersVocabulary:
         self.__dict__.pop("_continuation", None)
         with self._told():
             _ = self._continuation  # a fault is to show now, not at the first text
+            # As the library shows them: a normalizer's space mark in front, if it puts one there.
+            self._shown = {
+                token.id: self._at_start.id_to_token(token.id) or token.content
+                for token in self._words
+                if token.normalized
+            }
 
     @cached_property
     def _at_start(self) -> tokenizers.Tokenizer:
@@ -246,7 +253,7 @@ class TokenizersVocabulary:
         return token in self._added_ids or token in self._hidden or token not in self._contents
 
     def piece(self, token: int) -> str | bytes:
-        content = self.content(token)
+        content = self._shown.get(token, self.content(token))
         if self._byte_level:
             if content is None or token in self._hidden:
                 return b""  # the bytes on both sides of a control token still join

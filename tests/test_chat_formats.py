@@ -126,6 +126,8 @@ def test_what_is_assumed_of_a_vocabulary() -> None:
         (b"\xff", "is not UTF-8"),
         ("{{ 1" + "0" * 30 + " }}", "is not a chat template: a number out of bounds"),
         ("{{ " + "(" * 9000 + " }}", "is not a chat template: "),
+        ("", "bad.jinja is not a chat template: it never looks at 'messages'"),
+        ("Hi {% for m in mesages %}{{ m.messages }}{% endfor %}", "never looks at 'messages'"),
     ],
 )
 def test_a_file_that_is_no_template(tmp_path: Path, content: str | bytes, problem: str) -> None:

@@ -383,7 +383,7 @@ def test_no_weights(checkpoint: MakeCheckpoint) -> None:
         ({"layer_types": [[1]]}, "layer_types"),
         ({"rope_theta": 10**400}, "rope_theta must be finite"),
         ({"residual_scales": [[10**400, 1.0]] * 8}, "residual_scales[0]"),
-        ({"model_type": None, "architectures": {"a": 1}}, "'missing' is not supported"),
+        ({"model_type": None, "architectures": {"a": 1}}, "model_type is missing"),
         ({"model_type": None, "architectures": ["Foo"]}, "'Foo' is not supported"),
         ({"quantization": {"bits": 4}}, "quantization"),
         ({"quantization": {"bits": 4, "group_size": 7}, "x": 1}, None),

@@ -144,8 +144,37 @@ def test_the_ids_of_a_directory_are_transformers(tmp_path: Path, user_defined: b
                 expected = peer.encode(text, add_special_tokens=False)
                 if ours.encode(text, add_bos=False) != expected:
                     wrong.append((settings, files, text))
+                if ours.decode(expected) != peer.decode(expected, skip_special_tokens=True):
+                    wrong.append((settings, files, f"{text} decoded"))
     assert not wrong, f"{len(wrong)} of {compared}: {wrong[:3]}"
     assert compared > 3000
+
+
+def test_a_word_that_is_looked_for_in_the_normalized_text(tmp_path: Path) -> None:
+    """As `<tool_call>` was added to many: with the space mark that a normalizer puts before it."""
+    vocabulary = pieces(False)
+    (tmp_path / "tokenizer.model").write_bytes(write_model(vocabulary))
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    raw = json.loads(peer_of(tmp_path)._tokenizer.to_str())
+    mark = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    steps = [{"type": "Prepend", "prepend": "\u2581"}, mark]  # as the files on the hub have it
+    raw |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
+    flags = dict.fromkeys(("special", "lstrip", "rstrip", "single_word"), False)
+    for n, (name, normalized) in enumerate((("<call>", True), ("</call>", True), ("<ref>", False))):
+        token = {"id": len(vocabulary) + n, "content": name, "normalized": normalized}
+        raw["added_tokens"].append(token | flags)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    ours, peer = Tokenizer.from_directory(tmp_path), peer_of(tmp_path)
+    for text in (
+        "<call>",
+        "is <call>in</call> is",
+        "<call><call> <call>\n</call>",
+        "in <ref> <call>",
+    ):
+        ids = peer.encode(text, add_special_tokens=False)
+        assert ours.encode(text, add_bos=False) == ids
+        assert ours.decode(ids) == peer.decode(ids)
+    assert "is <call>" in ours.decode(ours.encode("is <call>"))
 
 
 @pytest.mark.parametrize("legacy", [True, False])
