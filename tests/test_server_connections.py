@@ -1,11 +1,13 @@
 """Connections: bodies that are too large or late, clients that go or do not read, the end."""
 
 import contextlib
+import errno
 import os
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -105,6 +107,26 @@ def test_a_body_that_does_not_come(engine: FakeEngine, tokenizer: Tokenizer) -> 
         ask(server, b"", 9) as client,
     ):
         assert client.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_client_that_goes_as_it_is_refused(
+    engine: FakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has seen enough: its system takes no more. That must not be the end of the server."""
+    gone = threading.Event()
+
+    def write_eof(transport: Any) -> None:
+        gone.set()
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+    kind = "asyncio.selector_events._SelectorSocketTransport"
+    monkeypatch.setattr(f"{kind}.write_eof", write_eof)
+    with (
+        serving(engine, tokenizer, patience=Patience(body=0.05)) as server,
+        ask(server, b"", 9),
+    ):
+        assert gone.wait(WAIT)
+        assert server.client.get("/health").status_code == 200
 
 
 def test_comments_while_a_prompt_is_read(server: Running, engine: FakeEngine) -> None:

@@ -8,6 +8,7 @@ request is there and being answered is never dropped for another's sake.
 
 from asyncio import AbstractEventLoop, Transport
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from http import HTTPStatus
@@ -303,7 +304,8 @@ class Connection(H11Protocol):
         lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
-        self.transport.write_eof()
+        with suppress(OSError):  # it has read enough and is gone
+            self.transport.write_eof()
         self.flow.resume_reading()
         self._gate.place(self, Phase.LEAVING)
 
