@@ -31,12 +31,18 @@ def progress(what: str, show: bool, unit: str = "bytes") -> Iterator[Report | No
         TransferSpeedColumn,
     )
 
+    class Cursor(Console):
+        """Leaves the cursor alone: after Ctrl-Z or a kill nobody would show it again."""
+
+        def show_cursor(self, show: bool = True) -> bool:
+            return False
+
     amount = (
         (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
     )
     words = TextColumn("{task.description}", markup=False)
     columns = (words, BarColumn(), *amount, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Cursor(stderr=True), transient=True) as bar:
         task = bar.add_task(what)
 
         def report(done: int, total: int, item: str = "") -> None:

@@ -57,7 +57,7 @@ def make_sampler(
         logits = logits.astype(mx.float32)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         if top_p < 1:
-            logprobs = apply_top_p(logprobs, top_p)
+            logprobs = apply_top_p(logprobs, max(top_p, 1e-30))  # not 0 in float32
         if min_p > 0:
             logprobs = apply_min_p(logprobs, min_p)
         # Not mx.random.categorical: it looks one number up in the sums of the probabilities, where

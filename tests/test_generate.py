@@ -17,6 +17,7 @@ from command import run
 from conftest import MakeCheckpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from talker import talker
 from terminal import Program
 
 from mlx_cerebrum import load
@@ -181,6 +182,12 @@ def test_filters_cut_the_tail() -> None:
     assert seen() == {0, 1, 2, 3}
     assert seen(top_p=0.7) == {0, 1}
     assert seen(min_p=0.25) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("top_p", [1e-4, 1e-9, 1e-320])
+def test_a_tiny_top_p_leaves_the_most_likely(top_p: float) -> None:
+    logits = mx.array([[0.1, 2.0, 1.9, -3.0], [0.1, 0.2, 0.3, 3.0]])
+    assert make_sampler(1.0, top_p=top_p)(logits, 0).tolist() == [1, 3]
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -443,23 +450,26 @@ def test_a_signal_keeps_the_prompt_cache(demo: Path, tmp_path: Path) -> None:
     assert json.loads(again.stdout)["cached_tokens"] > 5
 
 
-def test_a_closed_terminal_keeps_the_prompt_cache(demo: Path, tmp_path: Path) -> None:
+def test_a_closed_terminal_keeps_the_prompt_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A new one, and one that is there; of the answer as far as it was written."""
     kept = tmp_path / "kept.safetensors"
-    command = [sys.executable, "-m", "mlx_cerebrum.generate", "--model", str(demo)]
-    command += ["--prompt", "Tell me a very long story.", "--prompt-cache", str(kept)]
+    asked = ["--model", str(talker(tmp_path, max_position_embeddings=100_000)), "--prompt", "x"]
+    command = [sys.executable, "-m", "mlx_cerebrum.generate", *asked, "--prompt-cache", str(kept)]
     for _ in range(2):
         before = kept.stat().st_mtime_ns if kept.exists() else 0
-        with Program([*command, "--max-tokens", "4000"], dict(os.environ)) as program:
-            program.until(lambda text: len(text.rpartition("tokens")[2]) > 200)
+        with Program([*command, "--max-tokens", "90000"], dict(os.environ)) as program:
+            program.until(lambda text: len(text.rpartition("tokens")[2]) > 200, 60)
             program.hang_up()
-            program.process.wait(25)
+            program.process.wait(60)
         assert kept.stat().st_mtime_ns > before
-    asked = [*command, "--max-tokens", "24", "--json"]
-    found = json.loads(subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout)
-    assert found["cached_tokens"] > 5
-    alone = [*command[:-2], "--max-tokens", "24", "--json"]
-    wanted = json.loads(subprocess.run(alone, cwd=ROOT, capture_output=True, text=True).stdout)
+    answers = []
+    for more in ([], ["--prompt-cache", str(kept)]):
+        assert main([*asked, *more, "--max-tokens", "24", "--json"]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    wanted, found = answers
+    assert found["cached_tokens"] > 1
     assert found["token_ids"] == wanted["token_ids"]
 
 
@@ -474,6 +484,16 @@ def test_a_conversation_goes_on_from_its_prompt_cache(
     prompt = [*cache.tokens, first[-1].token, *tokenizer.encode("cd", add_bos=False)]
     more = next(stream_generate(model, tokenizer, prompt, max_tokens=3, prompt_cache=cache))
     assert (more.prompt_tokens, more.cached_tokens) == (3 + 3 + 2, 5)
+
+
+def test_the_cursor_stays_while_a_model_is_loaded() -> None:
+    """It could not be shown again by a program that was stopped or killed."""
+    script = "from mlx_cerebrum.progress import progress\n"
+    script += "with progress('loading', True) as report: report(1, 2)"
+    with Program([sys.executable, "-c", script], dict(os.environ) | {"TERM": "xterm"}) as program:
+        assert program.end() == 0
+    assert "loading" in program.raw
+    assert "\x1b[?25l" not in program.raw
 
 
 def test_closed_streams_are_one_line(demo: Path) -> None:
