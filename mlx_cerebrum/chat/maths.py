@@ -52,7 +52,10 @@ def _emphasis(state: StateInline, silent: bool) -> bool:
 def _may(source: str, start: int, end: int) -> tuple[bool, bool]:
     """Whether the run of `*` or `_` may begin emphasis, and whether it may end it."""
     run, before = source[start:end], source[max(0, start - 1) : start]
-    if before in tuple("([{") and source[end : end + 1] in tuple(")]}"):  # count(*)
+    after = source[end : end + 1]
+    if before in tuple("([{") and after in tuple(")]}"):  # count(*)
+        return False, False
+    if before + after == "><":  # <1,2>*<3,4>
         return False, False
     if not (_ENDS.match(before) and _BEGINS.match(source, end)):
         earlier = source[max(0, start - 40) : start]
@@ -60,7 +63,8 @@ def _may(source: str, start: int, end: int) -> tuple[bool, bool]:
         number = ahead and _NUMBER.match(source, end)
         bracket = re.search(r"[)\]}] +$", earlier) and _DIGIT.match(source, end)  # (a) *(2
         dots = _ENDS.match(before) and _DOTS.match(source, end)  # (n - 1)*...
-        return not (number or bracket or dots), True
+        pattern = run == "*" and "." in (before, after)  # [a-z].* or *.py
+        return not (number or bracket or dots or pattern), True
     if run[0] == "_":  # a_{n}
         return False, False
     left, right = re.match(_LETTER, before), re.compile(_LETTER).match(source, end)

@@ -9,9 +9,15 @@ from rich.cells import cell_len
 from mlx_cerebrum.chat.maths import mathematics
 
 
+class _Parser(MarkdownIt):
+    def validateLink(self, url: str) -> bool:  # noqa: N802, its name there
+        """Only addresses: `[2](3)` is a product, as on the page."""
+        return re.match(r"(?i)(?:https?|mailto):", url) is not None
+
+
 def markdown_parser() -> MarkdownIt:
     """CommonMark with tables, and without what would hide text: HTML, pictures, references."""
-    parser = MarkdownIt().enable(["strikethrough", "table"]).use(mathematics)
+    parser = _Parser().enable(["strikethrough", "table"]).use(mathematics)
     return parser.disable(["html_block", "html_inline", "image", "reference"])
 
 

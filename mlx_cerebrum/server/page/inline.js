@@ -180,13 +180,16 @@ function may(source, start, end) {
   const before = start > 0 ? characterBefore(source, start) : "";
   const rest = source.slice(end, end + 44);
   if (/^[([{]/.test(before) && /^[)\]}]/.test(rest)) return [false, false]; // count(*)
+  const around = before + rest.slice(0, 1);
+  if (around === "><") return [false, false]; // <1,2>*<3,4>
   if (!(ENDS.test(before) && BEGINS.test(rest))) {
     const earlier = source.slice(Math.max(0, start - 40), start);
     const ahead = /\d +$|(?:\.\.|[\u2026\u22ef])$/.test(earlier); // 2 *x, ...*n
     const number = ahead && NUMBER.test(rest);
     const bracket = /[)\]}] +$/.test(earlier) && /^[([{]*\d/.test(rest); // (a) *(2
     const dots = ENDS.test(before) && /^(?:\.\.|[\u2026\u22ef])/.test(rest); // (n - 1)*...
-    return [!number && !bracket && !dots, true];
+    const pattern = source.slice(start, end) === "*" && around.includes("."); // [a-z].* or *.py
+    return [!number && !bracket && !dots && !pattern, true];
   }
   if (source[start] === "_") return [false, false]; // a_{n}
   const letters = IS_LETTER.test(before) && IS_LETTER.test(rest);
