@@ -6,6 +6,7 @@ format, and a file that is not what its name says (a git-lfs pointer, a web page
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -224,8 +225,10 @@ def unfinished(path: Path) -> str:
     beside = [path.with_name(path.name + suffix) for suffix in UNFINISHED]
     caches = (path.parent / ".cache" / "huggingface" / "download", path.parent / "../../blobs")
     beside += [file for cache in caches for file in cache.glob("*.incomplete")]
-    left = next((file for file in beside if file.exists()), None)
-    return "" if left is None else f" ({left.name} is left of an unfinished download)"
+    with suppress(OSError):  # a name that is as long as names may be has none beside it
+        if left := next((file for file in beside if file.exists()), None):
+            return f" ({left.name} is left of an unfinished download)"
+    return ""
 
 
 def stand_in(path: Path, data: bytes | None = None) -> str | None:

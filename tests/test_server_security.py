@@ -367,7 +367,6 @@ def test_keys_of_flag_and_environment() -> None:
         (("--cors-origin", "https://example.org/"), "cors-origin"),
         (("--batch", "0"), "batch"),
         (("--queue", "-1"), "queue"),
-        (("--cache-gb", "nan"), "cache-gb"),
         (("--cache-gb", "-1"), "cache-gb"),
         (("--max-body-mb", "0"), "max-body-mb"),
         (("--grace", "-1"), "grace"),
