@@ -175,6 +175,11 @@ def described(
 ) -> tuple[ModelConfig, dict[str, tuple[int, ...]], dict[str, str], frozenset[str]]:
     """What the tensors of the directory `path` mean: the config as they have it, their shapes and
     dtypes, buffers left out, and the spare modules. Raises CheckpointError as `as_stored` does."""
+    if table_stored_as(config, tensors) == "lm_head":
+        tensors = {
+            name.replace("lm_head.", "model.embed_tokens."): place
+            for name, place in tensors.items()
+        }
     kept = {name: info for name, (_, info) in tensors.items() if not name.endswith(BUFFERS)}
     shapes = {name: info.shape for name, info in kept.items()}
     dtypes = {name: info.dtype for name, info in kept.items()}
@@ -270,11 +275,17 @@ class SafetensorsCheckpoint(Checkpoint):
                 raise CheckpointError(f"{self.path}: {INDEX} says {name} is in {file}; it is not")
 
     def read(self, module: str) -> dict[str, mx.array]:
-        return {part: self._take(f"{module}.{part}") for part in self.extents(module)}
+        return {part: self._take(name) for part, name in self._parts(module).items()}
+
+    def _parts(self, module: str) -> dict[str, str]:
+        """The names that the module's parts are stored under."""
+        if module == "model.embed_tokens":
+            module = table_stored_as(self.config, self.tensors)
+        names = {part: f"{module}.{part}" for part in PARTS}
+        return {part: name for part, name in names.items() if name in self.tensors}
 
     def extents(self, module: str) -> dict[str, Extent]:
-        names = {part: f"{module}.{part}" for part in PARTS}
-        found = {part: self.tensors[n] for part, n in names.items() if n in self.tensors}
+        found = {part: self.tensors[name] for part, name in self._parts(module).items()}
         return {
             part: Extent(self.path / file, info.offset, info.nbytes)
             for part, (file, info) in found.items()
@@ -294,6 +305,16 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_directory(self.path, self.config.eos_token_ids)
+
+
+def table_stored_as(config: ModelConfig, tensors: Container[str]) -> str:
+    """The module whose tensors are the embedding's.
+
+    Of a tied table some savers keep only the head's name, the first of the two in the alphabet
+    (`safetensors.torch.save_model`); transformers reads that.
+    """
+    head_only = "model.embed_tokens.weight" not in tensors and "lm_head.weight" in tensors
+    return "lm_head" if config.tie_word_embeddings and head_only else "model.embed_tokens"
 
 
 def as_stored(config: ModelConfig, path: Path, tensors: Mapping[str, Place]) -> ModelConfig:

@@ -114,6 +114,20 @@ def test_tied_head(checkpoint: MakeCheckpoint) -> None:
     assert mx.array_equal(model(IDS), logits(path))
 
 
+def test_a_tied_table_that_is_stored_as_the_head(checkpoint: MakeCheckpoint) -> None:
+    """As safetensors.torch.save_model leaves it; transformers 5.24 reads it as the embedding."""
+    path = checkpoint(tie_word_embeddings=True)
+    expected = logits(path)
+
+    def rename(weights: dict[str, Any]) -> None:
+        weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+
+    rewrite(path, rename)
+    assert mx.array_equal(logits(path), expected)
+    edit(path, tie_word_embeddings=False)
+    assert "tensors missing: model.embed_tokens.weight" in refused(path)
+
+
 def own_head(path: Path, identical: bool = False) -> None:
     """Give a tied checkpoint a stored head: another one, or the embedding once more."""
 
