@@ -166,12 +166,13 @@ class TokenizersVocabulary:
         self.__dict__.pop("_continuation", None)
         with self._told():
             _ = self._continuation  # a fault is to show now, not at the first text
-            # As the library shows them: a normalizer's space mark in front, if it puts one there.
-            self._shown = {
-                token.id: self._at_start.id_to_token(token.id) or token.content
-                for token in self._words
-                if token.normalized
-            }
+            # As the library shows them: with the space mark that a normalizer puts in front.
+            if (normalizer := self._at_start.normalizer) is not None:
+                self._shown = {
+                    token.id: normalizer.normalize_str(token.content)
+                    for token in self._added.values()
+                    if token.normalized
+                }
 
     @cached_property
     def _at_start(self) -> tokenizers.Tokenizer:

@@ -174,7 +174,10 @@ def test_a_word_that_is_looked_for_in_the_normalized_text(tmp_path: Path) -> Non
         ids = peer.encode(text, add_special_tokens=False)
         assert ours.encode(text, add_bos=False) == ids
         assert ours.decode(ids) == peer.decode(ids)
-    assert "is <call>" in ours.decode(ours.encode("is <call>"))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}<call>")
+    marked = Tokenizer.from_directory(tmp_path)  # now a control token, where the model writes it
+    ids = peer.encode("is <call>in", add_special_tokens=False)
+    assert marked.decode(ids) == peer.decode(ids) == "is <call>in"
 
 
 @pytest.mark.parametrize("legacy", [True, False])
