@@ -245,7 +245,7 @@ class SentencePieceVocabulary:
         raw: dict[str, Any] = {
             "version": "1.0",
             "added_tokens": [
-                vars(token)
+                vars(token) | {"normalized": False}  # as `encode` finds them
                 for token in sorted([*self._own, *self._added.values()], key=lambda t: t.id)
             ],
             "normalizer": {"type": "Sequence", "normalizers": normalizers},

@@ -163,9 +163,15 @@ def _added_tokens(
     if decoder is not None and not isinstance(decoder, dict):
         raise TokenizerError(f"{where}: added_tokens_decoder must be an object of tokens by id")
     file = path / "added_tokens.json"
-    # As the tokenizers library: a name that is special is special however it was added.
+    # As the tokenizers library: a name that is special is special however it was added, and a word
+    # of which no more is said is looked for in the normalized text.
     tokens = {
-        content: AddedToken(_id(token, content, file), content, content in controls)
+        content: AddedToken(
+            _id(token, content, file),
+            content,
+            special=content in controls,
+            normalized=content not in controls,
+        )
         for content, token in read_object(file).items()
         if decoder is None and content
     }

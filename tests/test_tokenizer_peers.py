@@ -164,6 +164,8 @@ def test_a_word_that_is_looked_for_in_the_normalized_text(tmp_path: Path) -> Non
         token = {"id": len(vocabulary) + n, "content": name, "normalized": normalized}
         raw["added_tokens"].append(token | flags)
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    words = {name: len(vocabulary) + 3 + n for n, name in enumerate(("woord", "<|new|>"))}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(words))
     ours, peer = Tokenizer.from_directory(tmp_path), peer_of(tmp_path)
     for text in (
         "<call>",
