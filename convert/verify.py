@@ -20,7 +20,7 @@ from convert.examine import Findings, Span
 from convert.integrity import PIECE, Bytes, HashedFile, expected_sha256, nonfinite, small_files
 from mlx_cerebrum import cli, hub
 from mlx_cerebrum.checkpoint import FLOATS, no_checkpoint
-from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.errors import CheckpointError, cut
 from mlx_cerebrum.gguf_file import GGML_TYPES
 from mlx_cerebrum.gguf_paths import gguf_at
 from mlx_cerebrum.memory import human
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             for line in lines(result):
                 if not args.quiet or line.startswith("problem"):
-                    say(one_line(line))
+                    say(one_line(cut(line)))
         if not (args.json or args.quiet):
             count = len(result["problems"])
             verdict = f"{count} problem{'s' * (count > 1)}" if count else "sound"

@@ -414,7 +414,9 @@ def weight_files(path: Path) -> list[str]:
     if len(found) == 1:
         return found
     if found:
-        raise CheckpointError(f"{path} has {len(found)} safetensors files but no {INDEX}")
+        raise CheckpointError(
+            f"{path} has {len(found)} safetensors files but no {INDEX}: fetch it too"
+        )
     if problem := folder_problem(path):
         raise CheckpointError(f"{path} has no safetensors files: {problem}")
     if any(next(path.glob(pattern), None) for pattern in _PICKLES):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-from mlx_cerebrum.errors import CerebrumError, shown
+from mlx_cerebrum.errors import CerebrumError, cut, shown
 from mlx_cerebrum.text import one_line, tell, tell_traceback
 
 BAD_INPUT = 2
@@ -139,7 +139,7 @@ def describe(error: BaseException) -> str:
     text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if error.errno == errno.ENOSPC:
         text += "; free some space or write elsewhere"
-    return one_line(text)
+    return one_line(cut(text))
 
 
 def _drop_stdout() -> None:  # so that the interpreter's own last flush is quiet

@@ -7,15 +7,19 @@ Every message is a single line a person can act on. Command lines print it after
 from reprlib import Repr
 from typing import Any
 
-_MOST = 1000  # characters: what a file calls its tensors can have millions
+_MOST = 1000  # characters of a message: what a file calls its tensors can have millions
+
+
+def cut(text: str) -> str:
+    """Both ends of a text that is too long for a message."""
+    return text if len(text) <= _MOST else f"{text[: _MOST * 3 // 4]} ... {text[-_MOST // 4 :]}"
 
 
 class CerebrumError(Exception):
     """Base of every error a user can cause and mend."""
 
     def __str__(self) -> str:
-        text = super().__str__()
-        return text if len(text) <= _MOST else f"{text[: _MOST * 3 // 4]} ... {text[-_MOST // 4 :]}"
+        return cut(super().__str__())
 
 
 class PlanError(CerebrumError):

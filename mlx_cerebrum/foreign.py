@@ -215,8 +215,10 @@ def folder_problem(directory: Path) -> str | None:
     for file in sorted(directory.glob("*")):
         if file.suffix in UNFINISHED:
             return f"{file.name} is an unfinished download; finish it, or start it again"
-        if ".safetensors" in file.name[:-1] and file.suffix not in (".safetensors", ".json"):
+        if ".safetensors" in file.name.lower() and file.suffix not in (".safetensors", ".json"):
             return f"{file.name} may be one under another name; rename it"
+    if (inner := next(directory.glob("*/*.safetensors"), None)) is not None:
+        return f"{inner.relative_to(directory)} lies deeper; name its folder"
     return None
 
 

@@ -13,6 +13,7 @@ from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model_args import add_model_flags, add_sampling_flags
 from mlx_cerebrum.policy import MOST_DRAFTS
 from mlx_cerebrum.quantize import AFFINE_BITS
+from mlx_cerebrum.template import check_length
 
 DEFAULT_PLAN = "cerebrum-12.25b"
 
@@ -123,6 +124,7 @@ def question(args: argparse.Namespace) -> str | list[Any]:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not (prompt if args.raw else prompt.strip()):
         raise RequestError("the prompt is empty; there is nothing to answer")
+    check_length(len(prompt))
     if args.raw:
         for flag in ("system", "template"):
             if getattr(args, flag) is not None:

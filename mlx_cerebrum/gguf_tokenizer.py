@@ -115,6 +115,14 @@ def gguf_list(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
     return list(value)
 
 
+def gguf_flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
+    """A `tokenizer.ggml` boolean; as in llama.cpp a number is none."""
+    value = metadata.get(f"tokenizer.ggml.{key}", default)
+    if not isinstance(value, bool):
+        raise TokenizerError(f"GGUF: tokenizer.ggml.{key} is {value!r:.40}, not a boolean")
+    return value
+
+
 def gguf_token_id(metadata: Mapping[str, Any], name: str, size: int) -> int | None:
     """The id of the `bos`, `eos`, ... token; None where it is not named.
 
@@ -204,7 +212,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
         zip(tokens, scores, types, strict=True),
         bos="<s>" if bos is None else tokens[bos],
         eos="</s>" if eos is None else tokens[eos],
-        add_dummy_prefix=metadata.get("tokenizer.ggml.add_space_prefix", True) is not False,
+        add_dummy_prefix=gguf_flag(metadata, "add_space_prefix", True),
     )
     return SentencePieceVocabulary(model, "GGUF tokenizer", words)
 

@@ -29,6 +29,9 @@ _NESTED = (
 _KEYS = (*_NESTED, "slices", "models", "parameters", "base_model")  # misplaced where not known
 _AT_MARGIN = re.compile(rf"^({'|'.join(_NESTED)})\s*:|^-\s+(layer_range|filter)\s*:", re.MULTILINE)
 _LOOKS_LIKE_SPACE = re.compile(r"^ *([^\S \r\n])", re.MULTILINE)
+_NO_SPACE = re.compile(
+    r"(?![ \t\r\n])\s|[\u200B-\u200D\u2060\uFEFF]"
+)  # though it looks like one, or none
 _LOST = "; check the indentation and line breaks, which copying from a web page loses"
 
 
@@ -115,7 +118,13 @@ def _hint(problem: str, text: str) -> str:
     if odd := _LOOKS_LIKE_SPACE.search(text):
         line = text.count("\n", 0, odd.start(1)) + 1
         return f"; line {line} {_look_alike(odd)}"
-    lost = "<block end>" in problem or "mapping values are not allowed" in problem
+    if odd := _NO_SPACE.search(text):
+        return (
+            f"; U+{ord(odd[0]):04X} on line {text.count(chr(10), 0, odd.start()) + 1} is no space"
+        )
+    if fence := re.search(r"^```.*$", text, re.MULTILINE):
+        return f"; take only what lies between the lines {fence[0]!r:.20} and '```'"
+    lost = re.search("<block end>|(mapping values|sequence entries) are not allowed", problem)
     return _LOST if lost or _AT_MARGIN.search(text) else ""
 
 

@@ -81,7 +81,8 @@ def read_whole_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]
         raise CheckpointError(f"{path} is not safetensors: its header is not a JSON object")
     if len(entries) > _MAX_TENSORS:
         raise CheckpointError(f"{path} has {len(entries)} tensors; {_MAX_TENSORS} are supported")
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: the header's __metadata__ is not text by name")
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}

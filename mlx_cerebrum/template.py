@@ -22,6 +22,8 @@ from mlx_cerebrum.template_text import Budget, marks, own
 from mlx_cerebrum.vocabulary import AddedToken
 
 ROLES = ("system", "user", "assistant")
+# Of a conversation, more than any context holds: tokenizing takes up to 350 bytes a character.
+MAX_TEXT, MAX_MESSAGES = 2_000_000, 20_000
 # What a rendering may take (see Budget), and how much more for each message and its characters.
 SECONDS = 5.0
 STEPS, MESSAGE_STEPS = 1_000_000, 1_000
@@ -34,6 +36,8 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
     """A conversation as a list of {role, content}; RequestError says which message is wrong."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise RequestError("messages must be a list of at least one {role, content} object")
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(f"{len(messages):,} messages are more than {MAX_MESSAGES:,}: drop some")
     checked = []
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
@@ -48,7 +52,17 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
             kind = type(content).__name__
             raise RequestError(f"{where}: content must be a string, not {kind}")
         checked.append({"role": role, "content": content})
+    check_length(sum(len(message["content"]) for message in checked))
     return checked
+
+
+def check_length(characters: int) -> None:
+    """Raise RequestError for a text that no context holds, before memory is taken for its ids."""
+    if characters > MAX_TEXT:
+        raise RequestError(
+            f"{characters:,} characters are more than any context holds ({MAX_TEXT:,} are read):"
+            " shorten the text"
+        )
 
 
 def strip_eos(text: str, eos_texts: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 from mlx_cerebrum.chat_formats import ChatFormat, assumed_format, for_tokens, own_format
 from mlx_cerebrum.detokenizer import StreamingDetokenizer, decode
 from mlx_cerebrum.errors import RequestError, TokenizerError
-from mlx_cerebrum.gguf_tokenizer import gguf_token_id, vocabulary_from_gguf
+from mlx_cerebrum.gguf_tokenizer import gguf_flag, gguf_token_id, vocabulary_from_gguf
 from mlx_cerebrum.sentencepiece_model import SentencePieceVocabulary
 from mlx_cerebrum.template import ChatTemplate, Segment, check_messages, strip_eos
 from mlx_cerebrum.tokenizer_files import FILES, TokenizerFiles, read_bytes, read_text
@@ -168,11 +168,11 @@ class Tokenizer:
                 special[f"{key}_token"] = content
         # llama.cpp's defaults where the file does not say.
         llama = sentencepiece or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
-        add_bos = metadata.get("tokenizer.ggml.add_bos_token", llama and "bos_token" in special)
+        add_bos = gguf_flag(metadata, "add_bos_token", llama and "bos_token" in special)
         ends = (gguf_token_id(metadata, name, len(vocabulary)) for name in ("eot", "eom"))
         template = metadata.get("tokenizer.chat_template")
-        if not isinstance(template, str | None) or not isinstance(add_bos, bool):
-            raise TokenizerError("GGUF: chat_template must be text and add_bos_token a boolean")
+        if not isinstance(template, str | None):
+            raise TokenizerError("GGUF: tokenizer.chat_template must be text")
         eos_ids = [token for token in ends if token is not None]
         return cls(vocabulary, special, add_bos, eos_ids, template)
 

@@ -1,5 +1,6 @@
 """Conversations as files."""
 
+import io
 import json
 from pathlib import Path
 
@@ -30,6 +31,23 @@ def test_an_older_file_survives_a_failed_write(tmp_path: Path) -> None:
         write_messages(file, [{"role": "user", "content": "\ud800"}])
     assert read_messages(file) == TALK
     assert [p.name for p in tmp_path.iterdir()] == ["talk.json"]
+
+
+def test_more_text_than_any_context_holds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is tokenized: that would take gigabytes."""
+    file, says = tmp_path / "talk.json", "2,000,001 characters are more than any context holds"
+    write_messages(file, [{"role": "user", "content": "x" * 1_000_001}] * 2)
+    with pytest.raises(RequestError, match=r"talk\.json: 2,000,002 characters are more"):
+        read_messages(file)
+    write_messages(file, [{"role": "user", "content": "x"}] * 20_001)
+    with pytest.raises(RequestError, match="20,001 messages are more than 20,000"):
+        read_messages(file)
+    for flags in (["--raw"], []):
+        monkeypatch.setattr("sys.stdin", io.StringIO("x" * 2_000_001))
+        with pytest.raises(RequestError, match=says):
+            question(parser().parse_args(["--prompt", "-", *flags]))
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -274,6 +274,8 @@ def test_an_adapter_is_no_model(
         (["model.safetensors.crdownload"], "unfinished download"),
         (["model.safetensors.incomplete"], "unfinished download"),
         (["model.safetensors?download=true"], "under another name"),
+        (["MODEL.SAFETENSORS"], "under another name"),
+        (["weights/model.safetensors"], "weights/model.safetensors lies deeper"),
     ],
 )
 @pytest.mark.parametrize("config", [True, False])

@@ -522,7 +522,9 @@ def test_a_header_entry_that_is_none(checkpoint: MakeCheckpoint, entry: Any) -> 
     assert "the header of 'lm_head.weight' has no known dtype" in refused(path)
 
 
-@pytest.mark.parametrize("metadata", [[1], "x", {"format": 7}, {"format": None}, {"a": ["b"]}])
+@pytest.mark.parametrize(
+    "metadata", [[1], [], "", "x", {"format": 7}, {"format": None}, {"a": ["b"]}]
+)
 def test_metadata_that_is_not_text(checkpoint: MakeCheckpoint, metadata: Any) -> None:
     path = checkpoint()
     header(path / "model.safetensors", lambda entries: entries.update(__metadata__=metadata))

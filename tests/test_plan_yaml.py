@@ -295,6 +295,14 @@ def test_lost_line_breaks_are_said(body: str) -> None:
         assert "check the indentation and line breaks" in refusal(text)
 
 
+def test_what_copying_brings_along_is_named() -> None:
+    body = HEAD + "models:\n- model: m\n  parameters: {scale: 1}\n"
+    assert "U+00A0 on line 3 is no space" in refusal(body.replace("model: ", "model:\u00a0"))
+    assert "U+200B on line 3 is no space" in refusal(body.replace("- m", "\u200b- m"))
+    assert "between the lines '```yaml' and '```'" in refusal(f"```yaml\n{body}```\n")
+    assert "no space" not in refusal(f"# a\u00a0b\n{HEAD}models: []\n")  # which it is right in
+
+
 def test_a_fault_that_has_nothing_to_do_with_indentation_has_no_hint() -> None:
     for body in (
         "slices: [{sources: [{model: m, layer_range: [4, 2]}]}]\n",

@@ -261,6 +261,23 @@ def test_no_plan_reaches_the_terminal_raw(
     assert not obeyed("".join(capsys.readouterr()))
 
 
+def test_a_line_has_an_end(checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the length of what a file names: a tensor, or another file."""
+    from convert.verify import main as verify
+    from mlx_cerebrum.generate import main as generate
+
+    source, name = checkpoint(num_hidden_layers=1), "x" * 100_000
+    weights = load_file(source / "model.safetensors")
+    save_file(weights | {name: np.zeros(1)}, source / "model.safetensors")
+    assert verify([str(source)]) == 1
+    index = {"weight_map": {"x": f"{name}.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert generate(["--prompt", "x", "--model", str(source)]) == 2
+    lines = "".join(capsys.readouterr()).splitlines()
+    assert max(map(len, lines)) < 1100
+    assert sum(" ... " in line for line in lines) == 2
+
+
 def test_a_prompt_cache_and_a_conversation(
     checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -169,6 +169,13 @@ def test_add_space_prefix_false(mistral_gguf: dict[str, Any]) -> None:
     assert bare.decode([415]) == " The"
 
 
+@pytest.mark.parametrize("key", ["add_space_prefix", "add_bos_token"])
+def test_a_flag_of_another_type_is_refused(mistral_gguf: dict[str, Any], key: str) -> None:
+    """A 0 must not be read as true."""
+    with pytest.raises(TokenizerError, match=f"ggml.{key} is 0, not a boolean"):
+        Tokenizer.from_gguf({**mistral_gguf, f"tokenizer.ggml.{key}": 0})
+
+
 def test_the_cerebrum_prompt(files: Files, oracle: Any) -> None:
     mistral = Tokenizer.from_directory(files())
     mistral.use_format(BUILT_IN["cerebrum"])
