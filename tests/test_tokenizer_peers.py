@@ -172,6 +172,7 @@ def test_a_word_that_is_looked_for_in_the_normalized_text(tmp_path: Path) -> Non
         "is <call>in</call> is",
         "<call><call> <call>\n</call>",
         "in <ref> <call>",
+        "is woord<|new|> is",
     ):
         ids = peer.encode(text, add_special_tokens=False)
         assert ours.encode(text, add_bos=False) == ids
