@@ -115,14 +115,16 @@ def run(main_body: Callable[[], int], debug: bool = False) -> int:
 
 
 @contextlib.contextmanager
-def on_end_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP are `handler`'s, but one that is ignored: nohup asked for it.
+def on_end_signals(
+    handler: Callable[[int, FrameType | None], None], *more: signal.Signals
+) -> Iterator[None]:
+    """Inside, SIGTERM, SIGHUP and `more` are `handler`'s, but one that is ignored: as by nohup.
 
     Nothing changes outside the main thread, where Python has no signals.
     """
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGTERM, signal.SIGHUP):
+        for signum in (signal.SIGTERM, signal.SIGHUP, *more):
             if signal.getsignal(signum) not in (None, signal.SIG_IGN):
                 before[signum] = signal.signal(signum, handler)
     try:

@@ -1,6 +1,7 @@
 """Tiny checkpoints, made where a test wants them."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_cerebrum.hub import DEMO_COMMAND, demo_path
 from mlx_cerebrum.model import Model
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # in the background: programs would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def parameters(model: Model) -> dict[str, mx.array]:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -30,9 +31,11 @@ from server_room import (
 )
 
 from mlx_cerebrum.server import log
+from mlx_cerebrum.server.app import Service, Settings
 from mlx_cerebrum.server.connections import Patience
 from mlx_cerebrum.server.intake import SLICE
 from mlx_cerebrum.server.jobs import BusyError, ClosedError, Event, Reading
+from mlx_cerebrum.server.listening import Server
 from mlx_cerebrum.tokenizer import Tokenizer
 
 
@@ -234,6 +237,25 @@ def test_a_client_that_stalls(engine: FakeEngine, tokenizer: Tokenizer) -> None:
         ask(server, chat(stream=True)),
     ):
         assert engine.ticket().cancelled.wait(WAIT)
+
+
+def test_a_signal_that_is_ignored_stays_so(engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    """As nohup and a shell's background jobs ask; the others are the server's."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    server = Server(Service(engine, MODELS, tokenizer, Settings()), 1.0)
+    kept = [signal.signal(each, signal.SIG_DFL) for each in signals]
+    try:
+        for ignored in signals:
+            signal.signal(ignored, signal.SIG_IGN)
+            with server.capture_signals():
+                for each in signals:
+                    expected = signal.SIG_IGN if each == ignored else server.handle_exit
+                    assert signal.getsignal(each) == expected
+            assert signal.getsignal(ignored) is signal.SIG_IGN
+            signal.signal(ignored, signal.SIG_DFL)
+    finally:
+        for each, handler in zip(signals, kept, strict=True):
+            signal.signal(each, handler)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -7,13 +7,14 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
-from mlx_cerebrum.cli import describe
+from mlx_cerebrum.cli import describe, on_end_signals
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.server import log
 from mlx_cerebrum.server.app import Service
@@ -102,10 +103,14 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for listening in sockets or ():  # uvicorn's backlog is how many are accepted together
             listening.listen(_BACKLOG)
-        here = threading.current_thread() is threading.main_thread()
-        if here and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # uvicorn leaves it
-            signal.signal(signal.SIGHUP, self.handle_exit)
         self._ready()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # Not uvicorn's own: it takes what is ignored too, leaves SIGHUP, and raises the signal
+        # again at the end, which is no exit code 0.
+        with on_end_signals(self.handle_exit, signal.SIGINT):
+            yield
 
     async def on_tick(self, counter: int) -> bool:
         self._gate.tick(asyncio.get_running_loop().time())
@@ -142,7 +147,6 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.1)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # Not uvicorn's own: it raises the signal again at the end, and that is no exit code 0.
         self._service.closing = True
         if self.should_exit:
             # The second: nobody waits for the step that the generating thread is in.
