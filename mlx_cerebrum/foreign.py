@@ -246,22 +246,25 @@ def stand_in(path: Path, data: bytes | None = None) -> str | None:
         head = _head(path) if data is None else data[:512]
     except OSError:
         return None
-    again = f"download it again{unfinished(path)}"
+
+    def again() -> str:  # looks for what is left of a download: not for files that are in order
+        return f"download it again{unfinished(path)}"
+
     if head.startswith((b"version https://git-lfs", b"version https://hawser")):
         return (
             f"{path} is a git-lfs pointer, not the file itself: run `git lfs install` and"
             f" `git lfs pull` in that folder"
         )
     if head.startswith(b"# xet version"):
-        return f"{path} is a git-xet pointer, not the file itself: {again}"
+        return f"{path} is a git-xet pointer, not the file itself: {again()}"
     if path.suffix == ".jinja":
         return None
     if size == 0:
-        return f"{path} is empty: {again}"
+        return f"{path} is empty: {again()}"
     if _PAGE.match(head.removeprefix(b"\xef\xbb\xbf")):
-        return f"{path} is a web page, not the file itself: {again}, by its download link"
+        return f"{path} is a web page, not the file itself: {again()}, by its download link"
     if not any(head):
-        return f"{path} begins with {len(head)} zeros, as an unfinished download does: {again}"
+        return f"{path} begins with {len(head)} zeros, as an unfinished download does: {again()}"
     if path.suffix not in _BINARY:
         return None
     if head.startswith(b"PK\x03\x04"):
@@ -270,7 +273,7 @@ def stand_in(path: Path, data: bytes | None = None) -> str | None:
         return f"{path} is a GGUF file: give it a name that ends in .gguf"
     text = " ".join(head.decode("ascii", "replace").split())
     if 16 <= size < 2000 and text.isascii() and text.isprintable():
-        return f"{path} is text, not the file itself ({text[:60]!r}): {again}"
+        return f"{path} is text, not the file itself ({text[:60]!r}): {again()}"
     return None
 
 
