@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import yaml
 
+from mlx_cerebrum.config import FLOAT32_MAX
 from mlx_cerebrum.errors import PlanError
 
 MAX_CHARACTERS = 256 * 1024  # a thousand slices take a quarter of it
@@ -19,7 +20,6 @@ _MAX_NODES = 100_000  # after aliases are expanded
 _TAG = "tag:yaml.org,2002:"
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
-_FLOAT32_MAX = 3.4028234663852886e38  # scales are applied in float32
 
 # Keys that stand only below the top: at the left margin, their indentation was lost.
 _NESTED = (
@@ -283,7 +283,7 @@ class Item:
         if not self._is_plain(_NUMBER):
             raise self.error(f"must be a finite number, not {self.shown()}")
         value = float(self.node.value)
-        if abs(value) > _FLOAT32_MAX:
+        if abs(value) > FLOAT32_MAX:  # scales are applied in float32
             raise self.error(f"must be a finite number in float32, not {self.shown()}")
         return value
 
