@@ -92,9 +92,10 @@ def _types(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
         raise TokenizerError(
             f"GGUF: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens"
         )
-    wrong = next((kind for kind in types if not 0 <= kind <= BYTE), None)
-    if wrong is not None:
-        raise TokenizerError(f"GGUF: tokenizer.ggml.token_type has {wrong!r:.20}; 0 to 6 are known")
+    if wrong := sorted(set(types) - set(range(BYTE + 1))):
+        raise TokenizerError(
+            f"GGUF: tokenizer.ggml.token_type has {wrong[0]!r:.20}; 0 to 6 are known"
+        )
     types = [kind or NORMAL for kind in types]
     # A file may list its own BOS and EOS as ordinary text. Further ends may be just that.
     for name in ("bos", "eos", "eot", "eom"):
@@ -110,7 +111,7 @@ def gguf_list(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
     value = metadata.get(f"tokenizer.ggml.{key}")
     if value is None:
         return []
-    if not isinstance(value, list) or not all(type(item) is kind for item in value):
+    if not isinstance(value, list) or not set(map(type, value)) <= {kind}:
         raise TokenizerError(f"GGUF: tokenizer.ggml.{key} is not a list of {kind.__name__}")
     return list(value)
 

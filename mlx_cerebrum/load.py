@@ -155,7 +155,7 @@ def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str
             before = size
             for source in sources:
                 nbytes = matrix_bytes(shapes[source], held[source], dtype.size)
-                working = _working_bytes(checkpoint, source, held[source])
+                working = _working_bytes(checkpoint, source, shapes[source], held[source])
                 most = max(most, size + nbytes + working)
                 size += nbytes
             if len(sources) > 1:  # apart, and stacked
@@ -201,9 +201,11 @@ def _weights(shapes: Mapping[str, tuple[int, int]], modules: Iterable[str]) -> i
     return sum(prod(shapes[module]) for module in modules if module in shapes)
 
 
-def _working_bytes(checkpoint: Checkpoint, module: str, held: Packing | None) -> int:
+def _working_bytes(
+    checkpoint: Checkpoint, module: str, shape: tuple[int, int], held: Packing | None
+) -> int:
     """Bytes that making a matrix what is held takes besides: as it is read, and on the way."""
-    shape, own = matrix_shapes(checkpoint.config)[module], checkpoint.packing(module)
+    own = checkpoint.packing(module)
     wide = 4 * prod(shape)
     piece = min(8 * wide, _PIECE)
     if module in checkpoint.repacked:

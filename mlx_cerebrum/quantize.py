@@ -20,7 +20,7 @@ AFFINE_GROUPS = (32, 64, 128)
 # What MLX takes where a config says null; the float formats have no other, and no biases.
 DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
-PIECE = 1 << 19  # weights of a matrix that are made at a time where making takes memory
+PIECE = 1 << 20  # weights of a matrix that are made at a time where making takes memory
 
 # Matrices over the same input, stacked row by row into one.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

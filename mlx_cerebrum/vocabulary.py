@@ -191,7 +191,11 @@ class TokenizersVocabulary:
             flags["unk_token"] = "\U0010ffff"  # under a name that is no one's
             vocab["\U0010ffff"] = self._ids[self._unknown]
         # It panics over a merge of what it does not know.
-        merges = [(a, b) for a, b in model["merges"] if closed.isdisjoint((a, b, a + b))]
+        merges = [
+            (a, b)
+            for a, b in model["merges"]
+            if not (a in closed or b in closed or a + b in closed)
+        ]
         bpe = tokenizers.models.BPE(vocab, merges, **flags)
         return self._assemble(bpe, self.raw["pre_tokenizer"])
 
