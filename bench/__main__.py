@@ -25,8 +25,8 @@ from bench.report import add_common, public
 from bench.suite import Results, Settings, Suite
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError, RequestError
-from mlx_cerebrum.memory import on_gpu
-from mlx_cerebrum.memory_limits import limits
+from mlx_cerebrum.model.limits import limits
+from mlx_cerebrum.model.memory import on_gpu
 from mlx_cerebrum.text import one_line, say, tell
 
 # Those that measure in processes of their own come first, before this one holds weights.

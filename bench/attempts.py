@@ -12,7 +12,7 @@ from bench.engines import Engine, Run
 from bench.report import rounds
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.model.forward import Model
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from bench.peers_report import OURS, measured, reasons
 from bench.report import Spread, table
 from bench.runs import Runs
 from bench.suite import Results
-from mlx_cerebrum.memory import GB
+from mlx_cerebrum.model.memory import GB
 
 DEMO = "linux-epyc-2-demo"  # the demo model, every suite
 FULL = "linux-epyc-2-7b"  # random weights of the 7B's geometry, and its conversion

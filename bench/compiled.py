@@ -18,10 +18,10 @@ import mlx.core as mx
 from bench import machine, plain
 from bench.report import Spread, parser, publish, ratio, rounds, table
 from mlx_cerebrum import cli
-from mlx_cerebrum.cache import STEP
-from mlx_cerebrum.decode import prefill
-from mlx_cerebrum.load import load
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.decoding.decode import prefill
+from mlx_cerebrum.model.cache import STEP
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.weights.loading import load
 
 _PROMPT, _TOKENS = 64, 32
 

@@ -41,14 +41,14 @@ from bench.pair import Pair, Side
 from bench.random_model import GEOMETRIES, write_random
 from bench.report import Spread, ratio, rounds
 from bench.suite import Results, Settings
-from mlx_cerebrum.cache import REWIND, STEP
-from mlx_cerebrum.checkpoint import open_checkpoint
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import PREFILL_STEP
 from mlx_cerebrum.errors import MemoryBudgetError
-from mlx_cerebrum.load import choose_storage, load_model, planned_config
-from mlx_cerebrum.memory import require
-from mlx_cerebrum.plan import resolve
+from mlx_cerebrum.model.cache import REWIND, STEP
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.memory import require
+from mlx_cerebrum.plan.layer_plan import resolve
+from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.loading import choose_storage, load_model, planned_config
 
 LENGTHS = (1024, 4096, 8192, 16384, 32768)
 PLANS = ("cerebrum-12.25b", "cerebrum-7b")

@@ -13,11 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from bench.engines import timed
-from mlx_cerebrum.cache import WindowedKVCache
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.decode import PREFILL_STEP, generate_step
-from mlx_cerebrum.memory import request_bytes, require
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.decoding.decode import PREFILL_STEP, generate_step
+from mlx_cerebrum.model.cache import WindowedKVCache
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import request_bytes, require
 
 PROBE = 32  # tokens of the prompt whose logits are compared
 _PEER_CHUNK = 2048  # mlx-lm's own default

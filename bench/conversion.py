@@ -27,10 +27,10 @@ from typing import Any
 from bench.report import parser, publish, table
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError, RequestError
-from mlx_cerebrum.memory import GB
-from mlx_cerebrum.plan import resolve
+from mlx_cerebrum.model.memory import GB
+from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.text import tell
-from mlx_cerebrum.tokenizer_files import FILES
+from mlx_cerebrum.tokenizer.files import FILES
 
 _PIECE = 4_000_000  # bytes the plain reader takes at a time, as the converter does
 _MERGEKIT = "from mergekit.scripts.run_yaml import main; main()"

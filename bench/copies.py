@@ -13,9 +13,9 @@ import mlx.core as mx
 
 from bench import process
 from bench.pair import Pair, Side
-from mlx_cerebrum.checkpoint import FLOATS
-from mlx_cerebrum.gguf_file import GGUFFile
-from mlx_cerebrum.load import Storage
+from mlx_cerebrum.weights.checkpoint import FLOATS
+from mlx_cerebrum.weights.gguf_file import GGUFFile
+from mlx_cerebrum.weights.loading import Storage
 
 _KINDS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 

@@ -8,8 +8,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_cerebrum.checkpoint import INDEX, matrix_shapes, norm_names
-from mlx_cerebrum.config import ModelConfig
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.weights.checkpoint import INDEX, matrix_shapes, norm_names
 
 Arrays = dict[str, mx.array]  # tensors by name
 _CODES = {

@@ -18,14 +18,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from bench import bandwidth, machine
-from mlx_cerebrum.checkpoint import Checkpoint
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.decode import PREFILL_STEP, generate_step
+from mlx_cerebrum.decoding.decode import PREFILL_STEP, generate_step
 from mlx_cerebrum.errors import CerebrumError, RequestError
-from mlx_cerebrum.load import load_tokenizer
-from mlx_cerebrum.memory import on_gpu
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.quantize import FUSED
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import on_gpu
+from mlx_cerebrum.weights.checkpoint import Checkpoint
+from mlx_cerebrum.weights.loading import load_tokenizer
+from mlx_cerebrum.weights.quantize import FUSED
 
 # A prompt that says nothing twice: continuing a repetition would say little of an engine.
 PROSE = Path(__file__).parent / "data" / "austen.txt"

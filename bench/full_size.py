@@ -21,11 +21,11 @@ from bench.pair import Pair
 from bench.plots import Picture
 from bench.report import Spread, table
 from bench.suite import Results, Settings
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.decode import PREFILL_STEP, generate_step
-from mlx_cerebrum.memory import GB, kv_bytes, on_gpu
-from mlx_cerebrum.model import Model, TransformerBlock
-from mlx_cerebrum.quantize import Packing, fuse_projections
+from mlx_cerebrum.decoding.decode import PREFILL_STEP, generate_step
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model, TransformerBlock
+from mlx_cerebrum.model.memory import GB, kv_bytes, on_gpu
+from mlx_cerebrum.weights.quantize import Packing, fuse_projections
 
 _CPU_PROMPT, _CPU_TOKENS, _CPU_ROUNDS = 32, 4, 1
 _GPU_PROMPT = 512

@@ -22,9 +22,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_cerebrum import attention as attending
-from mlx_cerebrum import model as forward
-from mlx_cerebrum import rotary
+from mlx_cerebrum.model import attention as attending
+from mlx_cerebrum.model import forward, rotary
 
 Counts = Counter[str]
 

@@ -26,8 +26,8 @@ from typing import Any
 
 from bench.harness_model import Say, cerebrum_lm
 from mlx_cerebrum.errors import CerebrumError, RequestError
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 TASKS = Path(__file__).parent / "tasks"
 DEFAULT = ("cerebrum_arithmetic", "cerebrum_arithmetic_choice")

@@ -17,10 +17,10 @@ from typing import Any
 
 from bench.scoring import Ids, Scorer
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.template import check_messages
-from mlx_cerebrum.tokenizer import Tokenizer
-from mlx_cerebrum.vocabulary import AddedToken
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.tokenizer.template import check_messages
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer.vocabulary import AddedToken
 
 MAX_GEN_TOKS = 256  # where a task sets none: the harness's own default
 SECONDS = 15.0  # between two lines of progress

@@ -8,7 +8,7 @@ from bench.report import table
 from bench.runs import Runs
 from bench.suite import Results
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.memory import GB
+from mlx_cerebrum.model.memory import GB
 
 LENGTH = "512"  # the prompt that tables with room for one show
 CLASSES = {"metal": "Apple silicon (Metal)", "cuda": "NVIDIA (CUDA)", "cpu": "CPU"}

@@ -34,12 +34,12 @@ from bench.pair import Pair, open_pair
 from bench.perplexity import TEXTS, read, split
 from bench.report import Spread, parser, publish, ratio, rounds, table
 from mlx_cerebrum import cli
-from mlx_cerebrum.attention import check_kv_bits
-from mlx_cerebrum.cache import KV_BITS, WindowedKVCache, kv_group
-from mlx_cerebrum.decode import PREFILL_STEP, generate_step, prefill
+from mlx_cerebrum.decoding.decode import PREFILL_STEP, generate_step, prefill
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.memory import kv_bytes, require
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.model.attention import check_kv_bits
+from mlx_cerebrum.model.cache import KV_BITS, WindowedKVCache, kv_group
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import kv_bytes, require
 
 FORMS: dict[str, int | None] = {"dense": None} | {f"{bits} bits": bits for bits in KV_BITS}
 CONTEXT = 512  # tokens of a window of text

@@ -25,9 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import bootstrap
-from mlx_cerebrum.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import PREFILL_STEP
 from mlx_cerebrum.errors import CerebrumError, RequestError
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.model.forward import Model
 
 Values = npt.NDArray[np.float64]
 Chunks = Iterable[mx.array]  # log-probabilities [n, V] in float32, in the text's order

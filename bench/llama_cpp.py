@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.engines import Engine, Run, reads, required
-from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import CerebrumError
-from mlx_cerebrum.gguf_file import GGUFFile
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.weights.gguf_file import GGUFFile
 
 _SAMPLE = 128  # tokens of the prompt that settings are tried on
 _GPU_LAYERS = 1000  # more than any model has: all of them

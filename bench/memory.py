@@ -35,15 +35,15 @@ from bench.pair import Pair
 from bench.random_model import GEOMETRIES, RandomCheckpoint, write_random
 from bench.suite import Results, Settings
 from mlx_cerebrum import cli
-from mlx_cerebrum.checkpoint import open_checkpoint
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.decode import PREFILL_STEP, generate_step
+from mlx_cerebrum.decoding.decode import PREFILL_STEP, generate_step
 from mlx_cerebrum.errors import CerebrumError
-from mlx_cerebrum.load import SMALLER, choose_storage, load_model, planned_config
-from mlx_cerebrum.memory import kv_bytes, on_gpu, request_bytes, require
-from mlx_cerebrum.plan import resolve
-from mlx_cerebrum.quantize import Packing
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.memory import kv_bytes, on_gpu, request_bytes, require
+from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.text import say
+from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.loading import SMALLER, choose_storage, load_model, planned_config
+from mlx_cerebrum.weights.quantize import Packing
 
 PLAN = "cerebrum-12.25b"
 BITS = (None, 8, 4)  # None: as stored

@@ -28,12 +28,12 @@ from bench.random_model import GEOMETRIES, RandomCheckpoint
 from bench.report import table
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError
-from mlx_cerebrum.load import choose_storage, planned_config
-from mlx_cerebrum.memory import GB, kv_bytes, request_bytes
-from mlx_cerebrum.memory_limits import PROC, cgroups, sizes
-from mlx_cerebrum.plan import resolve
-from mlx_cerebrum.quantize import Packing
+from mlx_cerebrum.model.limits import PROC, cgroups, sizes
+from mlx_cerebrum.model.memory import GB, kv_bytes, request_bytes
+from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.text import say
+from mlx_cerebrum.weights.loading import choose_storage, planned_config
+from mlx_cerebrum.weights.quantize import Packing
 
 PLAN = "cerebrum-12.25b"
 MAC_8GB = 8 * 2**30 * 2 // 3  # bytes

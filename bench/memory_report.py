@@ -3,7 +3,7 @@
 from bench.plots import Picture, bars
 from bench.report import table
 from bench.suite import Results
-from mlx_cerebrum.memory import GB
+from mlx_cerebrum.model.memory import GB
 
 MB = 1e6
 

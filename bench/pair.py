@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.random_model import RandomCheckpoint
-from mlx_cerebrum import hub
-from mlx_cerebrum.checkpoint import Checkpoint, open_checkpoint
-from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import CerebrumError, RequestError
-from mlx_cerebrum.load import (
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import require
+from mlx_cerebrum.plan.layer_plan import LayerPlan, interleave, resolve
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights.checkpoint import Checkpoint, open_checkpoint
+from mlx_cerebrum.weights.loading import (
     SMALLER,
     Storage,
     choose_storage,
@@ -19,11 +23,7 @@ from mlx_cerebrum.load import (
     load_tokenizer,
     planned_config,
 )
-from mlx_cerebrum.memory import require
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.plan import LayerPlan, interleave, resolve
-from mlx_cerebrum.quantize import Packing
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.weights.quantize import Packing
 
 _CARDS_BLOCKS = 32  # what the plans of the two Cerebrum models are written for
 

@@ -30,10 +30,10 @@ from bench.pair import Pair, Side
 from bench.peers_report import OURS, plots, text
 from bench.report import Spread, ratio, rounds
 from bench.suite import Results, Settings
-from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import CerebrumError, MemoryBudgetError, RequestError
-from mlx_cerebrum.memory import GB, human, on_gpu, require
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import GB, human, on_gpu, require
 
 __all__ = ["measure", "plots", "text"]
 

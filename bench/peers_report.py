@@ -7,7 +7,7 @@ from bench import profile
 from bench.plots import Picture, Theme, bars
 from bench.report import Spread, table
 from bench.suite import Results
-from mlx_cerebrum.memory import GB
+from mlx_cerebrum.model.memory import GB
 
 OURS = "mlx-cerebrum"
 _MATRICES = ("qkv", "o", "mlp", "head")

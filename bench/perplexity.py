@@ -23,12 +23,13 @@ from typing import Any
 from bench import likelihood, machine
 from bench.bootstrap import TOKENS
 from bench.report import parser, publish, table
-from mlx_cerebrum import cli, hub
-from mlx_cerebrum.checkpoint import Checkpoint, open_checkpoint
+from mlx_cerebrum import cli
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.load import load
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights.checkpoint import Checkpoint, open_checkpoint
+from mlx_cerebrum.weights.loading import load
 
 DATA = Path(__file__).parent / "data"
 TEXTS = (DATA / "austen.txt", DATA / "newton.txt")

@@ -22,12 +22,12 @@ from bench import engines, machine
 from bench.engines import Run
 from bench.report import Spread, parser, publish, ratio, rounds, table
 from mlx_cerebrum import cli
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import PREFILL_STEP
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.plan import LayerPlan
-from mlx_cerebrum.quantize import fuse_projections
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.plan.layer_plan import LayerPlan
+from mlx_cerebrum.weights.quantize import fuse_projections
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from itertools import product
 from bench.pair import formula
 from bench.trie import Path, path
 from mlx_cerebrum.errors import PlanError, RequestError
-from mlx_cerebrum.plan import LayerPlan
+from mlx_cerebrum.plan.layer_plan import LayerPlan
 
 SQRT_HALF = math.sqrt(0.5)
 _COLUMNS = 5  # starts of the coarsest grid: fewer are no map

@@ -44,13 +44,14 @@ from bench.report import parser
 from bench.suite import Results, Settings
 from bench.trie import Path as Steps
 from bench.trie import Scores, evaluate, pace, path, positions
-from mlx_cerebrum import cli, hub
-from mlx_cerebrum.checkpoint import open_checkpoint
+from mlx_cerebrum import cli
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.memory_limits import limits
-from mlx_cerebrum.plan import LayerPlan, resolve
+from mlx_cerebrum.model.limits import limits
+from mlx_cerebrum.plan.layer_plan import LayerPlan, resolve
 from mlx_cerebrum.text import say, tell
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights.checkpoint import open_checkpoint
 
 SECONDS = 150.0  # that a sweep may take unless asked otherwise
 CONTEXT = 256

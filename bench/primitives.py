@@ -28,14 +28,15 @@ from bench.random_model import GEOMETRIES
 from bench.report import parser, publish, table
 from bench.step_kinds import forget
 from bench.suite import Results
-from mlx_cerebrum import cli, hub
-from mlx_cerebrum.checkpoint import open_checkpoint
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.decode import PREFILL_STEP, greedy
+from mlx_cerebrum import cli
+from mlx_cerebrum.decoding.decode import PREFILL_STEP, greedy
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.plan import LayerPlan
-from mlx_cerebrum.quantize import Packing, fuse_projections
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.plan.layer_plan import LayerPlan
+from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.quantize import Packing, fuse_projections
 
 Caches = Sequence[Any]
 # A model, its caches and tokens [1, L] -> the arrays that running this pass evaluates.

@@ -16,9 +16,9 @@ from statistics import median
 from bench.report import table
 from bench.step_kinds import WHOLE, Pass, decode_pass, prefill_pass
 from bench.suite import Results
-from mlx_cerebrum.decode import PREFILL_STEP
-from mlx_cerebrum.memory import GB
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.decoding.decode import PREFILL_STEP
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import GB
 
 REST = "the rest"
 UNITS = {"decode": "GB/s", "prefill": "GFLOP/s"}

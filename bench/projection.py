@@ -10,8 +10,8 @@ The larger the chip, the smaller the share.
 from bench.bandwidth import PUBLISHED
 from bench.report import table
 from bench.suite import Results
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.memory import GB
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.memory import GB
 
 KNOWN = (0.45, 0.84)  # of the roof, least and most
 # bits a weight: bf16, and affine groups of 64 with 16-bit scale and bias

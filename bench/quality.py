@@ -35,9 +35,9 @@ from bench.quality_report import plots, text
 from bench.quantized import Reference
 from bench.suite import Results, Settings
 from mlx_cerebrum.errors import CerebrumError, RequestError
-from mlx_cerebrum.memory import on_gpu
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import on_gpu
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["measure", "plots", "text"]
 

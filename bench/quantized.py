@@ -25,14 +25,14 @@ import mlx.core as mx
 from bench.likelihood import compare, figures, kept, log_probs
 from bench.pair import Pair
 from bench.suite import Settings
-from mlx_cerebrum.checkpoint import FLOATS, Checkpoint, Extent, matrix_shapes
-from mlx_cerebrum.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import PREFILL_STEP
 from mlx_cerebrum.errors import CerebrumError
-from mlx_cerebrum.load import DTYPES, SMALLER, choose_storage, load_model
-from mlx_cerebrum.memory import human, require
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.quantize import Packing
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import human, require
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, Extent, matrix_shapes
+from mlx_cerebrum.weights.loading import DTYPES, SMALLER, choose_storage, load_model
+from mlx_cerebrum.weights.quantize import Packing
 
 BITS = (8, 4)
 GROUP = 64

@@ -21,13 +21,13 @@ import numpy as np
 
 from bench.directory import Arrays, by_block, write_checkpoint
 from mlx_cerebrum import cli
-from mlx_cerebrum.checkpoint import Checkpoint, Extent, matrix_shapes, norm_names
-from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.memory import GB
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.text import say
-from mlx_cerebrum.tokenizer import Tokenizer
-from mlx_cerebrum.tokenizer_files import FILES
+from mlx_cerebrum.tokenizer.files import FILES
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.checkpoint import Checkpoint, Extent, matrix_shapes, norm_names
 
 _CEREBRUM: dict[str, Any] = {
     "model_type": "mistral",

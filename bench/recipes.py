@@ -15,9 +15,10 @@ from pathlib import Path
 from bench import machine
 from bench.perplexity import TEXTS, lines, report, stored_bits
 from bench.report import parser, publish
-from mlx_cerebrum import cli, hub
-from mlx_cerebrum.checkpoint import open_checkpoint
+from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError
+from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights.checkpoint import open_checkpoint
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from bench.report import table
 from bench.suite import Results, Suite
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.memory import GB
+from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.text import one_line, say, tell
 
 SCHEMA = 1

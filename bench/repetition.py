@@ -18,9 +18,9 @@ from typing import Any, cast
 import mlx.core as mx
 
 from bench import bootstrap
-from mlx_cerebrum.decode import greedy
-from mlx_cerebrum.memory import kv_bytes, require
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.decoding.decode import greedy
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import kv_bytes, require
 
 PASSAGES = 16
 LENGTH = 64  # tokens of a passage

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from bench import machine
 from mlx_cerebrum import cli
-from mlx_cerebrum.memory import GB
+from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.text import say
 
 T = TypeVar("T")

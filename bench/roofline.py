@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from bench.axes import LINES, MARKERS, axes, colour, legend, log_ticks, nothing, number, whiskers
 from bench.report import Spread
-from mlx_cerebrum.memory import GB
+from mlx_cerebrum.model.memory import GB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

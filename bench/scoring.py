@@ -12,12 +12,12 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_cerebrum.cache import WindowedKVCache
-from mlx_cerebrum.decode import PREFILL_STEP, greedy, prefill
-from mlx_cerebrum.memory import available_bytes, kv_bytes
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.stream import StopText
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.decoding.decode import PREFILL_STEP, greedy, prefill
+from mlx_cerebrum.decoding.stream import StopText
+from mlx_cerebrum.model.cache import WindowedKVCache
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import available_bytes, kv_bytes
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 BATCH = 32  # prompts at once, at most
 SHARE = 4  # caches of a batch may take one part in this many of the memory that is free

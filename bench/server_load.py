@@ -48,11 +48,12 @@ from bench.server_findings import (
 from bench.server_load_report import text
 from bench.server_mix import Fixed, chat, fixed_set, user
 from bench.server_process import Process, Watch, handles, metrics, resident
-from mlx_cerebrum import cli, hub
-from mlx_cerebrum.checkpoint import open_checkpoint
+from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError, RequestError
-from mlx_cerebrum.load import load_tokenizer
 from mlx_cerebrum.text import tell
+from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.loading import load_tokenizer
 
 WARM_UP = 0.2  # of the minutes, before them; of this load only errors count
 

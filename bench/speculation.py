@@ -25,12 +25,12 @@ from bench.chat_prompts import GROUNDED, OPEN
 from bench.pair import open_pair
 from bench.report import parser, publish, rounds
 from mlx_cerebrum import cli
-from mlx_cerebrum.cost import bytes_read
-from mlx_cerebrum.decode import generate_step
-from mlx_cerebrum.draft_models import draft_model
+from mlx_cerebrum.decoding.cost import bytes_read
+from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.decoding.draft_models import draft_model
+from mlx_cerebrum.decoding.speculative import Speculation, speculation, speculative_step
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.speculative import Speculation, speculation, speculative_step
+from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.text import tell
 
 Run = dict[str, Any]

@@ -5,10 +5,10 @@ from typing import Any
 from bench.projection import BITS, parameters_read
 from bench.random_model import GEOMETRIES
 from bench.report import table
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.cost import Costs, best_drafts, speedup
-from mlx_cerebrum.load import planned_config
-from mlx_cerebrum.policy import MOST_DRAFTS
+from mlx_cerebrum.decoding.cost import Costs, best_drafts, speedup
+from mlx_cerebrum.decoding.policy import MOST_DRAFTS
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.weights.loading import planned_config
 
 # A row more of a target pass, in decode steps, on a GPU that is bound by bandwidth: assumed.
 METAL_ROWS = (0.02, 0.1)

@@ -30,9 +30,9 @@ from bench.pair import Pair, Side
 from bench.plots import Picture, curves, roofline
 from bench.report import Spread, ratio, rounds, table
 from bench.suite import Results, Settings
-from mlx_cerebrum.decode import generate_step
-from mlx_cerebrum.memory import GB
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import GB
 
 LENGTHS = (128, 512, 2048, 8192)
 _PATIENCE = 6  # times settings.seconds: a longer round is not run

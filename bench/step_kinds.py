@@ -19,12 +19,12 @@ from mlx.utils import tree_flatten
 
 from bench.context_sides import fill
 from bench.report import rounds
-from mlx_cerebrum import rotary
-from mlx_cerebrum.attention import attend
-from mlx_cerebrum.cache import WindowedKVCache
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.decode import PREFILL_STEP, greedy
-from mlx_cerebrum.model import Model, TransformerBlock, swiglu
+from mlx_cerebrum.decoding.decode import PREFILL_STEP, greedy
+from mlx_cerebrum.model import rotary
+from mlx_cerebrum.model.attention import attend
+from mlx_cerebrum.model.cache import WindowedKVCache
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model, TransformerBlock, swiglu
 
 WHOLE, MOVING = "whole", "cache, moving"
 

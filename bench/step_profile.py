@@ -36,17 +36,18 @@ from bench.random_model import GEOMETRIES, RandomCheckpoint
 from bench.report import Spread, parser, public, publish, table
 from bench.step_kinds import MOVING, WHOLE, Pass, Timing, decode_pass, prefill_pass, timed
 from bench.suite import Results
-from mlx_cerebrum import cli, hub
-from mlx_cerebrum.cache import STEP
-from mlx_cerebrum.checkpoint import Checkpoint, open_checkpoint
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.decode import PREFILL_STEP
+from mlx_cerebrum import cli
+from mlx_cerebrum.decoding.decode import PREFILL_STEP
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.load import SMALLER, choose_storage, load_model, planned_config
-from mlx_cerebrum.memory import GB, request_bytes, require
-from mlx_cerebrum.memory_limits import limits
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.quantize import Packing
+from mlx_cerebrum.model.cache import STEP
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.limits import limits
+from mlx_cerebrum.model.memory import GB, request_bytes, require
+from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights.checkpoint import Checkpoint, open_checkpoint
+from mlx_cerebrum.weights.loading import SMALLER, choose_storage, load_model, planned_config
+from mlx_cerebrum.weights.quantize import Packing
 
 BUILD, REST = "building the graph", "the rest"
 SHAPES = {"narrow": NARROW, "cerebrum-7b": GEOMETRIES["cerebrum-7b"]}

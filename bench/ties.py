@@ -19,9 +19,9 @@ from bench import machine
 from bench.chat_prompts import GROUNDED, OPEN
 from bench.report import parser, publish, table
 from mlx_cerebrum import cli
-from mlx_cerebrum.decode import prefill
-from mlx_cerebrum.load import DTYPES, load
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.decoding.decode import prefill
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.weights.loading import DTYPES, load
 
 _ROWS = 8
 

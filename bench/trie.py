@@ -20,9 +20,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_cerebrum.cache import attention_mask
-from mlx_cerebrum.memory import require
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.model.cache import attention_mask
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import require
 
 Step = tuple[int, float, float]  # block, factor of attention's write, factor of the MLP's
 Path = tuple[Step, ...]

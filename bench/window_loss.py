@@ -14,10 +14,10 @@ from typing import Any
 
 from bench import bootstrap
 from bench.likelihood import Values, losses, windows
-from mlx_cerebrum.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import PREFILL_STEP
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.memory import kv_bytes, require
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import kv_bytes, require
 
 WINDOW = 512  # for a model that has none
 SPAN = 4  # windows of text, where there is so much

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_cerebrum import cli, hub  # isort: skip  # first: it quiets a Ctrl-C from here on
+from mlx_cerebrum import cli  # isort: skip  # first: it quiets a Ctrl-C from here on
 from convert import arguments, fold
 from convert.destination import check_free, partial_of
 from convert.layout import Options
@@ -18,11 +18,12 @@ from convert.pipeline import convert
 from convert.recipe import choose
 from convert.sensitivity import Sensitivity
 from convert.writer import JOURNAL
-from mlx_cerebrum.checkpoint import Checkpoint, open_checkpoint
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.load import planned_config
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.text import say, tell
+from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights.checkpoint import Checkpoint, open_checkpoint
+from mlx_cerebrum.weights.loading import planned_config
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from convert.layout import DTYPES, LAYOUTS, Options
 from convert.recipe import MIXED, RECIPES, choose
-from mlx_cerebrum import cli, hub
+from mlx_cerebrum import cli
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.plan import resolve
-from mlx_cerebrum.quantize import AFFINE_BITS, AFFINE_GROUPS, DEFAULTS, Packing
+from mlx_cerebrum.plan.layer_plan import resolve
+from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights.quantize import AFFINE_BITS, AFFINE_GROUPS, DEFAULTS, Packing
 
 GGUF_KINDS = ("F32", "F16", "BF16", "Q8_0")  # convert.gguf_export's, which needs its package
 _NEEDS_Q = ("q_bits", "q_group_size", "q_mode", "q_recipe", "q_budget", "calibrate")

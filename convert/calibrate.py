@@ -24,18 +24,19 @@ from typing import Any, cast
 import mlx.core as mx
 
 from convert.sensitivity import EMBEDDING, HEAD, KINDS, Sensitivity, module_of
-from mlx_cerebrum import __version__, cli, hub
-from mlx_cerebrum.attention_cpu import in_slices, scores_held
-from mlx_cerebrum.cache import attention_mask
-from mlx_cerebrum.checkpoint import FLOATS, Checkpoint, matrix_shapes, open_checkpoint
-from mlx_cerebrum.config import ModelConfig
+from mlx_cerebrum import __version__, cli
 from mlx_cerebrum.errors import ConfigError, RequestError
-from mlx_cerebrum.load import DTYPES, Storage, load_model, load_tokenizer, planned_config
-from mlx_cerebrum.memory import available_bytes, on_gpu, require
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.model.attention_cpu import in_slices, scores_held
+from mlx_cerebrum.model.cache import attention_mask
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import available_bytes, on_gpu, require
 from mlx_cerebrum.progress import progress as live
-from mlx_cerebrum.quantize import FUSED, Packing
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, matrix_shapes, open_checkpoint
+from mlx_cerebrum.weights.loading import DTYPES, Storage, load_model, load_tokenizer, planned_config
+from mlx_cerebrum.weights.quantize import FUSED, Packing
 
 LENGTH = 256  # tokens a sequence
 Progress = Callable[[int, int], None]  # matrices measured, of all

@@ -8,16 +8,16 @@ from typing import Any
 
 import yaml
 
-from mlx_cerebrum.chat_formats import DEFAULT_SYSTEM
-from mlx_cerebrum.checkpoint import FLOATS, matrix_shapes, norm_names
-from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import CerebrumError
-from mlx_cerebrum.hub import DEFAULT_REPO
-from mlx_cerebrum.memory import human
-from mlx_cerebrum.plan import LayerPlan
-from mlx_cerebrum.quantize import Packing
-from mlx_cerebrum.safetensors_file import ITEM_BYTES
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.memory import human
+from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.text import one_line
+from mlx_cerebrum.tokenizer.chat_formats import DEFAULT_SYSTEM
+from mlx_cerebrum.weights.checkpoint import FLOATS, matrix_shapes, norm_names
+from mlx_cerebrum.weights.hub import DEFAULT_REPO
+from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.safetensors_file import ITEM_BYTES
 
 _MERGED_REPO = "Joseph717171/Cerebrum-1.0-12.25B"
 # What the cards of the two Cerebrum repositories say.

@@ -10,9 +10,9 @@ from convert.engine import Checks, Progress, run
 from convert.integrity import HashedFile
 from convert.outputs import Output
 from convert.source import Source, check_stamps
-from mlx_cerebrum.checkpoint import SafetensorsCheckpoint
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.safetensors_file import read_header
+from mlx_cerebrum.weights.checkpoint import SafetensorsCheckpoint
+from mlx_cerebrum.weights.safetensors_file import read_header
 
 
 def is_copy(source: Source, outputs: Sequence[Output]) -> bool:

@@ -23,7 +23,7 @@ from convert.source import Source
 from convert.writer import JOURNAL, Journal
 from mlx_cerebrum import __version__
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.memory import human
+from mlx_cerebrum.model.memory import human
 
 _SLACK = 16_000_000  # config, tokenizer and headers
 _COPY = 64_000_000  # bytes the kernel is asked to copy at a time

@@ -19,9 +19,9 @@ from convert.integrity import nonfinite
 from convert.outputs import Output, Spec
 from convert.source import Rows, Source
 from convert.writer import Writer
-from mlx_cerebrum.checkpoint import FLOATS
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.memory import on_gpu
+from mlx_cerebrum.model.memory import on_gpu
+from mlx_cerebrum.weights.checkpoint import FLOATS
 
 _AHEAD = 6  # pieces read while as many as there are workers are being transformed
 

@@ -11,8 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_cerebrum import gguf
-from mlx_cerebrum.checkpoint import (
+from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError
+from mlx_cerebrum.files.foreign import config_problem, directory_problem, unfinished
+from mlx_cerebrum.model.config import MODEL_TYPES, ModelConfig, model_type, read_json
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights import gguf
+from mlx_cerebrum.weights.checkpoint import (
     BUFFERS,
     FLOATS,
     INDEX,
@@ -22,14 +26,10 @@ from mlx_cerebrum.checkpoint import (
     open_checkpoint,
     weight_files,
 )
-from mlx_cerebrum.config import MODEL_TYPES, ModelConfig, model_type, read_json
-from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError
-from mlx_cerebrum.foreign import config_problem, directory_problem, unfinished
-from mlx_cerebrum.gguf_blocks import BITS, REPACKED
-from mlx_cerebrum.gguf_file import GGUFFile
-from mlx_cerebrum.load import load_tokenizer
-from mlx_cerebrum.safetensors_file import TensorInfo, read_header
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.weights.gguf_blocks import BITS, REPACKED
+from mlx_cerebrum.weights.gguf_file import GGUFFile
+from mlx_cerebrum.weights.loading import load_tokenizer
+from mlx_cerebrum.weights.safetensors_file import TensorInfo, read_header
 
 
 @dataclass(frozen=True)

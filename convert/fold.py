@@ -9,10 +9,10 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mlx_cerebrum.checkpoint import Checkpoint
-from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.plan import LayerPlan, named_plans
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.plan.layer_plan import LayerPlan, named_plans
+from mlx_cerebrum.weights.checkpoint import Checkpoint
 
 _SAMPLES, _SAMPLE_BYTES = 16, 256
 KINDS = (

@@ -19,10 +19,10 @@ import numpy as np
 from convert.gguf_stream import Stream, Tensor, new_file
 from convert.gguf_vocabulary import tokenizer_metadata
 from convert.source import check_stamps, stamps
-from mlx_cerebrum.checkpoint import Checkpoint, matrix_shapes, open_checkpoint
-from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.plan import LayerPlan
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.plan.layer_plan import LayerPlan
+from mlx_cerebrum.weights.checkpoint import Checkpoint, matrix_shapes, open_checkpoint
 
 # What weights can be stored as, with llama.cpp's name for a file of them.
 KINDS = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}

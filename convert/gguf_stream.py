@@ -15,11 +15,11 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_cerebrum.checkpoint import Checkpoint
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.gguf_file import GGML_TYPES
-from mlx_cerebrum.memory import human
-from mlx_cerebrum.vocabulary import first_line
+from mlx_cerebrum.model.memory import human
+from mlx_cerebrum.tokenizer.vocabulary import first_line
+from mlx_cerebrum.weights.checkpoint import Checkpoint
+from mlx_cerebrum.weights.gguf_file import GGML_TYPES
 
 ALIGNMENT = 32  # GGUF's default
 # A kind holds magnitudes below this: the least that would round to infinity (of Q8_0, a block's

@@ -9,13 +9,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from mlx_cerebrum.checkpoint import Checkpoint
-from mlx_cerebrum.detokenizer import SPACE_MARK
 from mlx_cerebrum.errors import TokenizerError
-from mlx_cerebrum.gguf_checkpoint import GGUFCheckpoint
-from mlx_cerebrum.gguf_tokenizer import PRE_TOKENIZERS
-from mlx_cerebrum.load import load_tokenizer
-from mlx_cerebrum.sentencepiece_model import (
+from mlx_cerebrum.tokenizer.detokenizer import SPACE_MARK
+from mlx_cerebrum.tokenizer.files import TokenizerFiles, read_bytes, read_text
+from mlx_cerebrum.tokenizer.gguf_vocabulary import PRE_TOKENIZERS
+from mlx_cerebrum.tokenizer.sentencepiece_model import (
     CONTROL,
     NORMAL,
     UNUSED,
@@ -24,10 +22,12 @@ from mlx_cerebrum.sentencepiece_model import (
     SentencePieceVocabulary,
     read_pieces,
 )
-from mlx_cerebrum.tokenizer import Tokenizer
-from mlx_cerebrum.tokenizer_files import TokenizerFiles, read_bytes, read_text
-from mlx_cerebrum.tokenizer_json import parse, with_added
-from mlx_cerebrum.vocabulary import TokenizersVocabulary, Vocabulary
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer.tokenizer_json import parse, with_added
+from mlx_cerebrum.tokenizer.vocabulary import TokenizersVocabulary, Vocabulary
+from mlx_cerebrum.weights.checkpoint import Checkpoint
+from mlx_cerebrum.weights.gguf_checkpoint import GGUFCheckpoint
+from mlx_cerebrum.weights.loading import load_tokenizer
 
 # Runs of spaces, digits, newlines; contractions in both cases; letters with marks, composed and
 # not; scripts without spaces; symbols and what is outside the vocabulary.

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.foreign import not_a_file
+from mlx_cerebrum.files.foreign import not_a_file
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -8,13 +8,13 @@ from convert import fold, shim
 from convert.output_config import output_config
 from convert.outputs import Change, Output, folded, unrolled
 from convert.recipe import choose
-from mlx_cerebrum.checkpoint import FLOATS, Checkpoint, matrix_shapes
-from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.load import planned_config
-from mlx_cerebrum.plan import LayerPlan
-from mlx_cerebrum.quantize import Packing
-from mlx_cerebrum.safetensors_file import ITEM_BYTES
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.plan.layer_plan import LayerPlan
+from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, matrix_shapes
+from mlx_cerebrum.weights.loading import planned_config
+from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.safetensors_file import ITEM_BYTES
 
 LAYOUTS = ("folded", "unrolled")
 _CODES = {name: code for code, name in FLOATS.items()}

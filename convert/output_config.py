@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from convert.outputs import Change, Output
-from mlx_cerebrum.checkpoint import FLOATS
-from mlx_cerebrum.config import FORMAT_VERSION, ModelConfig
+from mlx_cerebrum.model.config import FORMAT_VERSION, ModelConfig
+from mlx_cerebrum.weights.checkpoint import FLOATS
 
 # Keys that an output has only if this run gives them, that name code, or that say again what
 # `sliding_window` says (mlx-lm fails on a list of layers that all slide).

@@ -6,12 +6,12 @@ from math import prod
 
 import mlx.core as mx
 
-from mlx_cerebrum.checkpoint import FLOATS, Checkpoint, matrix_shapes, norm_names
-from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.plan import LayerPlan
-from mlx_cerebrum.quantize import Packing
-from mlx_cerebrum.safetensors_file import ITEM_BYTES
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.plan.layer_plan import LayerPlan
+from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, matrix_shapes, norm_names
+from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.safetensors_file import ITEM_BYTES
 
 _MX: dict[str, mx.Dtype] = {code: getattr(mx, name) for code, name in FLOATS.items()}
 _FLOAT_DTYPES = tuple(_MX.values())

@@ -15,10 +15,10 @@ from convert.layout import Layout, Options, lay_out
 from convert.source import Source
 from convert.writer import Writer
 from mlx_cerebrum import __version__
-from mlx_cerebrum.checkpoint import INDEX, Checkpoint, open_checkpoint
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.load import load_tokenizer
-from mlx_cerebrum.memory import human, kv_bytes
+from mlx_cerebrum.model.memory import human, kv_bytes
+from mlx_cerebrum.weights.checkpoint import INDEX, Checkpoint, open_checkpoint
+from mlx_cerebrum.weights.loading import load_tokenizer
 
 
 class _RefoldError(Exception):

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from convert.sensitivity import Sensitivity
-from mlx_cerebrum.checkpoint import matrix_shapes
-from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.quantize import AFFINE_BITS, Packing
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.weights.checkpoint import matrix_shapes
+from mlx_cerebrum.weights.quantize import AFFINE_BITS, Packing
 
 # mlx-lm's mixtures: bits for most matrices, bits for the favoured ones.
 MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}

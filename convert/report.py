@@ -4,7 +4,7 @@ import io
 import sys
 from typing import Any
 
-from mlx_cerebrum.memory import human
+from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.text import one_line, say, tell
 
 _MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128)  # GB of unified memory

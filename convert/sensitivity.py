@@ -23,9 +23,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mlx_cerebrum.config import ModelConfig, read_json
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.quantize import Packing
+from mlx_cerebrum.model.config import ModelConfig, read_json
+from mlx_cerebrum.weights.quantize import Packing
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 KINDS = (

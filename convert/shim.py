@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from convert.destination import write_json
-from mlx_cerebrum.config import read_json
 from mlx_cerebrum.errors import ConfigError
+from mlx_cerebrum.model.config import read_json
 
 NAME = "mlx_lm_model.py"  # here, and in the directory that carries it
 

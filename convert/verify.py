@@ -18,14 +18,15 @@ import numpy as np
 from convert import examine
 from convert.examine import Findings, Span
 from convert.integrity import PIECE, Bytes, HashedFile, expected_sha256, nonfinite, small_files
-from mlx_cerebrum import cli, hub
-from mlx_cerebrum.checkpoint import FLOATS, no_checkpoint
+from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CheckpointError, cut
-from mlx_cerebrum.gguf_file import GGML_TYPES
-from mlx_cerebrum.gguf_paths import gguf_at
-from mlx_cerebrum.memory import human
+from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.progress import progress as live_line
 from mlx_cerebrum.text import one_line, say
+from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights.checkpoint import FLOATS, no_checkpoint
+from mlx_cerebrum.weights.gguf_file import GGML_TYPES
+from mlx_cerebrum.weights.gguf_paths import gguf_at
 
 UNSOUND = 1  # the exit code where problems were found
 _SHOWN = 8  # tensors that a printed line names; --json has them all

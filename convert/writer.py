@@ -18,8 +18,8 @@ from typing import Any, Self
 
 from convert.integrity import PIECE, Bytes
 from convert.outputs import Output
-from mlx_cerebrum import json_file
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.files import json_file
 
 MAX_SHARD_BYTES = 5_000_000_000  # the hub's and mergekit's default
 JOURNAL = ".conversion"

@@ -10,22 +10,22 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlx_cerebrum.config import ModelConfig
+    from mlx_cerebrum.decoding.sampling import make_sampler
+    from mlx_cerebrum.decoding.stream import generate, stream_generate
     from mlx_cerebrum.errors import CerebrumError
-    from mlx_cerebrum.load import load
-    from mlx_cerebrum.plan import LayerPlan
-    from mlx_cerebrum.sampling import make_sampler
-    from mlx_cerebrum.stream import generate, stream_generate
+    from mlx_cerebrum.model.config import ModelConfig
+    from mlx_cerebrum.plan.layer_plan import LayerPlan
+    from mlx_cerebrum.weights.loading import load
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "mlx_cerebrum.load",
-    "generate": "mlx_cerebrum.stream",
-    "stream_generate": "mlx_cerebrum.stream",
-    "make_sampler": "mlx_cerebrum.sampling",
-    "LayerPlan": "mlx_cerebrum.plan",
-    "ModelConfig": "mlx_cerebrum.config",
+    "load": "mlx_cerebrum.weights.loading",
+    "generate": "mlx_cerebrum.decoding.stream",
+    "stream_generate": "mlx_cerebrum.decoding.stream",
+    "make_sampler": "mlx_cerebrum.decoding.sampling",
+    "LayerPlan": "mlx_cerebrum.plan.layer_plan",
+    "ModelConfig": "mlx_cerebrum.model.config",
     "CerebrumError": "mlx_cerebrum.errors",
 }
 

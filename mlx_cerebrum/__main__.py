@@ -15,7 +15,7 @@ from mlx_cerebrum.text import say
 COMMANDS = {
     "chat": ("mlx_cerebrum.chat.__main__", "talk at the terminal"),
     "generate": ("mlx_cerebrum.generate", "answer one prompt"),
-    "plan": ("mlx_cerebrum.plan", "show a layer plan and what it costs"),
+    "plan": ("mlx_cerebrum.plan.show", "show a layer plan and what it costs"),
     "serve": ("mlx_cerebrum.server.__main__", "serve OpenAI's API and a chat page"),
     "convert": ("convert.__main__", "write a checkpoint laid out by a plan"),
 }

@@ -13,13 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_cerebrum import cli
+from mlx_cerebrum.decoding.stream import stream_generate
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.load import load
-from mlx_cerebrum.memory import GB
-from mlx_cerebrum.plan import resolve
+from mlx_cerebrum.model.memory import GB
+from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.progress import progress
-from mlx_cerebrum.stream import stream_generate
 from mlx_cerebrum.text import clean, say
+from mlx_cerebrum.weights.loading import load
 
 QUESTION = "Why is the sky blue? Answer in two sentences."
 PLAN = "demo-interleaved"

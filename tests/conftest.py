@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from tiny import Weights, tiny_config, tiny_weights
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from mlx_cerebrum.hub import DEMO_COMMAND, demo_path
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.weights.hub import DEMO_COMMAND, demo_path
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
-from mlx_cerebrum.gguf_file import GGML_TYPES
+from mlx_cerebrum.weights.gguf_file import GGML_TYPES
 
 _SIZES = {name: (elements, nbytes) for name, elements, nbytes in GGML_TYPES.values()}
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 from tokenizers import pre_tokenizers
 
-from mlx_cerebrum.gguf_file import GGML_TYPES
+from mlx_cerebrum.weights.gguf_file import GGML_TYPES
 
 SIZES = {name: (elements, nbytes) for name, elements, nbytes in GGML_TYPES.values()}
 # Where a block has its float16 scales: byte offsets. MXFP4, NVFP4 and IQ1_M have others.

@@ -256,8 +256,8 @@ TEMPLATES = [
 
 def main(headroom: int) -> None:
     """Render all; print [seconds, error or None] of each, then the bytes that were added."""
-    from mlx_cerebrum import template
     from mlx_cerebrum.errors import CerebrumError
+    from mlx_cerebrum.tokenizer import template
 
     unit = 1 if sys.platform == "darwin" else 1024
 
@@ -280,7 +280,7 @@ def main(headroom: int) -> None:
 
 
 if __name__ == "__main__":
-    from mlx_cerebrum import template
+    from mlx_cerebrum.tokenizer import template
 
     template.STEPS = int(sys.argv[2])
     main(int(sys.argv[1]))

@@ -28,8 +28,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import mlx_cerebrum.server
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.hub import demo_path
 from mlx_cerebrum.server.security import SECURITY_HEADERS
+from mlx_cerebrum.weights.hub import demo_path
 
 FOLDER = Path(mlx_cerebrum.server.__file__).parent / "page"
 BROWSERS = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser")

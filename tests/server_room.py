@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 from conftest import byte_tokenizer
 
-from mlx_cerebrum.chat_formats import BUILT_IN
 from mlx_cerebrum.server.app import Service, Settings
 from mlx_cerebrum.server.jobs import (
     Engine,
@@ -24,7 +23,8 @@ from mlx_cerebrum.server.jobs import (
     TokenLogprob,
 )
 from mlx_cerebrum.server.listening import Server, bind, url
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 WAIT = 30.0  # seconds; how long a test waits for what should happen at once
 CONTEXT = 512

@@ -10,9 +10,9 @@ import numpy as np
 from conftest import INTERLEAVED_8, SMALL, byte_tokenizer, plan_yaml, write_checkpoint
 from tiny import tiny_config, tiny_weights
 
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.tokenizer import Tokenizer
-from mlx_cerebrum.views import load_views
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.views import load_views
 
 # Its answers are in the next prompt as they were said: what was computed holds.
 TEMPLATE = (

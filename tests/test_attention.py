@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_cerebrum import attention_cpu
-from mlx_cerebrum.attention import attend
-from mlx_cerebrum.attention_cpu import SLICE, attend_in_slices, exp2, in_slices, scores_held
-from mlx_cerebrum.cache import Mask, causal_mask
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.decode import generate_step
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.model import attention_cpu
+from mlx_cerebrum.model.attention import attend
+from mlx_cerebrum.model.attention_cpu import SLICE, attend_in_slices, exp2, in_slices, scores_held
+from mlx_cerebrum.model.cache import Mask, causal_mask
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
 
 
 def test_powers_of_two() -> None:
@@ -101,7 +101,7 @@ def test_slices_are_taken_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> Non
         taken.append(queries.shape)
         return queries
 
-    monkeypatch.setattr("mlx_cerebrum.attention.attend_in_slices", noted)
+    monkeypatch.setattr("mlx_cerebrum.model.attention.attend_in_slices", noted)
     for length in (256, 1):
         entries = mx.zeros((1, 1, 512, 8))
         attend(mx.zeros((1, 2, length, 8)), entries, entries, 1.0, "causal")

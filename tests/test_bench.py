@@ -12,11 +12,11 @@ from tiny import tiny_config
 from bench import bandwidth, full_size, machine, pair, process, projection, report, speed, suite
 from bench.__main__ import joined, main
 from bench.random_model import RandomCheckpoint
-from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import PlanError, RequestError
-from mlx_cerebrum.memory import kv_bytes
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.plan import LayerPlan
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import kv_bytes
+from mlx_cerebrum.plan.layer_plan import LayerPlan
 
 
 def quick(work: Path) -> suite.Settings:

@@ -20,12 +20,12 @@ from bench.memory import NARROW
 from bench.pair import open_pair
 from bench.random_model import RandomCheckpoint
 from bench.suite import Settings
-from mlx_cerebrum.cache import WindowedKVCache
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.decode import PREFILL_STEP, prefill
+from mlx_cerebrum.decoding.decode import PREFILL_STEP, prefill
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
-from mlx_cerebrum.load import choose_storage, load_model, planned_config
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.model.cache import WindowedKVCache
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.weights.loading import choose_storage, load_model, planned_config
 
 Results = dict[str, Any]
 GEOMETRY = tiny_config(torch_dtype="bfloat16", sliding_window=100, max_position_embeddings=2048)
@@ -202,7 +202,9 @@ def test_a_copy_that_would_not_fit_is_not_even_written(
     assert stored < unrolled
     written = []
     monkeypatch.setattr(Copies, "directory", lambda self: written.append(self.side.name))
-    monkeypatch.setattr("mlx_cerebrum.memory.available_bytes", lambda: (stored + unrolled) // 2)
+    monkeypatch.setattr(
+        "mlx_cerebrum.model.memory.available_bytes", lambda: (stored + unrolled) // 2
+    )
     settings = Settings(work=tmp_path, say=lambda line: None)
     with pytest.raises(MemoryBudgetError, match="are free"):
         context._copy(pair, pair.b, b, settings)
@@ -278,7 +280,7 @@ def test_what_does_not_fit_is_a_row_that_says_so(
     config = ModelConfig.from_dict(GEOMETRY)
     # Room for a window of ours at any length, and for mlx-lm's caches at the shorter one only.
     room = 3 * 56 * config.kv_values_per_token() // 32 * 4 * 700
-    monkeypatch.setattr("mlx_cerebrum.memory.available_bytes", lambda: room)
+    monkeypatch.setattr("mlx_cerebrum.model.memory.available_bytes", lambda: room)
     settings = Settings(work=tmp_path, rounds=1, seconds=1, tokens=3, say=lambda line: None)
     wide = GEOMETRY | {"max_position_embeddings": 8192}
     found = context.measure(pair, settings, (512, 8192), wide)

@@ -17,9 +17,9 @@ from bench.memory_report import errors
 from bench.pair import open_pair
 from bench.random_model import GEOMETRIES
 from bench.suite import Settings
-from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import CerebrumError
-from mlx_cerebrum.memory import GB
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.memory import GB
 
 Results = dict[str, Any]
 
@@ -123,7 +123,7 @@ def test_what_can_not_be_measured_says_why(
 def test_a_model_that_does_not_fit_is_refused(
     checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mlx_cerebrum.memory.available_bytes", lambda: 100_000)
+    monkeypatch.setattr("mlx_cerebrum.model.memory.available_bytes", lambda: 100_000)
     assert memory.main([str(checkpoint())]) == 2
     said = capsys.readouterr().err
     assert "are free" in said

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_cerebrum.cache import (
+from mlx_cerebrum.model.cache import (
     STEP,
     Packed,
     WindowedKVCache,
@@ -340,7 +340,7 @@ def test_a_chunk_that_fills_the_buffer_is_copied(length: int) -> None:
 
 def test_a_point_is_reachable_only_with_its_whole_window() -> None:
     """What is set aside ends before the point asked for: the point it can go to counts."""
-    from mlx_cerebrum.marks import Marks, Stretch
+    from mlx_cerebrum.model.rewind import Marks, Stretch
 
     marks = Marks(20)
     keys = mx.zeros((1, 1, 10, 4))

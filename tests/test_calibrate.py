@@ -11,12 +11,12 @@ from tiny import tiny_config, tiny_weights
 
 from convert.calibrate import LENGTH, Probe, calibrate, calibration_bytes, main, sample
 from convert.sensitivity import EMBEDDING, HEAD, KINDS, Sensitivity, module_of
-from mlx_cerebrum import memory
-from mlx_cerebrum.checkpoint import open_checkpoint
 from mlx_cerebrum.errors import ConfigError, MemoryBudgetError, RequestError
-from mlx_cerebrum.load import choose_storage, load_model
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.quantize import Packing
+from mlx_cerebrum.model import memory
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.loading import choose_storage, load_model
+from mlx_cerebrum.weights.quantize import Packing
 
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(2 * LENGTH))
 TWICE = (0, 1, 2, 3, 2, 3, 4, 5, 6, 7)

@@ -18,8 +18,8 @@ from tiny import tiny_config
 
 from convert.__main__ import main as convert
 from convert.card import card, source_card, weight_bytes
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.safetensors_file import read_header
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.weights.safetensors_file import read_header
 
 SEVEN = "AetherResearch/Cerebrum-1.0-7b"
 TWELVE = "Joseph717171/Cerebrum-1.0-12.25B"
@@ -167,7 +167,7 @@ def test_commands_name_the_directory_whatever_it_is_called(name: str) -> None:
 def test_commands_are_ones_the_tools_take() -> None:
     from mlx_lm.generate import setup_arg_parser
 
-    from mlx_cerebrum.generate_args import parser
+    from mlx_cerebrum.generate import parser
 
     text = card(config_of(folded=True, model_file="mlx_lm_model.py"), "there")
     ours, theirs = (shlex.split(command) for command in blocks(text)["sh"])

@@ -23,8 +23,8 @@ from mlx_cerebrum.chat.reply import Reply
 from mlx_cerebrum.chat.screen import PlainScreen
 from mlx_cerebrum.chat.session import Session, Settings
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 Views = tuple[Mapping[str, Model], Tokenizer]
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,8 @@ import pytest
 from conftest import MakeCheckpoint
 from jinja_reference import VARIABLES, jinja
 
-from mlx_cerebrum.chat_formats import (
+from mlx_cerebrum.errors import TokenizerError
+from mlx_cerebrum.tokenizer.chat_formats import (
     BUILT_IN,
     DEFAULT_SYSTEM,
     ChatFormat,
@@ -17,8 +18,7 @@ from mlx_cerebrum.chat_formats import (
     own_format,
     read_format,
 )
-from mlx_cerebrum.errors import TokenizerError
-from mlx_cerebrum.template import ChatTemplate
+from mlx_cerebrum.tokenizer.template import ChatTemplate
 
 USER, ANSWER, AGAIN = (
     {"role": "user", "content": "How many legs?"},
@@ -149,8 +149,8 @@ def test_a_name_that_is_none(name: str) -> None:
 
 
 def loaded(path: Path, **more: Any) -> Any:
-    from mlx_cerebrum.checkpoint import open_checkpoint
-    from mlx_cerebrum.load import load_tokenizer
+    from mlx_cerebrum.weights.checkpoint import open_checkpoint
+    from mlx_cerebrum.weights.loading import load_tokenizer
 
     return load_tokenizer(open_checkpoint(path), **more)
 

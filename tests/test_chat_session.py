@@ -10,12 +10,12 @@ from talker import talkers
 
 from mlx_cerebrum.chat.reply import Answer
 from mlx_cerebrum.chat.session import Session, Settings
-from mlx_cerebrum.chat_formats import BUILT_IN
+from mlx_cerebrum.decoding.stream import generate, stream_generate
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.stream import generate, stream_generate
-from mlx_cerebrum.tokenizer import Tokenizer
-from mlx_cerebrum.views import load_views
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.views import load_views
 
 Views = tuple[Mapping[str, Model], Tokenizer]
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from tiny import tiny_config
 
-from mlx_cerebrum.config import MOST, ModelConfig
 from mlx_cerebrum.errors import ConfigError
+from mlx_cerebrum.model.config import MOST, ModelConfig
 
 LLAMA = {"model_type": "llama", "sliding_window": ...}
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -23,10 +23,10 @@ from config_cases import (
 )
 from safetensors.numpy import load_file, save_file
 
-from mlx_cerebrum.checkpoint import open_checkpoint
-from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.load import choose_storage, load_model
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.loading import choose_storage, load_model
 
 GOLDEN = Path(__file__).parent / "golden"
 DOCUMENT = json.loads((GOLDEN / "configs.json").read_text(encoding="utf-8"))

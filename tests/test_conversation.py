@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_cerebrum.conversation import read_messages, write_messages
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.generate_args import parser, question
+from mlx_cerebrum.generate import parser, question
+from mlx_cerebrum.tokenizer.conversation import read_messages, write_messages
 
 TALK = [
     {"role": "system", "content": "Be brief."},

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from mlx_cerebrum.detokenizer import PER_BYTE, PER_SEQUENCE, StreamingDetokenizer, decode
 from mlx_cerebrum.errors import TokenizerError
-from mlx_cerebrum.sentencepiece_model import SentencePieceVocabulary
-from mlx_cerebrum.tokenizer_json import parse
-from mlx_cerebrum.vocabulary import TokenizersVocabulary, byte_symbols
+from mlx_cerebrum.tokenizer.detokenizer import PER_BYTE, PER_SEQUENCE, StreamingDetokenizer, decode
+from mlx_cerebrum.tokenizer.sentencepiece_model import SentencePieceVocabulary
+from mlx_cerebrum.tokenizer.tokenizer_json import parse
+from mlx_cerebrum.tokenizer.vocabulary import TokenizersVocabulary, byte_symbols
 
 BYTE_0 = 3  # the id of <0x00> in Mistral's vocabulary
 

@@ -20,8 +20,8 @@ from bench.render import command_line as render_parser
 from convert.arguments import parser as convert_parser
 from convert.verify import parser as verify_parser
 from mlx_cerebrum.chat.args import parser as chat_parser
-from mlx_cerebrum.generate_args import parser as generate_parser
-from mlx_cerebrum.plan_show import parser as plan_parser
+from mlx_cerebrum.generate import parser as generate_parser
+from mlx_cerebrum.plan.show import parser as plan_parser
 from mlx_cerebrum.server.args import parser as server_parser
 
 ROOT = Path(__file__).parent.parent
@@ -161,4 +161,4 @@ def test_changelog_and_version_agree() -> None:
 
 
 def test_model_fits_on_two_screens() -> None:
-    assert len((ROOT / "mlx_cerebrum" / "model.py").read_text().splitlines()) < 200
+    assert len((ROOT / "mlx_cerebrum" / "model" / "forward.py").read_text().splitlines()) < 200

@@ -6,13 +6,14 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny import tiny_config
 
-from mlx_cerebrum import draft_models, memory
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.cost import bytes_read
-from mlx_cerebrum.draft_models import draft_model, packed_copy, stored_order
+from mlx_cerebrum.decoding import draft_models
+from mlx_cerebrum.decoding.cost import bytes_read
+from mlx_cerebrum.decoding.draft_models import draft_model, packed_copy, stored_order
 from mlx_cerebrum.errors import CerebrumError, MemoryBudgetError
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.quantize import Packing, fuse_projections
+from mlx_cerebrum.model import memory
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.weights.quantize import Packing, fuse_projections
 
 MAP = (0, 1, 2, 1, 2, 3, 2, 3)
 

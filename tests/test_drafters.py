@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.cost import Costs, best_drafts, bytes_read, expected_tokens, speedup
-from mlx_cerebrum.decode import greedy, prefill
-from mlx_cerebrum.drafters import Drafter, ModelDrafter, NGramDrafter, borrowed
+from mlx_cerebrum.decoding.cost import Costs, best_drafts, bytes_read, expected_tokens, speedup
+from mlx_cerebrum.decoding.decode import greedy, prefill
+from mlx_cerebrum.decoding.drafters import Drafter, ModelDrafter, NGramDrafter, borrowed
+from mlx_cerebrum.decoding.policy import MARGIN, Agreement, Policy
+from mlx_cerebrum.decoding.speculative import Speculation, verify
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.model import Model, TransformerBlock
-from mlx_cerebrum.policy import MARGIN, Agreement, Policy
-from mlx_cerebrum.speculative import Speculation, verify
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model, TransformerBlock
 
 CEREBRUM = tuple(block for start in range(0, 25, 4) for block in range(start, start + 8))
 

@@ -11,11 +11,12 @@ import pytest
 from conftest import INTERLEAVED_8, plan_yaml, write_checkpoint
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
-from mlx_cerebrum.decode import greedy
+from mlx_cerebrum.decoding.decode import greedy
+from mlx_cerebrum.decoding.sampling import make_sampler
+from mlx_cerebrum.decoding.stream import stream_generate
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.memory_limits import memory_limit
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.sampling import make_sampler
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.limits import memory_limit
 from mlx_cerebrum.server.batch import Batch
 from mlx_cerebrum.server.batch_memory import job_bytes
 from mlx_cerebrum.server.engine import BatchEngine
@@ -32,9 +33,8 @@ from mlx_cerebrum.server.jobs import (
 )
 from mlx_cerebrum.server.prefix_cache import PrefixCache
 from mlx_cerebrum.server.task import choice_seed
-from mlx_cerebrum.stream import stream_generate
-from mlx_cerebrum.tokenizer import Tokenizer
-from mlx_cerebrum.views import load_views
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.views import load_views
 
 WINDOW = 12
 CONFIG = tiny_config(

@@ -21,16 +21,16 @@ from talker import talker
 from terminal import Program
 
 from mlx_cerebrum import load
-from mlx_cerebrum.checkpoint import open_checkpoint
+from mlx_cerebrum.decoding.prompt_cache import PromptCache
+from mlx_cerebrum.decoding.sampling import make_sampler
+from mlx_cerebrum.decoding.stream import StopText, generate, stream_generate
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.generate import main
-from mlx_cerebrum.load import choose_storage
-from mlx_cerebrum.memory import kv_bytes
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.prompt_cache import PromptCache
-from mlx_cerebrum.sampling import make_sampler
-from mlx_cerebrum.stream import StopText, generate, stream_generate
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import kv_bytes
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.loading import choose_storage
 
 ROOT = Path(__file__).parent.parent
 
@@ -347,7 +347,7 @@ def test_memory_is_asked_for_before_loading(
     short, long = (kv_bytes(source.config, 2, n, 4, 512) for n in (2, 400))
     assert short < long
     room = int((weights + (short + long) / 2) / 0.95)
-    monkeypatch.setattr("mlx_cerebrum.memory.available_bytes", lambda: room)
+    monkeypatch.setattr("mlx_cerebrum.model.memory.available_bytes", lambda: room)
     monkeypatch.setattr(sys.modules["mlx_cerebrum.generate"], "load_model", None)
     common = ["--model", path, "--prompt", "x", "--raw", "--max-tokens"]
     with pytest.raises(TypeError, match="not callable"):  # it fits, and loading is reached
@@ -363,7 +363,7 @@ def test_the_api_asks_for_the_caches_memory(
     checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = load(checkpoint())
-    monkeypatch.setattr("mlx_cerebrum.memory.available_bytes", lambda: 10_000)
+    monkeypatch.setattr("mlx_cerebrum.model.memory.available_bytes", lambda: 10_000)
     with pytest.raises(MemoryBudgetError, match=r"cache for 3 \+ 50 tokens"):
         next(stream_generate(model, tokenizer, "ab", max_tokens=50))
 
@@ -379,10 +379,10 @@ def test_builtin_template_stops_at_the_user_line_unless_raw(
     checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cerebrum's template brings its stop string."""
-    import mlx_cerebrum.stream
+    import mlx_cerebrum.decoding.stream
 
     stops: list[list[str]] = []
-    real = mlx_cerebrum.stream.stream_generate
+    real = mlx_cerebrum.decoding.stream.stream_generate
 
     def spy(*args: Any, **options: Any) -> Iterator[Any]:
         stops.append(list(options["stop"]))
@@ -561,7 +561,7 @@ def test_progress_is_shown_to_a_person(demo: Path) -> None:
 
 
 def test_help_gives_every_flag_a_unit_or_default(capsys: pytest.CaptureFixture[str]) -> None:
-    from mlx_cerebrum.generate_args import parser
+    from mlx_cerebrum.generate import parser
 
     for action in parser()._actions:
         assert action.help, action

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from command import run
 
-from mlx_cerebrum import memory
+from mlx_cerebrum.decoding.prompt_cache import PromptCache
+from mlx_cerebrum.decoding.speculative import speculation
+from mlx_cerebrum.decoding.stream import stream_generate
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.generate_args import parser
-from mlx_cerebrum.load import load
-from mlx_cerebrum.prompt_cache import PromptCache
-from mlx_cerebrum.speculative import speculation
-from mlx_cerebrum.stream import stream_generate
+from mlx_cerebrum.generate import parser
+from mlx_cerebrum.model import memory
+from mlx_cerebrum.weights.loading import load
 
 ROOT = Path(__file__).parent.parent
 MakeCheckpoint = Callable[..., Path]

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError
-from mlx_cerebrum.gguf import GGUFFile, TensorInfo, iter_tensors, model_config, modules
-from mlx_cerebrum.gguf_blocks import BITS, WIDE, read_arrays
-from mlx_cerebrum.gguf_file import GGML_TYPES
+from mlx_cerebrum.weights.gguf import GGUFFile, TensorInfo, iter_tensors, model_config, modules
+from mlx_cerebrum.weights.gguf_blocks import BITS, WIDE, read_arrays
+from mlx_cerebrum.weights.gguf_file import GGML_TYPES
 
 Array = npt.NDArray[Any]
 
@@ -246,7 +246,7 @@ def test_random_blocks_dequantize_as_in_ggml(
 def test_tensors_larger_than_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "model.gguf", Type.Q4_1)
     whole = read(path)
-    monkeypatch.setattr("mlx_cerebrum.gguf_blocks._CHUNK_BLOCKS", 7)
+    monkeypatch.setattr("mlx_cerebrum.weights.gguf_blocks._CHUNK_BLOCKS", 7)
     for module, arrays in read(path).items():
         for name, array in arrays.items():
             assert mx.array_equal(array, whole[module][name])
@@ -644,7 +644,7 @@ def test_smallest_container_and_version_2(tmp_path: Path) -> None:
 
 
 def test_header_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_cerebrum.gguf_file.MAX_HEADER", 1 << 10)
+    monkeypatch.setattr("mlx_cerebrum.weights.gguf_file.MAX_HEADER", 1 << 10)
     path = write(tmp_path / "model.gguf")
     assert "larger than" in refused(path, CheckpointError)
 

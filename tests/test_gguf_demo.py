@@ -14,11 +14,11 @@ from ggml_library import quantize
 from gguf import GGMLQuantizationType as Type
 
 from mlx_cerebrum import load
-from mlx_cerebrum.gguf_blocks import BITS, REPACKED
-from mlx_cerebrum.gguf_file import GGUFFile
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.stream import generate
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.decoding.stream import generate
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.gguf_blocks import BITS, REPACKED
+from mlx_cerebrum.weights.gguf_file import GGUFFile
 
 PROMPT = "The capital of France is"
 TEXT = "The quick brown fox jumps over the lazy dog. It was"

@@ -22,14 +22,14 @@ from convert.gguf_export import KINDS, export
 from convert.gguf_stream import paired
 from convert.gguf_vocabulary import PROBES, tokenizer_metadata
 from mlx_cerebrum import load
-from mlx_cerebrum.checkpoint import Checkpoint, SafetensorsCheckpoint, open_checkpoint
-from mlx_cerebrum.decode import generate_step
+from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.decoding.stream import generate
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError, TokenizerError
-from mlx_cerebrum.gguf_blocks import half_split
-from mlx_cerebrum.gguf_file import GGUFFile
-from mlx_cerebrum.plan import LayerPlan, resolve
-from mlx_cerebrum.stream import generate
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.plan.layer_plan import LayerPlan, resolve
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.checkpoint import Checkpoint, SafetensorsCheckpoint, open_checkpoint
+from mlx_cerebrum.weights.gguf_blocks import half_split
+from mlx_cerebrum.weights.gguf_file import GGUFFile
 
 SCALES = """merge_method: passthrough
 slices:

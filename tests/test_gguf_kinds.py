@@ -20,9 +20,10 @@ from convert.layout import Options
 from convert.pipeline import convert
 from convert.verify import verify
 from mlx_cerebrum import load
-from mlx_cerebrum.checkpoint import Checkpoint, matrix_shapes, open_checkpoint
 from mlx_cerebrum.errors import CheckpointError, ConfigError
-from mlx_cerebrum.gguf_blocks import (
+from mlx_cerebrum.plan.layer_plan import LayerPlan
+from mlx_cerebrum.weights.checkpoint import Checkpoint, matrix_shapes, open_checkpoint
+from mlx_cerebrum.weights.gguf_blocks import (
     BITS,
     FLOATS,
     REPACKED,
@@ -31,10 +32,9 @@ from mlx_cerebrum.gguf_blocks import (
     read_dense,
     stored_packing,
 )
-from mlx_cerebrum.gguf_file import GGUFFile, TensorInfo
-from mlx_cerebrum.load import choose_storage, load_model, smaller_weights
-from mlx_cerebrum.plan import LayerPlan
-from mlx_cerebrum.quantize import Packing
+from mlx_cerebrum.weights.gguf_file import GGUFFile, TensorInfo
+from mlx_cerebrum.weights.loading import choose_storage, load_model, smaller_weights
+from mlx_cerebrum.weights.quantize import Packing
 
 ROWS, WIDTH = 24, 512
 MIXED = {"attn_q": "Q4_K", "attn_k": "Q5_0", "attn_v": "Q6_K", "attn_output": "Q5_K"}
@@ -132,15 +132,15 @@ def test_rows_of_heads_come_back_in_order(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where they are read some at a time."""
-    from mlx_cerebrum.gguf_blocks import half_split
+    from mlx_cerebrum.weights.gguf_blocks import half_split
 
     raw = random_blocks(kind, ROWS, WIDTH)
     file, tensor = blocks_file(tmp_path / "x", kind, raw)
     packing = stored_packing(tensor)
     assert packing is not None
     plain = unpacked(read_arrays(file, tensor), packing)
-    monkeypatch.setattr("mlx_cerebrum.gguf_blocks.PIECE", 5 * WIDTH)
-    monkeypatch.setattr("mlx_cerebrum.gguf_blocks._CHUNK_BLOCKS", 7)
+    monkeypatch.setattr("mlx_cerebrum.weights.gguf_blocks.PIECE", 5 * WIDTH)
+    monkeypatch.setattr("mlx_cerebrum.weights.gguf_blocks._CHUNK_BLOCKS", 7)
     found = unpacked(read_arrays(file, tensor, rotary_heads=3), packing)
     np.testing.assert_array_equal(found, half_split(plain, 3))
     assert not np.array_equal(found, plain)
@@ -294,7 +294,7 @@ def test_auto_is_16_bits_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     convert(source, tmp_path / "converted", Options())
     converted = open_checkpoint(tmp_path / "converted")
     assert converted.dtypes["model.layers.0.self_attn.q_proj.scales"] == "F32"
-    module = sys.modules["mlx_cerebrum.load"]  # its name is the function's too
+    module = sys.modules["mlx_cerebrum.weights.loading"]  # its name is the function's too
     monkeypatch.setattr(module, "on_gpu", lambda: True)
     for checkpoint in (source, converted):
         storage = choose_storage(checkpoint, None, "auto")

@@ -10,9 +10,9 @@ import pytest
 from convert.pipeline import convert
 from convert.verify import verify
 from mlx_cerebrum import load
-from mlx_cerebrum.checkpoint import matrix_shapes, open_checkpoint
 from mlx_cerebrum.errors import CerebrumError, CheckpointError
-from mlx_cerebrum.views import orders
+from mlx_cerebrum.weights.checkpoint import matrix_shapes, open_checkpoint
+from mlx_cerebrum.weights.views import orders
 
 
 def refused(path: Path) -> str:

@@ -19,13 +19,13 @@ from safetensors.numpy import load_file
 from tiny import tiny_weights, weights_sha256
 
 from mlx_cerebrum import LayerPlan, load, stream_generate
-from mlx_cerebrum.cache import WindowedKVCache
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.decode import generate_step
-from mlx_cerebrum.memory import on_gpu
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.quantize import fuse_projections
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.model.cache import WindowedKVCache
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import on_gpu
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.quantize import fuse_projections
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-4  # absolute, on every logit

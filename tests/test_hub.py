@@ -15,8 +15,8 @@ import gguf_files
 import pytest
 from conftest import MakeCheckpoint
 
-from mlx_cerebrum import hub
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.weights import hub
 
 ROOT = Path(__file__).parent.parent
 REPO = "owner/tiny"

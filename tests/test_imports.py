@@ -3,86 +3,34 @@
 import ast
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Every module of the runtime, lowest room first: it may import only what stands before it.
-ROOMS = [
+# The runtime's rooms, lowest floor first: one imports its own modules and what is on a lower floor.
+FLOORS = [
     ["errors"],
-    ["foreign"],
-    ["open_files"],
-    ["text"],
-    ["cli", "progress", "json_file"],
-    ["config"],
-    ["plan_yaml"],
-    ["plan_mergekit"],
+    ["device", "text", "files"],
+    ["cli", "progress"],
+    ["tokenizer", "model"],
     ["plan"],
-    ["plan_show"],
-    ["marks"],
-    ["cache"],
-    ["attention_cpu"],
-    ["attention"],
-    ["memory_limits"],
-    ["memory"],
-    ["shared_weights", "rotary", "linear"],
-    ["model"],
-    ["quantize"],
-    ["safetensors_file"],
-    ["gguf_paths"],
-    ["gguf_file"],
-    ["gguf_blocks"],
-    ["gguf"],
-    ["detokenizer"],
-    ["vocabulary"],
-    ["sentencepiece_model", "tokenizer_json"],
-    ["gguf_tokenizer"],
-    ["template_text"],
-    ["template_values"],
-    ["template_filters"],
-    ["template_run"],
-    ["chat_formats"],
-    ["template"],
-    ["tokenizer_files"],
-    ["tokenizer"],
-    ["checkpoint"],
-    ["gguf_checkpoint"],
-    ["hub"],
-    ["load"],
-    ["decode"],
-    ["sampling"],
-    ["cost"],
-    ["policy"],
-    ["drafters"],
-    ["draft_models"],
-    ["speculative"],
-    ["prompt_cache"],
-    ["prompt_cache_identity"],
-    ["prompt_cache_file"],
-    ["stream"],
-    ["conversation"],
-    ["model_args"],
-    ["generate_args"],
-    ["generate", "demo"],
-    ["views"],
-    ["chat", "server"],
+    ["weights"],
+    ["decoding"],
+    ["flags"],
+    ["generate", "demo", "chat", "server", "prompt_cache", "speculative"],
     ["__main__"],
 ]
-PURE = [
-    "errors",
-    "text",
-    "json_file",
-    "config",
-    "plan",
-    "plan_yaml",
-    "plan_mergekit",
-    "plan_show",
-    "tokenizer",
-    "template",
+PURE = ["errors", "text", "files.json_file", "model.config", "tokenizer.tokenizer"]
+PURE += [f"plan.{name}" for name in ("layer_plan", "yaml_places", "mergekit", "show", "__main__")]
+FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for name in rooms}
+PACKAGES = ("mlx_cerebrum", "convert")
+TO_BE_CUT = [
+    ("mlx_cerebrum.weights.checkpoint", "mlx_cerebrum.weights.gguf_checkpoint"),
+    ("mlx_cerebrum.chat.chat", "mlx_cerebrum.chat.commands"),
 ]
-RANK = {name: rank for rank, room in enumerate(ROOMS) for name in room}
 
 
 def imports(path: Path) -> set[str]:
@@ -96,27 +44,48 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def files(room: str) -> list[Path]:
-    """A module's file, or all of a package's."""
-    path = ROOT / "mlx_cerebrum" / room
-    return sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+def modules(*packages: str) -> dict[str, Path]:
+    """Every module of these packages by its dotted name, a package by its own."""
+    found = {}
+    for path in (path for package in packages for path in sorted((ROOT / package).rglob("*.py"))):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+RUNTIME = modules("mlx_cerebrum")
+
+
+def room(module: str) -> str:
+    """The room of a module of the runtime: `weights` of `mlx_cerebrum.weights.hub`."""
+    return [*module.split("."), ""][1]
 
 
 def test_every_module_has_a_room() -> None:
-    package = ROOT / "mlx_cerebrum"
-    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
-    assert modules | {path.parent.name for path in package.glob("*/__init__.py")} == set(RANK)
+    assert {room(name) for name in RUNTIME} - {""} == set(FLOOR) - {"device"}
 
 
-def test_imports_go_one_way() -> None:
-    for name, rank in RANK.items():
-        for module in set().union(*map(imports, files(name))):
-            package, _, rest = module.partition(".")
-            assert package not in ("convert", "bench", "tests"), f"{name} imports {module}"
-            other = rest.split(".")[0]
-            if package == "mlx_cerebrum" and other in RANK and other != name:
-                lazy = (name, other) in {("plan", "plan_show"), ("checkpoint", "gguf_checkpoint")}
-                assert RANK[other] < rank or lazy, f"{name} imports {module}"
+@pytest.mark.parametrize("name", RUNTIME)
+def test_imports_go_down(name: str) -> None:
+    for module in imports(RUNTIME[name]):
+        package = module.split(".")[0]
+        assert package not in ("convert", "bench", "tests"), f"{name} imports {module}"
+        if package == "mlx_cerebrum" and room(name) and room(module) in FLOOR:
+            lower = FLOOR[room(module)] < FLOOR[room(name)]
+            assert lower or room(module) == room(name), f"{name} imports {module}"
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    known = modules(*PACKAGES)
+    del known["mlx_cerebrum"]  # it loads its names when they are asked for
+    left = {name: imports(path) & known.keys() - {name} for name, path in known.items()}
+    for name, lazy in TO_BE_CUT:
+        left[name].discard(lazy)
+    while ends := {name for name, wanted in left.items() if not wanted & left.keys()}:
+        left = {name: wanted for name, wanted in left.items() if name not in ends}
+    while starts := left.keys() - {*chain(*left.values())}:
+        left = {name: wanted for name, wanted in left.items() if name not in starts}
+    assert not left, f"these import each other: {sorted(left)}"
 
 
 def test_rooms_beside_each_other_do_not_meet() -> None:
@@ -128,10 +97,10 @@ def test_rooms_beside_each_other_do_not_meet() -> None:
 def test_heavy_packages_are_imported_where_used() -> None:
     heavy = {"mlx_lm", "transformers", "torch", "huggingface_hub", "rich", "prompt_toolkit"}
     heavy |= {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"}
-    own = {"plan_show": {"rich"}, "demo": {"rich"}, "chat": {"rich", "prompt_toolkit"}}
+    own = {"plan.show": {"rich"}, "demo": {"rich"}, "chat": {"rich", "prompt_toolkit"}}
     own["server"] = heavy - {"transformers", "torch", "huggingface_hub", "prompt_toolkit"}
-    for path in (path for name in RANK for path in files(name)):
-        allowed = own.get(path.parent.name, own.get(path.stem, set()))
+    for name, path in RUNTIME.items():
+        allowed = own.get(name.removeprefix("mlx_cerebrum."), own.get(room(name), set()))
         for node in ast.parse(path.read_text(encoding="utf-8")).body:  # top level only
             names = []
             if isinstance(node, ast.Import):
@@ -139,6 +108,11 @@ def test_heavy_packages_are_imported_where_used() -> None:
             elif isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
             assert not {name.split(".")[0] for name in names} & (heavy - allowed), path
+
+
+@pytest.mark.parametrize("name", ["model", "plan"])
+def test_these_packages_import_nothing(name: str) -> None:
+    assert not imports(RUNTIME[f"mlx_cerebrum.{name}"])
 
 
 @pytest.mark.parametrize("name", PURE)
@@ -159,9 +133,12 @@ def test_greedy_path_loads_neither_transformers_nor_mlx_lm(demo: Path) -> None:
 def test_public_names() -> None:
     import mlx_cerebrum
     import mlx_cerebrum.generate
-    import mlx_cerebrum.load
+    import mlx_cerebrum.prompt_cache
+    import mlx_cerebrum.speculative
 
     assert callable(mlx_cerebrum.load)
+    assert callable(mlx_cerebrum.prompt_cache.PromptCache)
+    assert callable(mlx_cerebrum.speculative.speculation)
     assert callable(mlx_cerebrum.generate)
     assert callable(mlx_cerebrum.stream_generate)
     assert mlx_cerebrum.LayerPlan.named("cerebrum-7b").layer_map(32) == tuple(range(32))

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from mlx_cerebrum import json_file
-from mlx_cerebrum.config import read_json
-from mlx_cerebrum.conversation import read_messages
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError
-from mlx_cerebrum.safetensors_file import read_header
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.files import json_file
+from mlx_cerebrum.model.config import read_json
+from mlx_cerebrum.tokenizer.conversation import read_messages
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.safetensors_file import read_header
 
 
 def deep(count: int) -> str:

@@ -4,8 +4,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_cerebrum.linear import Embedding, Linear, _pieces, multiply
-from mlx_cerebrum.rotary import Rotary
+from mlx_cerebrum.model.linear import Embedding, Linear, _pieces, multiply
+from mlx_cerebrum.model.rotary import Rotary
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main as convert
 from mlx_cerebrum import load
-from mlx_cerebrum.checkpoint import open_checkpoint
+from mlx_cerebrum.decoding.prompt_cache import PromptCache
+from mlx_cerebrum.decoding.stream import stream_generate
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError, MemoryBudgetError
-from mlx_cerebrum.load import choose_storage, load_model
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.prompt_cache import PromptCache
-from mlx_cerebrum.quantize import Packing
-from mlx_cerebrum.stream import stream_generate
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.loading import choose_storage, load_model
+from mlx_cerebrum.weights.quantize import Packing
 
 IDS = mx.array([[5, 80, 44, 120, 7, 99, 201, 5, 17, 42, 9, 30, 77, 150, 3, 6]])
 
@@ -328,7 +328,7 @@ def test_too_large_is_refused_with_the_numbers(
     checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = checkpoint()
-    monkeypatch.setattr("mlx_cerebrum.memory.available_bytes", lambda: 100_000)
+    monkeypatch.setattr("mlx_cerebrum.model.memory.available_bytes", lambda: 100_000)
     with pytest.raises(MemoryBudgetError, match=r"needs \d\.\d MB and 0\.1 MB are free; .*q-bits"):
         load(path, dtype="float32")
 

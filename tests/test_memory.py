@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.random_model import GEOMETRIES, RandomCheckpoint
-from mlx_cerebrum import memory
-from mlx_cerebrum.cache import STEP, WindowedKVCache
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.decode import generate_step
-from mlx_cerebrum.load import choose_storage, load_model, planned_config
-from mlx_cerebrum.memory import forward_bytes, keeps_scores, kv_bytes, request_bytes
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.model import memory
+from mlx_cerebrum.model.cache import STEP, WindowedKVCache
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import forward_bytes, keeps_scores, kv_bytes, request_bytes
+from mlx_cerebrum.weights.loading import choose_storage, load_model, planned_config
 
 CHUNK = STEP - 6
 GENERATED = 3

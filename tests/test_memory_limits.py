@@ -14,15 +14,15 @@ from conftest import MakeCheckpoint, config_of, tensors
 
 from bench import memory_limit
 from bench.random_model import GEOMETRIES
-from mlx_cerebrum import memory
-from mlx_cerebrum.checkpoint import open_checkpoint
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import PREFILL_STEP
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
-from mlx_cerebrum.load import choose_storage, load, load_model, smaller_weights
-from mlx_cerebrum.memory import available_bytes, request_bytes, require, what_fits
-from mlx_cerebrum.memory_limits import _FIRST_EVALUATION, PROC, cgroups, host_bytes, limits, sizes
-from mlx_cerebrum.quantize import Packing
+from mlx_cerebrum.model import memory
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.limits import _FIRST_EVALUATION, PROC, cgroups, host_bytes, limits, sizes
+from mlx_cerebrum.model.memory import available_bytes, request_bytes, require, what_fits
+from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.loading import choose_storage, load, load_model, smaller_weights
+from mlx_cerebrum.weights.quantize import Packing
 
 FULL = ModelConfig.from_dict(GEOMETRIES["cerebrum-7b"])
 NONE = "9223372036854771712"  # what cgroup v1 says where there is no limit
@@ -126,7 +126,7 @@ def test_addresses_of_the_first_thread_are_left_room_for(
 
 @pytest.mark.skipif(not PROC.exists(), reason="ulimit -v is enforced on Linux only")
 def test_a_real_ulimit_is_seen() -> None:
-    code = "from mlx_cerebrum.memory_limits import host_bytes; print(host_bytes())"
+    code = "from mlx_cerebrum.model.limits import host_bytes; print(host_bytes())"
     command = f'ulimit -v 1000000 && exec "{sys.executable}" -c "{code}"'
     done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout) < 1_024_000_000
@@ -306,7 +306,7 @@ _ASK += ["--max-tokens", "2", "--dtype", "float32", "--prefill-step-size", "64"]
 
 @pytest.fixture(scope="module")
 def predicted() -> int:
-    from mlx_cerebrum.hub import demo_path
+    from mlx_cerebrum.weights.hub import demo_path
 
     checkpoint = open_checkpoint(demo_path())
     storage = choose_storage(checkpoint, None, "float32")
@@ -318,11 +318,12 @@ def predicted() -> int:
 def started() -> dict[str, int]:
     """What the process has taken by the time it asks for memory, by the name the kernel gives."""
     code = (
-        "import json, mlx_cerebrum.generate; from mlx_cerebrum.load import load_tokenizer;"
-        "from mlx_cerebrum.checkpoint import open_checkpoint; from mlx_cerebrum import hub;"
+        "import json, mlx_cerebrum.generate; from mlx_cerebrum.weights import hub;"
+        "from mlx_cerebrum.weights.loading import load_tokenizer;"
+        "from mlx_cerebrum.weights.checkpoint import open_checkpoint;"
         "held = open_checkpoint(hub.demo_path()); tokenizer = load_tokenizer(held);"
         "tokenizer.encode('Once');"  # its tables are made when they are first asked for
-        "from mlx_cerebrum.memory_limits import PROC, sizes;"
+        "from mlx_cerebrum.model.limits import PROC, sizes;"
         "print(json.dumps(sizes(PROC / 'self/status')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -413,7 +414,7 @@ def test_sizes_are_read_in_bytes(tmp_path: Path) -> None:
 KEPT = """
 from pathlib import Path
 import mlx.core as mx
-from mlx_cerebrum.memory_limits import release
+from mlx_cerebrum.model.limits import release
 
 def held():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

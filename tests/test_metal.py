@@ -5,10 +5,10 @@ import pytest
 from conftest import MakeCheckpoint
 
 from mlx_cerebrum import load
-from mlx_cerebrum.decode import generate_step
-from mlx_cerebrum.memory import available_bytes
-from mlx_cerebrum.memory_limits import limits
-from mlx_cerebrum.model import swiglu
+from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.model.forward import swiglu
+from mlx_cerebrum.model.limits import limits
+from mlx_cerebrum.model.memory import available_bytes
 
 pytestmark = [
     pytest.mark.metal,

@@ -11,10 +11,10 @@ import pytest
 from conftest import parameters
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
-from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.model import MLP, Model
-from mlx_cerebrum.quantize import fuse_projections
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import MLP, Model
+from mlx_cerebrum.weights.quantize import fuse_projections
 
 MAP = (0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7)
 SCALES = tuple((1.0 - p / 20, 0.5 + p / 20) for p in range(len(MAP)))
@@ -208,7 +208,7 @@ def test_a_view_the_blocks_cannot_run(layer_map: tuple[int, ...], scales: Any) -
 def test_interrupted_between_two_positions_the_caches_agree(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from mlx_cerebrum.decode import generate_step
+    from mlx_cerebrum.decoding.decode import generate_step
 
     model, left = build(), 0
     prompt = tiny_prompt(tiny_config(), 30, 5)
@@ -237,7 +237,7 @@ def test_interrupted_between_two_positions_the_caches_agree(
 
 @pytest.mark.usefixtures("pace")
 def test_no_step_is_run_that_nobody_reads() -> None:
-    from mlx_cerebrum.decode import generate_step
+    from mlx_cerebrum.decoding.decode import generate_step
 
     model, cache = build(), build().make_cache()
     seen: list[tuple[int, int]] = []
@@ -264,7 +264,7 @@ def test_mlx_lm_loop_runs_on_our_cache_and_ours_on_its_caches() -> None:
     from mlx_lm.generate import generate_step as their_loop
     from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-    from mlx_cerebrum.decode import generate_step as our_loop
+    from mlx_cerebrum.decoding.decode import generate_step as our_loop
 
     model = build()
     prompt = tokens(3 * WINDOW)[0]
@@ -280,12 +280,12 @@ def test_mlx_lm_loop_runs_on_our_cache_and_ours_on_its_caches() -> None:
 @pytest.fixture(params=[False, True], ids=["in turn", "one step ahead"])
 def pace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding as on the CPU, and as on a GPU."""
-    monkeypatch.setattr("mlx_cerebrum.decode.on_gpu", lambda: request.param)
+    monkeypatch.setattr("mlx_cerebrum.decoding.decode.on_gpu", lambda: request.param)
 
 
 @pytest.mark.usefixtures("pace")
 def test_resumed_cache_is_uninterrupted() -> None:
-    from mlx_cerebrum.decode import generate_step
+    from mlx_cerebrum.decoding.decode import generate_step
 
     model = build()
     prompt = tiny_prompt(tiny_config(), 20, 5)
@@ -300,7 +300,7 @@ def test_resumed_cache_is_uninterrupted() -> None:
 @pytest.mark.usefixtures("pace")
 def test_abandoned_generation_leaves_a_usable_cache() -> None:
     """The step in flight has already run: the cache holds the first `offset` tokens."""
-    from mlx_cerebrum.decode import generate_step
+    from mlx_cerebrum.decoding.decode import generate_step
 
     model = build()
     prompt = tiny_prompt(tiny_config(), 20, 5)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.open_files import raise_limit
+from mlx_cerebrum.files.open_files import raise_limit
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
     "imports",
     [
         "import mlx_cerebrum.server.lm",
-        "from mlx_cerebrum.sampling import make_sampler; make_sampler(1.0, 0.5)",
+        "from mlx_cerebrum.decoding.sampling import make_sampler; make_sampler(1.0, 0.5)",
     ],
 )
 def test_mlx_lm_is_imported_where_few_files_may_be_open(imports: str) -> None:

@@ -32,7 +32,7 @@ launched, served, room, page = (
 def test_an_exported_conversation_is_what_generate_reads(
     page: Page, room: Room, tmp_path: Path
 ) -> None:
-    from mlx_cerebrum.conversation import read_messages
+    from mlx_cerebrum.tokenizer.conversation import read_messages
 
     settings(page, system="Be brief.")
     ask(page, "Größe?")
@@ -152,7 +152,7 @@ def test_settings_are_sent_and_kept(page: Page, room: Room) -> None:
 
 
 def test_the_system_texts_placeholder_is_the_templates_own(page: Page) -> None:
-    from mlx_cerebrum.chat_formats import DEFAULT_SYSTEM
+    from mlx_cerebrum.tokenizer.chat_formats import DEFAULT_SYSTEM
 
     page.click("#open-settings")
     assert page.locator("[name=system]").get_attribute("placeholder") == DEFAULT_SYSTEM

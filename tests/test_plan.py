@@ -12,10 +12,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mlx_cerebrum.config import MAX_POSITIONS
 from mlx_cerebrum.errors import PlanError
-from mlx_cerebrum.plan import LayerPlan, interleave, named_plans, resolve
-from mlx_cerebrum.plan_yaml import MAX_CHARACTERS
+from mlx_cerebrum.model.config import MAX_POSITIONS
+from mlx_cerebrum.plan.layer_plan import LayerPlan, interleave, named_plans, resolve
+from mlx_cerebrum.plan.yaml_places import MAX_CHARACTERS
 
 CARD_MAP = tuple(block for start in range(0, 25, 4) for block in range(start, start + 8))
 
@@ -530,7 +530,7 @@ def test_thousands_of_filters_over_thousands_of_positions() -> None:
 
 def test_planning_imports_no_mlx() -> None:
     code = (
-        "import sys, mlx_cerebrum.plan, mlx_cerebrum.plan_show as show;"
+        "import sys, mlx_cerebrum.plan.layer_plan, mlx_cerebrum.plan.show as show;"
         "show.main(['cerebrum-12.25b']);"
         "heavy = {'mlx', 'numpy', 'transformers', 'tokenizers', 'huggingface_hub'};"
         "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))"

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from mlx_cerebrum import cli
-from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import CerebrumError
-from mlx_cerebrum.plan import LayerPlan, main
-from mlx_cerebrum.plan_show import CEREBRUM_7B, describe
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.plan.layer_plan import LayerPlan
+from mlx_cerebrum.plan.show import CEREBRUM_7B, describe, main
 
 Run = Callable[..., tuple[int, str, str]]
 

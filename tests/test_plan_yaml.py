@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from mlx_cerebrum.errors import PlanError
-from mlx_cerebrum.plan import LayerPlan, resolve
+from mlx_cerebrum.plan.layer_plan import LayerPlan, resolve
 
 HEAD = "merge_method: passthrough\n"
 

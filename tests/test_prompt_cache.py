@@ -18,28 +18,28 @@ from conftest import INTERLEAVED_8, MakeCheckpoint
 from safetensors.numpy import save_file
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
-from mlx_cerebrum import prompt_cache as room
-from mlx_cerebrum import prompt_cache_file, prompt_cache_identity
-from mlx_cerebrum.cache import WindowedKVCache
-from mlx_cerebrum.checkpoint import open_checkpoint
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.decode import PREFILL_STEP, generate_step
+from mlx_cerebrum.decoding import prompt_cache as room
+from mlx_cerebrum.decoding import prompt_cache_file, prompt_cache_identity
+from mlx_cerebrum.decoding.decode import PREFILL_STEP, generate_step
+from mlx_cerebrum.decoding.prompt_cache import PromptCache
+from mlx_cerebrum.decoding.prompt_cache_file import check_destination, save
+from mlx_cerebrum.decoding.prompt_cache_file import load as load_cache
+from mlx_cerebrum.decoding.prompt_cache_identity import identity
+from mlx_cerebrum.decoding.speculative import Speculation, speculation, speculative_step
+from mlx_cerebrum.decoding.stream import stream_generate
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.load import (
+from mlx_cerebrum.model.cache import WindowedKVCache
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.plan.layer_plan import LayerPlan
+from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.loading import (
     Storage,
     choose_storage,
     load,
     planned_config,
 )
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.plan import LayerPlan
-from mlx_cerebrum.prompt_cache import PromptCache
-from mlx_cerebrum.prompt_cache_file import check_destination, save
-from mlx_cerebrum.prompt_cache_file import load as load_cache
-from mlx_cerebrum.prompt_cache_identity import identity
-from mlx_cerebrum.quantize import Packing
-from mlx_cerebrum.speculative import Speculation, speculation, speculative_step
-from mlx_cerebrum.stream import stream_generate
+from mlx_cerebrum.weights.quantize import Packing
 
 WINDOW = 20
 MAP = (0, 1, 2, 1, 2, 3)

@@ -20,11 +20,11 @@ from tiny import tiny_config
 
 from convert.recipe import MIXED, RECIPES, bits_per_weight, choose
 from convert.sensitivity import EMBEDDING, HEAD, KINDS, Sensitivity, module_of
-from mlx_cerebrum.checkpoint import matrix_shapes
-from mlx_cerebrum.config import ModelConfig
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.plan import resolve
-from mlx_cerebrum.quantize import Packing
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.plan.layer_plan import resolve
+from mlx_cerebrum.weights.checkpoint import matrix_shapes
+from mlx_cerebrum.weights.quantize import Packing
 
 BASE = Packing(4, 64)
 

@@ -20,9 +20,9 @@ from bench.__main__ import new_document
 from bench.index import index
 from bench.runs import Runs
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.memory import GB
-from mlx_cerebrum.plan import LayerPlan
-from mlx_cerebrum.plan_show import describe
+from mlx_cerebrum.model.memory import GB
+from mlx_cerebrum.plan.layer_plan import LayerPlan
+from mlx_cerebrum.plan.show import describe
 
 ROOT = figures.ROOT
 Results = dict[str, Any]

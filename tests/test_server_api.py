@@ -32,7 +32,7 @@ from server_room import (
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.server.jobs import BusyError, Event, Failed, Piece, Sampling, TokenLogprob
 from mlx_cerebrum.server.replies import ChatCompletion, TextCompletion
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

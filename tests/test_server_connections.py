@@ -36,7 +36,7 @@ from mlx_cerebrum.server.connections import Patience
 from mlx_cerebrum.server.intake import SLICE
 from mlx_cerebrum.server.jobs import BusyError, ClosedError, Event, Reading
 from mlx_cerebrum.server.listening import Server
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.server import connections
 from mlx_cerebrum.server.connections import HEAD_BYTES, Connection, Patience, Phase, Room
 from mlx_cerebrum.server.jobs import Event
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 

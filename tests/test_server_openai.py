@@ -11,12 +11,12 @@ from openai.types.chat import ChatCompletionMessageParam
 from server_room import WAIT, FakeEngine, Running, serving
 from tiny import tiny_config, tiny_weights
 
-from mlx_cerebrum.load import load
+from mlx_cerebrum.decoding.stream import generate
 from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.server.jobs import BusyError
-from mlx_cerebrum.stream import generate
-from mlx_cerebrum.tokenizer import Tokenizer
-from mlx_cerebrum.views import describe, load_views
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.loading import load
+from mlx_cerebrum.weights.views import describe, load_views
 
 HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello, who are you?"}]
 MODELS = ("small", "small@deep")

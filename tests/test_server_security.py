@@ -21,7 +21,7 @@ from mlx_cerebrum.server.args import parser, settings
 from mlx_cerebrum.server.listening import bind, url
 from mlx_cerebrum.server.security import CONTENT_POLICY, Guard, Rules
 from mlx_cerebrum.server.streaming import Stream
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 KEY = "a-key-of-ours"
 RULES = Rules(public=lambda _: True)

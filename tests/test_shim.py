@@ -28,12 +28,12 @@ from convert import shim
 from convert.layout import Options
 from convert.pipeline import convert
 from mlx_cerebrum import load
-from mlx_cerebrum.checkpoint import open_checkpoint
-from mlx_cerebrum.config import read_json
-from mlx_cerebrum.decode import generate_step
+from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.plan import resolve
-from mlx_cerebrum.quantize import Packing
+from mlx_cerebrum.model.config import read_json
+from mlx_cerebrum.plan.layer_plan import resolve
+from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.quantize import Packing
 
 WINDOW = 12  # of the tiny checkpoints
 POSITIONS = 12  # of the plan, over 8 blocks

@@ -20,19 +20,20 @@ from hypothesis import strategies as st
 from mlx.utils import tree_map
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
-from mlx_cerebrum import load, speculative
-from mlx_cerebrum.cache import REWIND, WindowedKVCache
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.decode import Sampler, generate_step, greedy, prefill
-from mlx_cerebrum.drafters import Draft, Drafter, ModelDrafter, NGramDrafter
+from mlx_cerebrum import load
+from mlx_cerebrum.decoding import speculative
+from mlx_cerebrum.decoding.decode import Sampler, generate_step, greedy, prefill
+from mlx_cerebrum.decoding.drafters import Draft, Drafter, ModelDrafter, NGramDrafter
+from mlx_cerebrum.decoding.policy import Policy
+from mlx_cerebrum.decoding.prompt_cache import PromptCache
+from mlx_cerebrum.decoding.sampling import make_sampler
+from mlx_cerebrum.decoding.speculative import Speculation, speculation, speculative_step, verify
+from mlx_cerebrum.decoding.stream import stream_generate
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.model import Model, TransformerBlock
-from mlx_cerebrum.policy import Policy
-from mlx_cerebrum.prompt_cache import PromptCache
-from mlx_cerebrum.quantize import fuse_projections
-from mlx_cerebrum.sampling import make_sampler
-from mlx_cerebrum.speculative import Speculation, speculation, speculative_step, verify
-from mlx_cerebrum.stream import stream_generate
+from mlx_cerebrum.model.cache import REWIND, WindowedKVCache
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model, TransformerBlock
+from mlx_cerebrum.weights.quantize import fuse_projections
 
 WINDOW = 20
 TARGET = (0, 1, 2, 1, 2, 3, 2, 3)  # 8 positions over 4 blocks

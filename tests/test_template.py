@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from mlx_cerebrum.chat_formats import CEREBRUM_TEMPLATE, DEFAULT_SYSTEM
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.template import ChatTemplate, check_messages, strip_eos
-from mlx_cerebrum.vocabulary import AddedToken
+from mlx_cerebrum.tokenizer.chat_formats import CEREBRUM_TEMPLATE, DEFAULT_SYSTEM
+from mlx_cerebrum.tokenizer.template import ChatTemplate, check_messages, strip_eos
+from mlx_cerebrum.tokenizer.vocabulary import AddedToken
 
 BOS, EOS = AddedToken(1, "<s>"), AddedToken(2, "</s>")
 CONTROLS = {token.content: token for token in (BOS, EOS)}

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from hostile_templates import TEMPLATES
 
-from mlx_cerebrum import template
 from mlx_cerebrum.errors import TokenizerError
-from mlx_cerebrum.template import ChatTemplate
-from mlx_cerebrum.template_text import Budget, LimitError
+from mlx_cerebrum.tokenizer import template
+from mlx_cerebrum.tokenizer.template import ChatTemplate
+from mlx_cerebrum.tokenizer.template_text import Budget, LimitError
 
 ROOT = Path(__file__).parent.parent
 QUESTION = [{"role": "user", "content": "x"}]

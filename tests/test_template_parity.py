@@ -7,7 +7,7 @@ import pytest
 from jinja_reference import VARIABLES, jinja
 
 from mlx_cerebrum.errors import CerebrumError
-from mlx_cerebrum.template import ChatTemplate
+from mlx_cerebrum.tokenizer.template import ChatTemplate
 
 Messages = list[dict[str, str]]
 

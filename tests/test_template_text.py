@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja_reference import VARIABLES, jinja
 
-from mlx_cerebrum.template import ChatTemplate, Segment
-from mlx_cerebrum.vocabulary import AddedToken
+from mlx_cerebrum.tokenizer.template import ChatTemplate, Segment
+from mlx_cerebrum.tokenizer.vocabulary import AddedToken
 
 CONTROLS = {
     name: AddedToken(number, name)

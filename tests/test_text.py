@@ -22,8 +22,8 @@ from talker import talker
 from terminal import Program
 
 from mlx_cerebrum import cli, errors
-from mlx_cerebrum.sentencepiece_model import write_model
 from mlx_cerebrum.text import clean, one_line, say, tell, tell_traceback
+from mlx_cerebrum.tokenizer.sentencepiece_model import write_model
 
 ROOT = Path(__file__).parent.parent
 TITLE, CLIPBOARD, CLEAR = "\x1b]0;pwned\x07", "\x1b]52;c;aGk=\x1b\\", "\x1b[2J"
@@ -130,7 +130,7 @@ def test_an_error_is_clean_with_and_without_its_traceback(
 
 def test_what_argparse_says_is_clean(capsys: pytest.CaptureFixture[str]) -> None:
     from mlx_cerebrum.__main__ import main
-    from mlx_cerebrum.generate_args import parser
+    from mlx_cerebrum.generate import parser
 
     for flags in ([HOSTILE], ["--temp", HOSTILE], ["--draft", HOSTILE], [f"--{HOSTILE}"]):
         with pytest.raises(SystemExit):
@@ -219,7 +219,7 @@ def test_no_file_of_a_model_reaches_the_terminal_raw(
     from convert.verify import main as verify
     from mlx_cerebrum.chat.__main__ import main as chat
     from mlx_cerebrum.generate import main as generate
-    from mlx_cerebrum.plan import main as plan
+    from mlx_cerebrum.plan.show import main as plan
 
     path = checkpoint(num_hidden_layers=1)
     place(path)
@@ -252,7 +252,7 @@ def test_no_file_of_a_model_reaches_the_terminal_raw(
 def test_no_plan_reaches_the_terminal_raw(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
-    from mlx_cerebrum.plan import main as plan
+    from mlx_cerebrum.plan.show import main as plan
 
     file = tmp_path / f"{HOSTILE.replace('/', '')}.yml"
     file.write_text(text)

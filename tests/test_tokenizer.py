@@ -12,11 +12,11 @@ from conftest import byte_tokenizer, mistral_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mlx_cerebrum.chat_formats import BUILT_IN, DEFAULT_SYSTEM
 from mlx_cerebrum.errors import RequestError, TokenizerError
-from mlx_cerebrum.gguf_file import GGUFFile
-from mlx_cerebrum.sentencepiece_model import read_pieces, write_model
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN, DEFAULT_SYSTEM
+from mlx_cerebrum.tokenizer.sentencepiece_model import read_pieces, write_model
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.gguf_file import GGUFFile
 
 TEXTS = [
     "",

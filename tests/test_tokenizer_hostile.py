@@ -9,10 +9,16 @@ import pytest
 from test_tokenizer_peers import pieces
 
 from mlx_cerebrum.errors import TokenizerError
-from mlx_cerebrum.sentencepiece_model import CONTROL, NORMAL, USER_DEFINED, Piece, write_model
-from mlx_cerebrum.tokenizer import Tokenizer
-from mlx_cerebrum.tokenizer_json import parse
-from mlx_cerebrum.vocabulary import MAX_ADDED, MAX_TOKENS
+from mlx_cerebrum.tokenizer.sentencepiece_model import (
+    CONTROL,
+    NORMAL,
+    USER_DEFINED,
+    Piece,
+    write_model,
+)
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer.tokenizer_json import parse
+from mlx_cerebrum.tokenizer.vocabulary import MAX_ADDED, MAX_TOKENS
 
 MODEL = write_model(pieces(False))
 TOKEN = {"id": 3, "content": "x", "special": False}

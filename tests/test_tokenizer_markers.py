@@ -8,14 +8,14 @@ import pytest
 from huggingface_hub.utils._paths import filter_repo_objects
 from test_tokenizer_peers import pieces
 
-from mlx_cerebrum import hub
-from mlx_cerebrum.checkpoint import open_checkpoint
+from mlx_cerebrum.decoding.stream import generate
 from mlx_cerebrum.errors import ConfigError, RequestError, TokenizerError
-from mlx_cerebrum.load import load, load_tokenizer
-from mlx_cerebrum.sentencepiece_model import BYTE, CONTROL, USER_DEFINED, write_model
-from mlx_cerebrum.stream import generate
-from mlx_cerebrum.tokenizer import Tokenizer
-from mlx_cerebrum.tokenizer_files import FILES
+from mlx_cerebrum.tokenizer.files import FILES
+from mlx_cerebrum.tokenizer.sentencepiece_model import BYTE, CONTROL, USER_DEFINED, write_model
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.loading import load, load_tokenizer
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"

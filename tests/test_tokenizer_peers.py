@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mlx_cerebrum.sentencepiece_model import (
+from mlx_cerebrum.tokenizer.sentencepiece_model import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -21,7 +21,7 @@ from mlx_cerebrum.sentencepiece_model import (
     Piece,
     write_model,
 )
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 TEXTS: tuple[str, ...] = (
     *("", "The", " The", "  two  spaces   here ", "a\n\nb\n", " \n x", "\u65e5\u672c \u30c6"),

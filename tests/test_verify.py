@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from convert import verify as module
 from convert.__main__ import main as convert
 from convert.verify import main, verify
-from mlx_cerebrum.checkpoint import INDEX
+from mlx_cerebrum.weights.checkpoint import INDEX
 
 FIRST = "model-00001-of-00002.safetensors"
 SECOND = "model-00002-of-00002.safetensors"
@@ -408,7 +408,7 @@ def test_a_file_of_the_provenance_is_missing(checkpoint: MakeCheckpoint, tmp_pat
 
 
 def test_damaged_gguf(demo: Path, tmp_path: Path) -> None:
-    from mlx_cerebrum.gguf_file import GGUFFile
+    from mlx_cerebrum.weights.gguf_file import GGUFFile
 
     data = bytearray(demo.read_bytes())
     tensors = GGUFFile.open(demo).tensors

@@ -8,9 +8,9 @@ import pytest
 from conftest import MakeCheckpoint
 
 from mlx_cerebrum.errors import PlanError
-from mlx_cerebrum.load import load
-from mlx_cerebrum.plan import LayerPlan
-from mlx_cerebrum.views import describe, find, load_views, views
+from mlx_cerebrum.plan.layer_plan import LayerPlan
+from mlx_cerebrum.weights.loading import load
+from mlx_cerebrum.weights.views import describe, find, load_views, views
 
 MAP_12B = LayerPlan.named("cerebrum-12.25b").layer_map(32)
 
@@ -73,7 +73,9 @@ def test_a_plan_that_does_not_fit_is_refused_before_weights_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = checkpoint(num_hidden_layers=8)
-    monkeypatch.setattr("mlx_cerebrum.views.load", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(
+        "mlx_cerebrum.weights.views.load", lambda *_, **__: pytest.fail("it was loaded")
+    )
     for plan, said in (("no-such-plan", "no-such-plan"), (str(plan_file("0-4,2-9")), "8 blocks")):
         with pytest.raises(PlanError, match=said):
             load_views(str(path), [plan])

@@ -26,7 +26,8 @@ def test_what_it_ships(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"mlx_cerebrum", "convert"}
     assert "mlx_cerebrum/py.typed" in names
-    assert {f"mlx_cerebrum/plans/{n}.yml" for n in ("cerebrum-12.25b", "cerebrum-7b")} <= set(names)
+    plans = ("cerebrum-12.25b", "cerebrum-7b")
+    assert {f"mlx_cerebrum/plan/named/{name}.yml" for name in plans} <= set(names)
     page = (ROOT / "mlx_cerebrum/server/page").iterdir()
     assert {f"mlx_cerebrum/server/page/{file.name}" for file in page} <= set(names)
     assert {"convert/mlx_lm_model.py", "convert/data/sensitivity.json"} <= set(names)

@@ -6,8 +6,7 @@ import sys
 
 import mlx.core as mx
 
-from mlx_cerebrum import cli, hub
-from mlx_cerebrum.attention import check_kv_bits
+from mlx_cerebrum import cli
 from mlx_cerebrum.chat.args import parser
 from mlx_cerebrum.chat.chat import Chat
 from mlx_cerebrum.chat.commands import COMMANDS
@@ -21,15 +20,17 @@ from mlx_cerebrum.chat.prompt import (
 from mlx_cerebrum.chat.screen import FullScreen, PlainScreen, Screen, is_full
 from mlx_cerebrum.chat.session import Messages, Session, Settings
 from mlx_cerebrum.chat.signals import orderly_end
-from mlx_cerebrum.checkpoint import open_checkpoint
-from mlx_cerebrum.conversation import read_messages
+from mlx_cerebrum.decoding.sampling import make_sampler
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.memory import human
-from mlx_cerebrum.memory_limits import limits
-from mlx_cerebrum.model_args import check_model_flags, say_assumed
+from mlx_cerebrum.flags import check_model_flags, say_assumed
+from mlx_cerebrum.model.attention import check_kv_bits
+from mlx_cerebrum.model.limits import limits
+from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.progress import progress
-from mlx_cerebrum.sampling import make_sampler
-from mlx_cerebrum.views import load_asked
+from mlx_cerebrum.tokenizer.conversation import read_messages
+from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.views import load_asked
 
 
 def main(argv: list[str] | None = None) -> int:

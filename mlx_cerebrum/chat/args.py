@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from mlx_cerebrum import cli, hub
-from mlx_cerebrum.cache import KV_BITS
+from mlx_cerebrum import cli
 from mlx_cerebrum.chat.session import Settings
-from mlx_cerebrum.decode import PREFILL_STEP
-from mlx_cerebrum.model_args import add_model_flags, add_plans_flag, add_sampling_flags
+from mlx_cerebrum.decoding.decode import PREFILL_STEP
+from mlx_cerebrum.flags import add_model_flags, add_plans_flag, add_sampling_flags
+from mlx_cerebrum.model.cache import KV_BITS
+from mlx_cerebrum.weights import hub
 
 
 def parser() -> cli.ArgumentParser:

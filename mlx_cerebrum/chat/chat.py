@@ -14,7 +14,7 @@ from mlx_cerebrum.chat.signals import interrupts
 from mlx_cerebrum.chat.text import first_difference
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.text import one_line, tell_traceback
-from mlx_cerebrum.views import find
+from mlx_cerebrum.weights.views import find
 
 # Two slashes begin a message with one. Not where code is pasted: `// a comment`, `/// another`.
 _SLASH = re.compile(r"//(?=[^/\s])")

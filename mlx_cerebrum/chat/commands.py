@@ -13,12 +13,12 @@ import mlx.core as mx
 
 from mlx_cerebrum import cli
 from mlx_cerebrum.chat.reply import Answer
-from mlx_cerebrum.chat_formats import DEFAULT_SYSTEM
-from mlx_cerebrum.conversation import read_messages, write_messages
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.memory import human
+from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.text import one_line
-from mlx_cerebrum.views import find
+from mlx_cerebrum.tokenizer.chat_formats import DEFAULT_SYSTEM
+from mlx_cerebrum.tokenizer.conversation import read_messages, write_messages
+from mlx_cerebrum.weights.views import find
 
 if TYPE_CHECKING:
     from mlx_cerebrum.chat.chat import Chat

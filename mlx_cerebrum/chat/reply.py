@@ -4,8 +4,8 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from mlx_cerebrum.decoding.stream import Response
 from mlx_cerebrum.errors import MemoryBudgetError
-from mlx_cerebrum.stream import Response
 
 
 @dataclass

@@ -4,16 +4,16 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mlx_cerebrum.chat.reply import Answer, Reply
-from mlx_cerebrum.decode import PREFILL_STEP
-from mlx_cerebrum.draft_models import stored_order
+from mlx_cerebrum.decoding.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.draft_models import stored_order
+from mlx_cerebrum.decoding.prompt_cache import REWORD, PromptCache
+from mlx_cerebrum.decoding.sampling import make_sampler
+from mlx_cerebrum.decoding.speculative import Speculation, speculation
+from mlx_cerebrum.decoding.stream import Response, stream_generate
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.memory import available_bytes, kv_bytes
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.prompt_cache import REWORD, PromptCache
-from mlx_cerebrum.sampling import make_sampler
-from mlx_cerebrum.speculative import Speculation, speculation
-from mlx_cerebrum.stream import Response, stream_generate
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import available_bytes, kv_bytes
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 Messages = list[dict[str, str]]
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 import mlx.core as mx
 
 from mlx_cerebrum import cli
-from mlx_cerebrum.memory import human
-from mlx_cerebrum.memory_limits import limits
-from mlx_cerebrum.model_args import check_model_flags, say_assumed
+from mlx_cerebrum.flags import check_model_flags, say_assumed
+from mlx_cerebrum.model.limits import limits
+from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.server import args as flags
 from mlx_cerebrum.server import log
@@ -22,7 +22,7 @@ from mlx_cerebrum.server.connections import Room
 from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.server.listening import Server, bind, url
 from mlx_cerebrum.text import say
-from mlx_cerebrum.views import describe, load_asked
+from mlx_cerebrum.weights.views import describe, load_asked
 
 
 def main(argv: list[str] | None = None) -> int:

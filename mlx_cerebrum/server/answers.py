@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from mlx_cerebrum.detokenizer import StreamingDetokenizer
 from mlx_cerebrum.server.jobs import Piece, TokenLogprob
 from mlx_cerebrum.server.spelling import Spelling
+from mlx_cerebrum.tokenizer.detokenizer import StreamingDetokenizer
 
 Json = dict[str, Any]
 

@@ -41,7 +41,7 @@ from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest, Sampled
 from mlx_cerebrum.server.security import OWNER, Guard, Rules
 from mlx_cerebrum.server.spelling import Spelling
 from mlx_cerebrum.server.streaming import GONE, Stream, Whole
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 API = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
 Responses = dict[int | str, dict[str, Any]]

@@ -5,15 +5,16 @@ import os
 import re
 from collections.abc import Mapping
 
-from mlx_cerebrum import cli, hub
-from mlx_cerebrum.decode import PREFILL_STEP
+from mlx_cerebrum import cli
+from mlx_cerebrum.decoding.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.sampling import check_sampling
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.memory import GB
-from mlx_cerebrum.model_args import add_model_flags, add_plans_flag, add_sampling_flags
-from mlx_cerebrum.sampling import check_sampling
+from mlx_cerebrum.flags import add_model_flags, add_plans_flag, add_sampling_flags
+from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.server.app import Settings
 from mlx_cerebrum.server.intake import Defaults
 from mlx_cerebrum.server.security import check_key
+from mlx_cerebrum.weights import hub
 
 KEY_VARIABLE = "MLX_CEREBRUM_API_KEY"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.\[\]:_-]+")  # an app's page has its own scheme

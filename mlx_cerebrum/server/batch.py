@@ -13,8 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_cerebrum.decode import greedy
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.decoding.decode import greedy
+from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.server import batch_memory
 from mlx_cerebrum.server.decoder import Decoder
 from mlx_cerebrum.server.jobs import Failed, Piece, Reading

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from mlx_cerebrum.cache import STEP
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.memory import forward_bytes
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.model.cache import STEP
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import forward_bytes
 from mlx_cerebrum.server.jobs import Job
 
 

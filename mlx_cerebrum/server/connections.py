@@ -20,7 +20,7 @@ from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from mlx_cerebrum.open_files import raise_limit
+from mlx_cerebrum.files.open_files import raise_limit
 from mlx_cerebrum.server import faults
 from mlx_cerebrum.server.faults import ApiError
 from mlx_cerebrum.server.security import parsed

@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.server.lm import BatchRotatingKVCache
 
 

@@ -9,18 +9,18 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlx_cerebrum.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import PREFILL_STEP
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
-from mlx_cerebrum.memory import available_bytes, human
-from mlx_cerebrum.memory_limits import limits, release
-from mlx_cerebrum.model import Model
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.limits import limits, release
+from mlx_cerebrum.model.memory import available_bytes, human
 from mlx_cerebrum.server.batch import Batch
 from mlx_cerebrum.server.batch_memory import job_bytes
 from mlx_cerebrum.server.job_checks import check_job
 from mlx_cerebrum.server.jobs import BusyError, ClosedError, Event, Failed, Job, Stats
 from mlx_cerebrum.server.prefix_cache import PrefixCache
 from mlx_cerebrum.server.task import Counts, Task, said
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 _RELEASE = 5.0  # seconds of work after which freed memory goes back to the system

@@ -11,8 +11,8 @@ from mlx_cerebrum.server.jobs import Job, Sampling
 from mlx_cerebrum.server.replies import Layout
 from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest, Sampled
 from mlx_cerebrum.server.strict import parse
-from mlx_cerebrum.tokenizer import Tokenizer
-from mlx_cerebrum.views import find
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.views import find
 
 # A tokenizer holds Python's lock, and with it every answer, for seconds a megabyte. So a text is
 # counted in slices until it is known to be short enough to be tokenized as a whole.

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 
+from mlx_cerebrum.decoding.sampling import check_sampling
+from mlx_cerebrum.decoding.stream import StopText, check_request
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.sampling import check_sampling
+from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.server.jobs import Job
-from mlx_cerebrum.stream import StopText, check_request
 
 MOST_LOGPROBS = 20  # alternatives a token, as OpenAI's
 

@@ -1,6 +1,6 @@
 """What the server uses of mlx-lm."""
 
-from mlx_cerebrum.open_files import limit_kept
+from mlx_cerebrum.files.open_files import limit_kept
 
 with limit_kept():
     from mlx_lm.generate import BatchGenerator

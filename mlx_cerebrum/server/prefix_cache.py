@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_cerebrum.config import ModelConfig
+from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.server.lm import (
     KVCache,
     RotatingKVCache,

@@ -1,7 +1,7 @@
 """Single tokens as clients see them beside their log-probabilities."""
 
-from mlx_cerebrum.detokenizer import SPACE_MARK
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer.detokenizer import SPACE_MARK
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 
 class Spelling:

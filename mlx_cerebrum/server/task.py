@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_cerebrum.decode import Sampler, greedy
-from mlx_cerebrum.sampling import make_sampler
+from mlx_cerebrum.decoding.decode import Sampler, greedy
+from mlx_cerebrum.decoding.sampling import make_sampler
+from mlx_cerebrum.decoding.stream import StopText
 from mlx_cerebrum.server.jobs import Event, Job, Sampling
-from mlx_cerebrum.stream import StopText
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -23,22 +23,29 @@ from tiny import tiny_config, tiny_weights
 from convert.examine import directory as examine
 from convert.sensitivity import Sensitivity
 from convert.writer import JOURNAL, Journal
-from mlx_cerebrum.chat_formats import CEREBRUM_TEMPLATE
-from mlx_cerebrum.checkpoint import INDEX
-from mlx_cerebrum.config import ModelConfig
-from mlx_cerebrum.conversation import read_messages, write_messages
+from mlx_cerebrum.decoding.prompt_cache import PromptCache
+from mlx_cerebrum.decoding.prompt_cache_file import load as load_cache
+from mlx_cerebrum.decoding.prompt_cache_file import save
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError
 from mlx_cerebrum.generate import main as generate
-from mlx_cerebrum.model import Model
-from mlx_cerebrum.plan import LayerPlan
-from mlx_cerebrum.prompt_cache import PromptCache
-from mlx_cerebrum.prompt_cache_file import load as load_cache
-from mlx_cerebrum.prompt_cache_file import save
-from mlx_cerebrum.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, Piece, write_model
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest
 from mlx_cerebrum.server.strict import parse
-from mlx_cerebrum.template import ChatTemplate
-from mlx_cerebrum.tokenizer import Tokenizer
+from mlx_cerebrum.tokenizer.chat_formats import CEREBRUM_TEMPLATE
+from mlx_cerebrum.tokenizer.conversation import read_messages, write_messages
+from mlx_cerebrum.tokenizer.sentencepiece_model import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    Piece,
+    write_model,
+)
+from mlx_cerebrum.tokenizer.template import ChatTemplate
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.checkpoint import INDEX
 
 from . import gguf_seed, templates
 from .mutate import TEXTS, mutated_bytes, mutated_json, mutated_text, value

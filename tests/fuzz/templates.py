@@ -3,7 +3,7 @@
 from pathlib import Path
 from random import Random
 
-from mlx_cerebrum.chat_formats import CEREBRUM_TEMPLATE
+from mlx_cerebrum.tokenizer.chat_formats import CEREBRUM_TEMPLATE
 
 from .mutate import TEXTS, mutated_bytes, mutated_text
 

@@ -1,0 +1,1 @@
+"""From a prompt to the tokens and the text that follow."""

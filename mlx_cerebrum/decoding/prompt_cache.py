@@ -1,0 +1,93 @@
+"""What a conversation's caches already hold, so that each turn computes only what is new."""
+
+from collections.abc import Sequence
+
+from mlx_cerebrum.decoding.decode import PREFILL_STEP
+from mlx_cerebrum.model.cache import STEP, WindowedKVCache
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import kv_bytes
+
+# Tokens before a prompt's end that can also be gone back to: the question at the end of a long
+# text can be put in other words. Costs as many entries, once the window has left them.
+REWORD = 256
+
+
+class PromptCache:
+    """The caches of one conversation, and the tokens they hold.
+
+    A prompt that begins as the tokens held do is computed from where it differs on. Within the
+    window (and without one) any point can be gone back to; past it the marked ones, and all
+    between marks less than a window apart. `begin` marks where the new part begins (editing the
+    question), and the prompt's end (another answer).
+
+    `max_bytes` bounds the caches: the oldest marks are given up where they could come to keep
+    more. The window in use is never cut, and 0 marks nothing. By default marks may need twice
+    the window's entries: the question to be edited is a window apart from the prompt's end when
+    it is that long itself, else marks share, and all turns of the last `window` tokens can be
+    edited. For the 12.25B in bfloat16 that is 3.0 GB at most, 1.1 of it the window in use.
+    """
+
+    def __init__(
+        self, model: Model, kv_bits: int | None = None, max_bytes: int | None = None
+    ) -> None:
+        self.model = model
+        self.kv_bits = kv_bits
+        self.tokens: list[int] = []  # those the caches hold
+        self.cache: list[WindowedKVCache] = model.make_cache(kv_bits)
+        self.max_bytes = max_bytes
+        self._most = self._entries_to_mark(model, max_bytes)
+
+    def _entries_to_mark(self, model: Model, max_bytes: int | None) -> int:
+        """How many entries of a position marks may need, besides those of the window in use."""
+        window = model.config.sliding_window
+        if window is None:  # every point can be gone back to
+            return 0
+        if max_bytes is None:
+            return 2 * window + REWORD
+        item_bytes = model.model.norm.weight.dtype.size
+
+        def held(prompt: int, generated: int) -> int:
+            return kv_bytes(
+                model.config, prompt, generated, item_bytes, PREFILL_STEP, kv_bits=self.kv_bits
+            )
+
+        entry_bytes = held(1, 1) // STEP  # one token takes the smallest buffer
+        return max(0, max_bytes - held(2 * (window + PREFILL_STEP), 1)) // entry_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, room to grow included."""
+        return sum(c.nbytes for c in self.cache)
+
+    def begin(self, prompt: Sequence[int]) -> list[int]:
+        """Go back to what `prompt` shares with the tokens held; the rest of it, to be computed.
+
+        At least the last token is left to compute: the answer begins with its logits.
+        """
+        most = min(len(self.tokens), max(0, len(prompt) - 1))
+        self._go_back(next((i for i in range(most) if self.tokens[i] != prompt[i]), most))
+        begun, end = len(self.tokens), len(prompt) - 1
+        if self._most:
+            for c in self.cache:
+                for point in (begun, max(begun, end - REWORD), end):
+                    c.mark(point)
+            while self.cache[0].entries_for_marks() > self._most:
+                for c in self.cache:
+                    c.drop_mark()
+        return list(prompt[begun:])
+
+    def end(self, tokens: Sequence[int]) -> None:
+        """A request is over: `tokens` are all that it has seen and yielded, from the first on."""
+        self.tokens = list(tokens)
+        self._go_back(min(len(tokens), *(c.offset for c in self.cache)))
+
+    def _go_back(self, point: int) -> None:
+        """Rewind to the latest point at or before this one that all positions can go to.
+
+        They differ in that: a draft model makes some of them move their entries earlier.
+        """
+        while (reachable := min(c.reachable(point) for c in self.cache)) < point:
+            point = reachable
+        self.tokens = self.tokens[:point]
+        for c in self.cache:
+            c.rewind_to(point)

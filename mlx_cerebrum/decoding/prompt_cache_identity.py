@@ -1,0 +1,93 @@
+"""What an entry of a prompt cache depends on: two runs may share one only if all of it is equal."""
+
+import json
+import os
+from hashlib import sha256
+from pathlib import Path
+from typing import BinaryIO
+
+import mlx.core as mx
+
+from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.weights.checkpoint import Checkpoint
+from mlx_cerebrum.weights.loading import Storage
+
+Identity = dict[str, str]
+
+# Of every stored array this many pieces of this many bytes go into the weights' fingerprint.
+SAMPLES, SAMPLE_BYTES = 4, 256
+
+
+def identity(
+    checkpoint: Checkpoint, config: ModelConfig, storage: Storage, template: str
+) -> Identity:
+    """What a cache entry depends on, by the name a person knows it by; values are short texts.
+
+    `template` is the source of the one that conversations are written with. The weights'
+    fingerprint is of names, shapes, dtypes, sizes and SAMPLES evenly spread pieces of every stored
+    array, wherever the files lie: it tells models apart, it is no security check.
+    """
+    packings = {str(p) for p in storage.packings.values() if p is not None}
+    held = ", ".join(sorted(packings)) or "none"
+    each = sorted((module, str(p)) for module, p in storage.packings.items())
+    quantization = f"{held}{', made dense' if packings and storage.dequantize else ''}"
+    scales = config.residual_scales
+    geometry = (
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.rms_norm_eps,
+        config.vocab_size,
+        config.rope_theta,
+        config.tie_word_embeddings,
+    )
+    return {
+        "model weights": _fingerprint(checkpoint),
+        "model config": _short(geometry),
+        "layer plan": f"{config.num_positions} positions {_short([config.layer_map, scales])}",
+        "quantization": f"{quantization} {_short(each)}" if packings else quantization,
+        "dtype": _name(storage.dtype),
+        "window": str(config.sliding_window or "none"),
+        "chat template": _short(template),
+    }
+
+
+def _short(value: object) -> str:
+    return sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    shapes = checkpoint.shapes.items()
+    digest = sha256(json.dumps(sorted((n, s, checkpoint.dtypes[n]) for n, s in shapes)).encode())
+    extents = {
+        (module, part): extent
+        for module in {name.rpartition(".")[0] for name in checkpoint.shapes}
+        for part, extent in checkpoint.extents(module).items()
+    }
+    files: dict[Path, BinaryIO] = {}
+    try:
+        for name, extent in sorted(extents.items()):
+            digest.update(json.dumps([name, extent.nbytes]).encode())
+            if extent.path not in files:
+                files[extent.path] = extent.path.open("rb", buffering=0)
+            descriptor = files[extent.path].fileno()
+            size = min(SAMPLE_BYTES, extent.nbytes)
+            for i in range(SAMPLES):
+                at = extent.offset + (extent.nbytes - size) * i // (SAMPLES - 1)
+                digest.update(os.pread(descriptor, size, at))
+    except OSError as error:
+        raise CheckpointError(
+            f"{checkpoint.path} can't be read: {error.strerror or error}"
+        ) from None
+    finally:
+        for file in files.values():
+            file.close()
+    return digest.hexdigest()[:16]

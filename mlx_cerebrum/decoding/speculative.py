@@ -1,0 +1,183 @@
+"""Speculative decoding: cheap guesses, checked by the model several at a time, exactly.
+
+Leviathan et al. 2023 (arXiv 2211.17192). The model's own choice of every token decides, so what
+comes out is what plain decoding gives: a guess is kept while it equals the choice made from the
+same row of logits, with that token's own random draw. For greedy decoding this is the usual
+rule. For sampling it is a coupling of the two (Daliri et al. 2024, arXiv 2408.07978): draft and
+target draw with the same random numbers, so they often agree, and a seed gives the same text
+with any drafter or none. Where a guess is certain (n-grams), it is the rejection rule itself:
+`p(guess)` is the chance to keep it, and what replaces it follows `p` without it.
+
+Rows computed together round otherwise than rows computed alone, so a tie between the two best
+logits, to the last bits, can fall the other way.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import mlx.core as mx
+
+from mlx_cerebrum.decoding.cost import bytes_read
+from mlx_cerebrum.decoding.decode import (
+    PREFILL_STEP,
+    Sampler,
+    check_prompt,
+    decode_step,
+    greedy,
+    prefill,
+)
+from mlx_cerebrum.decoding.drafters import Draft, Drafter, ModelDrafter, NGramDrafter
+from mlx_cerebrum.decoding.policy import MOST_DRAFTS, Policy
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.model.cache import REWIND, WindowedKVCache
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import on_gpu
+
+
+@dataclass
+class Speculation:
+    """The drafters of one request, what decides between them, and how it went."""
+
+    drafters: dict[str, Drafter]
+    policy: Policy
+    model: Model | None = None  # whose tokens are guessed; None: not checked
+    # (drafter, drafts, accepted) -> rounds that went so; ("plain", 0, 0) -> plain steps
+    rounds: Counter[tuple[str, int, int]] = field(default_factory=Counter)
+
+    def choose(self, tokens: Sequence[int], most: int) -> tuple[str, str, int] | None:
+        """`(drafter, kind of guess, drafts)` for the next round, or None for a plain step."""
+        offers = {name: drafter.offer(tokens, most) for name, drafter in self.drafters.items()}
+        choice = self.policy.choose({name: offer for name, offer in offers.items() if offer[1]})
+        return None if choice is None else (choice[0], offers[choice[0]][0], choice[1])
+
+    def summary(self) -> dict[str, Any]:
+        """For a report: the target's passes, tokens a pass, guesses by drafter, how many held."""
+        passes = sum(self.rounds.values())
+        held = sum(count * accepted for (_, _, accepted), count in self.rounds.items())
+        by_drafter: dict[str, list[int]] = {}
+        for (name, drafts, accepted), count in self.rounds.items():
+            if drafts:
+                total = by_drafter.setdefault(name, [0, 0])
+                total[0] += count * drafts
+                total[1] += count * accepted
+        return {
+            "passes": passes,
+            "tokens_per_pass": round((passes + held) / max(passes, 1), 3),
+            "drafted_and_held": by_drafter,
+        }
+
+
+def speculation(
+    model: Model, drafts: Sequence[Model] = (), ngrams: bool = True, most: int = MOST_DRAFTS
+) -> Speculation:
+    """Drafters for one request to `model`: n-grams, and models over the same blocks.
+
+    Raises RequestError for a draft model that can't serve, or more drafts than can be undone.
+    """
+    if not 1 <= most < REWIND:
+        raise RequestError(f"draft-tokens must be from 1 to {REWIND - 1}, not {most}")
+    drafters: dict[str, Drafter] = {"ngram": NGramDrafter()} if ngrams else {}
+    costs = dict.fromkeys(drafters, 0.0)
+    for number, draft in enumerate(drafts):
+        name = f"model-{number}" if number else "model"
+        drafters[name] = ModelDrafter(draft, model, name)
+        costs[name] = bytes_read(draft) / bytes_read(model)
+    return Speculation(drafters, Policy(costs, most=most), model)
+
+
+def verify(
+    model: Model,
+    token: int,
+    draft: Draft,
+    cache: Sequence[WindowedKVCache],
+    sampler: Sampler,
+    number: int,
+) -> list[int]:
+    """The model's choices after `token` and its draft, as far as the draft holds, and one more.
+
+    `cache` takes `token` and the drafts that hold. The first choice is the answer's `number`.
+    """
+    tokens = mx.concatenate([mx.array([token], dtype=mx.int32), draft.tokens.astype(mx.int32)])
+    if draft.hidden is None:
+        h = model.run(model.embed(tokens[None]), cache)
+    else:
+        last = model.run(model.embed(tokens[None, -1:]), cache, 0, draft.shared)
+        h = model.run(mx.concatenate([draft.hidden, last], axis=1), cache, draft.shared)
+    choices = sampler(model.logits(h)[0], number)
+    mx.eval(choices, draft.tokens)
+    chosen, guessed = cast(list[int], choices.tolist()), cast(list[int], draft.tokens.tolist())
+    held = next((i for i, guess in enumerate(guessed) if guess != chosen[i]), len(guessed))
+    for layer_cache in cache:
+        layer_cache.trim(len(guessed) - held)
+    return chosen[: held + 1]
+
+
+def speculative_step(
+    prompt: Sequence[int],
+    model: Model,
+    speculation: Speculation,
+    *,
+    max_tokens: int = 256,
+    sampler: Sampler = greedy,
+    cache: Sequence[WindowedKVCache] | None = None,
+    prefill_step_size: int = PREFILL_STEP,
+    progress: Callable[[int, int], None] | None = None,
+    history: Sequence[int] = (),
+) -> Generator[int, None, None]:
+    """As `decode.generate_step`, with guesses. `history` are the tokens `cache` holds already.
+
+    Raises RequestError for an empty prompt, or a speculation of another model or request. However
+    it ends, the cache holds the first `offset` of all tokens seen and yielded.
+    """
+    check_prompt(prompt, prefill_step_size)
+    if speculation.model is not None and speculation.model is not model:
+        raise RequestError("this speculation was made for another model; make one for this")
+    if speculation.rounds:
+        raise RequestError("a speculation serves one request; make another for this")
+    cache = model.make_cache() if cache is None else cache
+    before = cache[0].offset
+    yielded = 0
+    try:
+        ids = mx.array(list(prompt[:-1]), dtype=mx.int32)
+        prefill(model, ids, cache, prefill_step_size, progress)
+        tokens = [*history, *prompt]
+        ahead: mx.array | None = None  # the choice after tokens[-1], where it is being computed
+        while yielded < max_tokens:
+            started = time.perf_counter()
+            left = max_tokens - yielded - 1  # besides the one that comes for certain
+            choice = speculation.choose(tokens, left) if ahead is None else None
+            if choice is None:
+                now = ahead
+                if now is None:
+                    last = mx.array(tokens[-1:], dtype=mx.int32)
+                    now = decode_step(model, last, cache, sampler, yielded)
+                # On a GPU as in generate_step, unless what is known by now calls for guesses.
+                ahead = None
+                if on_gpu() and left and speculation.choose(tokens, left) is None:
+                    ahead = decode_step(model, now, cache, sampler, yielded + 1)
+                new = [cast(int, now.item())]
+                speculation.policy.plain(time.perf_counter() - started)
+                speculation.rounds["plain", 0, 0] += 1
+            else:
+                name, kind, drafts = choice
+                draft = speculation.drafters[name].draft(tokens, drafts, cache, sampler, yielded)
+                new = verify(model, tokens[-1], draft, cache, sampler, yielded)
+                seconds = time.perf_counter() - started
+                speculation.policy.round(name, kind, drafts, len(new) - 1, seconds)
+                speculation.rounds[name, drafts, len(new) - 1] += 1
+            for token in new:
+                tokens.append(token)
+                yielded += 1
+                yield token
+                if yielded % 256 == 0:
+                    mx.clear_cache()
+    finally:
+        # Stopped inside a burst, or between two positions: back to before the last token handed
+        # out. What a round has begun is later, and may be a drafter's entries, not the model's.
+        sure = before + len(prompt) + yielded - 1
+        least = min([sure, *(c.offset for c in cache)])
+        for c in cache:
+            c.trim(c.offset - least)

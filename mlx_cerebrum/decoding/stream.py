@@ -1,0 +1,194 @@
+"""Text in, text out, as it comes: what joins the tokenizer to the decoding loop."""
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_cerebrum.decoding.decode import PREFILL_STEP, Sampler, generate_step, greedy
+from mlx_cerebrum.decoding.prompt_cache import PromptCache
+from mlx_cerebrum.decoding.speculative import Speculation, speculative_step
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.limits import limits
+from mlx_cerebrum.model.memory import request_bytes, require
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Response:
+    """One generated token, the text that became final with it, and the figures so far."""
+
+    text: str
+    token: int
+    finish_reason: str | None  # "stop" or "length" on the last one
+    prompt_tokens: int
+    prompt_tps: float  # prompt tokens per second, until the first token was there
+    generation_tokens: int
+    generation_tps: float  # tokens per second after the first
+    time_to_first_token: float  # seconds
+    peak_memory: int  # bytes
+    cached_tokens: int  # of the prompt, found in the prompt cache
+
+
+class StopText:
+    """Finds stop strings in a stream, holding back any tail that could still become one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        if "" in stop:
+            raise RequestError("a stop string is empty; it would stop everything")
+        self.stop = tuple(stop)
+        self.held = ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """`(text that is final, whether a stop string was reached)`."""
+        self.held += text
+        found = [at for s in self.stop if (at := self.held.find(s)) >= 0]
+        if found:
+            final, self.held = self.held[: min(found)], ""
+            return final, True
+        keep = max((self._overlap(s) for s in self.stop), default=0)
+        cut = len(self.held) - keep
+        final, self.held = self.held[:cut], self.held[cut:]
+        return final, False
+
+    def _overlap(self, stop: str) -> int:
+        """How many characters at the end of what is held begin `stop`."""
+        longest = min(len(stop) - 1, len(self.held))
+        return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
+
+
+def check_request(
+    config: ModelConfig, prompt_tokens: int, max_tokens: int, prefill_step_size: int
+) -> None:
+    """Raise RequestError for a request that is empty or longer than the model's positions."""
+    if prefill_step_size < 1:
+        raise RequestError(f"prefill-step-size must be at least 1, not {prefill_step_size}")
+    if prompt_tokens == 0:
+        raise RequestError("the prompt is empty; there is nothing to continue")
+    if max_tokens < 1:
+        raise RequestError(f"max-tokens must be at least 1, not {max_tokens}")
+    if prompt_tokens + max_tokens > config.max_position_embeddings:
+        raise RequestError(
+            f"prompt ({prompt_tokens} tokens) and max-tokens ({max_tokens}) are more than the"
+            f" model's {config.max_position_embeddings} positions; shorten one of them"
+        )
+
+
+def stream_generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    *,
+    max_tokens: int = 256,
+    sampler: Sampler = greedy,
+    stop: Sequence[str] = (),
+    speculation: Speculation | None = None,
+    prompt_cache: PromptCache | None = None,
+    prefill_step_size: int = PREFILL_STEP,
+    progress: Callable[[int, int], None] | None = None,
+) -> Generator[Response, None, None]:
+    """Yield a Response per token until an EOS id, a `stop` string, or `max_tokens`.
+
+    A `str` prompt is encoded as plain text (with BOS where the tokenizer wants one); for a
+    conversation pass `tokenizer.apply_chat_template(messages)`. Neither EOS nor the stop string
+    is in the text. With a `prompt_cache`, only what it does not hold of the prompt is computed;
+    it then holds prompt and answer. Raises RequestError for an empty or overlong request,
+    MemoryBudgetError when its caches and a forward pass can't fit.
+    """
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    check_request(model.config, len(ids), max_tokens, prefill_step_size)
+    if prompt_cache is None:
+        prompt_cache = PromptCache(model, max_bytes=0)  # nothing will be taken back
+    elif prompt_cache.model is not model:
+        raise RequestError("this prompt cache is another model's; its entries mean nothing here")
+    request = request_bytes(
+        model.config,
+        len(ids),
+        max_tokens,
+        model.model.norm.weight.dtype.size,
+        prefill_step_size,
+        kv_bits=prompt_cache.kv_bits,
+        drafts=0 if speculation is None else speculation.policy.most,
+    )
+    require(
+        request - prompt_cache.nbytes,
+        f"the cache for {len(ids)} + {max_tokens} tokens, with what computing them takes,",
+        "use a smaller window, fewer tokens or a smaller prefill step",
+    )
+    outside = [i for i in ids if not 0 <= i < model.config.vocab_size]
+    if outside:
+        raise RequestError(f"token id {outside[0]} is not below {model.config.vocab_size}")
+    stops, detokenizer = StopText(stop), tokenizer.detokenizer()
+    rest = prompt_cache.begin(ids)
+    started = time.perf_counter()
+    first = started
+    common: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "sampler": sampler,
+        "cache": prompt_cache.cache,
+        "prefill_step_size": prefill_step_size,
+        "progress": progress,
+    }
+    if speculation is None:
+        steps = generate_step(rest, model, **common)
+    else:
+        history = ids[: len(ids) - len(rest)]
+        steps = speculative_step(rest, model, speculation, history=history, **common)
+    answer: list[int] = []
+    with limits():  # a caller's own stay as they are
+        try:
+            for count, token in enumerate(steps, start=1):
+                now = time.perf_counter()
+                if count == 1:
+                    first = now
+                answer.append(token)
+                ended = token in tokenizer.eos_token_ids
+                last = ended or count == max_tokens
+                new = "" if ended else detokenizer.add(token)
+                text, stopped = stops.feed(new + detokenizer.finish() if last else new)
+                if last and not stopped:
+                    text += stops.held
+                yield Response(
+                    text=text,
+                    token=token,
+                    finish_reason="stop" if ended or stopped else "length" if last else None,
+                    prompt_tokens=len(ids),
+                    prompt_tps=len(rest) / max(first - started, 1e-9),
+                    generation_tokens=count,
+                    generation_tps=(count - 1) / max(now - first, 1e-9) if count > 1 else 0.0,
+                    time_to_first_token=first - started,
+                    peak_memory=mx.get_peak_memory(),
+                    cached_tokens=len(ids) - len(rest),
+                )
+                if last or stopped:
+                    return
+        finally:
+            steps.close()  # it leaves in the cache what was handed out, no more
+            prompt_cache.end([*ids, *answer])
+
+
+def generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    *,
+    max_tokens: int = 256,
+    sampler: Sampler = greedy,
+    stop: Sequence[str] = (),
+    prefill_step_size: int = PREFILL_STEP,
+) -> str:
+    """The whole text `stream_generate` yields for the same arguments."""
+    responses = stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=max_tokens,
+        sampler=sampler,
+        stop=stop,
+        prefill_step_size=prefill_step_size,
+    )
+    return "".join(response.text for response in responses)

@@ -1,0 +1,1 @@
+"""Files as people have them: JSON read strictly, what is not ours named."""

@@ -1,0 +1,1 @@
+"""Layer plans: mergekit YAML, formulas and named plans to a layer map."""

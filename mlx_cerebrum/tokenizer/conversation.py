@@ -1,0 +1,45 @@
+"""Conversations as files: the JSON list of messages that `generate --messages` reads."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.files import json_file
+from mlx_cerebrum.tokenizer.template import check_messages
+
+
+def read_messages(path: Path) -> list[dict[str, str]]:
+    """The messages of a file. Raises RequestError where they are no conversation."""
+    messages = json_file.read(path, RequestError)
+    if not isinstance(messages, list):
+        raise RequestError(f"{path} must hold a list of messages, not a {type(messages).__name__}")
+    try:
+        return check_messages(messages)
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from None
+
+
+def write_messages(path: Path, messages: Sequence[Mapping[str, str]]) -> None:
+    """Write a conversation, for its user only; a file that was there stays whole until it is done.
+
+    Raises RequestError for a place that no file can be written to, OSError where writing fails.
+    """
+    text = json.dumps([dict(message) for message in messages], indent=2, ensure_ascii=False) + "\n"
+    if not path.parent.is_dir():
+        raise RequestError(f"{path.parent} is not a directory; make it first")
+    if path.exists() and not path.is_file():  # nor replace a device, as root could
+        raise RequestError(f"{path} is no file; give another name")
+    path = Path(os.path.realpath(path))  # a link stays one
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".conversation-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

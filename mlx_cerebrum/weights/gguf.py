@@ -1,0 +1,286 @@
+"""A Llama-family GGUF file as a Hugging Face checkpoint: its config and its named arrays.
+
+llama.cpp's converter renames every tensor, reorders the rows of q and k (see
+`gguf_blocks.half_split`) and turns config.json into metadata; this undoes all three.
+Mistral models travel under the architecture "llama", usually without their window.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_cerebrum.errors import CheckpointError, ConfigError
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.weights.gguf_blocks import FLOATS, read_arrays, stored_packing
+from mlx_cerebrum.weights.gguf_file import GGUFFile, TensorInfo, quote
+from mlx_cerebrum.weights.quantize import Packing
+
+__all__ = ["GGUFFile", "TensorInfo", "iter_tensors", "model_config", "modules"]
+
+# Metadata that changes the arithmetic, with the values that mean plain Llama.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "llama.expert_count": (0,),
+    "llama.rope.scaling.attn_factor": (1.0,),
+    "llama.attention.causal": (True,),
+    "llama.attention.clamp_kqv": (0.0,),
+    "llama.attention.max_alibi_bias": (0.0,),
+    "llama.attention.scale": (0.0,),
+    "llama.attention.sliding_window_pattern": (),
+    "llama.attn_logit_softcapping": (0.0,),
+    "llama.final_logit_softcapping": (0.0,),
+    "llama.embedding_scale": (0.0, 1.0),
+    "llama.logit_scale": (0.0, 1.0),
+    "llama.residual_scale": (0.0, 1.0),
+    "llama.use_parallel_residual": (False,),
+}
+_ROPE_FREQS = "rope_freqs.weight"
+# What old converters stored, and every reader computes anew; `_refuse_scaled_rope` looks at one.
+_BUFFERS = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?")
+
+
+def model_config(file: GGUFFile) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model's config, and the Hugging Face style `config.json` it was made from.
+
+    The tensor table is checked against it too (names, shapes, types), so what this accepts
+    `iter_tensors` can read. Raises ConfigError for a model this engine cannot run and
+    CheckpointError for tensors that are missing, unknown, misshapen or of another type.
+    """
+    where = f"{file.path} (metadata)"
+    _refuse(file)
+    raw = _config_json(file)
+    config = ModelConfig.from_dict(raw, where)
+    _refuse_scaled_rope(file, config)
+    found = modules(file, config)
+    raw["dtype"] = _dtype(found)
+    quantization = _quantization(found)
+    if quantization is not None:
+        raw["quantization"] = quantization
+    return ModelConfig.from_dict(raw, where), raw
+
+
+def iter_tensors(file: GGUFFile) -> Iterator[tuple[str, Callable[[], dict[str, mx.array]]]]:
+    """Each module's Hugging Face path, with a call that reads its arrays (`read_arrays`).
+
+    Everything `model_config` checks is checked before this returns; a tensor's data is
+    read only by its own call. `modules` tells the shapes.
+    """
+    config, _ = model_config(file)
+    return (
+        (path, partial(read_arrays, file, tensor, rotary_heads(config, path)))
+        for path, tensor in modules(file, config).items()
+    )
+
+
+def rotary_heads(config: ModelConfig, module: str) -> int | None:
+    """How many heads' rows llama.cpp reordered in this module; None for none."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return heads.get(module.rpartition(".")[2])
+
+
+def modules(file: GGUFFile, config: ModelConfig) -> dict[str, TensorInfo]:
+    """Hugging Face module path -> the tensor that holds its weight, all names and shapes checked.
+
+    Raises CheckpointError naming the tensors otherwise.
+    """
+    expected = _expected(config)
+    unknown = [n for n in file.tensors if n not in expected and not _BUFFERS.fullmatch(n)]
+    if unknown:
+        raise CheckpointError(
+            f"{file.path} has tensors a Llama or Mistral model does not: {_some(unknown)}"
+        )
+    missing = [name for name in expected if name not in file.tensors]
+    if missing:
+        raise CheckpointError(f"{file.path} lacks tensors: {_some(missing)}")
+    found: dict[str, TensorInfo] = {}
+    for name, (path, shape) in expected.items():
+        tensor = file.tensors[name]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{file.path}: tensor {name} has shape {tensor.shape}, its metadata means {shape}"
+            )
+        if tensor.ggml_type not in FLOATS and (len(shape) == 1 or not stored_packing(tensor)):
+            raise CheckpointError(
+                f"{file.path}: tensor {name} is stored as {tensor.ggml_type}, which cannot be read "
+                f"here: take the model as Q4_K_M, Q6_K, Q8_0, F16 or BF16"
+            )
+        found[path] = tensor
+    return found
+
+
+def _expected(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """GGUF tensor name -> Hugging Face module path and shape."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    block: dict[str, tuple[str, tuple[int, ...]]] = {
+        "attn_norm": ("input_layernorm", (hidden,)),
+        "attn_q": ("self_attn.q_proj", (queries, hidden)),
+        "attn_k": ("self_attn.k_proj", (keys, hidden)),
+        "attn_v": ("self_attn.v_proj", (keys, hidden)),
+        "attn_output": ("self_attn.o_proj", (hidden, queries)),
+        "ffn_norm": ("post_attention_layernorm", (hidden,)),
+        "ffn_gate": ("mlp.gate_proj", (mlp, hidden)),
+        "ffn_up": ("mlp.up_proj", (mlp, hidden)),
+        "ffn_down": ("mlp.down_proj", (hidden, mlp)),
+    }
+    table = (config.vocab_size, hidden)
+    names: dict[str, tuple[str, tuple[int, ...]]] = {
+        "token_embd.weight": ("model.embed_tokens", table)
+    }
+    for layer in range(config.num_hidden_layers):
+        for name, (path, shape) in block.items():
+            names[f"blk.{layer}.{name}.weight"] = (f"model.layers.{layer}.{path}", shape)
+    names["output_norm.weight"] = ("model.norm", (hidden,))
+    if not config.tie_word_embeddings:
+        names["output.weight"] = ("lm_head", table)
+    return names
+
+
+def _refuse(file: GGUFFile) -> None:
+    """Raise for a file that is sound but not a whole plain Llama-family model."""
+    architecture = file.metadata.get("general.architecture")
+    if architecture != "llama":
+        # llama.cpp knows no architecture "mistral"; converters write Mistral as "llama".
+        named = quote(str(architecture)) if architecture is not None else "missing"
+        raise ConfigError(
+            f"{file.path}: architecture {named} is not supported; only 'llama' is (the name "
+            f"GGUF files give Llama and Mistral models)"
+        )
+    for key, plain in _PLAIN.items():
+        if key in file.metadata and file.metadata[key] not in plain:
+            raise ConfigError(
+                f"{file.path}: {key} = {quote(str(file.metadata[key]))} is not supported"
+            )
+    experts = [name for name in file.tensors if "_exps." in name or ".ffn_gate_inp." in name]
+    if experts:
+        raise ConfigError(f"{file.path} is a mixture of experts: {_some(experts)}; not supported")
+    scaling = "llama.rope.scaling.type"
+    kind = file.metadata.get(scaling, "linear")  # llama.cpp's default: positions divided
+    if kind not in ("none", "linear"):
+        raise ConfigError(f"{file.path}: {scaling} = {quote(str(kind))} is not supported")
+    for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):
+        if kind == "linear" and file.metadata.get(key, 1) not in (0, 1):
+            raise ConfigError(f"{file.path}: {key} is not supported; only plain RoPE is")
+
+
+def _refuse_scaled_rope(file: GGUFFile, config: ModelConfig) -> None:
+    """Llama 3's RoPE scaling hides in a tensor of divisors; only all ones is plain RoPE."""
+    tensor = file.tensors.get(_ROPE_FREQS)
+    if tensor is None:
+        return
+    plain = tensor.ggml_type == "F32" and tensor.shape == (config.head_dim // 2,)
+    if not plain or not np.all(file.read(tensor).view("<f4") == 1):
+        raise ConfigError(
+            f"{file.path}: tensor {_ROPE_FREQS} scales RoPE, which is not supported; only plain "
+            f"RoPE is"
+        )
+
+
+def _config_json(file: GGUFFile) -> dict[str, Any]:
+    """The config.json the metadata means, without what depends on the tensors' types.
+
+    Only the kind of each value is checked here, its range by ModelConfig.
+    """
+
+    def number(key: str, default: Any = None) -> Any:
+        value = file.metadata.get(key, default)
+        if value is None:
+            raise ConfigError(f"{file.path}: metadata {key} is missing")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{file.path}: metadata {key} must be one number")
+        return value
+
+    def llama(key: str, default: Any = None) -> Any:
+        return number(f"llama.{key}", default)
+
+    blocks = llama("block_count")
+    if blocks > len(file.tensors):  # before anything of that length is made
+        raise ConfigError(
+            f"{file.path}: llama.block_count is {blocks} but there are only "
+            f"{len(file.tensors)} tensors"
+        )
+    heads = llama("attention.head_count")
+    hidden = llama("embedding_length")
+    # A zero is left to ModelConfig to refuse.
+    rotated = llama("rope.dimension_count", hidden // heads if heads else 0)
+    head_dim = llama("attention.key_length", rotated)
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if llama(key, head_dim) != head_dim:
+            raise ConfigError(
+                f"{file.path}: llama.{key} is {llama(key)}, not the head size {head_dim}: "
+                f"not supported"
+            )
+    vocabulary = file.metadata.get("tokenizer.ggml.tokens")
+    window = "llama.attention.sliding_window" in file.metadata
+    raw: dict[str, Any] = {
+        "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
+        "model_type": "mistral" if window else "llama",
+        "hidden_size": hidden,
+        "intermediate_size": llama("feed_forward_length"),
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": llama("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": llama("context_length"),
+        "vocab_size": llama(
+            "vocab_size", len(vocabulary) if isinstance(vocabulary, list) else None
+        ),
+        "rms_norm_eps": _shortest(llama("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _shortest(llama("rope.freq_base", 10000.0)),
+        "attention_bias": False,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+    }
+    if window:
+        raw["sliding_window"] = llama("attention.sliding_window")
+    if "tokenizer.ggml.bos_token_id" in file.metadata:
+        raw["bos_token_id"] = number("tokenizer.ggml.bos_token_id")
+    # A chat model may end its turn with another token than its documents.
+    ends = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
+    ids = list(dict.fromkeys(number(key) for key in ends if key in file.metadata))
+    if ids:
+        raw["eos_token_id"] = ids[0] if len(ids) == 1 else ids
+    return raw
+
+
+def _shortest(value: float) -> float:
+    """A float32 as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06."""
+    if not math.isfinite(value) or abs(value) > 1e30:
+        return value
+    short = float(str(np.float32(value)))
+    return short if np.float32(value) == value else value
+
+
+def _dtype(found: dict[str, TensorInfo]) -> str:
+    """The dtype of most matrices; quantized ones have float16 scales."""
+    kinds = (FLOATS.get(t.ggml_type, "float16") for t in found.values() if len(t.shape) == 2)
+    return Counter(kinds).most_common(1)[0][0]
+
+
+def _quantization(found: dict[str, TensorInfo]) -> dict[str, Any] | None:
+    """mlx-lm's `quantization`: the commonest packing, and each module that differs by its path."""
+    packings = {path: stored_packing(t) for path, t in found.items() if len(t.shape) == 2}
+    common = Counter(packing for packing in packings.values() if packing).most_common(1)
+    if not common:
+        return None
+    default = common[0][0]
+    quantization = _as_config(default)
+    for path, packing in packings.items():
+        if packing != default:
+            quantization[path] = _as_config(packing) if packing else False
+    return quantization
+
+
+def _as_config(packing: Packing) -> dict[str, Any]:
+    return {"group_size": packing.group_size, "bits": packing.bits}
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(quote(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
