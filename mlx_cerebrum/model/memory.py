@@ -111,7 +111,7 @@ def forward_bytes(
 
     `keys` each query's row has at most. MLX issues operations ahead of computing them, so all
     that one block makes is held together, and about one block's at a time: on the CPU backend
-    that is what is measured (tests/test_memory.py). `scores`: as `keeps_scores`, unless given.
+    that is what is measured (tests/model/test_memory.py). `scores`: as `keeps_scores` unless given.
     """
     heads, kv_heads, D = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
     held = (heads + 2 * kv_heads) + (heads + kv_heads)  # q, k, v; q and k rotated

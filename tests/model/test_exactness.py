@@ -15,7 +15,7 @@ from tiny import tiny_config, tiny_weights
 from convert.__main__ import main
 
 GOLDEN: dict[str, Any] = json.loads(
-    (Path(__file__).parent / "golden" / "mergekit.json").read_text(encoding="utf-8")
+    (Path(__file__).parents[1] / "golden" / "mergekit.json").read_text(encoding="utf-8")
 )
 DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}

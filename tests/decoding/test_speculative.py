@@ -1,7 +1,8 @@
 """Speculative decoding says what plain decoding says, whatever is guessed, and so does its cache.
 
-`CEREBRUM_TEST_TOKENS=2000 pytest -s tests/test_speculative.py -k trained` compares as many tokens
-of the trained model for every drafter by itself; the suite takes a few, of all of them together.
+`CEREBRUM_TEST_TOKENS=2000 pytest -s tests/decoding/test_speculative.py -k trained` compares as
+many tokens of the trained model for every drafter by itself; the suite takes a few, of all of them
+together.
 """
 
 import itertools
@@ -221,7 +222,7 @@ def trained(demo: Path) -> tuple[Model, Model, list[int]]:
         return mx.dequantize(*mx.quantize(weight, 64, 4), 64, 4).astype(weight.dtype)
 
     rounded.update(tree_map(few_bits, rounded.parameters()))
-    text = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
     return model, rounded, tokenizer.encode(text)[:250]
 
 

@@ -22,7 +22,7 @@ from convert.integrity import Bytes, ReadError
 from convert.verify import verify
 from convert.writer import JOURNAL, Writer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # Runs the conversion in argv[3:] and kills it, for good, at the argv[2]-th call of argv[1].
 KILLED = """

@@ -10,7 +10,7 @@ import pytest
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.files.open_files import raise_limit
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

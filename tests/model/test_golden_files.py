@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny import tiny_config, tiny_prompt, tiny_weights, weights_sha256
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 TINY: dict[str, Any] = json.loads((GOLDEN / "tiny.json").read_text(encoding="utf-8"))
 DEMO: dict[str, Any] = json.loads((GOLDEN / "demo.json").read_text(encoding="utf-8"))
 TOLERANCE = 1e-4

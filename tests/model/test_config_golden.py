@@ -28,7 +28,7 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.weights.checkpoint import open_checkpoint
 from mlx_cerebrum.weights.loading import choose_storage, load_model
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 DOCUMENT = json.loads((GOLDEN / "configs.json").read_text(encoding="utf-8"))
 LOGITS = load_file(GOLDEN / "configs.safetensors")["logits"]
 # Of the largest logit. Float32 rounding is 7e-6 at most; two configs that mean different things

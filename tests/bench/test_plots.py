@@ -18,7 +18,7 @@ from bench.axes import apart, count, number
 from bench.plots import DARK, LIGHT, Picture, Theme, bars, curves, intervals, roofline
 from bench.report import Spread
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def about(value: float) -> Spread:

@@ -29,7 +29,7 @@ from mlx_cerebrum.weights.checkpoint import open_checkpoint
 from mlx_cerebrum.weights.loading import load
 from mlx_cerebrum.weights.quantize import Packing
 
-TEXT = Path(__file__).parent.parent / "bench" / "data" / "austen.txt"
+TEXT = Path(__file__).parents[2] / "bench" / "data" / "austen.txt"
 OPEN = {"sliding_window": None, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 

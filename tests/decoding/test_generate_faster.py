@@ -19,7 +19,7 @@ from mlx_cerebrum.generate import parser
 from mlx_cerebrum.model import memory
 from mlx_cerebrum.weights.loading import load
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MakeCheckpoint = Callable[..., Path]
 PLAN = """
 slices:

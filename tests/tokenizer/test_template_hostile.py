@@ -15,7 +15,7 @@ from mlx_cerebrum.tokenizer import template
 from mlx_cerebrum.tokenizer.template import ChatTemplate
 from mlx_cerebrum.tokenizer.template_text import Budget, LimitError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUESTION = [{"role": "user", "content": "x"}]
 
 

@@ -18,7 +18,7 @@ from conftest import MakeCheckpoint
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.weights import hub
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 REPO = "owner/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -27,7 +27,7 @@ from mlx_cerebrum.model.memory import on_gpu
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.quantize import fuse_projections
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 1e-4  # absolute, on every logit
 TINY = json.loads((GOLDEN / "tiny.json").read_text())
 DEMO = json.loads((GOLDEN / "demo.json").read_text())

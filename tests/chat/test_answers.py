@@ -12,7 +12,7 @@ from test_chat_render import streamed
 
 from mlx_cerebrum.chat import render
 
-FOLDER = Path(__file__).parent / "answers"
+FOLDER = Path(__file__).parents[1] / "answers"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.txt"))
 DECORATION = re.compile("[\u2022\u2500-\u257f\u258c\u2014]")  # bullets, rules, a quote's bar
 # The text as it is read: a line for each block and break, a number before a numbered item.

@@ -11,7 +11,7 @@ import pytest
 from talker import LETTERS, talker
 from terminal import Program
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def start(

@@ -22,7 +22,7 @@ from mlx_cerebrum.__main__ import main as command
 from mlx_cerebrum.server import __main__ as server
 from mlx_cerebrum.server.listening import bind
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
