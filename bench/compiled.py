@@ -21,7 +21,7 @@ from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.decode import prefill
 from mlx_cerebrum.model.cache import STEP
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.weights.loading import load
+from mlx_cerebrum.weights.opening import load
 
 _PROMPT, _TOKENS = 64, 32
 

@@ -24,7 +24,7 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import on_gpu
 from mlx_cerebrum.weights.checkpoint import Checkpoint
-from mlx_cerebrum.weights.loading import load_tokenizer
+from mlx_cerebrum.weights.opening import load_tokenizer
 from mlx_cerebrum.weights.quantize import FUSED
 
 # A prompt that says nothing twice: continuing a repetition would say little of an engine.

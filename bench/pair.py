@@ -15,14 +15,8 @@ from mlx_cerebrum.plan.layer_plan import LayerPlan, interleave, resolve
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.checkpoint import Checkpoint, open_checkpoint
-from mlx_cerebrum.weights.loading import (
-    SMALLER,
-    Storage,
-    choose_storage,
-    load_model,
-    load_tokenizer,
-    planned_config,
-)
+from mlx_cerebrum.weights.loading import SMALLER, Storage, choose_storage, load_model
+from mlx_cerebrum.weights.opening import load_tokenizer, planned_config
 from mlx_cerebrum.weights.quantize import Packing
 
 _CARDS_BLOCKS = 32  # what the plans of the two Cerebrum models are written for

@@ -29,7 +29,7 @@ from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.checkpoint import Checkpoint, open_checkpoint
-from mlx_cerebrum.weights.loading import load
+from mlx_cerebrum.weights.opening import load
 
 DATA = Path(__file__).parent / "data"
 TEXTS = (DATA / "austen.txt", DATA / "newton.txt")

@@ -53,7 +53,7 @@ from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.text import tell
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.checkpoint import open_checkpoint
-from mlx_cerebrum.weights.loading import load_tokenizer
+from mlx_cerebrum.weights.opening import load_tokenizer
 
 WARM_UP = 0.2  # of the minutes, before them; of this load only errors count
 

@@ -8,7 +8,7 @@ from bench.report import table
 from mlx_cerebrum.decoding.cost import Costs, best_drafts, speedup
 from mlx_cerebrum.decoding.policy import MOST_DRAFTS
 from mlx_cerebrum.model.config import ModelConfig
-from mlx_cerebrum.weights.loading import planned_config
+from mlx_cerebrum.weights.opening import planned_config
 
 # A row more of a target pass, in decode steps, on a GPU that is bound by bandwidth: assumed.
 METAL_ROWS = (0.02, 0.1)

@@ -35,7 +35,8 @@ from mlx_cerebrum.progress import progress as live
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, matrix_shapes, open_checkpoint
-from mlx_cerebrum.weights.loading import DTYPES, Storage, load_model, load_tokenizer, planned_config
+from mlx_cerebrum.weights.loading import DTYPES, Storage, load_model
+from mlx_cerebrum.weights.opening import load_tokenizer, planned_config
 from mlx_cerebrum.weights.quantize import FUSED, Packing
 
 LENGTH = 256  # tokens a sequence

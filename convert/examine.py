@@ -28,7 +28,7 @@ from mlx_cerebrum.weights.checkpoint import (
 )
 from mlx_cerebrum.weights.gguf_blocks import BITS, REPACKED
 from mlx_cerebrum.weights.gguf_file import GGUFFile
-from mlx_cerebrum.weights.loading import load_tokenizer
+from mlx_cerebrum.weights.opening import load_tokenizer
 from mlx_cerebrum.weights.safetensors_file import TensorInfo, read_header
 
 

@@ -27,7 +27,7 @@ from mlx_cerebrum.tokenizer.tokenizer_json import parse, with_added
 from mlx_cerebrum.tokenizer.vocabulary import TokenizersVocabulary, Vocabulary
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.gguf_checkpoint import GGUFCheckpoint
-from mlx_cerebrum.weights.loading import load_tokenizer
+from mlx_cerebrum.weights.opening import load_tokenizer
 
 # Runs of spaces, digits, newlines; contractions in both cases; letters with marks, composed and
 # not; scripts without spaces; symbols and what is outside the vocabulary.

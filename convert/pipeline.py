@@ -18,7 +18,7 @@ from mlx_cerebrum import __version__
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.memory import human, kv_bytes
 from mlx_cerebrum.weights.checkpoint import INDEX, Checkpoint, open_checkpoint
-from mlx_cerebrum.weights.loading import load_tokenizer
+from mlx_cerebrum.weights.opening import load_tokenizer
 
 
 class _RefoldError(Exception):

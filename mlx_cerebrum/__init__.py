@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from mlx_cerebrum.errors import CerebrumError
     from mlx_cerebrum.model.config import ModelConfig
     from mlx_cerebrum.plan.layer_plan import LayerPlan
-    from mlx_cerebrum.weights.loading import load
+    from mlx_cerebrum.weights.opening import load
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "mlx_cerebrum.weights.loading",
+    "load": "mlx_cerebrum.weights.opening",
     "generate": "mlx_cerebrum.decoding.stream",
     "stream_generate": "mlx_cerebrum.decoding.stream",
     "make_sampler": "mlx_cerebrum.decoding.sampling",
@@ -42,8 +42,8 @@ __all__ = [
 
 
 class _Package(types.ModuleType):
-    """Resolves the public names; `load` and `generate` are also modules' names, and importing
-    a module would otherwise put it where the function is expected."""
+    """Resolves the public names. `generate` is also a command's module, and importing that would
+    otherwise put the module where the function is expected."""
 
     def __getattribute__(self, name: str) -> Any:
         if name in _HOMES:

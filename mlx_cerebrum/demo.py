@@ -19,7 +19,7 @@ from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.text import clean, say
-from mlx_cerebrum.weights.loading import load
+from mlx_cerebrum.weights.opening import ModelSpec, open_model
 
 QUESTION = "Why is the sky blue? Answer in two sentences."
 PLAN = "demo-interleaved"
@@ -40,7 +40,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.max_tokens < 1 or not args.prompt.strip():
         raise RequestError("give a --prompt with words, and --max-tokens of at least 1")
     with progress("loading", show=True) as report:
-        model, tokenizer = load("demo", progress=report)
+        opened = open_model(ModelSpec("demo"))
+        tokenizer = opened.tokenizer
+        model = opened.load(report)
     blocks = model.config.num_hidden_layers
     held = mx.get_active_memory()
     interleaved = model.view(resolve(PLAN).layer_map(blocks))

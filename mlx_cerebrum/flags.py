@@ -7,7 +7,9 @@ from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.text import tell
 from mlx_cerebrum.tokenizer.chat_formats import NAMES, read_format
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.loading import DTYPES
+from mlx_cerebrum.weights.opening import ModelSpec
 from mlx_cerebrum.weights.quantize import AFFINE_BITS, AFFINE_GROUPS
 
 
@@ -93,12 +95,27 @@ def add_sampling_flags(
     )
 
 
-def check_model_flags(args: argparse.Namespace) -> int | None:
-    """The memory limit in bytes, if any. Raises a CerebrumError for what can't be honoured."""
-    if args.template is not None:
-        read_format(args.template)
+def model_spec(args: argparse.Namespace, plan: str | None = None) -> ModelSpec:
+    """The model that the flags of `add_model_flags` name, its blocks in the order of `plan`.
+
+    Raises a CerebrumError for what can't be honoured.
+    """
     if args.q_bits is None and args.q_group_size is not None:
         raise RequestError("--q-group-size only means something with --q-bits")
+    return ModelSpec(
+        hub.DEFAULT_REPO if args.model is None else args.model,
+        args.revision,
+        plan,
+        args.q_bits,
+        args.q_group_size or 64,
+        args.dtype,
+        args.window,
+        None if args.template is None else read_format(args.template),
+    )
+
+
+def memory_limit(args: argparse.Namespace) -> int | None:
+    """--memory-limit in bytes, if there is one. Raises RequestError for one that can't be."""
     memory = args.memory_limit
     if memory is None:
         return None

@@ -25,29 +25,25 @@ from mlx_cerebrum.decoding.stream import (
     stream_generate,
 )
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.flags import add_model_flags, add_sampling_flags, check_model_flags, say_assumed
+from mlx_cerebrum.flags import (
+    add_model_flags,
+    add_sampling_flags,
+    memory_limit,
+    model_spec,
+    say_assumed,
+)
 from mlx_cerebrum.model.attention import check_kv_bits
 from mlx_cerebrum.model.cache import KV_BITS, REWIND
-from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.memory import fits, human, request_bytes, require, what_fits
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.text import say, tell
-from mlx_cerebrum.tokenizer.chat_formats import read_format
 from mlx_cerebrum.tokenizer.conversation import read_messages
 from mlx_cerebrum.tokenizer.template import check_length
 from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.checkpoint import Checkpoint, open_checkpoint
-from mlx_cerebrum.weights.loading import (
-    Storage,
-    choose_storage,
-    load_model,
-    load_tokenizer,
-    planned_config,
-    smaller_weights,
-)
-from mlx_cerebrum.weights.quantize import AFFINE_BITS, Packing
+from mlx_cerebrum.weights.opening import ModelSpec, Opened, open_model
+from mlx_cerebrum.weights.quantize import AFFINE_BITS
 
 __all__ = ["generate", "main", "stream_generate"]
 
@@ -204,39 +200,37 @@ def _run(args: argparse.Namespace) -> int:
     asked = question(args)
     check_drafting(args)
     StopText(args.stop)
-    memory = check_model_flags(args)
+    plan = DEFAULT_PLAN if args.model is None and args.plan is None else args.plan
+    spec, memory = model_spec(args, plan), memory_limit(args)
     if args.prompt_cache is not None:
         check_destination(args.prompt_cache)
     with limits(memory):
-        return _answer(args, sampler, asked)
+        return _answer(args, spec, sampler, asked)
 
 
-def _answer(args: argparse.Namespace, sampler: Sampler, asked: str | list[Any]) -> int:
-    packing = None if args.q_bits is None else Packing(args.q_bits, args.q_group_size or 64)
-    plan = DEFAULT_PLAN if args.model is None and args.plan is None else args.plan
-    name = hub.DEFAULT_REPO if args.model is None else args.model
-    checkpoint = open_checkpoint(hub.resolve(name, args.revision))
-    config = planned_config(checkpoint.config, plan, args.window)
+def _answer(
+    args: argparse.Namespace, spec: ModelSpec, sampler: Sampler, asked: str | list[Any]
+) -> int:
+    opened = open_model(spec)
+    config, storage = opened.config, opened.storage
     check_kv_bits(config, args.kv_bits)
     draft = check_draft(config, args.draft_plan, args.draft_bits)
-    chosen = None if args.template is None else read_format(args.template)
-    tokenizer = load_tokenizer(checkpoint, chosen)
+    tokenizer = opened.tokenizer
     if isinstance(asked, str):
         ids = tokenizer.encode(asked)
     else:
         ids = tokenizer.apply_chat_template(asked)
     check_request(config, len(ids), args.max_tokens, args.prefill_step_size)
 
-    storage = choose_storage(checkpoint, packing, args.dtype)
     more = copy_bytes(draft, args.draft_bits, storage.dtype.size) if args.draft_bits else 0
     kept, same = args.prompt_cache, {}
     if kept is not None:
-        same = identity(checkpoint, config, storage, tokenizer.format.source)
+        same = identity(opened.checkpoint, config, storage, tokenizer.format.source)
         more += check(kept, same, args.kv_bits) if kept.exists() else 0
-    _check_memory(args, checkpoint, packing, config, storage, len(ids), more)
+    _check_memory(args, opened, len(ids), more)
     show = not (args.quiet or args.json)
     with progress("loading", show) as report:
-        model = load_model(checkpoint, config, storage, report)
+        model = opened.load(report)
     if not args.quiet and not args.raw:
         say_assumed(tokenizer)
     drafting = _drafting(args, model)
@@ -262,8 +256,8 @@ def _answer(args: argparse.Namespace, sampler: Sampler, asked: str | list[Any]) 
         with closing(responses):  # whatever ends it: the cache must hold what was printed, no more
             answer = _stream(first, responses, echo=not args.json)
         facts = {
-            "model": name,
-            "plan": plan,
+            "model": spec.name,
+            "plan": spec.plan,
             "positions": config.num_positions,
             "window": config.sliding_window,
             "dtype": str(storage.dtype).removeprefix("mlx.core."),
@@ -280,27 +274,20 @@ def _answer(args: argparse.Namespace, sampler: Sampler, asked: str | list[Any]) 
     return cli.INTERRUPTED if answer["finish_reason"] == "interrupted" else 0
 
 
-def _check_memory(
-    args: argparse.Namespace,
-    checkpoint: Checkpoint,
-    packing: Packing | None,
-    config: ModelConfig,
-    storage: Storage,
-    prompt: int,
-    more: int,
-) -> None:
+def _check_memory(args: argparse.Namespace, opened: Opened, prompt: int, more: int) -> None:
     """Raise MemoryBudgetError, naming settings that fit, where the request does not.
 
     `more` bytes are held besides: a packed copy to draft with, a prompt cache as it is read.
     """
-    sizes = (config, prompt, args.max_tokens)
+    storage = opened.storage
+    sizes = (opened.config, prompt, args.max_tokens)
     kinds = {"kv_bits": args.kv_bits, "drafts": most_drafts(args)}
     item_bytes = storage.dtype.size
     request = request_bytes(*sizes, item_bytes, args.prefill_step_size, **kinds)
     needed = storage.nbytes + more + max(request, storage.transient)
     if fits(needed):
         return
-    ways = [("", storage), *smaller_weights(checkpoint, packing, args.dtype)]
+    ways = [("", storage), *opened.smaller()]
     weights = [(flag, s.nbytes + more, s.transient, s.dtype.size) for flag, s in ways]
     require(
         needed,

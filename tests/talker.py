@@ -12,6 +12,7 @@ from tiny import tiny_config, tiny_weights
 
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.opening import ModelSpec, open_model
 from mlx_cerebrum.weights.views import load_views
 
 # Its answers are in the next prompt as they were said: what was computed holds.
@@ -47,4 +48,4 @@ def talker(folder: Path, says: str = LETTERS, **config: Any) -> Path:
 
 def talkers(folder: Path, **config: Any) -> tuple[Mapping[str, Model], Tokenizer]:
     """The views of one: `talker` as it is, and `talker@twice`."""
-    return load_views(str(talker(folder, **config)), [str(folder / "twice.yml")])
+    return load_views(open_model(ModelSpec(talker(folder, **config))), [str(folder / "twice.yml")])

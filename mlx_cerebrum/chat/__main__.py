@@ -22,15 +22,16 @@ from mlx_cerebrum.chat.session import Messages, Session, Settings
 from mlx_cerebrum.chat.signals import orderly_end
 from mlx_cerebrum.decoding.sampling import make_sampler
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.flags import check_model_flags, say_assumed
+from mlx_cerebrum.flags import memory_limit, model_spec, say_assumed
 from mlx_cerebrum.model.attention import check_kv_bits
+from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.tokenizer.conversation import read_messages
-from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.checkpoint import open_checkpoint
-from mlx_cerebrum.weights.views import load_asked
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.opening import ModelSpec, open_model
+from mlx_cerebrum.weights.views import load_views
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,19 +50,16 @@ def _run(args: argparse.Namespace) -> int:
         raise RequestError("--load is a whole conversation: no --system with it, use /system")
     if sys.stdin is None:
         raise RequestError("standard input is closed; there is nobody to talk with")
-    memory = check_model_flags(args)
+    spec, memory = model_spec(args), memory_limit(args)
     messages = None if args.load is None else read_messages(args.load)
     if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 costs a line, not the chat
         sys.stdin.reconfigure(errors="surrogateescape")
     with orderly_end(), limits(memory):
-        return _talk(args, messages)
+        return _talk(args, spec, messages)
 
 
-def _talk(args: argparse.Namespace, messages: Messages | None) -> int:
-    name = hub.DEFAULT_REPO if args.model is None else args.model
-    check_kv_bits(open_checkpoint(hub.resolve(name, args.revision)).config, args.kv_bits)
-    with progress("loading", show=is_full(args.plain)) as report:
-        models, tokenizer = load_asked(args, report)
+def _talk(args: argparse.Namespace, spec: ModelSpec, messages: Messages | None) -> int:
+    models, tokenizer = _loaded(args, spec)
     say_assumed(tokenizer)
     settings = Settings(
         max_tokens=args.max_tokens,
@@ -81,6 +79,13 @@ def _talk(args: argparse.Namespace, messages: Messages | None) -> int:
     if messages is not None:
         chat.load(messages, str(args.load))
     return chat.run()
+
+
+def _loaded(args: argparse.Namespace, spec: ModelSpec) -> tuple[dict[str, Model], Tokenizer]:
+    opened = open_model(spec)
+    check_kv_bits(opened.config, args.kv_bits)
+    with progress("loading", show=is_full(args.plain)) as report:
+        return load_views(opened, args.plan, report)
 
 
 def _chat(session: Session, args: argparse.Namespace) -> Chat:

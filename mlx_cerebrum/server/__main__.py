@@ -11,7 +11,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from mlx_cerebrum import cli
-from mlx_cerebrum.flags import check_model_flags, say_assumed
+from mlx_cerebrum.flags import memory_limit, model_spec, say_assumed
 from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.progress import progress
@@ -22,7 +22,8 @@ from mlx_cerebrum.server.connections import Room
 from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.server.listening import Server, bind, url
 from mlx_cerebrum.text import say
-from mlx_cerebrum.weights.views import describe, load_asked
+from mlx_cerebrum.weights.opening import open_model
+from mlx_cerebrum.weights.views import describe, load_views
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,11 +34,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     # Everything that can be refused is, cheapest first, before weights are read.
-    memory = check_model_flags(args)
+    spec, memory = model_spec(args), memory_limit(args)
     settings = replace(flags.settings(args), room=Room.within_limits())
     with bind(args.host, args.port, settings.api_key is not None) as listening:
         with limits(memory), progress("loading", not args.quiet) as report:
-            models, tokenizer = load_asked(args, report)
+            models, tokenizer = load_views(open_model(spec), args.plan, report)
         say_assumed(tokenizer)
         dtype = next(iter(models.values())).model.norm.weight.dtype
         engine = BatchEngine(

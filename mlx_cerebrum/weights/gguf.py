@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -61,7 +62,7 @@ def model_config(file: GGUFFile) -> tuple[ModelConfig, dict[str, Any]]:
     quantization = _quantization(found)
     if quantization is not None:
         raw["quantization"] = quantization
-    return ModelConfig.from_dict(raw, where), raw
+    return replace(config, dtype=raw["dtype"], quantization=quantization), raw
 
 
 def iter_tensors(file: GGUFFile) -> Iterator[tuple[str, Callable[[], dict[str, mx.array]]]]:

@@ -1,25 +1,18 @@
-"""From a checkpoint to a model that runs: planned, cast, packed and fused, a block at a time."""
+"""From a checkpoint to a model that runs: cast, packed and fused, a block at a time."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_cerebrum.errors import CheckpointError, ConfigError
-from mlx_cerebrum.model.config import MOST, ModelConfig
+from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import available_bytes, on_gpu, require
-from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.plan.layer_plan import resolve as resolve_plan
-from mlx_cerebrum.text import tell
-from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN, ChatFormat, read_format
-from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, matrix_shapes, open_checkpoint
+from mlx_cerebrum.model.memory import available_bytes, on_gpu
+from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, matrix_shapes
 from mlx_cerebrum.weights.quantize import FUSED, PIECE, Packing, fuse_projections
 from mlx_cerebrum.weights.safetensors_file import ITEM_BYTES
 
@@ -41,88 +34,6 @@ class Storage:
     dequantize: bool  # packed weights become dense
     nbytes: int  # of all matrices, once loaded
     transient: int  # more than that while loading, at most: what makes a matrix what it is held as
-
-
-def load(
-    path_or_repo: str | Path,
-    plan: str | LayerPlan | None = None,
-    q_bits: int | None = None,
-    dtype: str = "auto",
-    *,
-    q_group_size: int = 64,
-    window: int | None = None,
-    revision: str | None = None,
-    template: str | Path | None = None,
-    progress: Progress | None = None,
-) -> tuple[Model, Tokenizer]:
-    """A model and its tokenizer from a directory, a `.gguf` file, a hub id, or `"demo"`.
-
-    `plan` (a LayerPlan, a named plan or a YAML file) lays the blocks out anew; without it the
-    checkpoint's own order stands. `q_bits` packs a dense checkpoint on the way in. `dtype`
-    is "auto" or float32, float16, bfloat16. `window` overrides the sliding window (tokens; 0
-    for none). `template` is how conversations are written: a name of `chat_formats.BUILT_IN` or a
-    Jinja file; without it the checkpoint's own, Cerebrum's for a Cerebrum that has none, else
-    what `tokenizer.format.assumed` says. Raises a CerebrumError, one line, for whatever can't be
-    honoured.
-    """
-    chosen = None if template is None else read_format(template)
-    checkpoint = open_checkpoint(hub.resolve(path_or_repo, revision))
-    tokenizer = load_tokenizer(checkpoint, chosen)
-    packing = None if q_bits is None else Packing(q_bits, q_group_size)
-    config = planned_config(checkpoint.config, plan, window)
-    storage = choose_storage(checkpoint, packing, dtype)
-    require(
-        storage.nbytes + storage.transient,
-        f"loading {checkpoint.path.name}",
-        "take a smaller model",
-        [(flag, s.nbytes + s.transient) for flag, s in smaller_weights(checkpoint, packing, dtype)],
-    )
-    return load_model(checkpoint, config, storage, progress), tokenizer
-
-
-def load_tokenizer(checkpoint: Checkpoint, chosen: ChatFormat | None = None) -> Tokenizer:
-    """The checkpoint's tokenizer, writing conversations as `chosen`, by default as `load` has it.
-
-    Raises ConfigError if it is of another model. Added tokens past the model's last row, such as
-    a padding that nobody writes, are named on stderr; a prompt that has one is refused.
-    """
-    tokenizer = checkpoint.tokenizer()
-    rows = checkpoint.config.vocab_size
-    beyond = tokenizer.vocab_size - rows
-    if beyond > 0 and not tokenizer.only_added(rows):
-        raise ConfigError(
-            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}"
-        )
-    if beyond > 0:
-        tell(
-            f"note: the tokenizer's added tokens from {rows} on ({beyond} of them) are past the "
-            f"model's {rows} rows; a prompt that has one will be refused"
-        )
-    if chosen is not None:
-        tokenizer.use_format(chosen)
-    elif tokenizer.chat_template is None and any(
-        "cerebrum" in n.lower() for n in checkpoint.names()
-    ):
-        tokenizer.use_format(BUILT_IN["cerebrum"])
-    return tokenizer
-
-
-def planned_config(
-    config: ModelConfig, plan: str | LayerPlan | None, window: int | None
-) -> ModelConfig:
-    """The checkpoint's config with a plan's layer map and a window override applied.
-
-    A plan always names stored blocks: it replaces the map and scales a folded source has.
-    """
-    if plan is not None:
-        plan = resolve_plan(plan) if isinstance(plan, str) else plan
-        blocks = config.num_hidden_layers
-        config = config.with_map(plan.layer_map(blocks), plan.residual_scales(blocks))
-    if window is not None:
-        if window < 0:
-            raise ConfigError(f"window {window} is negative; use 0 for full attention")
-        config = replace(config, sliding_window=min(window, MOST) or None)
-    return config
 
 
 def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str) -> Storage:

@@ -1,18 +1,16 @@
 """The models that one loaded set of weights serves: its blocks in several orders, by name."""
 
-import argparse
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path, PurePath
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 
 from mlx_cerebrum.errors import PlanError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.checkpoint import open_checkpoint
-from mlx_cerebrum.weights.loading import load
+from mlx_cerebrum.weights.loading import Progress
+from mlx_cerebrum.weights.opening import Opened
 
 CEREBRUM = ("cerebrum-7b", "cerebrum-12.25b")
 DEMO = "demo-interleaved"
@@ -23,55 +21,20 @@ Order = tuple[tuple[int, ...], tuple[tuple[float, float], ...] | None]  # layer 
 
 
 def load_views(
-    name: str | None = None,
-    plans: Sequence[str] = (),
-    q_bits: int | None = None,
-    dtype: str = "auto",
-    *,
-    q_group_size: int = 64,
-    window: int | None = None,
-    revision: str | None = None,
-    template: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    opened: Opened, plans: Sequence[str] = (), progress: Progress | None = None
 ) -> tuple[dict[str, Model], Tokenizer]:
-    """Load one checkpoint and lay its blocks out in every order it is to answer in.
+    """Load a model and lay its blocks out in every order it is to answer in.
 
-    `name` as `load` takes it (None: Cerebrum 7B from the hub). The views share the weights:
-    all of them take one model's memory, and none a second one's time to load. The first is the
-    one to answer by default: Cerebrum's 12.25B, else the checkpoint as it is. Raises a
-    CerebrumError for what can't be loaded, PlanError for a plan that does not fit.
+    The views share the weights: all of them take one model's memory, and none a second one's time
+    to load. The first is the one to answer by default: Cerebrum's 12.25B, else the model as it is
+    opened. Raises PlanError for a plan that does not fit, and as `Opened.load` and
+    `Opened.tokenizer` do.
     """
-    source = hub.DEFAULT_REPO if name is None else name
-    path = hub.resolve(source, revision)
-    # What its config is enough to refuse is refused before the weights are read.
-    orders(open_checkpoint(path).config, source, plans)
-    base, tokenizer = load(
-        path,
-        q_bits=q_bits,
-        dtype=dtype,
-        q_group_size=q_group_size,
-        window=window,
-        template=template,
-        progress=progress,
-    )
-    return views(base, source, plans), tokenizer
-
-
-def load_asked(
-    args: argparse.Namespace, progress: Callable[[int, int], None] | None
-) -> tuple[dict[str, Model], Tokenizer]:
-    """`load_views` as the flags of `model_args` say, `add_plans_flag` among them."""
-    return load_views(
-        args.model,
-        args.plan,
-        args.q_bits,
-        args.dtype,
-        q_group_size=args.q_group_size or 64,
-        window=args.window,
-        revision=args.revision,
-        template=args.template,
-        progress=progress,
-    )
+    source = str(opened.spec.name)
+    # What needs no weights to refuse is refused before they are read.
+    orders(opened.config, source, plans)
+    tokenizer = opened.tokenizer
+    return views(opened.load(progress), source, plans), tokenizer
 
 
 def views(base: Model, source: str, plans: Sequence[str] = ()) -> dict[str, Model]:

@@ -21,11 +21,11 @@ from bench.plan_family import SQRT_HALF, Cell, Grid, card, grids, other_ways
 from bench.plan_map import pictures
 from bench.plan_table import paragraphs, survivors
 from bench.suite import Settings
+from mlx_cerebrum import load
 from mlx_cerebrum.errors import PlanError, RequestError
 from mlx_cerebrum.model.cache import Mask
 from mlx_cerebrum.model.forward import Model, TransformerBlock
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.weights.loading import load
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 3
 

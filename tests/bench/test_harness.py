@@ -22,12 +22,12 @@ from bench.data import make_arithmetic
 from bench.harness import evaluate
 from bench.harness_model import Adapter, cerebrum_lm
 from bench.scoring import Scorer
+from mlx_cerebrum import load
 from mlx_cerebrum.decoding.stream import generate
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights.loading import load
 
 CHATML = (
     "{% for m in messages %}{{ bos_token + m['role'] + '\n' + m['content'] + eos_token + '\n' }}"

@@ -18,7 +18,7 @@ from bench.suite import Results, Settings
 from convert.__main__ import main as convert
 from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.model.memory import GB
-from mlx_cerebrum.weights.loading import load_tokenizer
+from mlx_cerebrum.weights.opening import load_tokenizer
 
 PROMPT = [5 + (7 * i) % 200 for i in range(24)]
 TOKENS = 6

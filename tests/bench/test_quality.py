@@ -22,11 +22,11 @@ from bench.pair import Pair, Side, open_pair, random_pair
 from bench.plots import LIGHT, drawn
 from bench.quality_report import _accuracy, _quantization
 from bench.suite import Settings
+from mlx_cerebrum import load
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import interleave
 from mlx_cerebrum.weights.checkpoint import open_checkpoint
-from mlx_cerebrum.weights.loading import load
 from mlx_cerebrum.weights.quantize import Packing
 
 TEXT = Path(__file__).parents[2] / "bench" / "data" / "austen.txt"

@@ -29,10 +29,10 @@ from bench.step_kinds import (
     prefill_pass,
 )
 from bench.suite import Results
+from mlx_cerebrum import load
 from mlx_cerebrum.model.cache import causal_mask
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.weights.loading import load
 
 WINDOW = 24
 TINY = ModelConfig.from_dict(tiny_config(num_hidden_layers=3, sliding_window=WINDOW))

@@ -15,6 +15,7 @@ from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.opening import ModelSpec, open_model
 from mlx_cerebrum.weights.views import load_views
 
 Views = tuple[Mapping[str, Model], Tokenizer]
@@ -384,7 +385,7 @@ def test_clear_can_be_undone(views: Views) -> None:
 
 def test_the_demo_computes_only_the_new_turn(demo: Path) -> None:
     """Its end-of-turn token and the text around it are found again in the next prompt."""
-    session = Session(*load_views(str(demo), window=40), Settings(max_tokens=12))
+    session = Session(*load_views(open_model(ModelSpec(demo, window=40))), Settings(max_tokens=12))
     held = ask(session, "Hi").tokens
     for question in ("What is the capital of France?", "And of Italy?"):
         answer = ask(session, question)

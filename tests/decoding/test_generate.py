@@ -348,7 +348,7 @@ def test_memory_is_asked_for_before_loading(
     assert short < long
     room = int((weights + (short + long) / 2) / 0.95)
     monkeypatch.setattr("mlx_cerebrum.model.memory.available_bytes", lambda: room)
-    monkeypatch.setattr(sys.modules["mlx_cerebrum.generate"], "load_model", None)
+    monkeypatch.setattr("mlx_cerebrum.weights.opening.load_model", None)
     common = ["--model", path, "--prompt", "x", "--raw", "--max-tokens"]
     with pytest.raises(TypeError, match="not callable"):  # it fits, and loading is reached
         run(capsys, *common, 2)

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ from typing import Any
 import pytest
 from command import run
 
+from mlx_cerebrum import load
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.speculative import speculation
 from mlx_cerebrum.decoding.stream import stream_generate
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.generate import parser
 from mlx_cerebrum.model import memory
-from mlx_cerebrum.weights.loading import load
 
 ROOT = Path(__file__).parents[2]
 MakeCheckpoint = Callable[..., Path]
@@ -116,7 +115,7 @@ def test_flags_that_cannot_be_honoured_are_refused_before_weights_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     named = [str(plan) if flag == "PLAN" else flag for flag in flags]
-    monkeypatch.setattr(sys.modules["mlx_cerebrum.generate"], "load_model", None)
+    monkeypatch.setattr("mlx_cerebrum.weights.opening.load_model", None)
     assert said in refused(capsys, "--model", directory, "--prompt", "hi", *named)
 
 
@@ -136,7 +135,7 @@ def test_a_packed_draft_counts_before_anything_is_read(
         monkeypatch.setattr(memory, "available_bytes", lambda free=free: free)
         if run(capsys, *asked)[0] == 0:
             break
-    monkeypatch.setattr(sys.modules["mlx_cerebrum.generate"], "load_model", None)
+    monkeypatch.setattr("mlx_cerebrum.weights.opening.load_model", None)
     assert "the model (" in refused(capsys, *asked, "--draft-bits", 8)
 
 

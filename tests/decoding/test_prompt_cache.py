@@ -18,6 +18,7 @@ from conftest import INTERLEAVED_8, MakeCheckpoint
 from safetensors.numpy import save_file
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
+from mlx_cerebrum import load
 from mlx_cerebrum.decoding import prompt_cache as room
 from mlx_cerebrum.decoding import prompt_cache_file, prompt_cache_identity
 from mlx_cerebrum.decoding.decode import PREFILL_STEP, generate_step
@@ -33,12 +34,8 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.weights.checkpoint import open_checkpoint
-from mlx_cerebrum.weights.loading import (
-    Storage,
-    choose_storage,
-    load,
-    planned_config,
-)
+from mlx_cerebrum.weights.loading import Storage, choose_storage
+from mlx_cerebrum.weights.opening import planned_config
 from mlx_cerebrum.weights.quantize import Packing
 
 WINDOW = 20

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main as convert
 from convert.verify import verify
+from mlx_cerebrum import load
 from mlx_cerebrum.errors import CerebrumError, PlanError
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.weights.loading import load
 
 PROJECTION = "model.layers.3.mlp.up_proj"
 WAY_OUT = "take the unquantized checkpoint"

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
+from mlx_cerebrum import load
 from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.decoding.speculative import speculation, speculative_step
 from mlx_cerebrum.errors import RequestError
@@ -20,7 +21,6 @@ from mlx_cerebrum.model.attention import attend, check_kv_bits, unpack
 from mlx_cerebrum.model.cache import KV_BITS, REWIND, Packed, WindowedKVCache, causal_mask, kv_group
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.weights.loading import load
 
 MAP = (0, 1, 2, 1, 2, 3)
 WINDOW = 12

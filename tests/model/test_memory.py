@@ -18,7 +18,8 @@ from mlx_cerebrum.model.cache import STEP, WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import forward_bytes, keeps_scores, kv_bytes, request_bytes
-from mlx_cerebrum.weights.loading import choose_storage, load_model, planned_config
+from mlx_cerebrum.weights.loading import choose_storage, load_model
+from mlx_cerebrum.weights.opening import planned_config
 
 CHUNK = STEP - 6
 GENERATED = 3

@@ -14,6 +14,7 @@ from conftest import MakeCheckpoint, config_of, tensors
 
 from bench import memory_limit
 from bench.random_model import GEOMETRIES
+from mlx_cerebrum import load
 from mlx_cerebrum.decoding.decode import PREFILL_STEP
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model import memory
@@ -21,7 +22,7 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.limits import _FIRST_EVALUATION, PROC, cgroups, host_bytes, limits, sizes
 from mlx_cerebrum.model.memory import available_bytes, request_bytes, require, what_fits
 from mlx_cerebrum.weights.checkpoint import open_checkpoint
-from mlx_cerebrum.weights.loading import choose_storage, load, load_model, smaller_weights
+from mlx_cerebrum.weights.loading import choose_storage, load_model, smaller_weights
 from mlx_cerebrum.weights.quantize import Packing
 
 FULL = ModelConfig.from_dict(GEOMETRIES["cerebrum-7b"])
@@ -318,11 +319,10 @@ def predicted() -> int:
 def started() -> dict[str, int]:
     """What the process has taken by the time it asks for memory, by the name the kernel gives."""
     code = (
-        "import json, mlx_cerebrum.generate; from mlx_cerebrum.weights import hub;"
-        "from mlx_cerebrum.weights.loading import load_tokenizer;"
-        "from mlx_cerebrum.weights.checkpoint import open_checkpoint;"
-        "held = open_checkpoint(hub.demo_path()); tokenizer = load_tokenizer(held);"
-        "tokenizer.encode('Once');"  # its tables are made when they are first asked for
+        "import json, mlx_cerebrum.generate;"
+        "from mlx_cerebrum.weights.opening import ModelSpec, open_model;"
+        "opened = open_model(ModelSpec('demo'));"
+        "opened.tokenizer.encode('Once');"  # its tables are made when they are first asked for
         "from mlx_cerebrum.model.limits import PROC, sizes;"
         "print(json.dumps(sizes(PROC / 'self/status')))"
     )

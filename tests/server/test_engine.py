@@ -34,6 +34,7 @@ from mlx_cerebrum.server.jobs import (
 from mlx_cerebrum.server.prefix_cache import PrefixCache
 from mlx_cerebrum.server.task import choice_seed
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.opening import ModelSpec, open_model
 from mlx_cerebrum.weights.views import load_views
 
 WINDOW = 12
@@ -49,7 +50,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Model], 
     folder = tmp_path_factory.mktemp("engine")
     path = write_checkpoint(folder / "small", CONFIG, tiny_weights(CONFIG, seed=3))
     (folder / "plan.yml").write_text(plan_yaml(INTERLEAVED_8))
-    models, tokenizer = load_views(str(path), [str(folder / "plan.yml")])
+    models, tokenizer = load_views(open_model(ModelSpec(path)), [str(folder / "plan.yml")])
     return dict(zip(("small", "plan"), models.values(), strict=True)), tokenizer
 
 

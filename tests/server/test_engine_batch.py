@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
+from mlx_cerebrum import load
 from mlx_cerebrum.decoding.decode import generate_step, greedy
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.server.batch import Batch
@@ -19,7 +20,6 @@ from mlx_cerebrum.server.jobs import Event, Failed, Job, Piece, Reading, Samplin
 from mlx_cerebrum.server.prefix_cache import PrefixCache
 from mlx_cerebrum.server.task import Counts, Task
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights.loading import load
 
 WINDOW = 12
 CONFIG = tiny_config(

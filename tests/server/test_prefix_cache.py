@@ -9,6 +9,7 @@ from conftest import write_checkpoint
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
+from mlx_cerebrum import load
 from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.server.batch import Batch
@@ -16,7 +17,6 @@ from mlx_cerebrum.server.jobs import Event, Job, Piece
 from mlx_cerebrum.server.prefix_cache import Caches, PrefixCache, make_caches
 from mlx_cerebrum.server.task import Counts, Task
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights.loading import load
 
 WINDOW = 12
 CONFIG = tiny_config(

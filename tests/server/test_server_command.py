@@ -61,7 +61,7 @@ def test_refused_before_anything_is_loaded(
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("it was loaded")
 
-    monkeypatch.setattr(server, "load_asked", loaded)
+    monkeypatch.setattr(server, "open_model", loaded)
     monkeypatch.delenv("MLX_CEREBRUM_API_KEY", raising=False)
     assert message in refused(capsys, *flags)
 

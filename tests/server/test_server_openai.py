@@ -11,11 +11,12 @@ from openai.types.chat import ChatCompletionMessageParam
 from server_room import WAIT, FakeEngine, Running, serving
 from tiny import tiny_config, tiny_weights
 
+from mlx_cerebrum import load
 from mlx_cerebrum.decoding.stream import generate
 from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.server.jobs import BusyError
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights.loading import load
+from mlx_cerebrum.weights.opening import ModelSpec, open_model
 from mlx_cerebrum.weights.views import describe, load_views
 
 HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello, who are you?"}]
@@ -33,7 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Running]:
-    models, tokenizer = load_views(str(folder / "small"), [str(folder / "deep.yml")])
+    models, tokenizer = load_views(
+        open_model(ModelSpec(folder / "small")), [str(folder / "deep.yml")]
+    )
     assert tuple(models) == MODELS
     engine = BatchEngine(models, tokenizer, max_batch=4, max_queue=8, cache_bytes=10**8)
     described = {name: describe(model) for name, model in models.items()}

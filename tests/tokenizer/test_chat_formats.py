@@ -150,7 +150,7 @@ def test_a_name_that_is_none(name: str) -> None:
 
 def loaded(path: Path, **more: Any) -> Any:
     from mlx_cerebrum.weights.checkpoint import open_checkpoint
-    from mlx_cerebrum.weights.loading import load_tokenizer
+    from mlx_cerebrum.weights.opening import load_tokenizer
 
     return load_tokenizer(open_checkpoint(path), **more)
 

@@ -2,7 +2,6 @@
 
 import builtins
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -294,8 +293,8 @@ def test_auto_is_16_bits_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     convert(source, tmp_path / "converted", Options())
     converted = open_checkpoint(tmp_path / "converted")
     assert converted.dtypes["model.layers.0.self_attn.q_proj.scales"] == "F32"
-    module = sys.modules["mlx_cerebrum.weights.loading"]  # its name is the function's too
-    monkeypatch.setattr(module, "on_gpu", lambda: True)
+
+    monkeypatch.setattr("mlx_cerebrum.weights.loading.on_gpu", lambda: True)
     for checkpoint in (source, converted):
         storage = choose_storage(checkpoint, None, "auto")
         assert (storage.dtype, storage.dequantize) == (mx.float16, False)

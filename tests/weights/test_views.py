@@ -7,9 +7,10 @@ import mlx.core as mx
 import pytest
 from conftest import MakeCheckpoint
 
+from mlx_cerebrum import load
 from mlx_cerebrum.errors import PlanError
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.weights.loading import load
+from mlx_cerebrum.weights.opening import ModelSpec, open_model
 from mlx_cerebrum.weights.views import describe, find, load_views, views
 
 MAP_12B = LayerPlan.named("cerebrum-12.25b").layer_map(32)
@@ -54,7 +55,7 @@ def test_a_plan_file_is_named_by_its_stem(checkpoint: MakeCheckpoint, tmp_path: 
 
 
 def test_views_of_the_demo_take_one_models_memory(demo: Path) -> None:
-    found, tokenizer = load_views("demo")
+    found, tokenizer = load_views(open_model(ModelSpec("demo")))
     assert list(found) == ["demo", "demo-interleaved"]
     assert describe(found["demo-interleaved"]) == {
         "positions": 34,
@@ -74,11 +75,11 @@ def test_a_plan_that_does_not_fit_is_refused_before_weights_are_read(
 ) -> None:
     path = checkpoint(num_hidden_layers=8)
     monkeypatch.setattr(
-        "mlx_cerebrum.weights.views.load", lambda *_, **__: pytest.fail("it was loaded")
+        "mlx_cerebrum.weights.opening.load_model", lambda *_, **__: pytest.fail("it was loaded")
     )
     for plan, said in (("no-such-plan", "no-such-plan"), (str(plan_file("0-4,2-9")), "8 blocks")):
         with pytest.raises(PlanError, match=said):
-            load_views(str(path), [plan])
+            load_views(open_model(ModelSpec(path)), [plan])
 
 
 @pytest.mark.parametrize(
