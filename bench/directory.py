@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_cerebrum.model.config import ModelConfig
-from mlx_cerebrum.weights.checkpoint import INDEX, matrix_shapes, norm_names
+from mlx_cerebrum.model.tensors import matrix_shapes, norm_paths
+from mlx_cerebrum.weights.checkpoint import INDEX
 
 Arrays = dict[str, mx.array]  # tensors by name
 _CODES = {
@@ -23,7 +24,7 @@ _CODES = {
 
 def by_block(config: ModelConfig) -> list[list[str]]:
     """Module paths of the stored model: those outside the blocks first, then block by block."""
-    names = [*matrix_shapes(config), *(n.removesuffix(".weight") for n in norm_names(config))]
+    names = [*matrix_shapes(config), *norm_paths(config)]
     groups: list[list[str]] = [[] for _ in range(1 + config.num_hidden_layers)]
     for name in names:
         groups[1 + int(name.split(".")[2]) if ".layers." in name else 0].append(name)

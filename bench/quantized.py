@@ -29,8 +29,9 @@ from mlx_cerebrum.decoding.decode import PREFILL_STEP
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import human, require
+from mlx_cerebrum.model.tensors import matrix_shapes
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, Extent, matrix_shapes
+from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, Extent
 from mlx_cerebrum.weights.loading import DTYPES, SMALLER, choose_storage, load_model
 from mlx_cerebrum.weights.quantize import Packing
 

@@ -24,10 +24,11 @@ from mlx_cerebrum import cli
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import GB
+from mlx_cerebrum.model.tensors import matrix_shapes, norm_paths
 from mlx_cerebrum.text import say
 from mlx_cerebrum.tokenizer.files import FILES
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights.checkpoint import Checkpoint, Extent, matrix_shapes, norm_names
+from mlx_cerebrum.weights.checkpoint import Checkpoint, Extent
 
 _CEREBRUM: dict[str, Any] = {
     "model_type": "mistral",
@@ -104,7 +105,8 @@ class RandomCheckpoint(Checkpoint):
         self.config = ModelConfig.from_dict(self.raw_config)
         self._matrices = matrix_shapes(self.config)
         self.shapes = {f"{name}.weight": shape for name, shape in self._matrices.items()}
-        self.shapes |= dict.fromkeys(norm_names(self.config), (self.config.hidden_size,))
+        norms = [f"{name}.weight" for name in norm_paths(self.config)]
+        self.shapes |= dict.fromkeys(norms, (self.config.hidden_size,))
         self.dtypes = dict.fromkeys(self.shapes, "BF16")
 
     def read(self, module: str) -> Arrays:

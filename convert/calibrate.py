@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from convert.sensitivity import EMBEDDING, HEAD, KINDS, Sensitivity, module_of
+from convert.sensitivity import Sensitivity
 from mlx_cerebrum import __version__, cli
 from mlx_cerebrum.errors import ConfigError, RequestError
 from mlx_cerebrum.model.attention_cpu import in_slices, scores_held
@@ -31,10 +31,11 @@ from mlx_cerebrum.model.cache import attention_mask
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import available_bytes, on_gpu, require
+from mlx_cerebrum.model.tensors import EMBEDDING, HEAD, MATRICES, matrix_shapes, module_path
 from mlx_cerebrum.progress import progress as live
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, matrix_shapes, open_checkpoint
+from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from mlx_cerebrum.weights.loading import DTYPES, Storage, load_model
 from mlx_cerebrum.weights.opening import load_tokenizer, planned_config
 from mlx_cerebrum.weights.quantize import FUSED, Packing
@@ -82,7 +83,7 @@ class Probe:
 
     def matrices(self) -> int:
         """How many figures `measure` yields."""
-        return 2 + len(KINDS) * len(set(self.model.config.layer_map))
+        return 2 + len(MATRICES) * len(set(self.model.config.layer_map))
 
     def measure(self, packing: Packing) -> Iterator[tuple[str, float]]:
         """Each matrix (module path) the model runs, and the divergence it causes when packed.
@@ -98,14 +99,14 @@ class Probe:
             first = layer_map.index(block)
             h, at = self._run(h, at, first), first
             mx.eval(h)
-            for kind in KINDS:
+            for kind in MATRICES:
                 parent, name = kind.split(".")
                 linear = self.model.model.layers[block][parent][name]
                 original = linear.weight
                 linear.weight = _rounded(original, packing)
                 divergence = self._divergence(self._run(h, first))
                 linear.weight = original
-                yield module_of(block, kind), divergence
+                yield module_path(block, kind), divergence
 
     def _run(self, h: mx.array, start: int, end: int | None = None) -> mx.array:
         """Positions `start` to `end`; a state `[B, L, D]`, normed when it is the last."""

@@ -11,12 +11,13 @@ import yaml
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import human
+from mlx_cerebrum.model.tensors import matrix_shapes, norm_paths
 from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.text import one_line
 from mlx_cerebrum.tokenizer.chat_formats import DEFAULT_SYSTEM
-from mlx_cerebrum.weights.checkpoint import FLOATS, matrix_shapes, norm_names
+from mlx_cerebrum.weights.checkpoint import FLOATS
 from mlx_cerebrum.weights.hub import DEFAULT_REPO
-from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.quantize import Packing, matrix_bytes
 from mlx_cerebrum.weights.safetensors_file import ITEM_BYTES
 
 _MERGED_REPO = "Joseph717171/Cerebrum-1.0-12.25B"
@@ -187,16 +188,12 @@ def weight_bytes(model: ModelConfig) -> int | None:
     if model.dtype not in _ITEM_BYTES:
         return None
     item = _ITEM_BYTES[model.dtype]
-    total = item * model.hidden_size * len(norm_names(model))
-    for module, (rows, columns) in matrix_shapes(model).items():
+    total = item * model.hidden_size * len(norm_paths(model))
+    for module, shape in matrix_shapes(model).items():
         packing = None
         if model.quantization is not None and model.quantization.get(module) is not False:
             packing = Packing.from_config(model.quantization, module)
-        if packing is None or not packing.fits(columns):
-            total += item * rows * columns
-            continue
-        scales = item * 2 if packing.mode == "affine" else 1
-        total += rows * columns * packing.bits // 8 + rows * columns // packing.group_size * scales
+        total += matrix_bytes(shape, packing, item)
     return total
 
 

@@ -11,15 +11,11 @@ from dataclasses import dataclass, field
 
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.tensors import BLOCK, module_path
 from mlx_cerebrum.plan.layer_plan import LayerPlan, named_plans
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 
 _SAMPLES, _SAMPLE_BYTES = 16, 256
-KINDS = (
-    *("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    *("self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down_proj",
-)
 
 Digests = Mapping[str, bytes]  # module path -> a hash of its arrays
 
@@ -55,8 +51,8 @@ def predict(checkpoint: Checkpoint) -> Folding:
     """The folding as samples of the layers' bytes suggest it."""
     found: dict[str, bytes] = {}
     for layer in range(checkpoint.config.num_hidden_layers):
-        for kind in KINDS:
-            module = f"model.layers.{layer}.{kind}"
+        for kind in BLOCK:
+            module = module_path(layer, kind)
             found[module] = _sample(checkpoint, module)
     return group(checkpoint.config.num_hidden_layers, found)
 
@@ -68,9 +64,9 @@ def group(layers: int, digests: Digests, within: Folding | None = None) -> Foldi
     blocks: dict[tuple[object, ...], int] = {}
     near: dict[int, tuple[int, tuple[str, ...]]] = {}
     for layer in range(layers):
-        names = [f"model.layers.{layer}.{kind}" for kind in KINDS]
+        names = [module_path(layer, kind) for kind in BLOCK]
         known = all(name in digests for name in names)
-        own = tuple(digests[name] for name in names) if known else (None,) * len(KINDS)
+        own = tuple(digests[name] for name in names) if known else (None,) * len(BLOCK)
         key = (within.block_of[layer] if within else 0, *own)
         if key not in blocks:
             blocks[key] = len(blocks)
@@ -88,9 +84,9 @@ def _nearest(
     be equal (all ones) in layers that have nothing to do with each other."""
     best: tuple[int, tuple[str, ...]] | None = None
     for layer, other in enumerate(earlier):
-        pairs = zip(KINDS, own, other, strict=True)
+        pairs = zip(BLOCK, own, other, strict=True)
         differ = tuple(kind for kind, a, b in pairs if a != b)
-        shares = any(kind not in differ for kind in KINDS if kind.endswith("proj"))
+        shares = any(kind not in differ for kind in BLOCK if kind.endswith("proj"))
         if shares and (best is None or len(differ) < len(best[1])):
             best = layer, differ
     return best

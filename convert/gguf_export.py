@@ -21,23 +21,21 @@ from convert.gguf_vocabulary import tokenizer_metadata
 from convert.source import check_stamps, stamps
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.tensors import (
+    BLOCK,
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    matrix_shapes,
+    module_path,
+)
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.weights.checkpoint import Checkpoint, matrix_shapes, open_checkpoint
+from mlx_cerebrum.weights.checkpoint import Checkpoint, open_checkpoint
+from mlx_cerebrum.weights.gguf import gguf_name, rotary_heads
 
 # What weights can be stored as, with llama.cpp's name for a file of them.
 KINDS = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
 
-_BLOCK = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 _MAX_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS
 
 
@@ -107,29 +105,24 @@ def _quantize(gguf: ModuleType) -> Callable[..., Any]:
 def _tensors(config: ModelConfig, plan: LayerPlan | None, kind: str) -> list[Tensor]:
     """Every tensor of the file, in order."""
     matrices = matrix_shapes(config)
-    heads = {
-        "self_attn.q_proj": config.num_attention_heads,
-        "self_attn.k_proj": config.num_key_value_heads,
-    }
 
-    def tensor(name: str, prefix: str, part: str, position: int | None = None) -> Tensor:
-        module = prefix + part
+    def tensor(module: str, name: str, position: int | None = None) -> Tensor:
         shape = matrices.get(module, (config.hidden_size,))
         stored = "F32" if len(shape) == 1 else kind
         if stored == "Q8_0" and shape[-1] % 32:
             stored = "F16"  # as llama.cpp's converter does
         scale = _scale(config, plan, position, module)
-        return Tensor(f"{name}.weight", module, shape, stored, scale, heads.get(part))
+        return Tensor(name, module, shape, stored, scale, rotary_heads(config, module))
 
-    found = [tensor("token_embd", "model.", "embed_tokens")]
+    found = [tensor(EMBEDDING, gguf_name(EMBEDDING))]
     for position, block in enumerate(config.layer_map):
         found += [
-            tensor(f"blk.{position}.{name}", f"model.layers.{block}.", part, position)
-            for part, name in _BLOCK.items()
+            tensor(module_path(block, kind), gguf_name(module_path(position, kind)), position)
+            for kind in BLOCK
         ]
-    found.append(tensor("output_norm", "model.", "norm"))
+    found.append(tensor(FINAL_NORM, gguf_name(FINAL_NORM)))
     if not config.tie_word_embeddings:  # llama.cpp takes token_embd for a missing output
-        found.append(tensor("output", "", "lm_head"))
+        found.append(tensor(HEAD, gguf_name(HEAD)))
     return found
 
 

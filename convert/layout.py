@@ -10,8 +10,9 @@ from convert.outputs import Change, Output, folded, unrolled
 from convert.recipe import choose
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.tensors import matrix_shapes
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, matrix_shapes
+from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint
 from mlx_cerebrum.weights.opening import planned_config
 from mlx_cerebrum.weights.quantize import Packing
 from mlx_cerebrum.weights.safetensors_file import ITEM_BYTES

@@ -8,8 +8,9 @@ import mlx.core as mx
 
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.tensors import matrix_shapes, norm_paths
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, matrix_shapes, norm_names
+from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint
 from mlx_cerebrum.weights.quantize import Packing
 from mlx_cerebrum.weights.safetensors_file import ITEM_BYTES
 
@@ -155,7 +156,7 @@ def unrolled(
 
 def modules(config: ModelConfig) -> list[str]:
     """Module paths of the stored model: embedding, head and final norm, then the blocks."""
-    names = [*matrix_shapes(config), *(n.removesuffix(".weight") for n in norm_names(config))]
+    names = [*matrix_shapes(config), *norm_paths(config)]
     return sorted(names, key=lambda n: int(n.split(".")[2]) if "layers." in n else -1)
 
 

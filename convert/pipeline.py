@@ -17,6 +17,7 @@ from convert.writer import Writer
 from mlx_cerebrum import __version__
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.memory import human, kv_bytes
+from mlx_cerebrum.model.tensors import BLOCK, module_path
 from mlx_cerebrum.weights.checkpoint import INDEX, Checkpoint, open_checkpoint
 from mlx_cerebrum.weights.opening import load_tokenizer
 
@@ -88,7 +89,7 @@ def _attempt(
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Write it all; raises _RefoldError when layers taken for the same turn out not to be."""
-    suspects = [f"model.layers.{i}.{kind}" for i in found.suspects() for kind in fold.KINDS]
+    suspects = [module_path(i, kind) for i in found.suspects() for kind in BLOCK]
     checks = Checks(options.verify, options.allow_nonfinite, frozenset(suspects))
     with (
         ThreadPoolExecutor(1, "hash-source") as hasher,

@@ -14,7 +14,7 @@ from dataclasses import replace
 from convert.sensitivity import Sensitivity
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.config import ModelConfig
-from mlx_cerebrum.weights.checkpoint import matrix_shapes
+from mlx_cerebrum.model.tensors import matrix_shapes
 from mlx_cerebrum.weights.quantize import AFFINE_BITS, Packing
 
 # mlx-lm's mixtures: bits for most matrices, bits for the favoured ones.

@@ -25,21 +25,13 @@ from typing import Any
 
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.config import ModelConfig, read_json
+from mlx_cerebrum.model.tensors import EMBEDDING, HEAD, MATRICES, module_path, place
 from mlx_cerebrum.weights.quantize import Packing
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-KINDS = (
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-)
 # Running twice multiplied a matrix's figure by 2.2 (log2: 1.15; the median of the 28 in blocks 13
 # to 16 of the demo model, in its own order and in `demo-interleaved`; 1.9 to 2.5 for four in five).
 RUN_EXPONENT = 1.15
 _LEAST = 1e-9  # below what 1000 tokens in float32 can tell from nothing
-
-
-def module_of(block: int, kind: str) -> str:
-    return f"model.layers.{block}.{kind}"
 
 
 @dataclass(frozen=True)
@@ -72,19 +64,18 @@ class Sensitivity:
             config.layer_map,
             {name: max(measured[name], 0.0) for name in (EMBEDDING, HEAD)},
             {
-                kind: tuple(max(measured.get(module_of(i, kind), 0.0), 0.0) for i in blocks)
-                for kind in KINDS
+                kind: tuple(max(measured.get(module_path(i, kind), 0.0), 0.0) for i in blocks)
+                for kind in MATRICES
             },
             provenance=provenance or {},
         )
 
     def at(self, module: str, config: ModelConfig) -> float:
         """The figure for a matrix of `config`'s model, carried over where that is another."""
-        if module == HEAD:
-            return self.outer[HEAD]
-        if module == EMBEDDING:
-            return self.outer[EMBEDDING] + (self.outer[HEAD] if config.tie_word_embeddings else 0)
-        block, kind = _parse(module)
+        if (inside := place(module)) is None:
+            both = module == EMBEDDING and config.tie_word_embeddings
+            return self.outer[module] + (self.outer[HEAD] if both else 0)
+        block, kind = inside
         runs = config.layer_map.count(block)
         if not runs:
             return 0.0
@@ -97,7 +88,7 @@ class Sensitivity:
 
     @property
     def num_blocks(self) -> int:
-        return len(self.blocks[KINDS[0]])
+        return len(self.blocks[MATRICES[0]])
 
     def _once(self, block: int, kind: str) -> float:
         """Log of the figure as if the block had run once."""
@@ -123,7 +114,7 @@ class Sensitivity:
                 Packing(raw["bits"], raw["group_size"]),
                 tuple(int(block) for block in raw["layer_map"]),
                 {name: float(raw["outer"][name]) for name in (EMBEDDING, HEAD)},
-                {kind: tuple(float(x) for x in raw["blocks"][kind]) for kind in KINDS},
+                {kind: tuple(float(x) for x in raw["blocks"][kind]) for kind in MATRICES},
                 float(raw["run_exponent"]),
                 dict(raw["provenance"]),
             )
@@ -155,9 +146,3 @@ class Sensitivity:
         text = json.dumps(self.as_dict(), indent=1)
         rows = re.sub(r"\[[^][]*\]", lambda row: re.sub(r"\s+", " ", row[0]), text)
         path.write_text(rows + "\n", encoding="utf-8")
-
-
-def _parse(module: str) -> tuple[int, str]:
-    """`model.layers.4.mlp.down_proj` -> 4, `mlp.down_proj`."""
-    parts = module.split(".", 3)
-    return int(parts[2]), parts[3]

@@ -23,7 +23,7 @@ FLOORS = [
     ["generate", "demo", "chat", "server", "prompt_cache", "speculative"],
     ["__main__"],
 ]
-PURE = ["errors", "text", "files.json_file", "model.config", "tokenizer.tokenizer"]
+PURE = ["errors", "text", "files.json_file", "model.config", "model.tensors", "tokenizer.tokenizer"]
 PURE += [f"plan.{name}" for name in ("layer_plan", "yaml_places", "mergekit", "show", "__main__")]
 FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for name in rooms}
 PACKAGES = ("mlx_cerebrum", "convert")

@@ -14,10 +14,9 @@ from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import human, require
+from mlx_cerebrum.model.tensors import matrix_shapes, place
 from mlx_cerebrum.plan.layer_plan import resolve
-from mlx_cerebrum.weights.checkpoint import matrix_shapes
-from mlx_cerebrum.weights.loading import matrix_bytes
-from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.quantize import Packing, matrix_bytes
 
 AS_MUCH = (
     "the drafter would read as much as the model does: give a shorter --draft-plan, or fewer"
@@ -48,7 +47,7 @@ def copy_bytes(config: ModelConfig, bits: int, item_bytes: int) -> int:
     kept = {
         module: shape
         for module, shape in matrix_shapes(config).items()
-        if not module.startswith("model.layers.") or int(module.split(".")[2]) in run
+        if (inside := place(module)) is None or inside[0] in run
     }
     return sum(matrix_bytes(shape, packing, item_bytes) for shape in kept.values())
 

@@ -16,27 +16,21 @@ from pathlib import Path
 from mlx_cerebrum.errors import PlanError
 from mlx_cerebrum.files.foreign import stand_in
 from mlx_cerebrum.model.config import MAX_POSITIONS
+from mlx_cerebrum.model.tensors import (
+    ATTENTION_OUT,
+    BLOCK,
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    MLP_OUT,
+    module_path,
+)
 from mlx_cerebrum.plan.mergekit import Scale, Slice, read
 from mlx_cerebrum.plan.yaml_places import MAX_CHARACTERS, documents, printable
 
 __all__ = ["LayerPlan", "Scale", "Slice", "interleave", "named_plans", "resolve"]
 
 _NUMBER = re.compile(r"[0-9]{1,6}")
-
-_EMBEDDING = "model.embed_tokens.weight"
-_ATTENTION_OUT = "self_attn.o_proj.weight"
-_MLP_OUT = "mlp.down_proj.weight"
-_BLOCK_TENSORS = (
-    "input_layernorm.weight",
-    "self_attn.q_proj.weight",
-    "self_attn.k_proj.weight",
-    "self_attn.v_proj.weight",
-    _ATTENTION_OUT,
-    "post_attention_layernorm.weight",
-    "mlp.gate_proj.weight",
-    "mlp.up_proj.weight",
-    _MLP_OUT,
-)
 
 
 @dataclass(frozen=True)
@@ -148,14 +142,16 @@ class LayerPlan:
         positions = self._positions(num_blocks)
         if not any(part.scales for part in self.slices):
             return None
-        for name in (_EMBEDDING, "model.norm.weight", "lm_head.weight"):
+        for module in (EMBEDDING, FINAL_NORM, HEAD):
+            name = f"{module}.weight"
             self._require_unscaled(name, self._outer_scale(name))
         scales: list[tuple[float, float]] = []
         for part, block, t in positions:
-            found = {name: part.scale(f"model.layers.{block}.{name}", t) for name in _BLOCK_TENSORS}
-            attention, mlp = found.pop(_ATTENTION_OUT), found.pop(_MLP_OUT)
-            for name, other in found.items():
-                self._require_unscaled(f"model.layers.{block}.{name}", other)
+            names = {kind: f"{module_path(block, kind)}.weight" for kind in BLOCK}
+            found = {kind: part.scale(name, t) for kind, name in names.items()}
+            attention, mlp = found.pop(ATTENTION_OUT), found.pop(MLP_OUT)
+            for kind, other in found.items():
+                self._require_unscaled(names[kind], other)
             scales.append((attention[0] if attention else 1.0, mlp[0] if mlp else 1.0))
         return tuple(scales) if any(pair != (1.0, 1.0) for pair in scales) else None
 
@@ -169,7 +165,7 @@ class LayerPlan:
 
     def _outer_scale(self, name: str) -> tuple[float, Scale] | None:
         """For a tensor outside the blocks: mergekit takes a gradient's first value there."""
-        return self.slices[0 if name == _EMBEDDING else -1].scale(name, 0.0)
+        return self.slices[0 if name == f"{EMBEDDING}.weight" else -1].scale(name, 0.0)
 
     def _require_unscaled(self, name: str, found: tuple[float, Scale] | None) -> None:
         if found is not None and found[0] != 1.0:

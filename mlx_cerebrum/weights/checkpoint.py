@@ -23,6 +23,7 @@ from mlx_cerebrum.files.foreign import (
     unfinished,
 )
 from mlx_cerebrum.model.config import ModelConfig, read_json
+from mlx_cerebrum.model.tensors import EMBEDDING, HEAD, PARTS, matrix_shapes, norm_paths
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.gguf_paths import gguf_at
 from mlx_cerebrum.weights.quantize import Packing
@@ -31,7 +32,6 @@ from mlx_cerebrum.weights.safetensors_file import TensorInfo, read_header
 INDEX = "model.safetensors.index.json"
 # safetensors' names of the dtypes weights have -> torch's, which are also MLX's.
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-PARTS = ("weight", "scales", "biases")  # of a matrix
 _HELD = (*FLOATS, "U32", "U8")
 # Buffers that old checkpoints carry and that the architecture computes anew.
 BUFFERS = ("rotary_emb.inv_freq",)
@@ -39,35 +39,6 @@ _PIECE = 2**22  # bytes compared at once
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 Place = tuple[str, TensorInfo]  # the file a tensor is in, and where in it
-
-
-def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Every weight matrix of the stored model: module path -> `[out, in]`."""
-    D, width = config.hidden_size, config.head_dim
-    q, kv = config.num_attention_heads * width, config.num_key_value_heads * width
-    inner = config.intermediate_size
-    block = {
-        "self_attn.q_proj": (q, D),
-        "self_attn.k_proj": (kv, D),
-        "self_attn.v_proj": (kv, D),
-        "self_attn.o_proj": (D, q),
-        "mlp.gate_proj": (inner, D),
-        "mlp.up_proj": (inner, D),
-        "mlp.down_proj": (D, inner),
-    }
-    shapes = {"model.embed_tokens": (config.vocab_size, D)}
-    for i in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
-    return shapes if config.tie_word_embeddings else shapes | {"lm_head": (config.vocab_size, D)}
-
-
-def norm_names(config: ModelConfig) -> list[str]:
-    """Every RMSNorm weight, `[D]`."""
-    kinds = ("input_layernorm", "post_attention_layernorm")
-    blocks = range(config.num_hidden_layers)
-    return [f"model.layers.{i}.{kind}.weight" for i in blocks for kind in kinds] + [
-        "model.norm.weight"
-    ]
 
 
 @dataclass(frozen=True)
@@ -175,17 +146,16 @@ def described(
 ) -> tuple[ModelConfig, dict[str, tuple[int, ...]], dict[str, str], frozenset[str]]:
     """What the tensors of the directory `path` mean: the config as they have it, their shapes and
     dtypes, buffers left out, and the spare modules. Raises CheckpointError as `as_stored` does."""
-    if table_stored_as(config, tensors) == "lm_head":
+    if table_stored_as(config, tensors) == HEAD:
         tensors = {
-            name.replace("lm_head.", "model.embed_tokens."): place
-            for name, place in tensors.items()
+            name.replace(f"{HEAD}.", f"{EMBEDDING}."): place for name, place in tensors.items()
         }
     kept = {name: info for name, (_, info) in tensors.items() if not name.endswith(BUFFERS)}
     shapes = {name: info.shape for name, info in kept.items()}
     dtypes = {name: info.dtype for name, info in kept.items()}
     stored = as_stored(config, path, tensors)
-    spare = stored.tie_word_embeddings and "lm_head.weight" in kept
-    return stored, shapes, dtypes, frozenset({"lm_head"} if spare else ())
+    spare = stored.tie_word_embeddings and f"{HEAD}.weight" in kept
+    return stored, shapes, dtypes, frozenset({HEAD} if spare else ())
 
 
 def misfits(
@@ -202,7 +172,7 @@ def misfits(
     """
     matrices: dict[str, tuple[int, int]] = dict(matrix_shapes(config))
     matrices |= dict.fromkeys(spare, (config.vocab_size, config.hidden_size))
-    norms = norm_names(config)
+    norms = [f"{module}.weight" for module in norm_paths(config)]
     known = {f"{module}.{part}" for module in matrices for part in PARTS}.union(norms)
     odd = any(name not in known or kind not in _HELD for name, kind in dtypes.items())
     if odd and (problem := tensor_problem(dtypes, directory)):
@@ -279,7 +249,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _parts(self, module: str) -> dict[str, str]:
         """The names that the module's parts are stored under."""
-        if module == "model.embed_tokens":
+        if module == EMBEDDING:
             module = table_stored_as(self.config, self.tensors)
         names = {part: f"{module}.{part}" for part in PARTS}
         return {part: name for part, name in names.items() if name in self.tensors}
@@ -313,8 +283,8 @@ def table_stored_as(config: ModelConfig, tensors: Container[str]) -> str:
     Of a tied table some savers keep only the head's name, the first of the two in the alphabet
     (`safetensors.torch.save_model`); transformers reads that.
     """
-    head_only = "model.embed_tokens.weight" not in tensors and "lm_head.weight" in tensors
-    return "lm_head" if config.tie_word_embeddings and head_only else "model.embed_tokens"
+    head_only = f"{EMBEDDING}.weight" not in tensors and f"{HEAD}.weight" in tensors
+    return HEAD if config.tie_word_embeddings and head_only else EMBEDDING
 
 
 def as_stored(config: ModelConfig, path: Path, tensors: Mapping[str, Place]) -> ModelConfig:
@@ -324,13 +294,13 @@ def as_stored(config: ModelConfig, path: Path, tensors: Mapping[str, Place]) -> 
     as it is stored: transformers does that (`tie_weights`). Raises CheckpointError where a file
     ends early.
     """
-    if not config.tie_word_embeddings or "lm_head.weight" not in tensors:
+    if not config.tie_word_embeddings or f"{HEAD}.weight" not in tensors:
         return config
 
     def parts(module: str) -> dict[str, Place]:
         return {part: tensors[n] for part in PARTS if (n := f"{module}.{part}") in tensors}
 
-    head, table = parts("lm_head"), parts("model.embed_tokens")
+    head, table = parts(HEAD), parts(EMBEDDING)
     alike = head.keys() == table.keys() and all(_alike(path, head[p], table[p]) for p in head)
     return config if alike else replace(config, tie_word_embeddings=False)
 

@@ -18,6 +18,13 @@ import numpy as np
 
 from mlx_cerebrum.errors import CheckpointError, ConfigError
 from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.tensors import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    module_shapes,
+    place,
+)
 from mlx_cerebrum.weights.gguf_blocks import FLOATS, read_arrays, stored_packing
 from mlx_cerebrum.weights.gguf_file import GGUFFile, TensorInfo, quote
 from mlx_cerebrum.weights.quantize import Packing
@@ -43,6 +50,21 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 _ROPE_FREQS = "rope_freqs.weight"
 # What old converters stored, and every reader computes anew; `_refuse_scaled_rope` looks at one.
 _BUFFERS = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?")
+
+
+# llama.cpp's names.
+_OUTSIDE = {EMBEDDING: "token_embd", FINAL_NORM: "output_norm", HEAD: "output"}
+_OF_BLOCK = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 
 
 def model_config(file: GGUFFile) -> tuple[ModelConfig, dict[str, Any]]:
@@ -116,31 +138,16 @@ def modules(file: GGUFFile, config: ModelConfig) -> dict[str, TensorInfo]:
 
 def _expected(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     """GGUF tensor name -> Hugging Face module path and shape."""
-    hidden, mlp = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    block: dict[str, tuple[str, tuple[int, ...]]] = {
-        "attn_norm": ("input_layernorm", (hidden,)),
-        "attn_q": ("self_attn.q_proj", (queries, hidden)),
-        "attn_k": ("self_attn.k_proj", (keys, hidden)),
-        "attn_v": ("self_attn.v_proj", (keys, hidden)),
-        "attn_output": ("self_attn.o_proj", (hidden, queries)),
-        "ffn_norm": ("post_attention_layernorm", (hidden,)),
-        "ffn_gate": ("mlp.gate_proj", (mlp, hidden)),
-        "ffn_up": ("mlp.up_proj", (mlp, hidden)),
-        "ffn_down": ("mlp.down_proj", (hidden, mlp)),
-    }
-    table = (config.vocab_size, hidden)
-    names: dict[str, tuple[str, tuple[int, ...]]] = {
-        "token_embd.weight": ("model.embed_tokens", table)
-    }
-    for layer in range(config.num_hidden_layers):
-        for name, (path, shape) in block.items():
-            names[f"blk.{layer}.{name}.weight"] = (f"model.layers.{layer}.{path}", shape)
-    names["output_norm.weight"] = ("model.norm", (hidden,))
-    if not config.tie_word_embeddings:
-        names["output.weight"] = ("lm_head", table)
-    return names
+    return {gguf_name(path): (path, shape) for path, shape in module_shapes(config).items()}
+
+
+def gguf_name(module: str) -> str:
+    """What llama.cpp calls the weight of the module at a Hugging Face path."""
+    inside = place(module)
+    if inside is None:
+        return f"{_OUTSIDE[module]}.weight"
+    block, kind = inside
+    return f"blk.{block}.{_OF_BLOCK[kind]}.weight"
 
 
 def _refuse(file: GGUFFile) -> None:

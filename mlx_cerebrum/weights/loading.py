@@ -12,8 +12,9 @@ from mlx_cerebrum.errors import CheckpointError, ConfigError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import available_bytes, on_gpu
-from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, matrix_shapes
-from mlx_cerebrum.weights.quantize import FUSED, PIECE, Packing, fuse_projections
+from mlx_cerebrum.model.tensors import EMBEDDING, FINAL_NORM, HEAD, PARTS, matrix_shapes
+from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint
+from mlx_cerebrum.weights.quantize import FUSED, PIECE, Packing, fuse_projections, matrix_bytes
 from mlx_cerebrum.weights.safetensors_file import ITEM_BYTES
 
 DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, name) for name in FLOATS.values()}
@@ -99,7 +100,7 @@ def _load_order(config: ModelConfig) -> list[list[str]]:
         part = ".".join(module.split(".")[:3])
         target = f"{parent}.{stacked.get(name, name)}"
         blocks.setdefault(part, {}).setdefault(target, []).append(module)
-    tables = [part for part in ("lm_head", "model.embed_tokens") if part in blocks]
+    tables = [part for part in (HEAD, EMBEDDING) if part in blocks]
     order = [blocks.pop(part) for part in tables] + list(blocks.values())
     return [
         sources
@@ -121,7 +122,7 @@ def _working_bytes(
     piece = min(8 * wide, _PIECE)
     if module in checkpoint.repacked:
         return piece
-    names = (f"{module}.{part}" for part in ("weight", "scales", "biases"))
+    names = (f"{module}.{part}" for part in PARTS)
     found = [name for name in names if name in checkpoint.shapes]
     read = sum(prod(checkpoint.shapes[n]) * ITEM_BYTES[checkpoint.dtypes[n]] for n in found)
     if own == held or on_gpu():
@@ -181,11 +182,11 @@ def load_model(
 def _parts(model: Model) -> Iterator[tuple[nn.Module, str]]:
     """What is reported together, with its path, in `_load_order`: each block and other module."""
     if not model.config.tie_word_embeddings:
-        yield model.lm_head, "lm_head"
-    yield model.model.embed_tokens, "model.embed_tokens"
+        yield model.lm_head, HEAD
+    yield model.model.embed_tokens, EMBEDDING
     for i, block in enumerate(model.model.layers):
         yield block, f"model.layers.{i}"
-    yield model.model.norm, "model.norm"
+    yield model.model.norm, FINAL_NORM
 
 
 def _sources(part: nn.Module, prefix: str) -> dict[str, list[str]]:
@@ -230,12 +231,3 @@ def _held(checkpoint: Checkpoint, source: str, storage: Storage) -> dict[str, mx
                     " try --dtype bfloat16 or float32"
                 )
     return held
-
-
-def matrix_bytes(shape: tuple[int, int], packing: Packing | None, item_bytes: int) -> int:
-    """Bytes of a matrix as it will be held; `item_bytes` of a dense weight, a scale, a bias."""
-    rows, columns = shape
-    if packing is None or not packing.fits(columns):
-        return rows * columns * item_bytes
-    scale_bytes = item_bytes * 2 if packing.mode == "affine" else 1
-    return rows * columns * packing.bits // 8 + rows * columns // packing.group_size * scale_bytes

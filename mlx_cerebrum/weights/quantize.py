@@ -126,6 +126,15 @@ class Packing:
         return joined((count, columns), (rows(i, i + step) for i in range(0, count, step)))
 
 
+def matrix_bytes(shape: tuple[int, int], packing: Packing | None, item_bytes: int) -> int:
+    """Bytes of a matrix as it will be held; `item_bytes` of a dense weight, a scale, a bias."""
+    rows, columns = shape
+    if packing is None or not packing.fits(columns):
+        return rows * columns * item_bytes
+    scale_bytes = item_bytes * 2 if packing.mode == "affine" else 1
+    return rows * columns * packing.bits // 8 + rows * columns // packing.group_size * scale_bytes
+
+
 def joined(shape: tuple[int, ...], pieces: Iterable[mx.array]) -> mx.array:
     """Rows that come in pieces as one array of `shape`, evaluated, the whole never held twice."""
     whole: mx.array | None = None

@@ -10,10 +10,11 @@ from conftest import SMALL, MakeCheckpoint, write_checkpoint
 from tiny import tiny_config, tiny_weights
 
 from convert.calibrate import LENGTH, Probe, calibrate, calibration_bytes, main, sample
-from convert.sensitivity import EMBEDDING, HEAD, KINDS, Sensitivity, module_of
+from convert.sensitivity import Sensitivity
 from mlx_cerebrum.errors import ConfigError, MemoryBudgetError, RequestError
 from mlx_cerebrum.model import memory
 from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.tensors import EMBEDDING, HEAD, MATRICES, module_path
 from mlx_cerebrum.weights.checkpoint import open_checkpoint
 from mlx_cerebrum.weights.loading import choose_storage, load_model
 from mlx_cerebrum.weights.quantize import Packing
@@ -47,11 +48,11 @@ def test_the_divergence_is_that_of_the_whole_model(
     path = checkpoint(tie_word_embeddings=tied)
     ids = mx.array([[1, *range(5, 5 + 39)], [1, *range(90, 90 + 39)]], dtype=mx.int32)
     found = dict(Probe(loaded(path, layer_map), ids).measure(PACKING))
-    assert len(found) == 2 + 8 * len(KINDS)
+    assert len(found) == 2 + 8 * len(MATRICES)
     for block in (0, 3, 7):
         expected = divergence(path, layer_map, block, ids)
         assert expected > 1e-6
-        measured = found[module_of(block, "mlp.down_proj")]
+        measured = found[module_path(block, "mlp.down_proj")]
         assert measured == pytest.approx(expected, rel=0.05, abs=2e-6)
     assert found[EMBEDDING] > 0
     assert found[HEAD] > 0
@@ -76,7 +77,7 @@ def test_a_block_that_matters_ranks_above_one_that_does_not(tmp_path: Path) -> N
     table = calibrate(
         source, source.config, TEXT, tokens=LENGTH, progress=lambda *step: steps.append(step)
     )
-    total = [sum(table.blocks[kind][block] for kind in KINDS) for block in range(4)]
+    total = [sum(table.blocks[kind][block] for kind in MATRICES) for block in range(4)]
     assert total.index(max(total)) == 1
     assert total[2] < 1e-5 < min(total[0], total[1], total[3])
     assert steps == [(n, 30) for n in range(1, 31)]
@@ -92,7 +93,7 @@ def test_a_block_is_measured_as_often_as_the_plan_runs_it(checkpoint: MakeCheckp
     assert often.layer_map == config.layer_map
     assert often.blocks[kind][1] > 1.5 * once.blocks[kind][1]
     assert often.blocks[kind][2] == 0.0  # never runs
-    assert often.at(module_of(1, kind), config) == pytest.approx(often.blocks[kind][1])
+    assert often.at(module_path(1, kind), config) == pytest.approx(often.blocks[kind][1])
 
 
 def test_the_sample_is_spread_over_the_text(checkpoint: MakeCheckpoint) -> None:

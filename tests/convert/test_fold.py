@@ -13,6 +13,7 @@ from convert import fold
 from convert.__main__ import main
 from convert.gguf_export import export
 from mlx_cerebrum import load
+from mlx_cerebrum.model.tensors import BLOCK
 from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.weights.checkpoint import open_checkpoint
 
@@ -24,7 +25,7 @@ def merged(path: Path, layer_map: tuple[int, ...], change: Callable[[Weights], N
     base = tiny_weights(tiny_config(**SMALL), seed=3)
     weights = {n: v.copy() for n, v in base.items() if "layers." not in n}
     for position, block in enumerate(layer_map):
-        for kind in fold.KINDS:
+        for kind in BLOCK:
             name = f"model.layers.{position}.{kind}.weight"
             weights[name] = base[f"model.layers.{block}.{kind}.weight"].copy()
     change(weights)
@@ -131,7 +132,7 @@ def test_the_same_bytes_of_another_dtype_are_another_layer(tmp_path: Path) -> No
     config = tiny_config(**(SMALL | {"num_hidden_layers": 2}))
     weights = tiny_weights(config, seed=3)
     arrays = {name: mx.array(value).astype(mx.float16) for name, value in weights.items()}
-    for kind in fold.KINDS:
+    for kind in BLOCK:
         first = arrays[f"model.layers.0.{kind}.weight"]
         arrays[f"model.layers.1.{kind}.weight"] = first.view(mx.bfloat16)
     source = write_checkpoint(tmp_path / "s", config, weights)

@@ -19,11 +19,11 @@ from mlx_lm.utils import compute_bits_per_weight
 from tiny import tiny_config
 
 from convert.recipe import MIXED, RECIPES, bits_per_weight, choose
-from convert.sensitivity import EMBEDDING, HEAD, KINDS, Sensitivity, module_of
+from convert.sensitivity import Sensitivity
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.tensors import EMBEDDING, HEAD, MATRICES, matrix_shapes, module_path
 from mlx_cerebrum.plan.layer_plan import resolve
-from mlx_cerebrum.weights.checkpoint import matrix_shapes
 from mlx_cerebrum.weights.quantize import Packing
 
 BASE = Packing(4, 64)
@@ -37,7 +37,7 @@ def config(blocks: int = 8, layer_map: tuple[int, ...] = (), tied: bool = False)
 
 def flat(blocks: int = 8, value: float = 0.01) -> Sensitivity:
     """A table in which all matrices matter alike."""
-    measured = {module_of(i, kind): value for i in range(blocks) for kind in KINDS}
+    measured = {module_path(i, kind): value for i in range(blocks) for kind in MATRICES}
     return Sensitivity.of(measured | {EMBEDDING: value, HEAD: value}, config(blocks), BASE)
 
 
@@ -103,7 +103,7 @@ def test_uniform_leaves_out_what_does_not_divide() -> None:
     of = replace(config(), intermediate_size=96)  # down_proj's rows
     chosen = choose("uniform", of, BASE)
     left_out = set(matrix_shapes(of)) - set(chosen)
-    assert left_out == {module_of(i, "mlp.down_proj") for i in range(8)}
+    assert left_out == {module_path(i, "mlp.down_proj") for i in range(8)}
     assert set(chosen.values()) == {BASE}
     assert set(choose("plan", of, BASE, table=flat())) == set(chosen)
     assert choose("plan", replace(of, hidden_size=96, head_dim=24), Packing(4, 128)) == {}
@@ -148,7 +148,7 @@ def test_by_default_the_budget_is_what_uniform_takes() -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     block=st.integers(0, 5),
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(MATRICES),
     factor=st.floats(1, 1000),
     budget=st.floats(2.8, 8),
     seed=st.lists(st.floats(0.1, 10), min_size=6, max_size=6),
@@ -158,9 +158,9 @@ def test_more_sensitive_never_means_fewer_bits(
 ) -> None:
     table = flat(6)
     for i, share in enumerate(seed):
-        for each in KINDS:
+        for each in MATRICES:
             table = raised(table, i, each, share)
-    module = module_of(block, kind)
+    module = module_path(block, kind)
     before = choose("plan", config(6), BASE, budget, table)
     after = choose("plan", config(6), BASE, budget, raised(table, block, kind, factor))
     assert after[module].bits >= before[module].bits
@@ -169,12 +169,12 @@ def test_more_sensitive_never_means_fewer_bits(
 def test_a_block_that_runs_more_gets_more_bits() -> None:
     once = choose("plan", config(8), BASE, table=flat())
     often = choose("plan", config(8, (0, 1, 2, 3, 3, 3, 3, 4, 5, 6, 7)), BASE, table=flat())
-    for kind in KINDS:
-        assert often[module_of(3, kind)].bits >= once[module_of(3, kind)].bits
-        assert often[module_of(3, kind)].bits >= often[module_of(5, kind)].bits
+    for kind in MATRICES:
+        assert often[module_path(3, kind)].bits >= once[module_path(3, kind)].bits
+        assert often[module_path(3, kind)].bits >= often[module_path(5, kind)].bits
 
     def bits(chosen: dict[str, Packing], block: int) -> int:
-        return sum(chosen[module_of(block, kind)].bits for kind in KINDS)
+        return sum(chosen[module_path(block, kind)].bits for kind in MATRICES)
 
     assert bits(often, 3) > bits(once, 3)
     assert bits(often, 3) >= bits(often, 5) + 4
@@ -185,7 +185,7 @@ def test_gate_and_up_get_the_same_bits() -> None:
     table = raised(raised(flat(), 2, "mlp.up_proj", 50), 5, "mlp.gate_proj", 1 / 50)
     chosen = choose("plan", of, BASE, 4.7, table)
     for i in range(8):
-        assert chosen[module_of(i, "mlp.gate_proj")] == chosen[module_of(i, "mlp.up_proj")]
+        assert chosen[module_path(i, "mlp.gate_proj")] == chosen[module_path(i, "mlp.up_proj")]
 
 
 def test_unrolled_the_budget_counts_copies() -> None:
@@ -255,8 +255,8 @@ def test_a_table_survives_saving(tmp_path: Path) -> None:
         ({"bits": 7}, "7 bits a weight"),
         ({"blocks": {}}, "not a sensitivity table"),
         ({"layer_map": [float("inf")]}, "not a sensitivity table"),
-        ({"blocks": {kind: [1.0, -1.0] for kind in KINDS}}, "not negative"),
-        ({"blocks": {kind: [1.0] * (i + 1) for i, kind in enumerate(KINDS)}}, "one figure"),
+        ({"blocks": {kind: [1.0, -1.0] for kind in MATRICES}}, "not negative"),
+        ({"blocks": {kind: [1.0] * (i + 1) for i, kind in enumerate(MATRICES)}}, "one figure"),
         ({"outer": {EMBEDDING: 1.0, HEAD: float("nan")}}, "finite"),
         ({"layer_map": [99]}, "layer_map names blocks"),
     ],
@@ -278,15 +278,17 @@ def test_a_table_gives_back_what_was_measured() -> None:
 
 def test_a_table_carries_over_by_depth_and_runs() -> None:
     kind = "mlp.up_proj"
-    measured = {module_of(i, k): 10.0 ** (i - 4) for i in range(4) for k in KINDS}
+    measured = {module_path(i, k): 10.0 ** (i - 4) for i in range(4) for k in MATRICES}
     table = Sensitivity.of(measured | {EMBEDDING: 1.0, HEAD: 2.0}, config(4), BASE)
-    assert table.at(module_of(0, kind), config(8)) == pytest.approx(1e-4)  # before the first middle
-    assert table.at(module_of(1, kind), config(8)) == pytest.approx(10**-3.75)
-    assert table.at(module_of(7, kind), config(8)) == pytest.approx(0.1)
+    assert table.at(module_path(0, kind), config(8)) == pytest.approx(
+        1e-4
+    )  # before the first middle
+    assert table.at(module_path(1, kind), config(8)) == pytest.approx(10**-3.75)
+    assert table.at(module_path(7, kind), config(8)) == pytest.approx(0.1)
     twice = config(4, (0, 1, 2, 1, 2, 3))
     factor = 2.0**table.run_exponent
-    assert table.at(module_of(1, kind), twice) == pytest.approx(1e-3 * factor)
-    assert table.at(module_of(3, kind), twice) == pytest.approx(0.1)
-    assert table.at(module_of(3, kind), config(4, (0, 1, 2))) == 0.0  # never runs
+    assert table.at(module_path(1, kind), twice) == pytest.approx(1e-3 * factor)
+    assert table.at(module_path(3, kind), twice) == pytest.approx(0.1)
+    assert table.at(module_path(3, kind), config(4, (0, 1, 2))) == 0.0  # never runs
     assert table.at(EMBEDDING, config(4)) == 1.0
     assert table.at(EMBEDDING, config(4, tied=True)) == 3.0  # lookup and head

@@ -20,8 +20,9 @@ from convert.pipeline import convert
 from convert.verify import verify
 from mlx_cerebrum import load
 from mlx_cerebrum.errors import CheckpointError, ConfigError
+from mlx_cerebrum.model.tensors import matrix_shapes
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.weights.checkpoint import Checkpoint, matrix_shapes, open_checkpoint
+from mlx_cerebrum.weights.checkpoint import Checkpoint, open_checkpoint
 from mlx_cerebrum.weights.gguf_blocks import (
     BITS,
     FLOATS,

@@ -11,7 +11,8 @@ from convert.pipeline import convert
 from convert.verify import verify
 from mlx_cerebrum import load
 from mlx_cerebrum.errors import CerebrumError, CheckpointError
-from mlx_cerebrum.weights.checkpoint import matrix_shapes, open_checkpoint
+from mlx_cerebrum.model.tensors import matrix_shapes
+from mlx_cerebrum.weights.checkpoint import open_checkpoint
 from mlx_cerebrum.weights.views import orders
 
 
