@@ -131,7 +131,9 @@ def _random_cases(stored: Path, copied: Path, bits: Sequence[int | None]) -> Ite
 
 def _model_cases(pair: Pair, settings: Settings) -> Iterator[Case]:
     """Each side of the pair, with the other as its second view."""
-    if pair.opener is not open_checkpoint:  # made in memory: a process of its own can't open it
+    if isinstance(
+        pair.checkpoint(), RandomCheckpoint
+    ):  # made in memory: a process of its own can't open it
         return
     bits = None if pair.packing is None else pair.packing.bits
     plans = [

@@ -1,8 +1,7 @@
 """The two models of a comparison: one set of weights, two orders of running its blocks."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,12 @@ from bench.random_model import RandomCheckpoint
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import require
 from mlx_cerebrum.plan.layer_plan import LayerPlan, interleave, resolve
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.checkpoint import Checkpoint, open_checkpoint
-from mlx_cerebrum.weights.loading import SMALLER, Storage, choose_storage, load_model
-from mlx_cerebrum.weights.opening import load_tokenizer, planned_config
+from mlx_cerebrum.weights.loading import Storage
+from mlx_cerebrum.weights.opening import ModelSpec, Opened, planned_config
 from mlx_cerebrum.weights.quantize import Packing
 
 _CARDS_BLOCKS = 32  # what the plans of the two Cerebrum models are written for
@@ -43,16 +41,31 @@ class Side:
 
 @dataclass
 class Pair:
-    """Two sides over the checkpoint at `path`. Nothing is loaded before `models` is called."""
+    """Two sides over one checkpoint. No weight is read before `models` is called."""
 
-    model: str  # as the user named it
-    path: Path
+    opened: Opened  # as side a runs it
     a: Side
     b: Side
-    window: int | None = None  # overrides the checkpoint's; 0: full attention
-    packing: Packing | None = None  # for dense weights on the way in
-    opener: Callable[[Path], Checkpoint] = open_checkpoint
     _loaded: tuple[Model, Model] | None = field(default=None, repr=False)
+
+    @property
+    def model(self) -> str:
+        """As the user named it."""
+        return str(self.opened.spec.name)
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoint().path
+
+    @property
+    def window(self) -> int | None:
+        """What overrides the checkpoint's; 0: full attention."""
+        return self.opened.spec.window
+
+    @property
+    def packing(self) -> Packing | None:
+        """For dense weights on the way in."""
+        return self.opened.spec.packing
 
     @property
     def names(self) -> tuple[str, str]:
@@ -63,17 +76,16 @@ class Pair:
         return self.a, self.b
 
     def checkpoint(self) -> Checkpoint:
-        return self.opener(self.path)
+        return self.opened.checkpoint
 
     def storage(self) -> Storage:
         """How `models` holds the weights."""
-        return choose_storage(self.checkpoint(), self.packing, "auto")
+        return self.opened.storage
 
     def tokenizer(self) -> Tokenizer | None:
         """None for a checkpoint that has none, as one of random weights."""
-        checkpoint = self.checkpoint()
         try:
-            return load_tokenizer(checkpoint)
+            return self.opened.tokenizer
         except CerebrumError:
             return None
 
@@ -83,10 +95,7 @@ class Pair:
         Raises MemoryBudgetError where they don't fit.
         """
         if self._loaded is None:
-            checkpoint, storage = self.checkpoint(), self.storage()
-            require(storage.nbytes + storage.transient, f"loading {self.path.name}", SMALLER)
-            first = load_model(checkpoint, self.a.config(checkpoint, self.window), storage)
-            other = self.b.config(checkpoint, self.window)
+            first, other = self.opened.load(), self.b.config(self.checkpoint(), self.window)
             self._loaded = first, first.view(other.layer_map, other.residual_scales)
         return self._loaded
 
@@ -139,23 +148,22 @@ def open_pair(
     Of a model of 32 blocks the default sides are the two Cerebrum models; of another the model
     as it is, and the model card's formula applied to it.
     """
-    path = hub.resolve(model)
-    packing = None if q_bits is None else Packing(q_bits, 64)
-    pair = Pair(model, path, *_sides(open_checkpoint(path), plan_a, plan_b), window, packing)
-    for side in pair.sides:
-        side.config(pair.checkpoint(), window)  # a plan for other blocks is refused here
-    pair.storage()  # and bits it can't be given
-    return pair
+    checkpoint = open_checkpoint(hub.resolve(model))
+    return _pair(checkpoint, ModelSpec(model, q_bits=q_bits, window=window), plan_a, plan_b)
 
 
 def random_pair(
     plan_a: str | None = None, plan_b: str | None = None, q_bits: int | None = None
 ) -> Pair:
     """The pair over random weights of the 7B's exact geometry, made in memory: no file."""
-    path = Path("random-7b")
-    packing = None if q_bits is None else Packing(q_bits, 64)
-    sides = _sides(RandomCheckpoint(path), plan_a, plan_b)
-    return Pair(path.name, path, *sides, None, packing, RandomCheckpoint)
+    checkpoint = RandomCheckpoint(Path("random-7b"))
+    return _pair(checkpoint, ModelSpec(checkpoint.path, q_bits=q_bits), plan_a, plan_b)
+
+
+def _pair(checkpoint: Checkpoint, spec: ModelSpec, plan_a: str | None, plan_b: str | None) -> Pair:
+    a, b = _sides(checkpoint, plan_a, plan_b)
+    b.config(checkpoint, spec.window)  # a plan for other blocks is refused here
+    return Pair(Opened.of(checkpoint, replace(spec, plan=a.plan)), a, b)
 
 
 def _sides(checkpoint: Checkpoint, plan_a: str | None, plan_b: str | None) -> tuple[Side, Side]:

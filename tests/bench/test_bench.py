@@ -17,6 +17,7 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import kv_bytes
 from mlx_cerebrum.plan.layer_plan import LayerPlan
+from mlx_cerebrum.weights.opening import ModelSpec, Opened
 
 
 def quick(work: Path) -> suite.Settings:
@@ -24,13 +25,9 @@ def quick(work: Path) -> suite.Settings:
 
 
 def random_tiny(**changes: object) -> pair.Pair:
-    raw = tiny_config(torch_dtype="bfloat16", **changes)
-
-    def opener(path: Path) -> RandomCheckpoint:
-        return RandomCheckpoint(path, raw)
-
+    checkpoint = RandomCheckpoint(Path("tiny"), tiny_config(torch_dtype="bfloat16", **changes))
     a, b = (pair.Side(n, LayerPlan.named(n)) for n in ("cerebrum-7b", "cerebrum-12.25b"))
-    return pair.Pair("tiny", Path("tiny"), a, b, opener=opener)
+    return pair.Pair(Opened.of(checkpoint, ModelSpec("tiny", plan=a.plan)), a, b)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import interleave
 from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.opening import ModelSpec, open_model
 from mlx_cerebrum.weights.quantize import Packing
 
 TEXT = Path(__file__).parents[2] / "bench" / "data" / "austen.txt"
@@ -152,9 +153,11 @@ def test_a_model_without_a_window_gets_one(checkpoint: MakeCheckpoint, ids: list
     assert outside["value"] != 0
 
 
-def pair_of(path: Path) -> Pair:
+def pair_of(path: Path, q_bits: int | None = None) -> Pair:
     plan = interleave(8, 4)
-    return Pair(str(path), path, Side("as it is", None), Side(plan.name, plan))
+    return Pair(
+        open_model(ModelSpec(path, q_bits=q_bits)), Side("as it is", None), Side(plan.name, plan)
+    )
 
 
 def test_more_bits_are_nearer(checkpoint: MakeCheckpoint, ids: list[int], tmp_path: Path) -> None:
@@ -296,10 +299,11 @@ def test_packed_weights_are_the_packing_s_own(checkpoint: MakeCheckpoint) -> Non
 def test_quota_is_refused_where_it_can_t_be_kept(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pair = pair_of(checkpoint())
+    path = checkpoint()
+    pair = pair_of(path)
     settings = Settings(work=tmp_path, text_tokens=8192)
     assert quantized.quota(pair, settings, 2, 512) == (4, "")
-    assert quantized.quota(replace(pair, packing=Packing(4, 64)), settings, 2, 512)[0] == 0
+    assert quantized.quota(pair_of(path, q_bits=4), settings, 2, 512)[0] == 0
     usage: Callable[[Path], Any] = lambda path: type("Usage", (), {"free": 5_000_000})  # noqa: E731
     monkeypatch.setattr("shutil.disk_usage", usage)
     count, why = quantized.quota(pair, settings, 2, 512)
@@ -546,7 +550,7 @@ def test_what_can_t_be_measured_is_said(
     (tmp_path / "prose.txt").write_bytes(TEXT.read_bytes()[:100])
     texts = (tmp_path / "prose.txt",)
     monkeypatch.setattr(harness, "installed", lambda: False)
-    pair = replace(pair_of(checkpoint(sliding_window=200)), packing=Packing(8, 64))
+    pair = pair_of(checkpoint(sliding_window=200), q_bits=8)
     settings = Settings(tmp_path, texts=texts, text_tokens=64, say=lambda line: None)
     results = quality.measure(pair, settings)
     page = "\n".join(quality.text(safe(results)))
