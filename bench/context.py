@@ -47,9 +47,8 @@ from mlx_cerebrum.model.cache import REWIND, STEP
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import require
 from mlx_cerebrum.plan.layer_plan import resolve
-from mlx_cerebrum.weights.checkpoint import open_checkpoint
 from mlx_cerebrum.weights.loading import choose_storage, load_model
-from mlx_cerebrum.weights.opening import planned_config
+from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
 
 LENGTHS = (1024, 4096, 8192, 16384, 32768)
 PLANS = ("cerebrum-12.25b", "cerebrum-7b")

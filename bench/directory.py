@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.tensors import matrix_shapes, norm_paths
-from mlx_cerebrum.weights.checkpoint import INDEX
+from mlx_cerebrum.weights.safetensors_checkpoint import INDEX
 
 Arrays = dict[str, mx.array]  # tensors by name
 _CODES = {

@@ -41,9 +41,8 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import kv_bytes, on_gpu, request_bytes, require
 from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.text import say
-from mlx_cerebrum.weights.checkpoint import open_checkpoint
 from mlx_cerebrum.weights.loading import SMALLER, choose_storage, load_model
-from mlx_cerebrum.weights.opening import planned_config
+from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
 from mlx_cerebrum.weights.quantize import Packing
 
 PLAN = "cerebrum-12.25b"

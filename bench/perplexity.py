@@ -28,8 +28,8 @@ from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.checkpoint import Checkpoint, open_checkpoint
-from mlx_cerebrum.weights.opening import load
+from mlx_cerebrum.weights.checkpoint import Checkpoint
+from mlx_cerebrum.weights.opening import load, open_checkpoint
 
 DATA = Path(__file__).parent / "data"
 TEXTS = (DATA / "austen.txt", DATA / "newton.txt")

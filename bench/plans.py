@@ -51,7 +51,7 @@ from mlx_cerebrum.plan.layer_plan import LayerPlan, resolve
 from mlx_cerebrum.text import say, tell
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.opening import open_checkpoint
 
 SECONDS = 150.0  # that a sweep may take unless asked otherwise
 CONTEXT = 256

@@ -18,7 +18,7 @@ from bench.report import parser, publish
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.opening import open_checkpoint
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -52,8 +52,7 @@ from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.text import tell
 from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.checkpoint import open_checkpoint
-from mlx_cerebrum.weights.opening import load_tokenizer
+from mlx_cerebrum.weights.opening import load_tokenizer, open_checkpoint
 
 WARM_UP = 0.2  # of the minutes, before them; of this load only errors count
 

@@ -45,9 +45,9 @@ from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.memory import GB, request_bytes, require
 from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.checkpoint import Checkpoint, open_checkpoint
+from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.loading import SMALLER, choose_storage, load_model
-from mlx_cerebrum.weights.opening import planned_config
+from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
 from mlx_cerebrum.weights.quantize import Packing
 
 BUILD, REST = "building the graph", "the rest"

@@ -22,8 +22,8 @@ from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.text import say, tell
 from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.checkpoint import Checkpoint, open_checkpoint
-from mlx_cerebrum.weights.opening import planned_config
+from mlx_cerebrum.weights.checkpoint import Checkpoint
+from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -35,9 +35,9 @@ from mlx_cerebrum.model.tensors import EMBEDDING, HEAD, MATRICES, matrix_shapes,
 from mlx_cerebrum.progress import progress as live
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, open_checkpoint
+from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint
 from mlx_cerebrum.weights.loading import DTYPES, Storage, load_model
-from mlx_cerebrum.weights.opening import load_tokenizer, planned_config
+from mlx_cerebrum.weights.opening import load_tokenizer, open_checkpoint, planned_config
 from mlx_cerebrum.weights.quantize import FUSED, Packing
 
 LENGTH = 256  # tokens a sequence

@@ -11,7 +11,7 @@ from convert.integrity import HashedFile
 from convert.outputs import Output
 from convert.source import Source, check_stamps
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.weights.checkpoint import SafetensorsCheckpoint
+from mlx_cerebrum.weights.safetensors_checkpoint import SafetensorsCheckpoint
 from mlx_cerebrum.weights.safetensors_file import read_header
 
 

@@ -15,20 +15,18 @@ from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError
 from mlx_cerebrum.files.foreign import config_problem, directory_problem, unfinished
 from mlx_cerebrum.model.config import MODEL_TYPES, ModelConfig, model_type, read_json
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights import gguf
-from mlx_cerebrum.weights.checkpoint import (
+from mlx_cerebrum.weights.checkpoint import FLOATS
+from mlx_cerebrum.weights.gguf_blocks import BITS, REPACKED
+from mlx_cerebrum.weights.gguf_checkpoint import GGUFCheckpoint
+from mlx_cerebrum.weights.gguf_file import GGUFFile
+from mlx_cerebrum.weights.opening import load_tokenizer, open_checkpoint
+from mlx_cerebrum.weights.safetensors_checkpoint import (
     BUFFERS,
-    FLOATS,
     INDEX,
     Place,
-    described,
-    misfits,
-    open_checkpoint,
+    SafetensorsCheckpoint,
     weight_files,
 )
-from mlx_cerebrum.weights.gguf_blocks import BITS, REPACKED
-from mlx_cerebrum.weights.gguf_file import GGUFFile
-from mlx_cerebrum.weights.opening import load_tokenizer
 from mlx_cerebrum.weights.safetensors_file import TensorInfo, read_header
 
 
@@ -191,12 +189,12 @@ def _config(found: Findings) -> ModelConfig | None:
 def _compare(found: Findings, config: ModelConfig, tensors: dict[str, Place]) -> None:
     """Names, shapes and dtypes against the config."""
     found.checked.append("names, shapes and dtypes against config.json")
-    stored, shapes, dtypes, spare = described(config, found.path, tensors)
-    if stored != config:
+    checkpoint = SafetensorsCheckpoint(found.path, found.config, config, tensors)
+    if checkpoint.config != config:
         found.notes.append("config.json says the head is tied, but it is stored and differs")
-    for problem, names in misfits(stored, shapes, dtypes, spare, found.path):
+    for problem, names in checkpoint.problems():
         found.problem(problem, None, names)
-    kinds = {FLOATS[kind] for kind in dtypes.values() if kind in FLOATS}
+    kinds = {FLOATS[kind] for kind in checkpoint.dtypes.values() if kind in FLOATS}
     if config.dtype is not None and kinds and config.dtype not in kinds:
         found.notes.append(f"config.json says {config.dtype}, the tensors are {sorted(kinds)}")
 
@@ -243,7 +241,7 @@ def gguf_file(path: Path) -> Findings:
             found.unchecked.append(f"shapes against metadata: types {', '.join(odd)}")
         else:
             try:
-                config, _ = gguf.model_config(file)
+                config = GGUFCheckpoint(file).config
                 found.checked.append("names, shapes and types against metadata")
             except ConfigError as error:  # another architecture: sound for its own tools
                 found.unchecked.append(f"shapes against metadata: {error}")

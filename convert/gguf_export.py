@@ -30,8 +30,9 @@ from mlx_cerebrum.model.tensors import (
     module_path,
 )
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.weights.checkpoint import Checkpoint, open_checkpoint
-from mlx_cerebrum.weights.gguf import gguf_name, rotary_heads
+from mlx_cerebrum.weights.checkpoint import Checkpoint
+from mlx_cerebrum.weights.gguf_checkpoint import gguf_name, rotary_heads
+from mlx_cerebrum.weights.opening import open_checkpoint
 
 # What weights can be stored as, with llama.cpp's name for a file of them.
 KINDS = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}

@@ -18,8 +18,9 @@ from mlx_cerebrum import __version__
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.memory import human, kv_bytes
 from mlx_cerebrum.model.tensors import BLOCK, module_path
-from mlx_cerebrum.weights.checkpoint import INDEX, Checkpoint, open_checkpoint
-from mlx_cerebrum.weights.opening import load_tokenizer
+from mlx_cerebrum.weights.checkpoint import Checkpoint
+from mlx_cerebrum.weights.opening import load_tokenizer, open_checkpoint
+from mlx_cerebrum.weights.safetensors_checkpoint import INDEX
 
 
 class _RefoldError(Exception):

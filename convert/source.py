@@ -14,7 +14,8 @@ import numpy as np
 from convert.integrity import PIECE, Bytes, HashedFile, expected_sha256, small_files
 from convert.outputs import modules
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.weights.checkpoint import Checkpoint, SafetensorsCheckpoint
+from mlx_cerebrum.weights.checkpoint import Checkpoint
+from mlx_cerebrum.weights.safetensors_checkpoint import SafetensorsCheckpoint
 from mlx_cerebrum.weights.safetensors_file import ITEM_BYTES, read_header
 
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}

@@ -24,9 +24,10 @@ from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.progress import progress as live_line
 from mlx_cerebrum.text import one_line, say
 from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.checkpoint import FLOATS, no_checkpoint
+from mlx_cerebrum.weights.checkpoint import FLOATS
 from mlx_cerebrum.weights.gguf_file import GGML_TYPES
 from mlx_cerebrum.weights.gguf_paths import gguf_at
+from mlx_cerebrum.weights.safetensors_checkpoint import no_checkpoint
 
 UNSOUND = 1  # the exit code where problems were found
 _SHOWN = 8  # tensors that a printed line names; --json has them all

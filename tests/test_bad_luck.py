@@ -28,7 +28,7 @@ from convert.verify import verify
 from convert.writer import JOURNAL
 from mlx_cerebrum.errors import CerebrumError, CheckpointError
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.opening import open_checkpoint
 
 ROOT = Path(__file__).parent.parent
 NOBODY = 65534

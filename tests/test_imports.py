@@ -28,7 +28,6 @@ PURE += [f"plan.{name}" for name in ("layer_plan", "yaml_places", "mergekit", "s
 FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for name in rooms}
 PACKAGES = ("mlx_cerebrum", "convert")
 TO_BE_CUT = [
-    ("mlx_cerebrum.weights.checkpoint", "mlx_cerebrum.weights.gguf_checkpoint"),
     ("mlx_cerebrum.chat.chat", "mlx_cerebrum.chat.commands"),
 ]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from mlx_cerebrum.errors import ConfigError
+from mlx_cerebrum.errors import CheckpointError, ConfigError
 from mlx_cerebrum.model.config import MOST, ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import fits, require
@@ -18,7 +18,8 @@ from mlx_cerebrum.text import tell
 from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN, ChatFormat, read_format
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.checkpoint import Checkpoint, open_checkpoint
+from mlx_cerebrum.weights.checkpoint import Checkpoint
+from mlx_cerebrum.weights.gguf_paths import gguf_at
 from mlx_cerebrum.weights.loading import (
     Progress,
     Storage,
@@ -27,6 +28,7 @@ from mlx_cerebrum.weights.loading import (
     smaller_weights,
 )
 from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.safetensors_checkpoint import SafetensorsCheckpoint, no_checkpoint
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,27 @@ def open_model(spec: ModelSpec) -> Opened:
     Raises a CerebrumError, one line, for whatever of it can't be honoured.
     """
     return Opened.of(open_checkpoint(hub.resolve(spec.name, spec.revision)), spec)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A directory or a GGUF file, its tensors checked against its config (see `gguf_at`).
+
+    Raises CheckpointError or ConfigError, one line each, for anything else.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    if (gguf := gguf_at(path)) is not None:
+        # They bring numpy: 0.1 s.
+        from mlx_cerebrum.weights.gguf_checkpoint import GGUFCheckpoint
+        from mlx_cerebrum.weights.gguf_file import GGUFFile
+
+        checkpoint: Checkpoint = GGUFCheckpoint(GGUFFile.open(gguf))
+    elif path.is_dir():
+        checkpoint = SafetensorsCheckpoint.open(path)
+    else:
+        raise CheckpointError(no_checkpoint(path))
+    checkpoint.check()
+    return checkpoint
 
 
 def load(

@@ -11,7 +11,7 @@ from conftest import MakeCheckpoint
 from bench.perplexity import compare, lines, perplexity, report, stored_bits, token_losses
 from mlx_cerebrum import load
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.opening import open_checkpoint
 
 TEXT = "the quick brown fox jumps over the lazy dog"
 

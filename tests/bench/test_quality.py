@@ -26,8 +26,7 @@ from mlx_cerebrum import load
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import interleave
-from mlx_cerebrum.weights.checkpoint import open_checkpoint
-from mlx_cerebrum.weights.opening import ModelSpec, open_model
+from mlx_cerebrum.weights.opening import ModelSpec, open_checkpoint, open_model
 from mlx_cerebrum.weights.quantize import Packing
 
 TEXT = Path(__file__).parents[2] / "bench" / "data" / "austen.txt"

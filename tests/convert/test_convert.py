@@ -21,7 +21,7 @@ from mlx_cerebrum import load
 from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.opening import open_checkpoint
 
 MAP = (0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7)
 PROMPT = [5, 80, 44, 120, 7, 99, 201, 5, 17, 42, 9, 30, 77, 150, 3, 6]

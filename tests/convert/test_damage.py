@@ -14,7 +14,7 @@ from conftest import MakeCheckpoint
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main
-from mlx_cerebrum.weights.checkpoint import INDEX
+from mlx_cerebrum.weights.safetensors_checkpoint import INDEX
 
 FIRST = "model-00001-of-00002.safetensors"
 SECOND = "model-00002-of-00002.safetensors"

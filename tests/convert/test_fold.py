@@ -15,7 +15,7 @@ from convert.gguf_export import export
 from mlx_cerebrum import load
 from mlx_cerebrum.model.tensors import BLOCK
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.opening import open_checkpoint
 
 MAP = (0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7)
 

@@ -27,9 +27,11 @@ from mlx_cerebrum.decoding.stream import generate
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError, TokenizerError
 from mlx_cerebrum.plan.layer_plan import LayerPlan, resolve
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights.checkpoint import Checkpoint, SafetensorsCheckpoint, open_checkpoint
+from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.gguf_blocks import half_split
 from mlx_cerebrum.weights.gguf_file import GGUFFile
+from mlx_cerebrum.weights.opening import open_checkpoint
+from mlx_cerebrum.weights.safetensors_checkpoint import SafetensorsCheckpoint
 
 SCALES = """merge_method: passthrough
 slices:

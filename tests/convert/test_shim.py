@@ -32,7 +32,7 @@ from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.config import read_json
 from mlx_cerebrum.plan.layer_plan import resolve
-from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.opening import open_checkpoint
 from mlx_cerebrum.weights.quantize import Packing
 
 WINDOW = 12  # of the tiny checkpoints

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from convert import verify as module
 from convert.__main__ import main as convert
 from convert.verify import main, verify
-from mlx_cerebrum.weights.checkpoint import INDEX
+from mlx_cerebrum.weights.safetensors_checkpoint import INDEX
 
 FIRST = "model-00001-of-00002.safetensors"
 SECOND = "model-00002-of-00002.safetensors"

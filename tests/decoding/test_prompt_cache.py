@@ -33,9 +33,8 @@ from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.weights.checkpoint import open_checkpoint
 from mlx_cerebrum.weights.loading import Storage, choose_storage
-from mlx_cerebrum.weights.opening import planned_config
+from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
 from mlx_cerebrum.weights.quantize import Packing
 
 WINDOW = 20

@@ -45,7 +45,7 @@ from mlx_cerebrum.tokenizer.sentencepiece_model import (
 )
 from mlx_cerebrum.tokenizer.template import ChatTemplate
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights.checkpoint import INDEX
+from mlx_cerebrum.weights.safetensors_checkpoint import INDEX
 
 from . import gguf_seed, templates
 from .mutate import TEXTS, mutated_bytes, mutated_json, mutated_text, value

@@ -149,8 +149,7 @@ def test_a_name_that_is_none(name: str) -> None:
 
 
 def loaded(path: Path, **more: Any) -> Any:
-    from mlx_cerebrum.weights.checkpoint import open_checkpoint
-    from mlx_cerebrum.weights.opening import load_tokenizer
+    from mlx_cerebrum.weights.opening import load_tokenizer, open_checkpoint
 
     return load_tokenizer(open_checkpoint(path), **more)
 

@@ -14,8 +14,7 @@ from mlx_cerebrum.tokenizer.files import FILES
 from mlx_cerebrum.tokenizer.sentencepiece_model import BYTE, CONTROL, USER_DEFINED, write_model
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.checkpoint import open_checkpoint
-from mlx_cerebrum.weights.opening import load, load_tokenizer
+from mlx_cerebrum.weights.opening import load, load_tokenizer, open_checkpoint
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"

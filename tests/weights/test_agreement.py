@@ -15,8 +15,8 @@ from test_damage import flip, hub_copy
 from convert.__main__ import main as convert
 from convert.verify import verify
 from mlx_cerebrum.errors import CerebrumError
-from mlx_cerebrum.weights.checkpoint import INDEX, open_checkpoint
-from mlx_cerebrum.weights.opening import load_tokenizer
+from mlx_cerebrum.weights.opening import load_tokenizer, open_checkpoint
+from mlx_cerebrum.weights.safetensors_checkpoint import INDEX
 
 FIRST, SECOND = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
 WEIGHT = "model.layers.3.mlp.up_proj.weight"

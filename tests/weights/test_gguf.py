@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError
-from mlx_cerebrum.weights.gguf import GGUFFile, TensorInfo, iter_tensors, model_config, modules
+from mlx_cerebrum.model.tensors import module_shapes
 from mlx_cerebrum.weights.gguf_blocks import BITS, WIDE, read_arrays
-from mlx_cerebrum.weights.gguf_file import GGML_TYPES
+from mlx_cerebrum.weights.gguf_checkpoint import GGUFCheckpoint
+from mlx_cerebrum.weights.gguf_file import GGML_TYPES, GGUFFile, TensorInfo
 
 Array = npt.NDArray[Any]
 
@@ -146,8 +147,13 @@ def oracle(demo: Path) -> gguf.GGUFReader:
     return gguf.GGUFReader(demo)  # takes 2 s
 
 
+def opened(path: Path) -> GGUFCheckpoint:
+    return GGUFCheckpoint(GGUFFile.open(path))
+
+
 def read(path: Path) -> dict[str, dict[str, mx.array]]:
-    return {module: load() for module, load in iter_tensors(GGUFFile.open(path))}
+    checkpoint = opened(path)
+    return {module: checkpoint.read(module) for module in module_shapes(checkpoint.config)}
 
 
 def refused(path: Path, error: type[CerebrumError]) -> str:
@@ -292,7 +298,8 @@ def test_demo_values_equal_the_gguf_package(demo: Path, oracle: gguf.GGUFReader)
 
 
 def test_demo_config(demo: Path) -> None:
-    config, raw = model_config(GGUFFile.open(demo))
+    found = opened(demo)
+    config, raw = found.config, found.raw_config
     assert (config.num_hidden_layers, config.hidden_size, config.head_dim) == (30, 576, 64)
     assert (config.num_attention_heads, config.num_key_value_heads) == (9, 3)
     assert (config.rope_theta, config.rms_norm_eps) == (100000.0, 1e-5)
@@ -310,7 +317,8 @@ def test_demo_config(demo: Path) -> None:
 
 
 def test_config_of_a_plain_model(tmp_path: Path) -> None:
-    config, raw = model_config(GGUFFile.open(write(tmp_path / "model.gguf", Type.BF16)))
+    found = opened(write(tmp_path / "model.gguf", Type.BF16))
+    config, raw = found.config, found.raw_config
     assert config.model_type == raw["model_type"] == "llama"
     assert (config.rope_theta, config.rms_norm_eps) == (10000.0, 1e-5)
     assert config.dtype == "bfloat16"
@@ -323,14 +331,15 @@ def test_config_of_a_plain_model(tmp_path: Path) -> None:
 
 def test_window_makes_it_mistral(tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf", Type.F16, {"llama.attention.sliding_window": 32})
-    config, raw = model_config(GGUFFile.open(path))
+    found = opened(path)
+    config, raw = found.config, found.raw_config
     assert (config.model_type, config.sliding_window, config.dtype) == ("mistral", 32, "float16")
     assert raw["architectures"] == ["MistralForCausalLM"]
 
 
 def test_no_output_tensor_means_tied(tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf", drop=("output.weight",))
-    config, _ = model_config(GGUFFile.open(path))
+    config = opened(path).config
     assert config.tie_word_embeddings
     assert list(read(path)) == [module for module in SHAPES if module != "lm_head"]
 
@@ -358,7 +367,7 @@ def test_no_output_tensor_means_tied(tmp_path: Path) -> None:
 def test_metadata_becomes_config(
     metadata: dict[str, Any], field: str, value: Any, tmp_path: Path
 ) -> None:
-    config, _ = model_config(GGUFFile.open(write(tmp_path / "model.gguf", metadata=metadata)))
+    config = opened(write(tmp_path / "model.gguf", metadata=metadata)).config
     assert getattr(config, field) == value
 
 
@@ -372,7 +381,7 @@ def test_heads_of_another_size_than_hidden_over_heads(tmp_path: Path) -> None:
         | {f"blk.{i}.attn_v.weight": np.ones((16, HIDDEN), np.float32) for i in range(LAYERS)}
         | {f"blk.{i}.attn_output.weight": np.ones((HIDDEN, 32), np.float32) for i in range(LAYERS)},
     )
-    assert model_config(GGUFFile.open(path))[0].head_dim == 8
+    assert opened(path).config.head_dim == 8
 
 
 def mixed(module: str) -> Type:
@@ -382,7 +391,7 @@ def mixed(module: str) -> Type:
 
 
 def test_mixed_bits_are_written_as_mlx_lm_does(tmp_path: Path) -> None:
-    _, raw = model_config(GGUFFile.open(write(tmp_path / "model.gguf", mixed)))
+    raw = opened(write(tmp_path / "model.gguf", mixed)).raw_config
     eight = {"group_size": 32, "bits": 8}
     assert raw["quantization"] == {
         "group_size": 32,
@@ -399,14 +408,14 @@ def test_mlx_lm_loads_what_was_read(tmp_path: Path) -> None:
     """Config and arrays, saved side by side, are a checkpoint to mlx-lm; mixed bits included."""
     from mlx_lm.utils import load_model
 
-    file = GGUFFile.open(write(tmp_path / "model.gguf", mixed))
+    path = write(tmp_path / "model.gguf", mixed)
     folder = tmp_path / "saved"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(model_config(file)[1]))
+    (folder / "config.json").write_text(json.dumps(opened(path).raw_config))
     arrays = {
         f"{module}.{name}": array
-        for module, load in iter_tensors(file)
-        for name, array in load().items()
+        for module, parts in read(path).items()
+        for name, array in parts.items()
     }
     mx.save_safetensors(str(folder / "model.safetensors"), arrays)
     model, _ = load_model(folder)
@@ -427,25 +436,22 @@ def test_only_the_asked_tensor_is_read(tiny: Path, monkeypatch: pytest.MonkeyPat
         return original(self, tensor, limit)
 
     monkeypatch.setattr(GGUFFile, "blocks", blocks)
-    file = GGUFFile.open(tiny)
-    config, _ = model_config(file)
-    shapes = {module: tensor.shape for module, tensor in modules(file, config).items()}
-    calls = dict(iter_tensors(file))
-    assert shapes == {module: shape for module, (_, shape) in SHAPES.items()}
+    checkpoint = opened(tiny)
+    assert module_shapes(checkpoint.config) == {m: shape for m, (_, shape) in SHAPES.items()}
     assert asked == []
-    calls["model.layers.1.mlp.up_proj"]()
+    checkpoint.read("model.layers.1.mlp.up_proj")
     assert asked == ["blk.1.ffn_up.weight"]
 
 
 def test_a_file_that_changes_is_noticed(tiny: Path) -> None:
-    calls = dict(iter_tensors(GGUFFile.open(tiny)))
+    checkpoint = opened(tiny)
     with tiny.open("ab") as handle:
         handle.write(b"\0")
     with pytest.raises(CheckpointError, match="changed while it was being read"):
-        calls["model.norm"]()
+        checkpoint.read("model.norm")
     tiny.unlink()
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
-        calls["model.norm"]()
+        checkpoint.read("model.norm")
 
 
 def test_a_tensor_cut_short_while_reading(tiny: Path) -> None:

@@ -22,7 +22,7 @@ from mlx_cerebrum import load
 from mlx_cerebrum.errors import CheckpointError, ConfigError
 from mlx_cerebrum.model.tensors import matrix_shapes
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.weights.checkpoint import Checkpoint, open_checkpoint
+from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.gguf_blocks import (
     BITS,
     FLOATS,
@@ -34,6 +34,7 @@ from mlx_cerebrum.weights.gguf_blocks import (
 )
 from mlx_cerebrum.weights.gguf_file import GGUFFile, TensorInfo
 from mlx_cerebrum.weights.loading import choose_storage, load_model, smaller_weights
+from mlx_cerebrum.weights.opening import open_checkpoint
 from mlx_cerebrum.weights.quantize import Packing
 
 ROWS, WIDTH = 24, 512

@@ -12,7 +12,7 @@ from convert.verify import verify
 from mlx_cerebrum import load
 from mlx_cerebrum.errors import CerebrumError, CheckpointError
 from mlx_cerebrum.model.tensors import matrix_shapes
-from mlx_cerebrum.weights.checkpoint import open_checkpoint
+from mlx_cerebrum.weights.opening import open_checkpoint
 from mlx_cerebrum.weights.views import orders
 
 
