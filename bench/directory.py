@@ -11,15 +11,9 @@ import numpy as np
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.tensors import matrix_shapes, norm_paths
 from mlx_cerebrum.weights.safetensors_checkpoint import INDEX
+from mlx_cerebrum.weights.safetensors_file import CODES
 
 Arrays = dict[str, mx.array]  # tensors by name
-_CODES = {
-    mx.float32: "F32",
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.uint32: "U32",
-    mx.uint8: "U8",
-}
 
 
 def by_block(config: ModelConfig) -> list[list[str]]:
@@ -66,7 +60,7 @@ def _write_file(path: Path, parts: Sequence[Callable[[], Arrays]]) -> dict[str, 
         file.seek(room)
         for make in parts:
             for name, array in make().items():
-                code = _CODES[array.dtype]
+                code = CODES[array.dtype]
                 offsets = [at, at + array.nbytes]
                 header[name] = {"dtype": code, "shape": array.shape, "data_offsets": offsets}
                 flat = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array

@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.tensors import BLOCK, module_path
 from mlx_cerebrum.plan.layer_plan import LayerPlan, named_plans
@@ -138,12 +137,6 @@ def _sample(checkpoint: Checkpoint, module: str) -> bytes:
     for part, extent in checkpoint.extents(module).items():
         name = f"{module}.{part}"
         digest.update(f"{part} {checkpoint.dtypes[name]} {checkpoint.shapes[name]}".encode())
-        step = max(1, (extent.nbytes - _SAMPLE_BYTES) // (_SAMPLES - 1))
-        try:
-            with extent.path.open("rb", buffering=0) as file:
-                for start in range(0, max(1, extent.nbytes - _SAMPLE_BYTES + 1), step):
-                    file.seek(extent.offset + start)
-                    digest.update(file.read(min(_SAMPLE_BYTES, extent.nbytes)))
-        except OSError as error:
-            raise CheckpointError(f"{extent.path} can't be read: {error.strerror}") from None
+        for piece in extent.samples(_SAMPLES, _SAMPLE_BYTES):
+            digest.update(piece)
     return digest.digest()

@@ -16,16 +16,9 @@ from convert.outputs import modules
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.safetensors_checkpoint import SafetensorsCheckpoint
-from mlx_cerebrum.weights.safetensors_file import ITEM_BYTES, read_header
+from mlx_cerebrum.weights.safetensors_file import CODES, ITEM_BYTES, read_header
 
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
-CODES = {
-    mx.float32: "F32",
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.uint32: "U32",
-    mx.uint8: "U8",
-}
 Stamp = tuple[str, int, int, int, int, int]
 Stamps = dict[Path, Stamp]
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}

@@ -20,6 +20,7 @@ from convert.integrity import PIECE, Bytes
 from convert.outputs import Output
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.files import json_file
+from mlx_cerebrum.weights.safetensors_file import header_bytes
 
 MAX_SHARD_BYTES = 5_000_000_000  # the hub's and mergekit's default
 JOURNAL = ".conversion"
@@ -252,19 +253,8 @@ class Writer:
         self._waiting.append(self._hasher.submit(work))
 
     def _header(self, number: int) -> bytes:
-        entries: dict[str, Any] = {"__metadata__": self._metadata}
-        at = 0
-        for spec in (spec for output in self.shards[number] for spec in output.specs):
-            offsets = [at, at + spec.nbytes]
-            entries[spec.name] = {
-                "dtype": spec.dtype,
-                "shape": list(spec.shape),
-                "data_offsets": offsets,
-            }
-            at += spec.nbytes
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # data starts aligned
-        return len(text).to_bytes(8, "little") + text
+        specs = (spec for output in self.shards[number] for spec in output.specs)
+        return header_bytes({spec.name: (spec.dtype, spec.shape) for spec in specs}, self._metadata)
 
 
 def _shards(outputs: Sequence[Output], limit: int) -> list[list[Output]]:

@@ -14,6 +14,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -26,14 +27,17 @@ from mlx_cerebrum.files import json_file
 from mlx_cerebrum.model.cache import Packed, kv_group
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import human, require
-from mlx_cerebrum.weights.safetensors_file import TensorInfo, read_whole_header
+from mlx_cerebrum.weights.safetensors_file import (
+    CODES,
+    ITEM_BYTES,
+    TensorInfo,
+    header_bytes,
+    read_whole_header,
+)
 
 FORMAT = "mlx-cerebrum prompt cache"
 VERSION = "1"
 SUFFIX = ".safetensors"
-DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
-DTYPES |= {"I32": mx.int32}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PARTS = ("keys", "values")
 _MOST_MARKS = 1000  # three a turn: more are as good as none, and each costs time
 _CHUNK = 1 << 22
@@ -59,19 +63,20 @@ def save(prompt_cache: PromptCache, path: Path, identity: Identity) -> None:
     something else's, when the disk has no room, and when writing fails.
     """
     check_destination(path)
-    tensors = {name: (array.dtype, array.shape) for name, array in _tensors(prompt_cache)}
-    header, data = _header(tensors, _described(prompt_cache, identity))
+    tensors = {name: (CODES[a.dtype], a.shape) for name, a in _tensors(prompt_cache)}
+    tensors["checksum"] = ("U32", (1,))
+    head = header_bytes(tensors, _described(prompt_cache, identity))
     destination = path.resolve()
     free = shutil.disk_usage(destination.parent).free
-    needed = len(header) + data
+    needed = len(head) + sum(prod(s) * ITEM_BYTES[d] for d, s in tensors.values())
     if needed + _SLACK > free:
         raise CheckpointError(
             f"{path} needs {human(needed)} of disk and {human(free)} are free; free some space"
         )
     try:
         with _replacing(destination) as file:
-            checksum = zlib.crc32(header)
-            file.write(header)
+            checksum = zlib.crc32(head)
+            file.write(head)
             for _, array in _tensors(prompt_cache):
                 entries = memoryview(cast(Any, mx.contiguous(array).view(mx.uint8)))
                 checksum = zlib.crc32(entries, checksum)
@@ -103,24 +108,6 @@ def _named(name: str, entries: mx.array | Packed) -> Iterator[tuple[str, mx.arra
         yield from ((f"{name}.{part}", a) for part, a in entries._asdict().items())
     else:
         yield name, entries
-
-
-def _header(
-    tensors: dict[str, tuple[mx.Dtype, tuple[int, ...]]], metadata: dict[str, str]
-) -> tuple[bytes, int]:
-    """A safetensors header, its length in front, and the bytes of data it speaks of."""
-    entries: dict[str, object] = {"__metadata__": metadata}
-    at = 0
-    for name, (dtype, shape) in [*tensors.items(), ("checksum", (mx.uint32, (1,)))]:
-        size = dtype.size
-        for length in shape:
-            size *= length
-        offsets = [at, at + size]
-        entries[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": offsets}
-        at += size
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)  # data begins aligned
-    return struct.pack("<Q", len(text)) + text, at
 
 
 @contextmanager
@@ -287,7 +274,7 @@ def _shapes(
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Safetensors dtypes and shapes of one position's `length` entries, by name."""
     heads, width = model.config.num_key_value_heads, model.config.head_dim
-    dtype = NAMES[model.model.norm.weight.dtype]
+    dtype = CODES[model.model.norm.weight.dtype]
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for kind in PARTS:
         name = f"{kind}.{position}"

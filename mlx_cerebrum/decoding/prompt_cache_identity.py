@@ -1,14 +1,10 @@
 """What an entry of a prompt cache depends on: two runs may share one only if all of it is equal."""
 
 import json
-import os
 from hashlib import sha256
-from pathlib import Path
-from typing import BinaryIO
 
 import mlx.core as mx
 
-from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.loading import Storage
@@ -72,22 +68,8 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
         for module in {name.rpartition(".")[0] for name in checkpoint.shapes}
         for part, extent in checkpoint.extents(module).items()
     }
-    files: dict[Path, BinaryIO] = {}
-    try:
-        for name, extent in sorted(extents.items()):
-            digest.update(json.dumps([name, extent.nbytes]).encode())
-            if extent.path not in files:
-                files[extent.path] = extent.path.open("rb", buffering=0)
-            descriptor = files[extent.path].fileno()
-            size = min(SAMPLE_BYTES, extent.nbytes)
-            for i in range(SAMPLES):
-                at = extent.offset + (extent.nbytes - size) * i // (SAMPLES - 1)
-                digest.update(os.pread(descriptor, size, at))
-    except OSError as error:
-        raise CheckpointError(
-            f"{checkpoint.path} can't be read: {error.strerror or error}"
-        ) from None
-    finally:
-        for file in files.values():
-            file.close()
+    for name, extent in sorted(extents.items()):
+        digest.update(json.dumps([name, extent.nbytes]).encode())
+        for piece in extent.samples(SAMPLES, SAMPLE_BYTES):
+            digest.update(piece)
     return digest.hexdigest()[:16]

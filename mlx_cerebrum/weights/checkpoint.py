@@ -5,6 +5,7 @@ tokenizer, and tensors under Hugging Face's names. Shapes are known from headers
 file is refused before a byte of data is read.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,18 @@ class Extent:
     path: Path
     offset: int
     nbytes: int
+
+    def samples(self, count: int, size: int) -> Iterator[bytes]:
+        """`count` evenly spread pieces of `size` bytes at most, the first and the last of them at
+        the ends. Raises CheckpointError where the file can't be read."""
+        size = min(size, self.nbytes)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                for i in range(count):
+                    at = self.offset + (self.nbytes - size) * i // (count - 1)
+                    yield os.pread(file.fileno(), size, at)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} can't be read: {error.strerror or error}") from None
 
 
 class Checkpoint(ABC):

@@ -28,11 +28,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.weights.checkpoint import FLOATS
 from mlx_cerebrum.weights.gguf_file import BLOCK_WEIGHTS, GGUFFile, TensorInfo, quote
 from mlx_cerebrum.weights.quantize import AFFINE_GROUPS, PIECE, Packing, joined
 
 GROUP_SIZE = 32
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q4_K": 4, "Q5_K": 5}
 # Kinds whose scales are float32.
 WIDE = ("Q4_K", "Q5_K")

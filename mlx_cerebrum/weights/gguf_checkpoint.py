@@ -18,9 +18,8 @@ from mlx_cerebrum.errors import CheckpointError, ConfigError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.tensors import EMBEDDING, FINAL_NORM, HEAD, module_shapes, place
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights.checkpoint import Checkpoint, Extent
+from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, Extent
 from mlx_cerebrum.weights.gguf_blocks import (
-    FLOATS,
     REPACKED,
     WIDE,
     read_arrays,

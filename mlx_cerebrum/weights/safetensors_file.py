@@ -1,15 +1,19 @@
-"""A safetensors header, read with suspicion.
+"""A safetensors header: read with suspicion, and written for data that follows piece by piece.
 
 Format: 8 bytes little-endian header length, a JSON object `name -> {dtype, shape,
 data_offsets}`, then the data (huggingface/safetensors, README). Nothing in it is trusted:
 offsets must be in bounds, gap-free and of the size their dtype and shape say.
 """
 
+import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
+
+import mlx.core as mx
 
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.files import json_file
@@ -34,6 +38,14 @@ ITEM_BYTES = {
     "F8_E8M0": 1,
     "F8_E4M3FNUZ": 1,
     "F8_E5M2FNUZ": 1,
+}
+CODES: dict[mx.Dtype, str] = {
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.int32: "I32",
+    mx.uint32: "U32",
+    mx.uint8: "U8",
 }
 _MAX_TENSORS = 100_000  # one file of all the blocks that are supported has fewer
 _MAX_RANK = 32  # a product of more sizes could take minutes
@@ -88,6 +100,24 @@ def read_whole_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
     _check_layout(path, tensors, 8 + length, size)
     return tensors, metadata
+
+
+def header_bytes(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
+) -> bytes:
+    """What stands before the data of these tensors (name -> dtype, shape), in this order.
+
+    Its end is aligned to 8 bytes, so that readers may map the data.
+    """
+    entries: dict[str, object] = {"__metadata__": metadata}
+    at = 0
+    for name, (dtype, shape) in tensors.items():
+        end = at + prod(shape) * ITEM_BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:

@@ -22,10 +22,9 @@ from mlx_cerebrum import load
 from mlx_cerebrum.errors import CheckpointError, ConfigError
 from mlx_cerebrum.model.tensors import matrix_shapes
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.weights.checkpoint import Checkpoint
+from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint
 from mlx_cerebrum.weights.gguf_blocks import (
     BITS,
-    FLOATS,
     REPACKED,
     WIDE,
     read_arrays,
