@@ -23,10 +23,9 @@ from bench import machine, render, suite
 from bench.pair import Pair, open_pair, random_pair
 from bench.report import add_common, public
 from bench.suite import Results, Settings, Suite
-from mlx_cerebrum import cli
+from mlx_cerebrum import cli, device
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.limits import limits
-from mlx_cerebrum.model.memory import on_gpu
 from mlx_cerebrum.text import one_line, say, tell
 
 # Those that measure in processes of their own come first, before this one holds weights.
@@ -172,7 +171,7 @@ def _names(args: argparse.Namespace) -> tuple[str, ...]:
         if args.suite != "all":
             raise RequestError("--random-7b has suites of its own, speed and memory: drop --suite")
         # Paces at all lengths would take hours on a CPU.
-        return (FULL_SIZE, "speed") if on_gpu() else (FULL_SIZE,)
+        return (FULL_SIZE, "speed") if device.on_gpu() else (FULL_SIZE,)
     asked = SUITES if args.suite == "all" else tuple(args.suite.split(","))
     for name in asked:
         if name not in SUITES:

@@ -18,11 +18,10 @@ import mlx.core as mx
 
 from bench import machine
 from bench.report import Spread, parser, publish, ratio, rounds, table
-from mlx_cerebrum import cli
+from mlx_cerebrum import cli, device
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model import attention_cpu
 from mlx_cerebrum.model.attention_cpu import LEAST, SLICE, attend_in_slices
-from mlx_cerebrum.model.memory import on_gpu
 
 HEADS = {"9 of 64": (9, 3, 64), "32 of 128": (32, 8, 128)}  # the demo's, the 7B's
 SHAPES = ((8, 1024), (16, 2048), (128, 256), (256, 256), (256, 1024), (256, 2048), (256, 4351))
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if on_gpu():
+    if device.on_gpu():
         raise RequestError("this compares two ways of the CPU; MLX computes on a GPU here")
     if args.rounds < 1:
         raise RequestError(f"--rounds must be at least 1, not {args.rounds}")

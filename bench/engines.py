@@ -18,11 +18,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from bench import bandwidth, machine
+from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import PREFILL_STEP, generate_step
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import on_gpu
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.opening import load_tokenizer
 from mlx_cerebrum.weights.quantize import FUSED
@@ -144,16 +144,16 @@ def transformers(directory: Path, config: ModelConfig, sample: Sequence[int]) ->
     library: Any = import_module("transformers")
     library.utils.logging.disable_progress_bar()
     mps = torch.backends.mps.is_available()
-    device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if on_gpu() and device == "cpu":
+    place = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if device.on_gpu() and place == "cpu":
         raise RequestError("this torch computes on the CPU only; install one for this GPU")
     model = library.AutoModelForCausalLM.from_pretrained(
         directory, dtype="auto", local_files_only=True
     )
-    model = model.to(device).eval()
+    model = model.to(place).eval()
 
     def steps(prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
-        ids, cache = torch.tensor([list(prompt)], device=device), None
+        ids, cache = torch.tensor([list(prompt)], device=place), None
         for _ in range(max_tokens):
             with torch.inference_mode():
                 out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -173,11 +173,11 @@ def transformers(directory: Path, config: ModelConfig, sample: Sequence[int]) ->
     attention = min(took, key=lambda name: took[name])
     model.set_attn_implementation(attention)
     sizes = {n: p.numel() * p.element_size() for n, p in model.named_parameters()}  # tied: once
-    threads = f", threads: {torch.get_num_threads()}" if device == "cpu" else ""
+    threads = f", threads: {torch.get_num_threads()}" if place == "cpu" else ""
     dtype = str(model.dtype).rpartition(".")[2]
     return Engine(
         version=version,
-        settings=f"{dtype} on {device}{threads}, attention {attention}, a loop over forward passes",
+        settings=f"{dtype} on {place}{threads}, attention {attention}, a loop over forward passes",
         weights=sum(sizes.values()),
         reads=reads(sizes, "model.embed_tokens.", "lm_head."),
         kv=config.kv_values_per_token() * model.dtype.itemsize,

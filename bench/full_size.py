@@ -21,10 +21,11 @@ from bench.pair import Pair
 from bench.plots import Picture
 from bench.report import Spread, table
 from bench.suite import Results, Settings
+from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import PREFILL_STEP, generate_step
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model, TransformerBlock
-from mlx_cerebrum.model.memory import GB, kv_bytes, on_gpu
+from mlx_cerebrum.model.memory import GB, kv_bytes
 from mlx_cerebrum.weights.quantize import Packing, fuse_projections
 
 _CPU_PROMPT, _CPU_TOKENS, _CPU_ROUNDS = 32, 4, 1
@@ -33,7 +34,7 @@ _BLOCK_ROUNDS = 5
 
 
 def measure(pair: Pair, settings: Settings) -> Results:
-    gpu = on_gpu()
+    gpu = device.on_gpu()
     prompt = prompt_ids(pair.checkpoint(), _GPU_PROMPT if gpu else _CPU_PROMPT)
     tokens = settings.tokens if gpu else _CPU_TOKENS
     storage = pair.storage()
@@ -100,7 +101,7 @@ def _generate(model: Model, prompt: list[int], tokens: int) -> dict[str, float]:
 
 def _kinds() -> dict[str, tuple[mx.Dtype, Packing | None]]:
     """What a block is timed in; packed with the activations that the loader would choose."""
-    activations = mx.bfloat16 if on_gpu() else mx.float32
+    activations = mx.bfloat16 if device.on_gpu() else mx.float32
     return {
         "bfloat16": (mx.bfloat16, None),
         "float32": (mx.float32, None),

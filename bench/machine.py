@@ -16,6 +16,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_cerebrum import device
+
 _PRELOADED = "MLX_CEREBRUM_BENCH_BLAS"  # set after one attempt, so that there is never a second
 # Debian and Ubuntu, Fedora, Arch. Each exports BLAS under the names MLX was linked against.
 _OPENBLAS = (
@@ -31,7 +33,7 @@ def use_openblas(wanted: bool) -> None:
     Only the CPU backend on Linux needs it; child processes inherit it. Does not return when
     it starts over, so call it before any work.
     """
-    if not wanted or sys.platform != "linux" or backend() != "cpu" or blas() == "OpenBLAS":
+    if not wanted or sys.platform != "linux" or device.backend() != "cpu" or blas() == "OpenBLAS":
         return
     found = openblas()
     if found is None or _PRELOADED in os.environ:
@@ -47,16 +49,9 @@ def openblas() -> Path | None:
     return next((p for g in _OPENBLAS for p in sorted(root.glob(g[1:]))), None)
 
 
-def backend() -> str:
-    """What MLX computes on by default: metal, cuda or cpu."""
-    if mx.default_device() != mx.Device(mx.gpu):
-        return "cpu"
-    return "metal" if mx.metal.is_available() else "cuda"
-
-
 def blas() -> str:
     """Which BLAS this process multiplies float32 matrices with."""
-    if backend() != "cpu":
+    if device.backend() != "cpu":
         return "not used"
     if sys.platform == "darwin":
         return "Accelerate"
@@ -72,8 +67,8 @@ def card() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "backend": backend(),
-        "device": chip() if backend() != "cpu" else "cpu",
+        "backend": device.backend(),
+        "device": chip() if device.backend() != "cpu" else "cpu",
         "blas": blas(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
@@ -111,7 +106,7 @@ def commit() -> str | None:
 
 def chip() -> str:
     """The name of what MLX computes on, as its maker has it, such as Apple M2 Pro."""
-    return processor() if backend() == "cpu" else str(mx.device_info().get("device_name", ""))
+    return str(mx.device_info().get("device_name", "")) if device.on_gpu() else processor()
 
 
 def processor() -> str:

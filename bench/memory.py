@@ -34,11 +34,11 @@ from bench.memory_report import text as text
 from bench.pair import Pair
 from bench.random_model import GEOMETRIES, RandomCheckpoint, write_random
 from bench.suite import Results, Settings
-from mlx_cerebrum import cli
+from mlx_cerebrum import cli, device
 from mlx_cerebrum.decoding.decode import PREFILL_STEP, generate_step
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.model.config import ModelConfig
-from mlx_cerebrum.model.memory import kv_bytes, on_gpu, request_bytes, require
+from mlx_cerebrum.model.memory import kv_bytes, request_bytes, require
 from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.text import say
 from mlx_cerebrum.weights.loading import SMALLER, choose_storage, load_model
@@ -219,7 +219,7 @@ def _active() -> int:
 def prompt_tokens(config: ModelConfig, packed: bool) -> int:
     """How long a prompt is measured: all of it on a GPU, what takes some seconds on a CPU."""
     work = _CPU_PACKED if packed else _CPU_WORK
-    affordable = _PROMPT if on_gpu() else int(work / config.executed_parameters)
+    affordable = _PROMPT if device.on_gpu() else int(work / config.executed_parameters)
     return max(2, min(_PROMPT, max(16, affordable), config.max_position_embeddings - _TOKENS))
 
 

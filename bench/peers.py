@@ -30,10 +30,11 @@ from bench.pair import Pair, Side
 from bench.peers_report import OURS, plots, text
 from bench.report import Spread, ratio, rounds
 from bench.suite import Results, Settings
+from mlx_cerebrum import device
 from mlx_cerebrum.errors import CerebrumError, MemoryBudgetError, RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import GB, human, on_gpu, require
+from mlx_cerebrum.model.memory import GB, human, require
 
 __all__ = ["measure", "plots", "text"]
 
@@ -129,12 +130,12 @@ def _sources(
             required(package, "oracle")
         path = copies.directory()
         # Twice: it loads on the CPU and then moves what it loaded.
-        size = nbytes(path) * (2 if on_gpu() else 1)
+        size = nbytes(path) * (2 if device.on_gpu() else 1)
         return Source(size, lambda _: engines.transformers(path, config, prompt))
 
     def llama(kind: str, exact: bool) -> Source:
         required("xllamacpp", "bench")
-        if on_gpu() and not llama_cpp.on_gpu():
+        if device.on_gpu() and not llama_cpp.on_gpu():
             raise RequestError("this xllamacpp computes on the CPU only; install its GPU wheel")
         path = copies.native if kind == "native" else copies.gguf(kind)
         assert path is not None

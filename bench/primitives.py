@@ -28,7 +28,7 @@ from bench.random_model import GEOMETRIES
 from bench.report import parser, publish, table
 from bench.step_kinds import forget
 from bench.suite import Results
-from mlx_cerebrum import cli
+from mlx_cerebrum import cli, device
 from mlx_cerebrum.decoding.decode import PREFILL_STEP, greedy
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.config import ModelConfig
@@ -117,7 +117,7 @@ def primitives(
     """Of one pass over `length` tokens. `backend` is this machine's, or "metal"."""
     model = make(config, bits)
     run = partial(step, model, caches(model, config), mx.zeros((1, length), mx.int32))
-    here = backend == machine.backend()
+    here = backend == device.backend()
     forget()
     counts = count(run()) if here else count_as_on_metal(run, config.head_dim)
     forget()  # the compiled function's are for no one else
@@ -145,7 +145,7 @@ def measure(
         }
 
     peer = machine.version("mlx-lm") is not None
-    backends = dict.fromkeys((machine.backend(), "metal"))
+    backends = dict.fromkeys((device.backend(), "metal"))
     return {
         "chunk": chunk,
         "positions": list(positions),

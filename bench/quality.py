@@ -34,9 +34,9 @@ from bench.perplexity import TEXTS, read, split
 from bench.quality_report import plots, text
 from bench.quantized import Reference
 from bench.suite import Results, Settings
+from mlx_cerebrum import device
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import on_gpu
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["measure", "plots", "text"]
@@ -109,7 +109,8 @@ def _perplexity(
         count = (settings.text_tokens // context - 1) // 2 * 2 + 1
         chosen = windows(start, texts[name], context, max(0, count))
         too_long = context > models[0].config.max_position_embeddings
-        if too_long or not chosen or not (context == CONTEXTS[0] or name == longest or on_gpu()):
+        quick = context == CONTEXTS[0] or name == longest or device.on_gpu()
+        if too_long or not chosen or not quick:
             results["skipped"].append(f"{name} at {context}")
             continue
         settings.say(f"quality: {name}, {len(chosen)} windows of {context} tokens")

@@ -24,13 +24,13 @@ from typing import Any, cast
 import mlx.core as mx
 
 from convert.sensitivity import Sensitivity
-from mlx_cerebrum import __version__, cli
+from mlx_cerebrum import __version__, cli, device
 from mlx_cerebrum.errors import ConfigError, RequestError
 from mlx_cerebrum.model.attention_cpu import in_slices, scores_held
 from mlx_cerebrum.model.cache import attention_mask
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import available_bytes, on_gpu, require
+from mlx_cerebrum.model.memory import available_bytes, require
 from mlx_cerebrum.model.tensors import EMBEDDING, HEAD, MATRICES, matrix_shapes, module_path
 from mlx_cerebrum.progress import progress as live
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
@@ -180,7 +180,7 @@ def provenance(checkpoint: Checkpoint, text: str, tokens: int, storage: Storage)
         "tokens": tokens,
         "tokens_a_sequence": LENGTH,
         "dtype": str(storage.dtype).removeprefix("mlx.core."),
-        "device": "gpu" if on_gpu() else "cpu",
+        "device": "gpu" if device.on_gpu() else "cpu",
         "mlx": metadata.version("mlx"),
         "mlx_cerebrum": __version__,
         "date": datetime.now(UTC).date().isoformat(),
@@ -204,7 +204,7 @@ def _dense(checkpoint: Checkpoint, config: ModelConfig, tokens: int) -> Storage:
     """Dense float32 if it fits, else dense 16 bits as stored. Raises MemoryBudgetError."""
     stored = DTYPES[FLOATS[checkpoint.weight_dtype]]
     exact = calibration_bytes(config, tokens, 4)
-    dtype = mx.float32 if exact < 0.9 * available_bytes() or not on_gpu() else stored
+    dtype = mx.float32 if exact < 0.9 * available_bytes() or not device.on_gpu() else stored
     require(
         calibration_bytes(config, tokens, dtype.size),
         f"calibrating {checkpoint.path.name} (the whole model, dense)",

@@ -15,13 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from convert.integrity import ReadError
 from convert.outputs import Output
 from convert.source import Source
 from convert.writer import JOURNAL, Journal
-from mlx_cerebrum import __version__
+from mlx_cerebrum import __version__, device
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.model.memory import human
 
@@ -42,7 +40,7 @@ class Partial:
 def fingerprint(source: Source, outputs: Sequence[Output], *more: object) -> str:
     """What must be the same for a stopped conversion to go on: the source's files, everything
     that is done to every tensor, what computes it, and `more`."""
-    said = [__version__, version("mlx"), str(mx.default_device()), *more]
+    said = [__version__, version("mlx"), device.backend(), *more]
     said += [*source.stats.values(), *outputs]
     return hashlib.sha256("\n".join(map(repr, said)).encode()).hexdigest()
 

@@ -19,8 +19,8 @@ from convert.integrity import nonfinite
 from convert.outputs import Output, Spec
 from convert.source import Rows, Source
 from convert.writer import Writer
+from mlx_cerebrum import device
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.model.memory import on_gpu
 from mlx_cerebrum.weights.checkpoint import FLOATS
 
 _AHEAD = 6  # pieces read while as many as there are workers are being transformed
@@ -231,11 +231,11 @@ _local = local()
 def _workers() -> Iterator[tuple[ThreadPoolExecutor, int]]:
     """Threads that compute, each with its own stream: on the CPU one more than it has cores, for
     some are always waiting or copying (measured); a GPU is kept busy by one."""
-    count = 1 if on_gpu() else min(4, os.cpu_count() or 1) + 1
+    count = 1 if device.on_gpu() else min(4, os.cpu_count() or 1) + 1
 
     def start() -> None:
         _local.cpu = mx.new_stream(mx.cpu)
-        _local.default = mx.new_stream(mx.gpu) if on_gpu() else _local.cpu
+        _local.default = mx.new_stream(mx.gpu) if device.on_gpu() else _local.cpu
 
     with ThreadPoolExecutor(count, "transform", initializer=start) as pool:
         yield pool, count

@@ -5,15 +5,15 @@ from typing import cast
 
 import mlx.core as mx
 
+from mlx_cerebrum import device
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.cache import Cache
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import on_gpu
 
 # Logits [L, V] of the answer's tokens number n, n + 1, ... -> their ids [L].
 Sampler = Callable[[mx.array, int], mx.array]
 # Measured (bench.speed): on the CPU small chunks waste less on keys a causal mask hides.
-PREFILL_STEP = 512 if on_gpu() else 256
+PREFILL_STEP = 512 if device.on_gpu() else 256
 
 
 def greedy(logits: mx.array, number: int = 0) -> mx.array:
@@ -83,7 +83,7 @@ def generate_step(
     seen = cache[0].offset + len(prompt)
     tokens = mx.array(list(prompt), dtype=mx.int32)
     # The CPU's queue is short: launching a step there waits for most of it, and delays a token.
-    ahead = on_gpu()
+    ahead = device.on_gpu()
 
     def step(token: mx.array, number: int) -> mx.array:
         return decode_step(model, token, cache, sampler, number)

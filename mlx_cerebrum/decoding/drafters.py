@@ -6,11 +6,11 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import Sampler
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import on_gpu
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class ModelDrafter:
             h = self.model.run(h, own, self.shared)
             token = sampler(self.model.logits(h)[0], number + i)
             drafts.append(token)
-            if on_gpu():  # it draws the first while the host builds the next
+            if device.on_gpu():  # it draws the first while the host builds the next
                 mx.async_eval(token)
         for layer_cache in own[self.shared :]:
             layer_cache.trim(count)

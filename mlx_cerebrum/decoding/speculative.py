@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from mlx_cerebrum import device
 from mlx_cerebrum.decoding.cost import bytes_read
 from mlx_cerebrum.decoding.decode import (
     PREFILL_STEP,
@@ -34,7 +35,6 @@ from mlx_cerebrum.decoding.policy import MOST_DRAFTS, Policy
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.cache import REWIND, WindowedKVCache
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import on_gpu
 
 
 @dataclass
@@ -156,7 +156,7 @@ def speculative_step(
                     now = decode_step(model, last, cache, sampler, yielded)
                 # On a GPU as in generate_step, unless what is known by now calls for guesses.
                 ahead = None
-                if on_gpu() and left and speculation.choose(tokens, left) is None:
+                if device.on_gpu() and left and speculation.choose(tokens, left) is None:
                     ahead = decode_step(model, now, cache, sampler, yielded + 1)
                 new = [cast(int, now.item())]
                 speculation.policy.plain(time.perf_counter() - started)

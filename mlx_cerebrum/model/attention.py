@@ -4,18 +4,23 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_cerebrum import device
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.attention_cpu import attend_in_slices, in_slices
 from mlx_cerebrum.model.cache import KV_BITS, REWIND, Entries, Mask, Packed, causal_mask, kv_group
 from mlx_cerebrum.model.config import ModelConfig
 
-_ON_GPU = mx.default_device() == mx.Device(mx.gpu)
 # Up to so many queries multiply packed entries as they are; more have them unpacked first. Metal
 # then reads the packed bytes only, for a round of drafts as for a plain step. CUDA's kernel takes
 # no slice of a buffer (MLX's QuantizedMatmul::eval_gpu). The CPU's product
 # unpacks for every row anew: it takes 0.3 to 0.8 of the time for one query (256 to 4096 entries,
 # heads 64 or 128 wide), 0.4 to 1.8 for two, 1.0 to 3.0 for four, 1.7 to 4.8 for 16.
-PACKED_ROWS = (REWIND if mx.metal.is_available() else 0) if _ON_GPU else 1
+_PACKED_ROWS = {"metal": REWIND, "cuda": 0, "cpu": 1}
+
+
+def packed_rows() -> int:
+    """Most queries that multiply packed entries as they are."""
+    return _PACKED_ROWS[device.backend()]
 
 
 def check_kv_bits(config: ModelConfig, bits: int | None) -> None:
@@ -37,7 +42,7 @@ def attend(queries: mx.array, keys: Entries, values: Entries, scale: float, mask
     `mask` is None, "causal" (the queries are the last L of T) or boolean `[L, T]`, which hides
     what comes after a query too. No more than one position's entries are ever unpacked.
     """
-    few = queries.shape[2] <= PACKED_ROWS
+    few = queries.shape[2] <= packed_rows()
     if few and isinstance(keys, Packed) and isinstance(values, Packed):
         return _attend_packed(queries, keys, values, scale, mask)
     keys, values = unpack(keys, queries.shape[-1]), unpack(values, queries.shape[-1])
@@ -64,7 +69,7 @@ def _attend_packed(
     B, H, L, D = queries.shape
     _, kv_heads, T, _ = keys.weight.shape
     # The CPU's product adds up in what it is given: 16 bits would lose more than packing does.
-    rows = (queries if _ON_GPU else queries.astype(mx.float32)) * scale
+    rows = (queries if device.on_gpu() else queries.astype(mx.float32)) * scale
     # Queries that share a kv head are rows of one product, which reads its entries once.
     rows = rows.reshape(B, kv_heads, H // kv_heads * L, D)
     scores = mx.quantized_matmul(rows, *keys, transpose=True, **_packing(keys, D))

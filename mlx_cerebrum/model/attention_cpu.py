@@ -7,10 +7,10 @@ also leave out the keys after their last query, and most of the memory.
 """
 
 import math
-import sys
 
 import mlx.core as mx
 
+from mlx_cerebrum import device
 from mlx_cerebrum.model.cache import Mask, causal_mask
 
 # Measured by bench.attention:
@@ -19,7 +19,6 @@ LEAST = 1 << 16  # scores of a head from which on slices always paid
 _FEWEST = 8  # queries from which on that holds: fewer were not measured
 _ROWS = 32  # queries in a slice, at least: for each of them all keys are read again
 
-_ON_GPU = mx.default_device() == mx.Device(mx.gpu)
 _LOG2_E = 1 / math.log(2)
 # 2^f for -1/2 <= f <= 1/2: 1, then f, f^2, ...; least squares of the relative error over the
 # extremes of a Chebyshev polynomial, 1 held fast. Within 2e-7 of it in float32.
@@ -30,7 +29,7 @@ _EXPONENT = 23  # the bit where a float32's exponent begins
 
 def in_slices(length: int, keys: int, dtype: mx.Dtype, mask: Mask) -> bool:
     """Whether `attend_in_slices` is the way for `length` queries over `keys`."""
-    if _ON_GPU or sys.platform != "linux" or dtype != mx.float32:
+    if dtype != mx.float32 or not device.on_linux_cpu():
         return False
     if length < _FEWEST or length * keys < LEAST:
         return False

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_cerebrum import device
 from mlx_cerebrum.model.attention import attend, check_kv_bits
 from mlx_cerebrum.model.cache import Cache, Mask, WindowedKVCache, attention_mask
 from mlx_cerebrum.model.config import ModelConfig
@@ -25,12 +26,15 @@ from mlx_cerebrum.model.shared_weights import SharedWeights
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    # One kernel for three on a GPU. On the CPU `mx.compile` would start a C++ compiler first.
+    return _swiglu_in_one(gate, up) if device.on_gpu() else _swiglu(gate, up)
+
+
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
-# One kernel for three on a GPU. On the CPU `mx.compile` would start a C++ compiler first.
-if mx.default_device() == mx.Device(mx.gpu):
-    swiglu = mx.compile(swiglu, shapeless=True)
+_swiglu_in_one = mx.compile(_swiglu, shapeless=True)
 
 
 class Attention(nn.Module):

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import mlx.core as mx
 
+from mlx_cerebrum import device
 from mlx_cerebrum.errors import RequestError
 
 PROC = Path("/proc")
@@ -139,7 +140,7 @@ def limits(memory: int | None = None, cache: int = CACHE_LIMIT) -> Iterator[None
         )
     before = _memory_limit
     with ExitStack() as undo:
-        if mx.metal.is_available():
+        if device.backend() == "metal":
             most = int(mx.device_info()["max_recommended_working_set_size"])
             undo.callback(
                 mx.set_wired_limit, mx.set_wired_limit(min(most, memory or before or most))

@@ -1,12 +1,11 @@
 """Matrices of the model times its activations."""
 
-import sys
 from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_cerebrum.model.memory import on_gpu
+from mlx_cerebrum import device
 
 # OpenBLAS multiplies products of up to this size (tokens x rows x columns) as they lie. A larger
 # one it packs first, which reads and writes the matrix once more than the product itself.
@@ -38,7 +37,8 @@ def multiply(x: mx.array, weight: mx.array) -> mx.array:
     """
     rows, columns = weight.shape
     tokens = x.size // columns
-    if on_gpu() or sys.platform != "linux" or (pieces := _pieces(tokens, rows, columns)) == 1:
+    pieces = _pieces(tokens, rows, columns) if device.on_linux_cpu() else 1
+    if pieces == 1:
         return x @ weight.T
     cut = weight.reshape(pieces, rows // pieces, columns).swapaxes(-1, -2)
     parts = x.reshape(1, tokens, columns) @ cut  # [pieces, tokens, rows / pieces]

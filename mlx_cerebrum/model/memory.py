@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import mlx.core as mx
 
+from mlx_cerebrum import device
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
-from mlx_cerebrum.model.attention import PACKED_ROWS, check_kv_bits
+from mlx_cerebrum.model.attention import check_kv_bits, packed_rows
 from mlx_cerebrum.model.attention_cpu import in_slices, scores_held
 from mlx_cerebrum.model.cache import KV_BITS, REWIND, STEP, entries_held, kv_group
 from mlx_cerebrum.model.config import ModelConfig
@@ -19,10 +20,6 @@ _HEADROOM = 0.95
 _SMALL_WINDOW = 1024  # tokens; what is suggested where caches don't fit
 
 
-def on_gpu() -> bool:
-    return mx.default_device() == mx.Device(mx.gpu)
-
-
 def available_bytes() -> int:
     """Bytes that weights and caches may take on the default device.
 
@@ -31,7 +28,7 @@ def available_bytes() -> int:
     Inside `memory_limits.limits`, no more than is left of the limit set there.
     """
     free, active = host_bytes(), mx.get_active_memory()
-    if on_gpu():
+    if device.on_gpu():
         info = mx.device_info()
         if "free_memory" in info:  # CUDA; what MLX keeps for reuse is free too
             free = int(info["free_memory"]) + mx.get_cache_memory()
@@ -92,9 +89,9 @@ def keeps_scores(config: ModelConfig, item_bytes: int) -> bool:
     MLX's CPU backend does. A fused kernel does not: Metal has one for these head widths, CUDA
     (cuDNN's) for 16-bit numbers (MLX's scaled_dot_product_attention, use_fallback).
     """
-    if not on_gpu():
+    if not device.on_gpu():
         return True
-    if mx.metal.is_available():
+    if device.backend() == "metal":
         return config.head_dim not in (64, 80, 128)
     return item_bytes != 2 or config.head_dim > 128 or config.head_dim % 8 != 0
 
@@ -123,7 +120,7 @@ def forward_bytes(
     if in_steps:  # the rotation too: its two products, its tables of two chunks
         rest += (2 * (heads + kv_heads) + 4) * config.head_dim
     rest *= length
-    if kv_bits is not None and length <= PACKED_ROWS:
+    if kv_bits is not None and length <= packed_rows():
         rest += 3 * heads * length * keys  # scores, masked, what softmax makes of them
     else:
         if kv_bits is not None:

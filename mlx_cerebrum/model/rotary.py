@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_cerebrum.model.memory import on_gpu
+from mlx_cerebrum import device
 
 
 @lru_cache(maxsize=4)
@@ -62,7 +62,7 @@ class Rotary(nn.Module):
 
     def __call__(self, x: mx.array, offset: Any) -> mx.array:
         """`offset` is the first token's position, of each sequence where it is an array `[B]`."""
-        if on_gpu():
+        if device.on_gpu():
             return mx.fast.rope(
                 x, self.width, traditional=False, base=self.base, scale=1.0, offset=offset
             )

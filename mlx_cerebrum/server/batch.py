@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import greedy
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.server import batch_memory
@@ -75,7 +76,7 @@ class Batch:
             sampler=greedy,
             completion_batch_size=self._max_rows,
             prefill_batch_size=self._max_rows,
-            stream=mx.default_stream(mx.default_device()),  # this thread's, as all else here
+            stream=device.stream(),  # this thread's, as all else here
         )
         generator.close()  # gives back the wired limit it sets: the engine's own stays
         return generator

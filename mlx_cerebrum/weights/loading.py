@@ -8,10 +8,11 @@ from math import prod
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_cerebrum import device
 from mlx_cerebrum.errors import CheckpointError, ConfigError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import available_bytes, on_gpu
+from mlx_cerebrum.model.memory import available_bytes
 from mlx_cerebrum.model.tensors import EMBEDDING, FINAL_NORM, HEAD, PARTS, matrix_shapes
 from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint
 from mlx_cerebrum.weights.quantize import FUSED, PIECE, Packing, fuse_projections, matrix_bytes
@@ -78,7 +79,7 @@ def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str
         if dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype!r} is not auto, {', '.join(DTYPES)}")
         return storage(DTYPES[dtype])
-    if on_gpu():
+    if device.on_gpu():
         return storage(stored)
     dense = storage(mx.float32, dequantize=True)
     if requested is None and dense.nbytes < 0.8 * available_bytes():
@@ -125,7 +126,7 @@ def _working_bytes(
     names = (f"{module}.{part}" for part in PARTS)
     found = [name for name in names if name in checkpoint.shapes]
     read = sum(prod(checkpoint.shapes[n]) * ITEM_BYTES[checkpoint.dtypes[n]] for n in found)
-    if own == held or on_gpu():
+    if own == held or device.on_gpu():
         return read
     return read + (piece if held is None else wide)  # the CPU widens what it packs
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config
 
-from bench import bandwidth, graphs, machine, primitives, step_profile
+from bench import bandwidth, graphs, primitives, step_profile
 from bench.random_model import GEOMETRIES
 from bench.step_kinds import (
     MOVING,
@@ -29,7 +29,7 @@ from bench.step_kinds import (
     prefill_pass,
 )
 from bench.suite import Results
-from mlx_cerebrum import load
+from mlx_cerebrum import device, load
 from mlx_cerebrum.model.cache import causal_mask
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
@@ -258,7 +258,7 @@ def test_counts_on_no_line_are_refused() -> None:
 def test_any_number_of_positions_follows_from_two() -> None:
     config = replace(TINY, num_hidden_layers=7, layer_map=tuple(range(7)))
     results = primitives.measure(config, [7], 8)
-    assert set(results["backends"]) == {machine.backend(), "metal"}
+    assert set(results["backends"]) == {device.backend(), "metal"}
     for backend, passes in results["backends"].items():
         for name, sides in passes.items():
             assert set(sides) == set(primitives.SIDES)

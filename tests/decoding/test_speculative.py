@@ -9,6 +9,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -183,7 +184,7 @@ def test_any_rounds_from_anywhere(data: Any) -> None:
 @pytest.mark.parametrize("name", ["ngram", "fewer", "packed", "auto"])
 def test_tiny_with_the_real_policy(name: str, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`ahead`: with a plain step in flight, as on a GPU."""
-    monkeypatch.setattr(speculative, "on_gpu", lambda: ahead)
+    monkeypatch.setattr(speculative, "device", SimpleNamespace(on_gpu=lambda: ahead))
     models = {"fewer": [FEWER], "packed": [PACKED], "auto": [FEWER, PACKED]}.get(name, [])
     how = speculation(TINY, models, ngrams=name in ("ngram", "auto"))
     said = list(speculative_step(TRUTH[:60], TINY, how, max_tokens=60))
@@ -192,7 +193,7 @@ def test_tiny_with_the_real_policy(name: str, ahead: bool, monkeypatch: pytest.M
 
 
 def test_a_plain_step_in_flight_gives_way_to_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speculative, "on_gpu", lambda: True)
+    monkeypatch.setattr(speculative, "device", SimpleNamespace(on_gpu=lambda: True))
     # After a plain step the policy is asked what comes next, and asked again if that is guesses.
     script = [None, None, ("fewer", 3), ("fewer", 3), None, ("same", 16), ("same", 16)]
     how = scripted(model_drafters(), forever_for(60, *script))
@@ -288,7 +289,7 @@ def test_consumer_stops_inside_a_burst(
     name: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At every place. All but the last token handed out is in the cache, and no more."""
-    monkeypatch.setattr(speculative, "on_gpu", lambda: ahead)
+    monkeypatch.setattr(speculative, "device", SimpleNamespace(on_gpu=lambda: ahead))
     drafters = [*model_drafters(), Oracle(TRUTH, itertools.cycle([6, 0, 2]))]
     for taken in range(1, 13):
         cache = caches(step=16)

@@ -1,7 +1,6 @@
 """Attention over a prompt on the CPU, against the same in float64."""
 
 import math
-import sys
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.model import attention_cpu
 from mlx_cerebrum.model.attention import attend
@@ -86,7 +86,7 @@ def test_what_is_hidden_has_no_part_in_it() -> None:
     assert mx.allclose(found, mx.ones_like(found), rtol=0, atol=1e-5)
 
 
-@pytest.mark.skipif(attention_cpu._ON_GPU or sys.platform != "linux", reason="Linux's CPU only")
+@pytest.mark.skipif(not device.on_linux_cpu(), reason="Linux's CPU only")
 def test_slices_are_taken_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert in_slices(256, 256, mx.float32, "causal")
     assert in_slices(256, 256, mx.float32, causal_mask(256, 0, 12))
@@ -108,7 +108,7 @@ def test_slices_are_taken_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> Non
     assert taken == [(1, 2, 256, 8)]
 
 
-@pytest.mark.skipif(attention_cpu._ON_GPU or sys.platform != "linux", reason="Linux's CPU only")
+@pytest.mark.skipif(not device.on_linux_cpu(), reason="Linux's CPU only")
 def test_a_model_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past its window, in chunks of several lengths: slices or not, the same tokens and logits."""
     raw = {"model_type": "mistral", "hidden_size": 64, "intermediate_size": 96, "vocab_size": 97}
@@ -131,7 +131,7 @@ def test_a_model_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(one == tokens[0] for one in tokens)
 
 
-@pytest.mark.skipif(attention_cpu._ON_GPU or sys.platform != "linux", reason="Linux's CPU only")
+@pytest.mark.skipif(not device.on_linux_cpu(), reason="Linux's CPU only")
 @pytest.mark.parametrize("heads", [2, 4, 9])
 @pytest.mark.parametrize(
     ("length", "keys"), [(256, 300), (250, 750), (256, 2048), (512, 3000), (200, 8000)]

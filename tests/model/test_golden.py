@@ -18,12 +18,11 @@ import pytest
 from safetensors.numpy import load_file
 from tiny import tiny_weights, weights_sha256
 
-from mlx_cerebrum import LayerPlan, load, stream_generate
+from mlx_cerebrum import LayerPlan, device, load, stream_generate
 from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import on_gpu
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.quantize import fuse_projections
 
@@ -185,7 +184,7 @@ def test_a_cache_shared_by_two_positions_is_seen() -> None:
 @pytest.fixture(scope="module")
 def trained(demo: Path) -> dict[str, tuple[Model, Tokenizer]]:
     # On the CPU `auto` is dense float32; a GPU multiplies the packed integers, in float32 here.
-    model, tokenizer = load(demo, dtype="float32" if on_gpu() else "auto")
+    model, tokenizer = load(demo, dtype="float32" if device.on_gpu() else "auto")
     plan = LayerPlan.named("demo-interleaved")
     merged = model.view(plan.layer_map(model.config.num_hidden_layers))
     return {"base": (model, tokenizer), "demo-interleaved": (merged, tokenizer)}

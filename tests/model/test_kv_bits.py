@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
-from mlx_cerebrum import load
+from mlx_cerebrum import device, load
 from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.decoding.speculative import speculation, speculative_step
 from mlx_cerebrum.errors import RequestError
@@ -24,13 +24,13 @@ from mlx_cerebrum.model.forward import Model
 
 MAP = (0, 1, 2, 1, 2, 3)
 WINDOW = 12
-PATHS = (0, REWIND)  # PACKED_ROWS: none, and what it is on a GPU
+PATHS = (0, REWIND)  # packed_rows(): none, and what it is on a GPU
 
 
 @pytest.fixture(params=PATHS, ids=["unpacked", "as they are"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     rows: int = request.param
-    monkeypatch.setattr(attention, "PACKED_ROWS", rows)
+    monkeypatch.setattr(attention, "packed_rows", lambda: rows)
     return rows
 
 
@@ -83,7 +83,7 @@ def test_packed_is_dense_over_what_was_packed(
     mask: Any = {"none": None, "causal": "causal", "window": causal_mask(L, before, 7)}[kind]
     visible = {"none": True, "causal": causal_mask(L, before, None)}.get(kind, mask)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "PACKED_ROWS", rows)
+        patch.setattr(attention, "packed_rows", lambda: rows)
         found = attend(queries, keys, values, width**-0.5, mask)
     assert found.dtype == queries.dtype
     dense = unpack(keys, width), unpack(values, width)
@@ -104,7 +104,7 @@ def test_sixteen_bits_stay_sixteen_bits(path: int) -> None:
 
 
 def test_multiplied_as_they_are_nothing_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "PACKED_ROWS", REWIND)
+    monkeypatch.setattr(attention, "packed_rows", lambda: REWIND)
     monkeypatch.setattr(mx, "dequantize", None)
     keys, values = (pack(mx.random.normal((1, 2, 30, 64)), 4) for _ in range(2))
     mx.eval(attend(mx.zeros((1, 4, REWIND, 64)), keys, values, 0.125, None))
@@ -112,10 +112,10 @@ def test_multiplied_as_they_are_nothing_is_unpacked(monkeypatch: pytest.MonkeyPa
         attend(mx.zeros((1, 4, REWIND + 1, 64)), keys, values, 0.125, None)
 
 
-def test_drafts_take_a_gpus_path_of_plain_steps() -> None:
+def test_drafts_take_metals_path_of_plain_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A round has at most as many rows as a cache can take back tokens, and one."""
-    rows = REWIND if mx.default_device() == mx.Device(mx.gpu) else 1
-    assert rows == attention.PACKED_ROWS
+    monkeypatch.setattr(device, "backend", lambda: "metal")
+    assert attention.packed_rows() == REWIND
 
 
 def build(window: int | None = WINDOW, **changes: Any) -> Model:
@@ -155,7 +155,7 @@ def test_a_packed_cache_is_a_dense_one_of_rounded_entries(
     chunk: int, window: int | None, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the whole model, past the window and a compaction, to the last bit."""
-    monkeypatch.setattr(attention, "PACKED_ROWS", 0)
+    monkeypatch.setattr(attention, "packed_rows", lambda: 0)
     model, ids = build(window), tokens(300 if chunk == 50 else 6 * WINDOW)
     rounded = [Rounded(window, bits) for _ in MAP]
     found = in_chunks(model, ids, chunk, model.make_cache(bits))

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.random_model import GEOMETRIES, RandomCheckpoint
+from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import generate_step
-from mlx_cerebrum.model import memory
 from mlx_cerebrum.model.cache import STEP, WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
@@ -64,7 +64,7 @@ def test_a_request_is_predicted(
 
     # The most of several: how many operations MLX has issued ahead is a matter of timing.
     most = max(peak() for _ in range(4))
-    if not memory.on_gpu():  # there the queue of issued work is another
+    if not device.on_gpu():  # there the queue of issued work is another
         # A bound: a window may stop right before the chunk whose scores would fill their slices.
         assert 0.95 * most < request_bytes(*request, kv_bits=kv_bits) < 1.15 * most
 
@@ -146,17 +146,21 @@ def test_scores_of_a_chunk_are_counted_where_they_are_held() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metal", "head_dim", "item_bytes", "held"),
-    [(True, 128, 4, False), (True, 32, 2, True), (False, 128, 2, False), (False, 128, 4, True)],
+    ("backend", "head_dim", "item_bytes", "held"),
+    [
+        ("metal", 128, 4, False),
+        ("metal", 32, 2, True),
+        ("cuda", 128, 2, False),
+        ("cuda", 128, 4, True),
+    ],
 )
 def test_fused_attention_holds_no_scores(
-    monkeypatch: pytest.MonkeyPatch, metal: bool, head_dim: int, item_bytes: int, held: bool
+    monkeypatch: pytest.MonkeyPatch, backend: str, head_dim: int, item_bytes: int, held: bool
 ) -> None:
     config = ModelConfig.from_dict(GEOMETRIES["cerebrum-7b"] | {"head_dim": head_dim})
-    monkeypatch.setattr(memory, "on_gpu", lambda: False)
+    monkeypatch.setattr(device, "backend", lambda: "cpu")
     assert keeps_scores(config, item_bytes)
-    monkeypatch.setattr(memory, "on_gpu", lambda: True)
-    monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
+    monkeypatch.setattr(device, "backend", lambda: backend)
     assert keeps_scores(config, item_bytes) == held
 
 

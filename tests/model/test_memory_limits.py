@@ -14,7 +14,7 @@ from conftest import MakeCheckpoint, config_of, tensors
 
 from bench import memory_limit
 from bench.random_model import GEOMETRIES
-from mlx_cerebrum import load
+from mlx_cerebrum import device, load
 from mlx_cerebrum.decoding.decode import PREFILL_STEP
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model import memory
@@ -142,7 +142,7 @@ def set_now() -> tuple[int, int]:
 
 def test_limits_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "host_bytes", lambda: 10**12)
-    monkeypatch.setattr(memory, "on_gpu", lambda: False)
+    monkeypatch.setattr(device, "backend", lambda: "cpu")
     before, free = set_now(), available_bytes()
     active = mx.get_active_memory()
 

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from conftest import MakeCheckpoint
 
-from mlx_cerebrum import load
+from mlx_cerebrum import device, load
 from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.model.forward import swiglu
 from mlx_cerebrum.model.limits import limits
@@ -12,7 +12,7 @@ from mlx_cerebrum.model.memory import available_bytes
 
 pytestmark = [
     pytest.mark.metal,
-    pytest.mark.skipif(not mx.metal.is_available(), reason="needs Metal (macOS arm64)"),
+    pytest.mark.skipif(device.backend() != "metal", reason="needs Metal (macOS arm64)"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -280,7 +281,8 @@ def test_mlx_lm_loop_runs_on_our_cache_and_ours_on_its_caches() -> None:
 @pytest.fixture(params=[False, True], ids=["in turn", "one step ahead"])
 def pace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding as on the CPU, and as on a GPU."""
-    monkeypatch.setattr("mlx_cerebrum.decoding.decode.on_gpu", lambda: request.param)
+    here = SimpleNamespace(on_gpu=lambda: request.param)
+    monkeypatch.setattr("mlx_cerebrum.decoding.decode.device", here)
 
 
 @pytest.mark.usefixtures("pace")

@@ -18,7 +18,7 @@ from gguf_files import HALVES, MISTRAL_7B, SIZES, q4_k_m, random_blocks
 from convert.layout import Options
 from convert.pipeline import convert
 from convert.verify import verify
-from mlx_cerebrum import load
+from mlx_cerebrum import device, load
 from mlx_cerebrum.errors import CheckpointError, ConfigError
 from mlx_cerebrum.model.tensors import matrix_shapes
 from mlx_cerebrum.plan.layer_plan import LayerPlan
@@ -295,7 +295,7 @@ def test_auto_is_16_bits_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     converted = open_checkpoint(tmp_path / "converted")
     assert converted.dtypes["model.layers.0.self_attn.q_proj.scales"] == "F32"
 
-    monkeypatch.setattr("mlx_cerebrum.weights.loading.on_gpu", lambda: True)
+    monkeypatch.setattr(device, "backend", lambda: "cuda")
     for checkpoint in (source, converted):
         storage = choose_storage(checkpoint, None, "auto")
         assert (storage.dtype, storage.dequantize) == (mx.float16, False)

@@ -12,7 +12,7 @@ from conftest import MakeCheckpoint, parameters
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main as convert
-from mlx_cerebrum import load
+from mlx_cerebrum import device, load
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.stream import stream_generate
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError, MemoryBudgetError
@@ -194,7 +194,7 @@ def test_cpu_auto_is_float32_and_dtype_is_kept_when_asked(checkpoint: MakeCheckp
     for dtype, expected in (("float16", mx.float16), ("bfloat16", mx.bfloat16)):
         model, _ = load(path, dtype=dtype)
         assert {v.dtype for v in parameters(model).values()} == {expected}
-    if mx.default_device() == mx.Device(mx.cpu):
+    if not device.on_gpu():
         model, _ = load(path)
         assert {v.dtype for v in parameters(model).values()} == {mx.float32}
     assert "dtype" in refused(path, dtype="int8")

@@ -1,0 +1,34 @@
+"""What MLX computes on: asked in this one place, and anew each time.
+
+`mx.set_default_device` may change the answer at any moment. So other modules import this module,
+not its functions, and keep no answer. Whoever puts another `backend` here changes it for them all.
+"""
+
+import sys
+from typing import Literal
+
+import mlx.core as mx
+
+Backend = Literal["metal", "cuda", "cpu"]
+
+
+def backend() -> Backend:
+    """What MLX computes on by default, in the calling thread."""
+    if mx.default_device() != mx.gpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def on_gpu() -> bool:
+    return backend() != "cpu"
+
+
+def on_linux_cpu() -> bool:
+    """Whether MLX computes on a CPU without Accelerate, where some work has a faster way than
+    MLX's own."""
+    return sys.platform == "linux" and not on_gpu()
+
+
+def stream() -> mx.Stream:
+    """The calling thread's default stream."""
+    return mx.default_stream(mx.default_device())

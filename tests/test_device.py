@@ -1,0 +1,71 @@
+"""What MLX computes on is asked in one place, and at the moment it matters."""
+
+import ast
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from bench.random_model import GEOMETRIES
+from mlx_cerebrum import device
+from mlx_cerebrum.model import attention, attention_cpu, forward, linear
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.memory import keeps_scores
+from mlx_cerebrum.model.rotary import Rotary
+
+ROOT = Path(__file__).parent.parent
+FILES = [
+    p for folder in ("mlx_cerebrum", "convert", "bench") for p in (ROOT / folder).rglob("*.py")
+]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nobody_else_asks_mlx(path: Path) -> None:
+    if path == ROOT / "mlx_cerebrum" / "device.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("mx", "mx.metal"):
+            assert node.attr not in ("default_device", "is_available", "is_gpu"), node.lineno
+        if isinstance(node, ast.ImportFrom):  # a function's name would keep the one there was
+            assert node.module != "mlx_cerebrum.device", node.lineno
+
+
+def test_the_answer_is_never_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for metal in (False, True):
+        monkeypatch.setattr(mx.metal, "is_available", lambda metal=metal: metal)
+        for kind, expected in ((mx.gpu, "metal" if metal else "cuda"), (mx.cpu, "cpu")):
+            monkeypatch.setattr(mx, "default_device", lambda kind=kind: mx.Device(kind))
+            assert device.backend() == expected
+            assert device.on_gpu() == (expected != "cpu")
+            assert device.on_linux_cpu() == (expected == "cpu" and sys.platform == "linux")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "metal"])
+def test_every_place_follows(backend: device.Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "backend", lambda: backend)
+    gpu, linux_cpu = backend != "cpu", backend == "cpu" and sys.platform == "linux"
+    called: list[str] = []
+
+    def note(owner: Any, name: str) -> None:
+        run = getattr(owner, name)
+
+        def noted(*args: Any, **named: Any) -> Any:
+            called.append(name)
+            return run(*args, **named)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(mx.fast, "rope")
+    note(linear, "_pieces")
+    monkeypatch.setattr(forward, "_swiglu_in_one", lambda *_: called.append("compiled"))
+    x = mx.ones((1, 1, 1, 32))
+    Rotary(32, 10000.0)(x, 3)
+    linear.multiply(x, mx.ones((4, 32)))
+    forward.swiglu(x, x)
+    assert called == ["rope", "compiled"] * gpu + ["_pieces"] * linux_cpu
+    assert attention.packed_rows() == {"cpu": 1, "cuda": 0, "metal": 64}[backend]
+    assert attention_cpu.in_slices(512, 512, mx.float32, "causal") == linux_cpu
+    config = ModelConfig.from_dict(GEOMETRIES["cerebrum-7b"])
+    assert keeps_scores(config, 4) == (backend != "metal")
