@@ -1,12 +1,12 @@
 """The output's config.json, as stock tools read it."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from convert.outputs import Change, Output
 from mlx_cerebrum.model.config import FORMAT_VERSION, ModelConfig
 from mlx_cerebrum.weights.checkpoint import FLOATS
+from mlx_cerebrum.weights.quantize import as_quantization
 
 # Keys that an output has only if this run gives them, that name code, or that say again what
 # `sliding_window` says (mlx-lm fails on a list of layers that all slide).
@@ -48,7 +48,8 @@ def output_config(
         key = "dtype" if "dtype" in raw else "torch_dtype"  # as the source spells it
         raw = {k: v for k, v in raw.items() if k not in ("dtype", "torch_dtype")}
         raw[key] = FLOATS[wanted]
-    if quantization := _quantization(outputs):
+    packings = {output.name: output.packing for output in outputs if output.packing is not None}
+    if quantization := as_quantization(packings):
         # mlx-lm writes both keys: its own, and the one transformers looks for.
         raw["quantization"] = raw["quantization_config"] = quantization
     if folds:
@@ -63,13 +64,3 @@ def output_config(
         if config.residual_scales is not None:
             raw["residual_scales"] = [list(pair) for pair in config.residual_scales]
     return raw
-
-
-def _quantization(outputs: Sequence[Output]) -> dict[str, Any] | None:
-    """mlx-lm's `quantization`: the commonest packing, and each module that differs by path."""
-    packings = {output.name: output.packing for output in outputs if output.packing is not None}
-    if not packings:
-        return None
-    common = Counter(packings.values()).most_common(1)[0][0]
-    others = {name: p.as_config() for name, p in packings.items() if p != common}
-    return common.as_config() | others

@@ -27,7 +27,7 @@ from mlx_cerebrum.weights.gguf_blocks import (
     stored_packing,
 )
 from mlx_cerebrum.weights.gguf_file import GGUFFile, TensorInfo, quote
-from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.quantize import Packing, as_quantization
 
 _CODES = {name: code for code, name in FLOATS.items()}
 # Metadata that changes the arithmetic, with the values that mean plain Llama.
@@ -81,7 +81,8 @@ class GGUFCheckpoint(Checkpoint):
         config = ModelConfig.from_dict(self.raw_config, f"{file.path} (metadata)")
         _refuse_scaled_rope(file, config)
         self._tensors = _modules(file, config)
-        dtype, quantization = _dtype(self._tensors), _quantization(self._tensors)
+        packings = {m: stored_packing(t) for m, t in self._tensors.items() if len(t.shape) == 2}
+        dtype, quantization = _dtype(self._tensors), as_quantization(packings)
         self.raw_config["dtype"] = dtype
         if quantization is not None:
             self.raw_config["quantization"] = quantization
@@ -300,24 +301,6 @@ def _dtype(found: dict[str, TensorInfo]) -> str:
     """The dtype of most matrices; quantized ones have float16 scales."""
     kinds = (FLOATS.get(t.ggml_type, "float16") for t in found.values() if len(t.shape) == 2)
     return Counter(kinds).most_common(1)[0][0]
-
-
-def _quantization(found: dict[str, TensorInfo]) -> dict[str, Any] | None:
-    """mlx-lm's `quantization`: the commonest packing, and each module that differs by its path."""
-    packings = {path: stored_packing(t) for path, t in found.items() if len(t.shape) == 2}
-    common = Counter(packing for packing in packings.values() if packing).most_common(1)
-    if not common:
-        return None
-    default = common[0][0]
-    quantization = _as_config(default)
-    for path, packing in packings.items():
-        if packing != default:
-            quantization[path] = _as_config(packing) if packing else False
-    return quantization
-
-
-def _as_config(packing: Packing) -> dict[str, Any]:
-    return {"group_size": packing.group_size, "bits": packing.bits}
 
 
 def _some(names: list[str]) -> str:

@@ -5,7 +5,8 @@ a scale and a bias beside the packed integers: `bits + 32 / group_size` bits a w
 16-bit scales. Norms stay as they are; embedding and head are quantized too.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +135,17 @@ def matrix_bytes(shape: tuple[int, int], packing: Packing | None, item_bytes: in
         return rows * columns * item_bytes
     scale_bytes = item_bytes * 2 if packing.mode == "affine" else 1
     return rows * columns * packing.bits // 8 + rows * columns // packing.group_size * scale_bytes
+
+
+def as_quantization(packings: Mapping[str, Packing | None]) -> dict[str, Any] | None:
+    """A config's `quantization` as mlx-lm writes it: the commonest packing, and each module that
+    differs by its path; None where nothing is packed."""
+    packed = Counter(packing for packing in packings.values() if packing is not None)
+    if not packed:
+        return None
+    common = packed.most_common(1)[0][0]
+    others = {name: p.as_config() if p else False for name, p in packings.items() if p != common}
+    return common.as_config() | others
 
 
 def joined(shape: tuple[int, ...], pieces: Iterable[mx.array]) -> mx.array:

@@ -308,8 +308,9 @@ def test_demo_config(demo: Path) -> None:
     assert (config.bos_token_id, config.eos_token_ids) == (1, (2,))
     assert raw["quantization"] == {
         "group_size": 32,
+        "mode": "affine",
         "bits": 4,
-        "model.embed_tokens": {"group_size": 32, "bits": 8},
+        "model.embed_tokens": {"group_size": 32, "bits": 8, "mode": "affine"},
     }
 
 
@@ -392,10 +393,11 @@ def mixed(module: str) -> Type:
 
 def test_mixed_bits_are_written_as_mlx_lm_does(tmp_path: Path) -> None:
     raw = opened(write(tmp_path / "model.gguf", mixed)).raw_config
-    eight = {"group_size": 32, "bits": 8}
+    eight = {"group_size": 32, "bits": 8, "mode": "affine"}
     assert raw["quantization"] == {
         "group_size": 32,
         "bits": 4,
+        "mode": "affine",
         "model.embed_tokens": False,
         "model.layers.0.mlp.down_proj": eight,
         "model.layers.1.mlp.down_proj": eight,
