@@ -41,7 +41,7 @@ from bench.pair import Pair, Side
 from bench.random_model import GEOMETRIES, write_random
 from bench.report import Spread, ratio, rounds
 from bench.suite import Results, Settings
-from mlx_cerebrum.decoding.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.errors import MemoryBudgetError
 from mlx_cerebrum.model.cache import REWIND, STEP
 from mlx_cerebrum.model.config import ModelConfig
@@ -129,7 +129,7 @@ def _random(settings: Settings, lengths: Sequence[int], geometry: dict[str, Any]
     config = planned_config(checkpoint.config, PLANS[0], None)
     merged = load_model(checkpoint, config, choose_storage(checkpoint, None, "auto"))
     base = merged.view(resolve(PLANS[1]).layer_map(32))
-    dtype = merged.model.norm.weight.dtype
+    dtype = merged.dtype
     sides: dict[str, Prepare] = {
         name: partial(ours, model) for name, model in zip(PLANS, (merged, base), strict=True)
     }
@@ -236,7 +236,7 @@ def _most_held(config: ModelConfig, item_bytes: int) -> int | None:
     """Bytes that ours never exceeds: window, rewind and one chunk of slack, at each position."""
     if config.sliding_window is None:
         return None
-    entries = config.sliding_window + REWIND + max(STEP, PREFILL_STEP)
+    entries = config.sliding_window + REWIND + max(STEP, prefill_step())
     return config.kv_values_per_token() * item_bytes * entries
 
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from bench.engines import timed
-from mlx_cerebrum.decoding.decode import PREFILL_STEP, generate_step
+from mlx_cerebrum.decoding.decode import generate_step, prefill_step
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
@@ -28,7 +28,7 @@ Prepare = Callable[[int, int], tuple[Decode, Sequence[Any]]]  # length, tokens -
 
 def ours(model: Model, length: int, tokens: int) -> tuple[Decode, Sequence[WindowedKVCache]]:
     """Raises MemoryBudgetError for a length whose caches can't fit."""
-    dtype = model.model.norm.weight.dtype
+    dtype = model.dtype
     _require(model.config, length, tokens, dtype.size)
     cache = model.make_cache()
     filled = length - tokens
@@ -91,7 +91,7 @@ def difference(model: Model, theirs: nn.Module) -> float:
 
 
 def _require(config: ModelConfig, length: int, tokens: int, item_bytes: int) -> None:
-    needed = request_bytes(config, length - tokens + 1, tokens, item_bytes, PREFILL_STEP)
+    needed = request_bytes(config, length - tokens + 1, tokens, item_bytes, prefill_step())
     require(needed, f"a context of {length} tokens", "measure it where there is more memory")
 
 
@@ -113,7 +113,7 @@ def fill(cache: Any, length: int, chunk: int, config: ModelConfig, dtype: mx.Dty
 def fill_ours(cache: WindowedKVCache, length: int, config: ModelConfig, dtype: mx.Dtype) -> None:
     """`fill`, but tokens that nothing is left of at the end are only counted."""
     window = cache.window
-    needed = length if window is None else window + cache.rewind + 4 * PREFILL_STEP
-    skipped = max(0, length - needed) // PREFILL_STEP * PREFILL_STEP
+    needed = length if window is None else window + cache.rewind + 4 * prefill_step()
+    skipped = max(0, length - needed) // prefill_step() * prefill_step()
     cache.state = (None, None, skipped, skipped, window or 0, cache.rewind, cache.step, 0)
-    fill(cache, length - skipped, PREFILL_STEP, config, dtype)
+    fill(cache, length - skipped, prefill_step(), config, dtype)

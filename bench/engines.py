@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from bench import bandwidth, machine
 from mlx_cerebrum import device
-from mlx_cerebrum.decoding.decode import PREFILL_STEP, generate_step
+from mlx_cerebrum.decoding.decode import generate_step, prefill_step
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
@@ -91,10 +91,10 @@ def ours(model: Model) -> Engine:
     def generate(prompt: Sequence[int], max_tokens: int) -> Run:
         return timed(generate_step(prompt, model, max_tokens=max_tokens), len(prompt))
 
-    dtype = model.model.norm.weight.dtype
+    dtype = model.dtype
     weights = sum(_sizes(model).values())
     kv = model.config.kv_values_per_token() * dtype.size
-    settings = f"{_name(dtype)} activations, prefill in chunks of {PREFILL_STEP}"
+    settings = f"{_name(dtype)} activations, prefill in chunks of {prefill_step()}"
     version = machine.version("mlx-cerebrum") or ""
     return Engine(version, settings, weights, bandwidth.token_bytes(model), kv, generate)
 
@@ -116,13 +116,14 @@ def mlx_lm(
         return timed((int(token) for token, _ in steps), len(prompt))
 
     generate(sample, 2)
-    chunks = {}
-    if len(sample) > PREFILL_STEP + 1:  # else both are one chunk
-        default, smaller = generate(sample, 1), generate(sample, 1, prefill_step_size=PREFILL_STEP)
-        chunks = {} if default.first <= smaller.first else {"prefill_step_size": PREFILL_STEP}
+    chunks: dict[str, int] = {}
+    step = prefill_step()
+    if len(sample) > step + 1:  # else both are one chunk
+        default, smaller = generate(sample, 1), generate(sample, 1, prefill_step_size=step)
+        chunks = {} if default.first <= smaller.first else {"prefill_step_size": step}
     sizes = _sizes(model)
     dtype = model.model.norm.weight.dtype
-    how = f"chunks of {PREFILL_STEP}, faster than its default" if chunks else "its default chunks"
+    how = f"chunks of {step}, faster than its default" if chunks else "its default chunks"
     return Engine(
         version=machine.version("mlx-lm") or "",
         settings=f"{_name(dtype)} activations, prefill in {how}",

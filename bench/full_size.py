@@ -22,7 +22,7 @@ from bench.plots import Picture
 from bench.report import Spread, table
 from bench.suite import Results, Settings
 from mlx_cerebrum import device
-from mlx_cerebrum.decoding.decode import PREFILL_STEP, generate_step
+from mlx_cerebrum.decoding.decode import generate_step, prefill_step
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model, TransformerBlock
 from mlx_cerebrum.model.memory import GB, kv_bytes
@@ -58,7 +58,7 @@ def measure(pair: Pair, settings: Settings) -> Results:
             "prefill": Spread.of([len(prompt) / run["first"] for run in runs]).as_json(),
             "decode": Spread.of([1 / run["token"] for run in runs]).as_json(),
             "kv": runs[0]["kv"],
-            "kv_predicted": kv_bytes(model.config, len(prompt), tokens, item_bytes, PREFILL_STEP),
+            "kv_predicted": kv_bytes(model.config, len(prompt), tokens, item_bytes, prefill_step()),
             "peak": max(run["peak"] for run in runs) - held,
         }
     return {

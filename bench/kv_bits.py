@@ -34,7 +34,7 @@ from bench.pair import Pair, open_pair
 from bench.perplexity import TEXTS, read, split
 from bench.report import Spread, parser, publish, ratio, rounds, table
 from mlx_cerebrum import cli
-from mlx_cerebrum.decoding.decode import PREFILL_STEP, generate_step, prefill
+from mlx_cerebrum.decoding.decode import generate_step, prefill, prefill_step
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.attention import check_kv_bits
 from mlx_cerebrum.model.cache import KV_BITS, WindowedKVCache, kv_group
@@ -109,15 +109,15 @@ def quality(model: Model, chosen: Sequence[Sequence[int]]) -> dict[str, Any]:
 def log_probs(model: Model, ids: Sequence[int], bits: int | None) -> Iterator[mx.array]:
     """As likelihood.log_probs, with entries of `bits`."""
     cache = model.make_cache(bits)
-    for first in range(0, len(ids), PREFILL_STEP):
-        tokens = mx.array(list(ids[first : first + PREFILL_STEP]), dtype=mx.int32)
+    for first in range(0, len(ids), prefill_step()):
+        tokens = mx.array(list(ids[first : first + prefill_step()]), dtype=mx.int32)
         logits = model(tokens[None], cache)[0].astype(mx.float32)
         yield logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def token_bytes(model: Model, bits: int | None) -> float:
     """Bytes of cache entries, all positions', that one token of context takes."""
-    item_bytes = model.model.norm.weight.dtype.size
+    item_bytes = model.dtype.size
     packed = (bits or 0) / 8 + 2 * item_bytes / kv_group(model.config.head_dim)
     return model.config.kv_values_per_token() * (packed if bits else item_bytes)
 
@@ -126,9 +126,9 @@ def paces(
     model: Model, prompt: Sequence[int], lengths: Sequence[int]
 ) -> dict[str, dict[str, list[float]]]:
     """Tokens a second after the first `length` tokens of `prompt`, by length and form."""
-    item_bytes = model.model.norm.weight.dtype.size
+    item_bytes = model.dtype.size
     if lengths:
-        asked = len(prompt), DECODED, item_bytes, PREFILL_STEP
+        asked = len(prompt), DECODED, item_bytes, prefill_step()
         needed = sum(kv_bytes(model.config, *asked, kv_bits=bits) for bits in FORMS.values())
         require(needed, f"entries of {len(prompt)} tokens", "give shorter --prompts")
     caches = {form: model.make_cache(bits) for form, bits in FORMS.items()}

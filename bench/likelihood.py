@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import bootstrap
-from mlx_cerebrum.decoding.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.forward import Model
 
@@ -61,9 +61,9 @@ def windows(start: Sequence[int], ids: Sequence[int], context: int, count: int) 
     return [[*start, *ids[first : first + 2 * half]] for first in firsts]
 
 
-def log_probs(model: Model, ids: Sequence[int], step: int = PREFILL_STEP) -> Iterator[mx.array]:
+def log_probs(model: Model, ids: Sequence[int], step: int | None = None) -> Iterator[mx.array]:
     """Of what follows each of `ids`: `[n, V]`, float32, for `step` of them at a time."""
-    cache = model.make_cache()
+    cache, step = model.make_cache(), prefill_step(step)
     for first in range(0, len(ids), step):
         tokens = mx.array(list(ids[first : first + step]), dtype=mx.int32)
         logits = model(tokens[None], cache)[0].astype(mx.float32)
@@ -103,8 +103,9 @@ def keep(chunks: Chunks, file: Path) -> Iterator[mx.array]:
             yield chunk
 
 
-def kept(file: Path, vocab_size: int, step: int = PREFILL_STEP) -> Iterator[mx.array]:
+def kept(file: Path, vocab_size: int, step: int | None = None) -> Iterator[mx.array]:
     """What `keep` wrote, in chunks of `step`, as they are asked for."""
+    step = prefill_step(step)
     stored = np.memmap(file, np.float32, "r").reshape(-1, vocab_size)
     for first in range(0, len(stored), step):
         yield mx.array(stored[first : first + step])

@@ -35,7 +35,7 @@ from bench.pair import Pair
 from bench.random_model import GEOMETRIES, RandomCheckpoint, write_random
 from bench.suite import Results, Settings
 from mlx_cerebrum import cli, device
-from mlx_cerebrum.decoding.decode import PREFILL_STEP, generate_step
+from mlx_cerebrum.decoding.decode import generate_step, prefill_step
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import kv_bytes, request_bytes, require
@@ -161,7 +161,7 @@ def inspect(case: Case) -> Results:
     storage = choose_storage(checkpoint, packing, "auto")
     packed = not storage.dequantize and any(storage.packings.values())
     prompt = prompt_tokens(config, packed)
-    request = (config, prompt, _TOKENS, storage.dtype.size, PREFILL_STEP)
+    request = (config, prompt, _TOKENS, storage.dtype.size, prefill_step())
     predicted = {
         "weights": storage.nbytes,
         "kv": kv_bytes(*request),

@@ -22,7 +22,7 @@ from bench import engines, machine
 from bench.engines import Run
 from bench.report import Spread, parser, publish, ratio, rounds, table
 from mlx_cerebrum import cli
-from mlx_cerebrum.decoding.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
@@ -105,9 +105,9 @@ def peer(model: nn.Module, prompt: list[int], tokens: int) -> Callable[[], Run]:
         return engines.timed((int(token) for token, _ in steps), len(prompt))
 
     best: dict[str, int] = {}
-    if len(prompt) > PREFILL_STEP + 1:
+    if len(prompt) > prefill_step() + 1:
         run(prompt[:64], 1)
-        ways: tuple[dict[str, int], ...] = ({}, {"prefill_step_size": PREFILL_STEP})
+        ways: tuple[dict[str, int], ...] = ({}, {"prefill_step_size": prefill_step()})
         best = min(ways, key=lambda way: run(prompt[:2048], 1, **way).first)
     return lambda: run(prompt, tokens, **best)
 

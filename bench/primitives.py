@@ -29,7 +29,7 @@ from bench.report import parser, publish, table
 from bench.step_kinds import forget
 from bench.suite import Results
 from mlx_cerebrum import cli, device
-from mlx_cerebrum.decoding.decode import PREFILL_STEP, greedy
+from mlx_cerebrum.decoding.decode import greedy, prefill_step
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--model", metavar="DIR|FILE.gguf|HUBID|demo", help="shapes (default: demo)")
     p.add_argument("--geometry", choices=sorted(GEOMETRIES), help="named shapes instead")
     p.add_argument("--q-bits", type=int, metavar="N", help="packed weights (default: dense ones)")
-    p.add_argument("--chunk", type=int, default=PREFILL_STEP, metavar="N", help="of prefill")
+    p.add_argument("--chunk", type=int, default=prefill_step(), metavar="N", help="of prefill")
     args = p.parse_args(argv)
     return cli.run(lambda: _run(args), args.debug)
 

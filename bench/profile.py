@@ -16,7 +16,7 @@ from statistics import median
 from bench.report import table
 from bench.step_kinds import WHOLE, Pass, decode_pass, prefill_pass
 from bench.suite import Results
-from mlx_cerebrum.decoding.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import GB
 
@@ -37,7 +37,7 @@ _RATED = ("qkv", "attention", "o", "mlp", "head")
 
 def measure(model: Model, prompt: Sequence[int], count: int = 3) -> Results:
     """Seconds of each kind in one decode step at the end of `prompt`, and in a first chunk."""
-    chunk = min(PREFILL_STEP, len(prompt))
+    chunk = min(prefill_step(), len(prompt))
     return {
         "context": len(prompt),
         "chunk": chunk,

@@ -25,7 +25,6 @@ import mlx.core as mx
 from bench.likelihood import compare, figures, kept, log_probs
 from bench.pair import Pair
 from bench.suite import Settings
-from mlx_cerebrum.decoding.decode import PREFILL_STEP
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import human, require
@@ -158,7 +157,7 @@ def noise(
 
     None in float32, where that is nothing to speak of, and would cost another pass.
     """
-    if not references or models[0].model.norm.weight.dtype.size > 2:
+    if not references or models[0].dtype.size > 2:
         return []
     settings.say(f"quality: the loaded weights again, {STEP} tokens at a time")
     return [
@@ -178,7 +177,7 @@ def load(pair: Pair, packing: Packing) -> tuple[Model, ...]:
 
 
 def against(
-    model: Model, references: Sequence[Reference], side: int, step: int = PREFILL_STEP
+    model: Model, references: Sequence[Reference], side: int, step: int | None = None
 ) -> dict[str, Any]:
     """The model, read in chunks of `step`, compared with what the same side said as loaded."""
     found = [

@@ -52,7 +52,7 @@ def continuations(
 
     Raises MemoryBudgetError where the batch's cache does not fit.
     """
-    item_bytes = model.model.norm.weight.dtype.size
+    item_bytes = model.dtype.size
     length = len(prompts[0])
     needed = len(prompts) * kv_bytes(model.config, length, new, item_bytes, length)
     require(needed, f"continuing {len(prompts)} passages at once", "free some memory")

@@ -12,7 +12,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_cerebrum.decoding.decode import PREFILL_STEP, greedy, prefill
+from mlx_cerebrum.decoding.decode import greedy, prefill, prefill_step
 from mlx_cerebrum.decoding.stream import StopText
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.forward import Model
@@ -159,10 +159,10 @@ class Scorer:
 
     def _batches(self, prompts: Sequence[Ids], generated: int) -> Iterator[list[int]]:
         """Indices of equally long prompts, as many as fit in memory, at most BATCH."""
-        item_bytes = self._model.model.norm.weight.dtype.size
+        item_bytes = self._model.dtype.size
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
         for length, group in groupby(order, key=lambda i: len(prompts[i])):
-            each = kv_bytes(self._model.config, length, generated, item_bytes, PREFILL_STEP)
+            each = kv_bytes(self._model.config, length, generated, item_bytes, prefill_step())
             size = max(1, min(BATCH, available_bytes() // SHARE // max(1, each)))
             indices = list(group)
             for start in range(0, len(indices), size):
@@ -177,7 +177,7 @@ def _common(a: Ids, b: Ids) -> int:
 
 def _pieces(length: int, rows: int) -> Iterator[slice]:
     """`length` tokens of `rows` prompts in chunks as large as one prompt's."""
-    step = max(1, PREFILL_STEP // rows)
+    step = max(1, prefill_step() // rows)
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 

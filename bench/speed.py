@@ -69,7 +69,7 @@ def measure(pair: Pair, settings: Settings, lengths: Sequence[int] = LENGTHS) ->
     paces = rounds(decoders, settings.rounds, seconds=2 * settings.seconds)
 
     settings.say("memory bandwidth")
-    ceiling = bandwidth.card(next(iter(models.values())).model.norm.weight.dtype)
+    ceiling = bandwidth.card(next(iter(models.values())).dtype)
     context = lengths[0] + settings.tokens // 2
     a, b = pair.names
     return {

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from bench.context_sides import fill
 from bench.report import rounds
-from mlx_cerebrum.decoding.decode import PREFILL_STEP, greedy
+from mlx_cerebrum.decoding.decode import greedy, prefill_step
 from mlx_cerebrum.model import rotary
 from mlx_cerebrum.model.attention import attend
 from mlx_cerebrum.model.cache import WindowedKVCache
@@ -134,7 +134,7 @@ def filled(model: Model, context: int) -> list[WindowedKVCache]:
     """Caches that have seen `context` random tokens."""
     cache = model.make_cache()
     for layer in cache:
-        fill(layer, context, PREFILL_STEP, model.config, model.model.norm.weight.dtype)
+        fill(layer, context, prefill_step(), model.config, model.dtype)
     return cache
 
 
@@ -170,7 +170,7 @@ class _Parts:
 
     def noise(self, *shape: int) -> mx.array:
         """Random `[1, *shape]`, evaluated."""
-        array = mx.random.normal((1, *shape)).astype(self.model.model.norm.weight.dtype)
+        array = mx.random.normal((1, *shape)).astype(self.model.dtype)
         mx.eval(array)
         return array
 

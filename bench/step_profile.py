@@ -37,7 +37,7 @@ from bench.report import Spread, parser, public, publish, table
 from bench.step_kinds import MOVING, WHOLE, Pass, Timing, decode_pass, prefill_pass, timed
 from bench.suite import Results
 from mlx_cerebrum import cli
-from mlx_cerebrum.decoding.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.cache import STEP
 from mlx_cerebrum.model.config import ModelConfig
@@ -71,9 +71,9 @@ def command_line() -> cli.ArgumentParser:
     p.add_argument(
         "--chunk",
         type=int,
-        default=PREFILL_STEP,
+        default=prefill_step(),
         metavar="N",
-        help=f"tokens of the prefill chunk (default: {PREFILL_STEP}, as generate runs)",
+        help=f"tokens of the prefill chunk (default: {prefill_step()}, as generate runs)",
     )
     p.add_argument("--rounds", type=int, default=9, metavar="N", help="of each (default: 9)")
     p.add_argument(
@@ -157,7 +157,7 @@ def measure(
         "positions": config.num_positions,
         "hidden_size": config.hidden_size,
         "window": config.sliding_window,
-        "dtype": str(model.model.norm.weight.dtype).rpartition(".")[2],
+        "dtype": str(model.dtype).rpartition(".")[2],
         "context": context,
         "chunk": chunk,
         "wait": Spread.of(waits).as_json(),  # evaluating one addition of one number

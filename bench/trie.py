@@ -94,7 +94,7 @@ def _common(a: Path, b: Path) -> int:
 def embed(model: Model, tokens: mx.array) -> mx.array:
     """Token ids `[B, L]` -> the residual stream `[B, L, D]` before the first block."""
     h: mx.array = model.model.embed_tokens(tokens)
-    return h.astype(model.model.norm.weight.dtype)
+    return h.astype(model.dtype)
 
 
 def run(model: Model, h: mx.array, steps: Path) -> mx.array:

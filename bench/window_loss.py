@@ -14,7 +14,7 @@ from typing import Any
 
 from bench import bootstrap
 from bench.likelihood import Values, losses, windows
-from mlx_cerebrum.decoding.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import kv_bytes, require
@@ -60,9 +60,9 @@ def measure(
     results: dict[str, Any] = {"window": window, "own": own is not None, "tokens": len(chosen)}
     past: dict[str, Values] = {}
     for name, model in models.items():
-        item_bytes = model.model.norm.weight.dtype.size
+        item_bytes = model.dtype.size
         open_model, bound = with_window(model, None), with_window(model, window)
-        cache = kv_bytes(open_model.config, len(chosen), 1, item_bytes, PREFILL_STEP)
+        cache = kv_bytes(open_model.config, len(chosen), 1, item_bytes, prefill_step())
         require(cache, f"a cache for {len(chosen)} tokens", "give a shorter text")
         found = {}
         for form, view, as_is in (("with", bound, own), ("without", open_model, own is None)):

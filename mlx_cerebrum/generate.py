@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cerebrum import cli
-from mlx_cerebrum.decoding.decode import PREFILL_STEP, Sampler
+from mlx_cerebrum.decoding.decode import Sampler, prefill_step
 from mlx_cerebrum.decoding.draft_models import check_draft, copy_bytes, draft_model, stored_order
 from mlx_cerebrum.decoding.policy import MOST_DRAFTS
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
@@ -85,9 +85,9 @@ def parser() -> cli.ArgumentParser:
     p.add_argument(
         "--prefill-step-size",
         type=int,
-        default=PREFILL_STEP,
+        default=prefill_step(),
         metavar="TOKENS",
-        help=f"prompt tokens computed at once (default: {PREFILL_STEP})",
+        help=f"prompt tokens computed at once (default: {prefill_step()})",
     )
     p.add_argument(
         "--kv-bits",

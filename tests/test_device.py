@@ -10,6 +10,8 @@ import pytest
 
 from bench.random_model import GEOMETRIES
 from mlx_cerebrum import device
+from mlx_cerebrum.chat.session import Settings as ChatSettings
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.model import attention, attention_cpu, forward, linear
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import keeps_scores
@@ -32,7 +34,23 @@ def test_nobody_else_asks_mlx(path: Path) -> None:
             assert node.module != "mlx_cerebrum.device", node.lineno
 
 
-def test_the_answer_is_never_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nobody_asks_while_it_is_imported(path: Path) -> None:
+    """Nor in a default, which is computed then too."""
+    left: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            left += [*node.decorator_list, node.args]
+        elif not isinstance(node, ast.Lambda):
+            left += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert not called.startswith("device."), node.lineno
+            assert called not in ("prefill_step", "packed_rows"), node.lineno
+
+
+def test_the_answer_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for metal in (False, True):
         monkeypatch.setattr(mx.metal, "is_available", lambda metal=metal: metal)
         for kind, expected in ((mx.gpu, "metal" if metal else "cuda"), (mx.cpu, "cpu")):
@@ -65,6 +83,8 @@ def test_every_place_follows(backend: device.Backend, monkeypatch: pytest.Monkey
     linear.multiply(x, mx.ones((4, 32)))
     forward.swiglu(x, x)
     assert called == ["rope", "compiled"] * gpu + ["_pieces"] * linux_cpu
+    assert prefill_step() == ChatSettings().prefill_step_size == (512 if gpu else 256)
+    assert prefill_step(7) == 7
     assert attention.packed_rows() == {"cpu": 1, "cuda": 0, "metal": 64}[backend]
     assert attention_cpu.in_slices(512, 512, mx.float32, "causal") == linux_cpu
     config = ModelConfig.from_dict(GEOMETRIES["cerebrum-7b"])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mlx_cerebrum import cli
 from mlx_cerebrum.chat.session import Settings
-from mlx_cerebrum.decoding.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.flags import add_model_flags, add_plans_flag, add_sampling_flags
 from mlx_cerebrum.model.cache import KV_BITS
 from mlx_cerebrum.weights import hub
@@ -48,9 +48,9 @@ def parser() -> cli.ArgumentParser:
     p.add_argument(
         "--prefill-step-size",
         type=int,
-        default=PREFILL_STEP,
+        default=prefill_step(),
         metavar="TOKENS",
-        help=f"prompt tokens computed at once (default: {PREFILL_STEP})",
+        help=f"prompt tokens computed at once (default: {prefill_step()})",
     )
     p.add_argument(
         "--plain",

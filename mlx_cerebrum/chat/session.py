@@ -1,10 +1,10 @@
 """A conversation and the models that answer it. Knows no terminal."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from mlx_cerebrum.chat.reply import Answer, Reply
-from mlx_cerebrum.decoding.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.draft_models import stored_order
 from mlx_cerebrum.decoding.prompt_cache import REWORD, PromptCache
 from mlx_cerebrum.decoding.sampling import make_sampler
@@ -31,7 +31,7 @@ class Settings:
     seed: int | None = None
     draft: str = "none"  # or "ngram", "auto"
     kv_bits: int | None = None
-    prefill_step_size: int = PREFILL_STEP
+    prefill_step_size: int = field(default_factory=prefill_step)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Session:
             return None
         positions = sum(other.config.num_positions for other in self.models.values())
         share = self._room * config.num_positions // positions
-        window, size = config.sliding_window, model.model.norm.weight.dtype.size
+        window, size = config.sliding_window, model.dtype.size
         step = self.settings.prefill_step_size
         used = kv_bytes(config, 2 * (window + step), 1, size, step, kv_bits=bits)
         whole = replace(config, sliding_window=None)

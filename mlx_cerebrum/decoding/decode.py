@@ -12,8 +12,13 @@ from mlx_cerebrum.model.forward import Model
 
 # Logits [L, V] of the answer's tokens number n, n + 1, ... -> their ids [L].
 Sampler = Callable[[mx.array, int], mx.array]
-# Measured (bench.speed): on the CPU small chunks waste less on keys a causal mask hides.
-PREFILL_STEP = 512 if device.on_gpu() else 256
+
+
+def prefill_step(asked: int | None = None) -> int:
+    """Prompt tokens to compute at once: as many as asked for, or what is fastest here."""
+    # Measured (bench.speed): on the CPU small chunks waste less on keys a causal mask hides.
+    fastest = 512 if device.on_gpu() else 256
+    return fastest if asked is None else asked
 
 
 def greedy(logits: mx.array, number: int = 0) -> mx.array:
@@ -25,14 +30,16 @@ def prefill(
     model: Model,
     tokens: mx.array,
     cache: Sequence[Cache],
-    step: int = PREFILL_STEP,
+    step: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Run `tokens [L]` through the model in chunks of `step`, for their cache entries only.
+    """Run `tokens [L]` through the model in chunks of `step` (see `prefill_step`), for their
+    cache entries only.
 
     Each chunk is evaluated before the next is built, so the graph stays small and memory
     bounded; no logits are computed (MLX is lazy and nothing asks for them).
     """
+    step = prefill_step(step)
     for start in range(0, tokens.size, step):
         end = min(start + step, tokens.size)
         model(tokens[None, start:end], cache)
@@ -66,7 +73,7 @@ def generate_step(
     max_tokens: int = 256,
     sampler: Sampler = greedy,
     cache: Sequence[Cache] | None = None,
-    prefill_step_size: int = PREFILL_STEP,
+    prefill_step_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generator[int, None, None]:
     """Yield up to `max_tokens` tokens that continue `prompt`; the caller decides when to stop.
@@ -78,7 +85,8 @@ def generate_step(
 
     Raises RequestError when `prompt` is empty.
     """
-    check_prompt(prompt, prefill_step_size)
+    chunk = prefill_step(prefill_step_size)
+    check_prompt(prompt, chunk)
     cache = model.make_cache() if cache is None else cache
     seen = cache[0].offset + len(prompt)
     tokens = mx.array(list(prompt), dtype=mx.int32)
@@ -91,7 +99,7 @@ def generate_step(
     try:
         # The last token is left to the decode step: prefill would compute it with another
         # kernel, whose rounding can flip a tie between the two best tokens.
-        prefill(model, tokens[:-1], cache, prefill_step_size, progress)
+        prefill(model, tokens[:-1], cache, chunk, progress)
         token = step(tokens[-1:], 0)
         for n in range(1, max_tokens + 1):
             following = step(token, n) if ahead and n < max_tokens else token

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mlx_cerebrum.decoding.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.model.cache import STEP, WindowedKVCache
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import kv_bytes
@@ -44,15 +44,15 @@ class PromptCache:
             return 0
         if max_bytes is None:
             return 2 * window + REWORD
-        item_bytes = model.model.norm.weight.dtype.size
+        item_bytes = model.dtype.size
 
         def held(prompt: int, generated: int) -> int:
             return kv_bytes(
-                model.config, prompt, generated, item_bytes, PREFILL_STEP, kv_bits=self.kv_bits
+                model.config, prompt, generated, item_bytes, prefill_step(), kv_bits=self.kv_bits
             )
 
         entry_bytes = held(1, 1) // STEP  # one token takes the smallest buffer
-        return max(0, max_bytes - held(2 * (window + PREFILL_STEP), 1)) // entry_bytes
+        return max(0, max_bytes - held(2 * (window + prefill_step()), 1)) // entry_bytes
 
     @property
     def nbytes(self) -> int:

@@ -274,7 +274,7 @@ def _shapes(
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Safetensors dtypes and shapes of one position's `length` entries, by name."""
     heads, width = model.config.num_key_value_heads, model.config.head_dim
-    dtype = CODES[model.model.norm.weight.dtype]
+    dtype = CODES[model.dtype]
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for kind in PARTS:
         name = f"{kind}.{position}"

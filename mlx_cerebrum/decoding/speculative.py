@@ -23,12 +23,12 @@ import mlx.core as mx
 from mlx_cerebrum import device
 from mlx_cerebrum.decoding.cost import bytes_read
 from mlx_cerebrum.decoding.decode import (
-    PREFILL_STEP,
     Sampler,
     check_prompt,
     decode_step,
     greedy,
     prefill,
+    prefill_step,
 )
 from mlx_cerebrum.decoding.drafters import Draft, Drafter, ModelDrafter, NGramDrafter
 from mlx_cerebrum.decoding.policy import MOST_DRAFTS, Policy
@@ -123,7 +123,7 @@ def speculative_step(
     max_tokens: int = 256,
     sampler: Sampler = greedy,
     cache: Sequence[WindowedKVCache] | None = None,
-    prefill_step_size: int = PREFILL_STEP,
+    prefill_step_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     history: Sequence[int] = (),
 ) -> Generator[int, None, None]:
@@ -132,7 +132,8 @@ def speculative_step(
     Raises RequestError for an empty prompt, or a speculation of another model or request. However
     it ends, the cache holds the first `offset` of all tokens seen and yielded.
     """
-    check_prompt(prompt, prefill_step_size)
+    chunk = prefill_step(prefill_step_size)
+    check_prompt(prompt, chunk)
     if speculation.model is not None and speculation.model is not model:
         raise RequestError("this speculation was made for another model; make one for this")
     if speculation.rounds:
@@ -142,7 +143,7 @@ def speculative_step(
     yielded = 0
     try:
         ids = mx.array(list(prompt[:-1]), dtype=mx.int32)
-        prefill(model, ids, cache, prefill_step_size, progress)
+        prefill(model, ids, cache, chunk, progress)
         tokens = [*history, *prompt]
         ahead: mx.array | None = None  # the choice after tokens[-1], where it is being computed
         while yielded < max_tokens:

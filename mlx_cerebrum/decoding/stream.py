@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_cerebrum.decoding.decode import PREFILL_STEP, Sampler, generate_step, greedy
+from mlx_cerebrum.decoding.decode import Sampler, generate_step, greedy, prefill_step
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.speculative import Speculation, speculative_step
 from mlx_cerebrum.errors import RequestError
@@ -88,7 +88,7 @@ def stream_generate(
     stop: Sequence[str] = (),
     speculation: Speculation | None = None,
     prompt_cache: PromptCache | None = None,
-    prefill_step_size: int = PREFILL_STEP,
+    prefill_step_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generator[Response, None, None]:
     """Yield a Response per token until an EOS id, a `stop` string, or `max_tokens`.
@@ -100,7 +100,8 @@ def stream_generate(
     MemoryBudgetError when its caches and a forward pass can't fit.
     """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    check_request(model.config, len(ids), max_tokens, prefill_step_size)
+    chunk = prefill_step(prefill_step_size)
+    check_request(model.config, len(ids), max_tokens, chunk)
     if prompt_cache is None:
         prompt_cache = PromptCache(model, max_bytes=0)  # nothing will be taken back
     elif prompt_cache.model is not model:
@@ -109,8 +110,8 @@ def stream_generate(
         model.config,
         len(ids),
         max_tokens,
-        model.model.norm.weight.dtype.size,
-        prefill_step_size,
+        model.dtype.size,
+        chunk,
         kv_bits=prompt_cache.kv_bits,
         drafts=0 if speculation is None else speculation.policy.most,
     )
@@ -130,7 +131,7 @@ def stream_generate(
         "max_tokens": max_tokens,
         "sampler": sampler,
         "cache": prompt_cache.cache,
-        "prefill_step_size": prefill_step_size,
+        "prefill_step_size": chunk,
         "progress": progress,
     }
     if speculation is None:
@@ -179,7 +180,7 @@ def generate(
     max_tokens: int = 256,
     sampler: Sampler = greedy,
     stop: Sequence[str] = (),
-    prefill_step_size: int = PREFILL_STEP,
+    prefill_step_size: int | None = None,
 ) -> str:
     """The whole text `stream_generate` yields for the same arguments."""
     responses = stream_generate(

@@ -137,10 +137,16 @@ class Model(SharedWeights):
         """Token ids `[B, L]` -> logits `[B, L, V]`, appending to `cache` if there is one."""
         return self.logits(self.run(self.embed(tokens), cache))
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of activations and cache entries; packed weights have another."""
+        dtype: mx.Dtype = self.model.norm.weight.dtype
+        return dtype
+
     def embed(self, tokens: mx.array) -> mx.array:
         """Token ids `[B, L]` -> `[B, L, D]`, what the first position takes."""
         # A no-op but for 8-bit float scales, whose embedding comes out as bfloat16.
-        return self.model.embed_tokens(tokens).astype(self.model.norm.weight.dtype)
+        return self.model.embed_tokens(tokens).astype(self.dtype)
 
     def run(
         self,

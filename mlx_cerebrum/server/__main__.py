@@ -40,7 +40,7 @@ def _run(args: argparse.Namespace) -> int:
         with limits(memory), progress("loading", not args.quiet) as report:
             models, tokenizer = load_views(open_model(spec), args.plan, report)
         say_assumed(tokenizer)
-        dtype = next(iter(models.values())).model.norm.weight.dtype
+        dtype = next(iter(models.values())).dtype
         engine = BatchEngine(
             models,
             tokenizer,

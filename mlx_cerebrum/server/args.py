@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from mlx_cerebrum import cli
-from mlx_cerebrum.decoding.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.sampling import check_sampling
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import add_model_flags, add_plans_flag, add_sampling_flags
@@ -92,10 +92,10 @@ def parser() -> cli.ArgumentParser:
     load.add_argument(
         "--prefill-step-size",
         type=int,
-        default=PREFILL_STEP,
+        default=prefill_step(),
         metavar="TOKENS",
         help="prompt tokens read at once; other answers wait for that long"
-        f" (default: {PREFILL_STEP})",
+        f" (default: {prefill_step()})",
     )
     load.add_argument(
         "--grace",

@@ -64,7 +64,7 @@ class Batch:
         self._ended = ended
         self._max_rows = max_rows
         self._prefill_step_size = prefill_step_size
-        self._item_bytes = model.model.norm.weight.dtype.size
+        self._item_bytes = model.dtype.size
         self._prompts: list[_Prompt] = []  # in the order they came
         self._rows: dict[int, tuple[Task, int]] = {}  # uid in the generator -> task, choice
         self._oldest_next = True

@@ -11,7 +11,7 @@ from mlx_cerebrum.server.jobs import Job
 
 def job_bytes(model: Model, prefill_step: int, job: Job) -> int:
     """Bytes a job takes at most when nothing else runs."""
-    item_bytes = model.model.norm.weight.dtype.size
+    item_bytes = model.dtype.size
     sizes = (model.config, item_bytes, prefill_step, [job], [job])
     return cache_bytes(*sizes) + pass_bytes(*sizes)
 

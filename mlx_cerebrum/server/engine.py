@@ -9,7 +9,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlx_cerebrum.decoding.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits, release
@@ -36,7 +36,8 @@ class BatchEngine:
     max_batch: sequences of one model decoded together, at most.
     max_queue: jobs that may wait besides; more are refused.
     cache_bytes: most bytes of prompts' caches kept for later prompts; 0 keeps none.
-    prefill_step_size: tokens of a prompt read at a time; other answers wait for that long.
+    prefill_step_size: tokens of a prompt read at a time; other answers wait for that long. By
+        default as `generate` reads them.
     memory_limit: most bytes MLX should hold, weights included; by default what is free now.
     """
 
@@ -48,13 +49,14 @@ class BatchEngine:
         max_batch: int = 8,
         max_queue: int = 64,
         cache_bytes: int = 0,
-        prefill_step_size: int = PREFILL_STEP,
+        prefill_step_size: int | None = None,
         memory_limit: int | None = None,
     ) -> None:
         self._models = dict(models)
         self._tokenizer = tokenizer
         self._max_batch, self._max_queue = max_batch, max_queue
-        self._cache_bytes, self._prefill_step_size = cache_bytes, prefill_step_size
+        self._cache_bytes = cache_bytes
+        self._prefill_step_size = prefill_step(prefill_step_size)
         self._memory_limit = memory_limit
         self._budget = 0  # bytes for jobs and the prefix cache together
         self._counts = Counts()

@@ -20,7 +20,7 @@ from bench.memory import NARROW
 from bench.pair import open_pair
 from bench.random_model import RandomCheckpoint
 from bench.suite import Settings
-from mlx_cerebrum.decoding.decode import PREFILL_STEP, prefill
+from mlx_cerebrum.decoding.decode import prefill, prefill_step
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
@@ -30,6 +30,7 @@ from mlx_cerebrum.weights.opening import planned_config
 
 Results = dict[str, Any]
 GEOMETRY = tiny_config(torch_dtype="bfloat16", sliding_window=100, max_position_embeddings=2048)
+CHUNK = prefill_step()
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,9 @@ def model() -> Model:
 
 
 @pytest.mark.parametrize("window", [None, 100, 700])
-@pytest.mark.parametrize("length", [1, 200, PREFILL_STEP, 2 * PREFILL_STEP, 5 * PREFILL_STEP + 77])
+@pytest.mark.parametrize(
+    "length", [1, 200, prefill_step(), 2 * prefill_step(), 5 * prefill_step() + 77]
+)
 def test_filled_as_a_prompt_fills_it(model: Model, length: int, window: int | None) -> None:
     config = planned_config(model.config, None, window or 0)
     model = model.view(config.layer_map)
@@ -49,7 +52,7 @@ def test_filled_as_a_prompt_fills_it(model: Model, length: int, window: int | No
     prefill(model, mx.array([1 + n % 200 for n in range(length)]), real)
     filled = model.make_cache()
     for cache in filled:
-        context_sides.fill_ours(cache, length, config, model.model.norm.weight.dtype)
+        context_sides.fill_ours(cache, length, config, model.dtype)
     assert [summary(cache) for cache in filled] == [summary(cache) for cache in real]
     model(mx.array([[5]]), filled)
     model(mx.array([[5]]), real)
@@ -67,7 +70,7 @@ def summary(cache: WindowedKVCache) -> tuple[Any, ...]:
 def test_mlx_lms_cache_is_filled_as_a_prompt_fills_it(model: Model, length: int) -> None:
     from mlx_lm.models.cache import KVCache
 
-    config, dtype = model.config, model.model.norm.weight.dtype
+    config, dtype = model.config, model.dtype
     real, filled = KVCache(), KVCache()
     for start in range(0, length, 2048):
         rows = min(2048, length - start)

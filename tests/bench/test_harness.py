@@ -113,7 +113,7 @@ def test_scores_are_those_of_one_pair_at_a_time(
 ) -> None:
     model, _ = tiny
     monkeypatch.setattr(scoring, "BATCH", batch)
-    monkeypatch.setattr(scoring, "PREFILL_STEP", step)
+    monkeypatch.setattr(scoring, "prefill_step", lambda: step)
     pairs = random_pairs(model)
     expected = [alone(model, *pair) for pair in pairs]
     found = Scorer(model).score(pairs)

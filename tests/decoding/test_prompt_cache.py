@@ -21,7 +21,7 @@ from tiny import tiny_config, tiny_prompt, tiny_weights
 from mlx_cerebrum import load
 from mlx_cerebrum.decoding import prompt_cache as room
 from mlx_cerebrum.decoding import prompt_cache_file, prompt_cache_identity
-from mlx_cerebrum.decoding.decode import PREFILL_STEP, generate_step
+from mlx_cerebrum.decoding.decode import generate_step, prefill_step
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_cache_file import check_destination, save
 from mlx_cerebrum.decoding.prompt_cache_file import load as load_cache
@@ -262,7 +262,7 @@ def test_marks_can_be_forgone_and_a_bound_has_room_for_the_rest() -> None:
     assert PromptCache(MODEL, max_bytes=0)._most == 0
     assert PromptCache(tiny_model(None))._most == 0
     full = MODEL.config.kv_values_per_token() * 4
-    live = WINDOW - 1 + 64 + PREFILL_STEP + 1
+    live = WINDOW - 1 + 64 + prefill_step() + 1
     assert PromptCache(MODEL, max_bytes=(live + 33) * full)._most == 33
     # 8 bits, and a scale and a bias of 32 for each 32 values: 40 for 128 bytes.
     assert PromptCache(MODEL, 8, max_bytes=(live + 33) * full * 40 // 128)._most == 33

@@ -48,7 +48,7 @@ def test_a_request_is_predicted(
     model = model.view(config.layer_map)
     model.config = config
     ids = [1 + n % 500 for n in range(prompt)]
-    request = (config, prompt, GENERATED, model.model.norm.weight.dtype.size, CHUNK)
+    request = (config, prompt, GENERATED, model.dtype.size, CHUNK)
 
     def peak() -> int:
         cache = model.make_cache(kv_bits)

@@ -15,7 +15,7 @@ from conftest import MakeCheckpoint, config_of, tensors
 from bench import memory_limit
 from bench.random_model import GEOMETRIES
 from mlx_cerebrum import device, load
-from mlx_cerebrum.decoding.decode import PREFILL_STEP
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model import memory
 from mlx_cerebrum.model.config import ModelConfig
@@ -311,7 +311,7 @@ def predicted() -> int:
 
     checkpoint = open_checkpoint(demo_path())
     storage = choose_storage(checkpoint, None, "float32")
-    request = request_bytes(checkpoint.config, 3, 2, storage.dtype.size, PREFILL_STEP)
+    request = request_bytes(checkpoint.config, 3, 2, storage.dtype.size, prefill_step())
     return storage.nbytes + max(request, storage.transient)
 
 
