@@ -45,6 +45,7 @@ from mlx_cerebrum.tokenizer.sentencepiece_model import (
 )
 from mlx_cerebrum.tokenizer.template import ChatTemplate
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.opening import open_checkpoint
 from mlx_cerebrum.weights.safetensors_checkpoint import INDEX
 
 from . import gguf_seed, templates
@@ -143,7 +144,11 @@ def change_config(folder: Path, random: Random) -> dict[str, bytes]:
 def read_directory(folder: Path) -> None:
     with contextlib.suppress(CheckpointError):  # no safetensors at all
         examine(folder)
-    answered(folder)
+    positions = 0
+    with contextlib.suppress(CerebrumError):
+        positions = open_checkpoint(folder).config.num_positions
+    if positions <= 1000:  # a longer map is sound, and its answer takes as long as it is
+        answered(folder)
 
 
 # Safetensors.
