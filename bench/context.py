@@ -47,8 +47,9 @@ from mlx_cerebrum.model.cache import REWIND, STEP
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import require
 from mlx_cerebrum.plan.layer_plan import resolve
-from mlx_cerebrum.weights.loading import choose_storage, load_model
+from mlx_cerebrum.weights.loading import load_model
 from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
+from mlx_cerebrum.weights.storage import choose_storage
 
 LENGTHS = (1024, 4096, 8192, 16384, 32768)
 PLANS = ("cerebrum-12.25b", "cerebrum-7b")

@@ -15,7 +15,7 @@ from bench import process
 from bench.pair import Pair, Side
 from mlx_cerebrum.weights.checkpoint import FLOATS
 from mlx_cerebrum.weights.gguf_file import GGUFFile
-from mlx_cerebrum.weights.loading import Storage
+from mlx_cerebrum.weights.storage import Storage
 
 _KINDS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 

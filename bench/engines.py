@@ -23,9 +23,9 @@ from mlx_cerebrum.decoding.decode import generate_step, prefill_step
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.tensors import FUSED
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.opening import load_tokenizer
-from mlx_cerebrum.weights.quantize import FUSED
 
 # A prompt that says nothing twice: continuing a repetition would say little of an engine.
 PROSE = Path(__file__).parent / "data" / "austen.txt"

@@ -26,7 +26,8 @@ from mlx_cerebrum.decoding.decode import generate_step, prefill_step
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model, TransformerBlock
 from mlx_cerebrum.model.memory import GB, kv_bytes
-from mlx_cerebrum.weights.quantize import Packing, fuse_projections
+from mlx_cerebrum.weights.loading import fuse_projections
+from mlx_cerebrum.weights.quantize import Packing
 
 _CPU_PROMPT, _CPU_TOKENS, _CPU_ROUNDS = 32, 4, 1
 _GPU_PROMPT = 512

@@ -41,9 +41,10 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import kv_bytes, request_bytes, require
 from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.text import say
-from mlx_cerebrum.weights.loading import SMALLER, choose_storage, load_model
+from mlx_cerebrum.weights.loading import load_model
 from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
 from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.storage import SMALLER, choose_storage
 
 PLAN = "cerebrum-12.25b"
 BITS = (None, 8, 4)  # None: as stored

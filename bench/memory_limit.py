@@ -32,9 +32,9 @@ from mlx_cerebrum.model.limits import PROC, cgroups, sizes
 from mlx_cerebrum.model.memory import GB, kv_bytes, request_bytes
 from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.text import say
-from mlx_cerebrum.weights.loading import choose_storage
 from mlx_cerebrum.weights.opening import planned_config
 from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.storage import choose_storage
 
 PLAN = "cerebrum-12.25b"
 MAC_8GB = 8 * 2**30 * 2 // 3  # bytes

@@ -13,9 +13,9 @@ from mlx_cerebrum.plan.layer_plan import LayerPlan, interleave, resolve
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.checkpoint import Checkpoint
-from mlx_cerebrum.weights.loading import Storage
 from mlx_cerebrum.weights.opening import ModelSpec, Opened, open_checkpoint, planned_config
 from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.storage import Storage
 
 _CARDS_BLOCKS = 32  # what the plans of the two Cerebrum models are written for
 

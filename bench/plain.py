@@ -27,7 +27,7 @@ from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.weights.quantize import fuse_projections
+from mlx_cerebrum.weights.loading import fuse_projections
 
 
 @dataclass(frozen=True)

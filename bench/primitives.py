@@ -35,8 +35,9 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights.loading import fuse_projections
 from mlx_cerebrum.weights.opening import open_checkpoint
-from mlx_cerebrum.weights.quantize import Packing, fuse_projections
+from mlx_cerebrum.weights.quantize import Packing
 
 Caches = Sequence[Any]
 # A model, its caches and tokens [1, L] -> the arrays that running this pass evaluates.

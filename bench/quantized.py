@@ -31,8 +31,9 @@ from mlx_cerebrum.model.memory import human, require
 from mlx_cerebrum.model.tensors import matrix_shapes
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, Extent
-from mlx_cerebrum.weights.loading import DTYPES, SMALLER, choose_storage, load_model
+from mlx_cerebrum.weights.loading import load_model
 from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.storage import DTYPES, SMALLER, choose_storage
 
 BITS = (8, 4)
 GROUP = 64

@@ -46,9 +46,10 @@ from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.memory import GB, request_bytes, require
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.checkpoint import Checkpoint
-from mlx_cerebrum.weights.loading import SMALLER, choose_storage, load_model
+from mlx_cerebrum.weights.loading import load_model
 from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
 from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.storage import SMALLER, choose_storage
 
 BUILD, REST = "building the graph", "the rest"
 SHAPES = {"narrow": NARROW, "cerebrum-7b": GEOMETRIES["cerebrum-7b"]}

@@ -21,8 +21,8 @@ from bench.report import parser, publish, table
 from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.decode import prefill
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.weights.loading import DTYPES
 from mlx_cerebrum.weights.opening import load
+from mlx_cerebrum.weights.storage import DTYPES
 
 _ROWS = 8
 

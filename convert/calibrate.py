@@ -31,14 +31,15 @@ from mlx_cerebrum.model.cache import attention_mask
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import available_bytes, require
-from mlx_cerebrum.model.tensors import EMBEDDING, HEAD, MATRICES, matrix_shapes, module_path
+from mlx_cerebrum.model.tensors import EMBEDDING, FUSED, HEAD, MATRICES, matrix_shapes, module_path
 from mlx_cerebrum.progress import progress as live
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint
-from mlx_cerebrum.weights.loading import DTYPES, Storage, load_model
+from mlx_cerebrum.weights.loading import load_model
 from mlx_cerebrum.weights.opening import load_tokenizer, open_checkpoint, planned_config
-from mlx_cerebrum.weights.quantize import FUSED, Packing
+from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.storage import DTYPES, Storage
 
 LENGTH = 256  # tokens a sequence
 Progress = Callable[[int, int], None]  # matrices measured, of all

@@ -8,9 +8,9 @@ from mlx_cerebrum.text import tell
 from mlx_cerebrum.tokenizer.chat_formats import NAMES, read_format
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.loading import DTYPES
 from mlx_cerebrum.weights.opening import ModelSpec
 from mlx_cerebrum.weights.quantize import AFFINE_BITS, AFFINE_GROUPS
+from mlx_cerebrum.weights.storage import DTYPES
 
 
 def add_model_flags(p: argparse.ArgumentParser, default: str) -> None:

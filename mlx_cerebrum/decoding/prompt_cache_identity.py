@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.weights.checkpoint import Checkpoint
-from mlx_cerebrum.weights.loading import Storage
+from mlx_cerebrum.weights.storage import Storage
 
 Identity = dict[str, str]
 

@@ -39,7 +39,7 @@ _swiglu_in_one = mx.compile(_swiglu, shapeless=True)
 
 class Attention(nn.Module):
     """Grouped-query attention. As loaded, `qkv_proj` stands for q_proj, k_proj and v_proj
-    (quantize.fuse_projections); MLP has `gate_up_proj` likewise."""
+    (loading.fuse_projections); MLP has `gate_up_proj` likewise."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

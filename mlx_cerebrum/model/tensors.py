@@ -16,6 +16,8 @@ MATRICES = (
 NORMS = ("input_layernorm", "post_attention_layernorm")
 # Every kind of a block, in the order of the forward pass.
 BLOCK = (NORMS[0], *MATRICES[:4], NORMS[1], *MATRICES[4:])
+# Matrices over the same input, which the loader stacks row by row into one.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 PARTS = ("weight", "scales", "biases")  # of a matrix
 
 

@@ -20,15 +20,10 @@ from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.gguf_paths import gguf_at
-from mlx_cerebrum.weights.loading import (
-    Progress,
-    Storage,
-    choose_storage,
-    load_model,
-    smaller_weights,
-)
+from mlx_cerebrum.weights.loading import Progress, load_model
 from mlx_cerebrum.weights.quantize import Packing
 from mlx_cerebrum.weights.safetensors_checkpoint import SafetensorsCheckpoint, no_checkpoint
+from mlx_cerebrum.weights.storage import Storage, choose_storage, smaller_weights
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Fewer bits a weight, in mlx-lm's layout: which modules, how they are packed, fused, undone.
+"""Fewer bits a weight, in mlx-lm's layout: which modules, how they are packed and undone.
 
 Affine quantization (MLX's `mx.quantize`) cuts each row into groups and stores, per group,
 a scale and a bias beside the packed integers: `bits + 32 / group_size` bits a weight with
@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_cerebrum import device
 from mlx_cerebrum.errors import ConfigError, shown
-from mlx_cerebrum.model.forward import TransformerBlock
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
@@ -23,9 +21,6 @@ AFFINE_GROUPS = (32, 64, 128)
 DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 PIECE = 1 << 20  # weights of a matrix that are made at a time where making takes memory
-
-# Matrices over the same input, stacked row by row into one.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @dataclass(frozen=True)
@@ -160,31 +155,3 @@ def joined(shape: tuple[int, ...], pieces: Iterable[mx.array]) -> mx.array:
         start += len(piece)
     assert whole is not None
     return whole
-
-
-def fuse_projections(block: TransformerBlock) -> None:
-    """Join a block's q/k/v and its gate/up into one matrix each, where they are packed alike.
-
-    One large matmul instead of three (two) small ones: fewer kernels to launch a token.
-    """
-    for parent, fused in ((block.self_attn, "qkv_proj"), (block.mlp, "gate_up_proj")):
-        _fuse(parent, FUSED[fused], fused)
-
-
-def _fuse(parent: nn.Module, names: tuple[str, ...], fused: str) -> None:
-    parts = [getattr(parent, name) for name in names]
-    if len({_layout(part) for part in parts}) > 1:
-        return
-    joined = parts[0]
-    for name in ("weight", "scales", "biases"):
-        if name in joined:
-            joined[name] = mx.concatenate([part[name] for part in parts], axis=0)
-    for name in names:
-        delattr(parent, name)
-    setattr(parent, fused, joined)
-
-
-def _layout(linear: nn.Module) -> tuple[Any, ...]:
-    """What must agree for two matrices to be stacked."""
-    packing = tuple(getattr(linear, name, None) for name in ("bits", "group_size", "mode"))
-    return (*packing, linear.weight.dtype, linear.weight.shape[-1])

@@ -25,8 +25,9 @@ from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.weights.loading import choose_storage, load_model
+from mlx_cerebrum.weights.loading import load_model
 from mlx_cerebrum.weights.opening import planned_config
+from mlx_cerebrum.weights.storage import choose_storage
 
 Results = dict[str, Any]
 GEOMETRY = tiny_config(torch_dtype="bfloat16", sliding_window=100, max_position_embeddings=2048)

@@ -15,9 +15,10 @@ from mlx_cerebrum.errors import ConfigError, MemoryBudgetError, RequestError
 from mlx_cerebrum.model import memory
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.tensors import EMBEDDING, HEAD, MATRICES, module_path
-from mlx_cerebrum.weights.loading import choose_storage, load_model
+from mlx_cerebrum.weights.loading import load_model
 from mlx_cerebrum.weights.opening import open_checkpoint
 from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.storage import choose_storage
 
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(2 * LENGTH))
 TWICE = (0, 1, 2, 3, 2, 3, 4, 5, 6, 7)

@@ -13,7 +13,8 @@ from mlx_cerebrum.errors import CerebrumError, MemoryBudgetError
 from mlx_cerebrum.model import memory
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.weights.quantize import Packing, fuse_projections
+from mlx_cerebrum.weights.loading import fuse_projections
+from mlx_cerebrum.weights.quantize import Packing
 
 MAP = (0, 1, 2, 1, 2, 3, 2, 3)
 

@@ -29,8 +29,8 @@ from mlx_cerebrum.generate import main
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import kv_bytes
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights.loading import choose_storage
 from mlx_cerebrum.weights.opening import open_checkpoint
+from mlx_cerebrum.weights.storage import choose_storage
 
 ROOT = Path(__file__).parents[2]
 

@@ -33,9 +33,9 @@ from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.weights.loading import Storage, choose_storage
 from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
 from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.storage import Storage, choose_storage
 
 WINDOW = 20
 MAP = (0, 1, 2, 1, 2, 3)

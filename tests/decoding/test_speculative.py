@@ -35,7 +35,7 @@ from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.cache import REWIND, WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model, TransformerBlock
-from mlx_cerebrum.weights.quantize import fuse_projections
+from mlx_cerebrum.weights.loading import fuse_projections
 
 WINDOW = 20
 TARGET = (0, 1, 2, 1, 2, 3, 2, 3)  # 8 positions over 4 blocks

@@ -25,8 +25,9 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.config import ModelConfig
-from mlx_cerebrum.weights.loading import choose_storage, load_model
+from mlx_cerebrum.weights.loading import load_model
 from mlx_cerebrum.weights.opening import open_checkpoint
+from mlx_cerebrum.weights.storage import choose_storage
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DOCUMENT = json.loads((GOLDEN / "configs.json").read_text(encoding="utf-8"))

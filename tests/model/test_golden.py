@@ -24,7 +24,7 @@ from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights.quantize import fuse_projections
+from mlx_cerebrum.weights.loading import fuse_projections
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 1e-4  # absolute, on every logit

@@ -18,8 +18,9 @@ from mlx_cerebrum.model.cache import STEP, WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import forward_bytes, keeps_scores, kv_bytes, request_bytes
-from mlx_cerebrum.weights.loading import choose_storage, load_model
+from mlx_cerebrum.weights.loading import load_model
 from mlx_cerebrum.weights.opening import planned_config
+from mlx_cerebrum.weights.storage import choose_storage
 
 CHUNK = STEP - 6
 GENERATED = 3

@@ -21,9 +21,10 @@ from mlx_cerebrum.model import memory
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.limits import _FIRST_EVALUATION, PROC, cgroups, host_bytes, limits, sizes
 from mlx_cerebrum.model.memory import available_bytes, request_bytes, require, what_fits
-from mlx_cerebrum.weights.loading import choose_storage, load_model, smaller_weights
+from mlx_cerebrum.weights.loading import load_model
 from mlx_cerebrum.weights.opening import open_checkpoint
 from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.storage import choose_storage, smaller_weights
 
 FULL = ModelConfig.from_dict(GEOMETRIES["cerebrum-7b"])
 NONE = "9223372036854771712"  # what cgroup v1 says where there is no limit

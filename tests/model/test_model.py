@@ -15,7 +15,7 @@ from tiny import tiny_config, tiny_prompt, tiny_weights
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import MLP, Model
-from mlx_cerebrum.weights.quantize import fuse_projections
+from mlx_cerebrum.weights.loading import fuse_projections
 
 MAP = (0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7)
 SCALES = tuple((1.0 - p / 20, 0.5 + p / 20) for p in range(len(MAP)))

@@ -32,9 +32,10 @@ from mlx_cerebrum.weights.gguf_blocks import (
     stored_packing,
 )
 from mlx_cerebrum.weights.gguf_file import GGUFFile, TensorInfo
-from mlx_cerebrum.weights.loading import choose_storage, load_model, smaller_weights
+from mlx_cerebrum.weights.loading import load_model
 from mlx_cerebrum.weights.opening import open_checkpoint
 from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.storage import choose_storage, smaller_weights
 
 ROWS, WIDTH = 24, 512
 MIXED = {"attn_q": "Q4_K", "attn_k": "Q5_0", "attn_v": "Q6_K", "attn_output": "Q5_K"}

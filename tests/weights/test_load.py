@@ -17,9 +17,10 @@ from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.stream import stream_generate
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError, MemoryBudgetError
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.weights.loading import choose_storage, load_model
+from mlx_cerebrum.weights.loading import load_model
 from mlx_cerebrum.weights.opening import open_checkpoint
 from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.storage import choose_storage
 
 IDS = mx.array([[5, 80, 44, 120, 7, 99, 201, 5, 17, 42, 9, 30, 77, 150, 3, 6]])
 
