@@ -19,7 +19,7 @@ from bench.plans import command_line as plans_parser
 from bench.render import command_line as render_parser
 from convert.arguments import parser as convert_parser
 from convert.verify import parser as verify_parser
-from mlx_cerebrum.chat.args import parser as chat_parser
+from mlx_cerebrum.chat.__main__ import parser as chat_parser
 from mlx_cerebrum.generate import parser as generate_parser
 from mlx_cerebrum.plan.show import parser as plan_parser
 from mlx_cerebrum.server.args import parser as server_parser

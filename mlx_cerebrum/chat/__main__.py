@@ -3,13 +3,12 @@
 import argparse
 import io
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_cerebrum import cli
-from mlx_cerebrum.chat.args import parser
-from mlx_cerebrum.chat.chat import Chat
-from mlx_cerebrum.chat.commands import COMMANDS
+from mlx_cerebrum.chat.chat import COMMANDS, Chat
 from mlx_cerebrum.chat.prompt import (
     CommandCompleter,
     EditingReader,
@@ -20,16 +19,26 @@ from mlx_cerebrum.chat.prompt import (
 from mlx_cerebrum.chat.screen import FullScreen, PlainScreen, Screen, is_full
 from mlx_cerebrum.chat.session import Messages, Session, Settings
 from mlx_cerebrum.chat.signals import orderly_end
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.sampling import make_sampler
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.flags import memory_limit, model_spec, say_assumed
+from mlx_cerebrum.flags import (
+    add_model_flags,
+    add_plans_flag,
+    add_sampling_flags,
+    memory_limit,
+    model_spec,
+    say_assumed,
+)
 from mlx_cerebrum.model.attention import check_kv_bits
+from mlx_cerebrum.model.cache import KV_BITS
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.tokenizer.conversation import read_messages
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 from mlx_cerebrum.weights.views import load_views
 
@@ -92,7 +101,7 @@ def _chat(session: Session, args: argparse.Namespace) -> Chat:
     if not is_full(args.plain):
         return Chat(session, PlainScreen(), PlainReader(), asks=sys.stdin.isatty())
     screen = FullScreen()
-    completer = CommandCompleter({n: c.what for n, c in COMMANDS.items()}, session.models.keys)
+    completer = CommandCompleter({n: c.help for n, c in COMMANDS.items()}, session.models.keys)
     try:
         history = open_history(None if args.no_history else history_path())
     except OSError as error:
@@ -108,6 +117,63 @@ def _header(session: Session, screen: Screen) -> None:
     window = f"window {config.sliding_window} tokens" if config.sliding_window else "no window"
     screen.notice(f"{', '.join(orders)} over {config.num_hidden_layers} blocks, {held}, {window}")
     screen.notice(f"{'/plan switches, /compare asks two, ' * several}/help lists the commands")
+
+
+def parser() -> cli.ArgumentParser:
+    default = Settings()
+    p = cli.ArgumentParser(
+        prog="python -m mlx_cerebrum.chat",
+        description="Talk with Cerebrum, or another Mistral or Llama model, at the terminal.",
+    )
+    add_model_flags(p, f"{hub.DEFAULT_REPO}, as the 12.25B and as the 7B")
+    add_plans_flag(p)
+    p.add_argument("--system", metavar="TEXT", help="system text (default: the template's own)")
+    p.add_argument(
+        "--load",
+        type=Path,
+        metavar="FILE.json",
+        help="go on with a saved conversation (default: a new one)",
+    )
+    add_sampling_flags(p, default.max_tokens)
+    p.add_argument(
+        "--seed",
+        type=cli.seed,
+        help="of the random draws; answer number n, counted from 0, draws with SEED + n, so the"
+        " same lines give the same conversation (default: a new one every time)",
+    )
+    p.add_argument(
+        "--draft",
+        choices=("none", "ngram", "auto"),
+        default=default.draft,
+        help="guess several tokens, check them at once: from the text itself (ngram), or also with"
+        f" a shorter model where that should pay (auto) (default: {default.draft})",
+    )
+    p.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=KV_BITS,
+        help="bits a cached key or value (default: as the activations)",
+    )
+    p.add_argument(
+        "--prefill-step-size",
+        type=int,
+        default=prefill_step(),
+        metavar="TOKENS",
+        help=f"prompt tokens computed at once (default: {prefill_step()})",
+    )
+    p.add_argument(
+        "--plain",
+        action="store_true",
+        help="plain text only: no Markdown, colours, line editor or redrawing (default: so on a"
+        " pipe and a dumb terminal)",
+    )
+    p.add_argument(
+        "--no-history",
+        action="store_true",
+        help="remember no questions for the Up key (default: in a file only you can read)",
+    )
+    p.add_debug()
+    return p
 
 
 if __name__ == "__main__":

@@ -1,23 +1,53 @@
-"""Answers on a terminal as they come: Markdown whose last block is redrawn in place."""
+"""Markdown and mathematics as models write them, for a terminal.
 
-import os
-from collections.abc import Sequence
-from time import perf_counter
+A product is no emphasis, and TeX stays as it is. Those rules are the page's too
+(`server/page/inline.js` and `blocks.js`); `tests/answers/` holds both to them.
+"""
+
+import re
 from typing import ClassVar
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from markdown_it import MarkdownIt
+from markdown_it.rules_block import StateBlock, list_block
+from markdown_it.rules_inline import StateInline, emphasis, escape
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import CodeBlock, Heading, Markdown, MarkdownElement
-from rich.segment import Segment, SegmentLines
 from rich.syntax import Syntax
-from rich.text import Text
 
-from mlx_cerebrum.chat.text import finished, markdown_parser
-from mlx_cerebrum.text import clean
 
-Line = list[Segment]
+class _Parser(MarkdownIt):
+    def validateLink(self, url: str) -> bool:  # noqa: N802, its name there
+        """Only addresses: `[2](3)` is a product, as on the page."""
+        return re.match(r"(?i)(?:https?|mailto):", url) is not None
 
-REDRAW_SECONDS = 0.08  # at least, between two pictures
-REDRAW_SHARE = 0.1  # of the time, at most, spent on drawing
+
+def markdown_parser() -> MarkdownIt:
+    """CommonMark with tables, and without what would hide text: HTML, pictures, references."""
+    parser = _Parser().enable(["strikethrough", "table"]).use(mathematics)
+    return parser.disable(["html_block", "html_inline", "image", "reference"])
+
+
+def finished(text: str, parser: MarkdownIt) -> tuple[int, bool]:
+    """How many characters of a growing Markdown text are blocks that can't change any more.
+
+    All but the last block, or the last item of a list. Also whether the cut is between two items.
+    """
+    starts: dict[int, bool] = {}  # line -> an item's that is not its list's first
+    for token in parser.parse(text):
+        if token.map is None or token.nesting < 0:
+            continue
+        line = token.map[0]
+        if token.level == 0:
+            starts[line] = False
+        elif token.level == 1 and token.type == "list_item_open":
+            starts.setdefault(line, True)
+    lines = text.split("\n")
+    for line in sorted(starts, reverse=True):
+        # A line still being written may yet turn out to go on with the block before it.
+        complete = line < len(lines) - 1 or not lines[line - 1].strip()
+        if line and complete:
+            return sum(len(lines[i]) + 1 for i in range(line)), starts[line]
+    return 0, False
 
 
 class _Heading(Heading):
@@ -56,120 +86,168 @@ class AnswerMarkdown(Markdown):
                     child.type = "hardbreak"
 
 
-def _wraps_anew() -> bool:
-    """Whether the terminal wraps what it shows anew when it gets narrower. Nearly all do."""
-    xterm = "XTERM_VERSION" in os.environ and os.environ.get("TERM", "").startswith("xterm")
-    return not xterm and os.environ.get("TERM") != "linux"
+# Mathematics: its signs are not taken for Markdown's.
+
+# Letters and digits of scripts that put spaces between words, mathematical letters too.
+_WORD = r"(?:(?![\W_])[\0-\u0dff\u1e00-\u2e7f\U0001d400-\U0001d7ff])"
+_LETTER = rf"(?!\d){_WORD}"
+_ENDS = re.compile(rf"{_WORD}|[)\]}}|!%'\u2032\u2033\u00b0$\u221e\u0300-\u036f]")  # a factor
+_BEGINS = re.compile(
+    rf"{_WORD}|[(\[{{\\|$\u221a\u221e\u2211\u222b\u20ac\u00a3]|[-+.]\d"
+)  # the next
+_NUMBER = re.compile(rf"[(\[{{]*(?:\d|{_LETTER}(?!{_WORD}))")  # 3, (3, x, (x but not (word
+_DIGIT = re.compile(r"[(\[{]*\d")
+_DOTS = re.compile(r"\.\.|[\u2026\u22ef]")
+_TEX = "\\()[]{},;:"  # what a backslash before it does not escape: \( \\ \{ \, are TeX's
+_OPENS = re.compile(r"\\[(\[]|\$\$?|\\begin\{[^{}\n]*\}")
+_CLOSES = {"\\(": "\\)", "\\[": "\\]", "$$": "$$", "$": "$"}
+_LONGEST = 4000  # characters of a formula within a line
+_DISPLAY = re.compile(r"(`+)[^`]*\1|\\(?:begin|end)\{[^{}]*\}|\\.|\$\$")
 
 
-class Region:
-    """The last lines of the screen, drawn over again and again; what is above them stays."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._widths: list[int] = []  # cells, of the lines that are drawn
-        self._wraps_anew = _wraps_anew()
-
-    def leave(self) -> None:
-        """Let what is drawn stand: something else has been written below it."""
-        self._widths = []
-
-    def draw(self, live: Sequence[Line], above: Sequence[Line] = ()) -> None:
-        """Draw `live` where it was, after printing `above` for good.
-
-        Where it is taller than the screen its end is shown: what has scrolled away can't be drawn
-        over.
-        """
-        width, height = self.console.size
-        up = sum(
-            max(1, -(-cells // max(1, width))) if self._wraps_anew else 1 for cells in self._widths
-        )
-        shown = live[-max(1, height - 1) :]
-        # Terminals disagree on how wide some characters are. What stays may wrap, so that nothing
-        # of it is lost; a line to be drawn over must not, or it would be counted wrong.
-        drawn = self._written(above) + "\x1b[?7l" + self._written(shown) + "\x1b[?7h"
-        self.console.file.write((f"\x1b[{up}A" if up else "") + "\r" + drawn + "\x1b[J")
-        self.console.file.flush()
-        self._widths = [min(width, Segment.get_line_length(line)) for line in shown]
-
-    def _written(self, lines: Sequence[Line]) -> str:
-        """Line by line over what is there, so that nothing flickers."""
-        with self.console.capture() as captured:
-            self.console.print(SegmentLines(lines, new_lines=True), end="", crop=False)
-        return "".join(f"\x1b[2K{line}\n" for line in captured.get().split("\n")[:-1])
-
-    def lines(self, renderable: RenderableType) -> list[Line]:
-        """`renderable` as it is drawn, without empty lines around it."""
-        lines = [
-            _stripped([Segment(clean(s.text), s.style) for s in line])
-            for line in self.console.render_lines(renderable, pad=False)
-        ]
-        while lines and not lines[0]:
-            lines.pop(0)
-        while lines and not lines[-1]:
-            lines.pop()
-        return lines
+def mathematics(parser: MarkdownIt) -> None:
+    """A plugin for CommonMark's parser."""
+    parser.inline.ruler.before("escape", "formula", _formula)
+    parser.inline.ruler.at("escape", _escape)
+    parser.inline.ruler.at("emphasis", _emphasis)
+    within = ["paragraph", "reference", "blockquote"]  # what the block may interrupt
+    parser.block.ruler.before("paragraph", "display", _display, {"alt": [*within, "list"]})
+    parser.block.ruler.at("list", _list, {"alt": within})
+    parser.disable("lheading")  # a line under a sum is no heading's
 
 
-def _stripped(line: Line) -> Line:
-    """Without the spaces that only fill the line up; nobody wants to copy them."""
-    while line:
-        text, style, _ = line.pop()
-        if text := text.rstrip(" "):
-            return [*line, Segment(text, style)]
-    return line
+def _emphasis(state: StateInline, silent: bool) -> bool:
+    start = state.pos
+    if not emphasis.tokenize(state, silent):
+        return False
+    opens, closes = _may(state.src, start, state.pos)
+    for delimiter in state.delimiters[start - state.pos :]:
+        delimiter.open = delimiter.open and opens
+        delimiter.close = delimiter.close and closes
+    return True
 
 
-class Pacer:
-    """Says when to draw again: not too often, and less often where it takes long."""
+def _may(source: str, start: int, end: int) -> tuple[bool, bool]:
+    """Whether the run of `*` or `_` may begin emphasis, and whether it may end it."""
+    run, before = source[start:end], source[max(0, start - 1) : start]
+    after = source[end : end + 1]
+    if before in tuple("([{") and after in tuple(")]}"):  # count(*)
+        return False, False
+    if before + after == "><":  # <1,2>*<3,4>
+        return False, False
+    if not (_ENDS.match(before) and _BEGINS.match(source, end)):
+        earlier = source[max(0, start - 40) : start]
+        ahead = re.search(r"\d +$|(?:\.\.|[\u2026\u22ef])$", earlier)  # 2 *x, ...*n
+        number = ahead and _NUMBER.match(source, end)
+        bracket = re.search(r"[)\]}] +$", earlier) and _DIGIT.match(source, end)  # (a) *(2
+        dots = _ENDS.match(before) and _DOTS.match(source, end)  # (n - 1)*...
+        pattern = run == "*" and "." in (before, after)  # [a-z].* or *.py
+        return not (number or bracket or dots or pattern), True
+    if run[0] == "_":  # a_{n}
+        return False, False
+    left, right = re.match(_LETTER, before), re.compile(_LETTER).match(source, end)
+    # **C**entral, *word*s: what was begun with this word may end in it; but **x**n is a power.
+    word = source[max(0, start - 44) : start]
+    mark = re.escape(run)
+    power = re.search(rf"\*{_WORD}$", word) and re.compile(rf"{_WORD}(?!{_WORD})").match(
+        source, end
+    )
+    begun = None if power else re.search(rf"(?:^|[^*]){mark}[^\s*]{{1,40}}$", word)
+    if begun and _ENDS.match(begun[0]):
+        begun = re.search(rf"[^*]{mark}(?:{_LETTER}){{2,40}}$", word) if len(run) > 1 else None
+    if len(run) == 1:
+        return False, bool(left and right and begun)
+    if not re.match(_WORD, before):  # (a + b)**n, but (as said)**Answer:**
+        return not _NUMBER.match(source, end), bool(begun)
+    inside = re.compile(rf"(?:{_LETTER}){{2,40}}{mark}").match(source, end)
+    return bool(left and right and inside), bool(begun)
 
-    def __init__(self) -> None:
-        self._next = 0.0
 
-    def due(self) -> bool:
-        return perf_counter() >= self._next
+def _escape(state: StateInline, silent: bool) -> bool:
+    if state.src[state.pos] != "\\" or state.src[state.pos + 1 : state.pos + 2] not in tuple(_TEX):
+        return escape(state, silent)
+    if not silent:
+        state.pending += state.src[state.pos : state.pos + 2]
+    state.pos += 2
+    return True
 
-    def drawn(self, started: float) -> None:
-        now = perf_counter()
-        self._next = now + max(REDRAW_SECONDS, (now - started) / REDRAW_SHARE)
+
+def _formula(state: StateInline, silent: bool) -> bool:
+    end = _formula_end(state.src, state.pos)
+    if not end:
+        return False
+    if not silent:
+        for number, line in enumerate(state.src[state.pos : end].split("\n")):
+            if number:
+                state.push("softbreak", "br", 0)
+            state.pending += line
+    state.pos = end
+    return True
 
 
-class MarkdownStream:
-    """A growing Markdown text: finished blocks are printed for good, the last one is redrawn."""
+def _formula_end(source: str, start: int) -> int:
+    """Where a formula that begins at `start` ends; 0: none does."""
+    found = _OPENS.match(source, start)
+    if found is None:
+        return 0
+    opening, begin = found[0], found.end()
+    close = _CLOSES.get(opening, opening.replace("\\begin", "\\end"))
+    end = source.find(close, begin, begin + _LONGEST)
+    while opening == "$" and end > 0 and source[end - 1] == "\\":  # an amount within it
+        end = source.find(close, end + 1, begin + _LONGEST)
+    if end < 0:  # of several lines it runs to their end, as `_display` has it
+        return len(source) if opening not in ("$", "\\(") and "\n" in source[begin:] else 0
+    inner = source[begin:end]
+    if opening == "$":  # not an amount of money
+        apart = re.match(r"[\w$]", source[max(0, start - 1) : start])
+        apart = apart or re.match(r"\d", source[end + 1 : end + 2])
+        if apart or inner.strip() != inner or "\n" in inner or not re.search(r"[\\^_={}]", inner):
+            return 0
+    return end + len(close)
 
-    def __init__(self, region: Region) -> None:
-        self._region = region
-        self._parser = markdown_parser()
-        self._pending = ""
-        self._begun = False  # something has been printed for good
-        self._in_list = False  # the pending text goes on with a list
-        self._pacer = Pacer()
 
-    def status(self, text: str) -> None:
-        """Show a line until the text comes."""
-        if self._pacer.due():
-            started = perf_counter()
-            self._region.draw(self._region.lines(Text(clean(text), style="dim")))
-            self._pacer.drawn(started)
+def _display(state: StateBlock, start: int, end_line: int, silent: bool) -> bool:
+    """Lines from one that leaves a formula open to its end or a blank line: no lists, no rules."""
+    if state.is_code_block(start):
+        return False
+    close = _left_open(state.src[state.bMarks[start] + state.tShift[start] : state.eMarks[start]])
+    if close is None:
+        return False
+    if silent:
+        return True
+    line = start + 1
+    while line < end_line and not state.isEmpty(line) and state.sCount[line] >= state.blkIndent:
+        line += 1
+        if close in state.src[state.bMarks[line - 1] : state.eMarks[line - 1]]:
+            break
+    token = state.push("paragraph_open", "p", 1)
+    token.map = [start, line]
+    token = state.push("inline", "", 0)
+    token.content = state.getLines(start, line, state.blkIndent, False).rstrip()
+    token.map, token.children = [start, line], []
+    state.push("paragraph_close", "p", -1)
+    state.line = line
+    return True
 
-    def add(self, text: str) -> None:
-        self._pending += clean(text)
-        if self._pacer.due():
-            started = perf_counter()
-            cut, in_list = finished(self._pending, self._parser)
-            above = self._block(self._pending[:cut])
-            if cut:
-                self._pending, self._in_list = self._pending[cut:], in_list
-            self._begun = self._begun or bool(above)
-            self._region.draw(self._block(self._pending), above)
-            self._pacer.drawn(started)
 
-    def finish(self) -> None:
-        """Print the rest for good."""
-        self._region.draw([], self._block(self._pending))
-        self._pending = ""
+def _left_open(line: str) -> str | None:
+    """What ends the formula that a line begins and does not end."""
+    close: str | None = None
+    line = line.strip()
+    for found in _DISPLAY.finditer(line):
+        if close is not None:
+            close = None if found[0] == close else close
+        elif found[0] == "\\[":
+            close = "\\]"
+        elif found[0] == "$$" and (found.start() == 0 or found.end() == len(line)):
+            close = "$$"
+        elif found[0].startswith("\\begin"):
+            close = found[0].replace("\\begin", "\\end")
+    return close
 
-    def _block(self, text: str) -> list[Line]:
-        lines = self._region.lines(AnswerMarkdown(text)) if text.strip() else []
-        space = lines and self._begun and not self._in_list
-        return [[], *lines] if space else lines
+
+def _list(state: StateBlock, start: int, end_line: int, silent: bool) -> bool:
+    text = state.src[state.bMarks[start] + state.tShift[start] : state.eMarks[start]]
+    if re.match(r"\+ *\d", text):  # a sum that goes on
+        return False
+    return list_block(state, start, end_line, silent)

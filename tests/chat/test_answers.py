@@ -10,7 +10,7 @@ from playwright.sync_api import Page
 from terminal import Terminal
 from test_chat_render import streamed
 
-from mlx_cerebrum.chat import render
+from mlx_cerebrum.chat import screen
 
 FOLDER = Path(__file__).parents[1] / "answers"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.txt"))
@@ -47,8 +47,8 @@ def answer(name: str) -> tuple[str, list[str]]:
 
 @pytest.fixture
 def every_piece_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render, "REDRAW_SECONDS", 0.0)
-    monkeypatch.setattr(render, "REDRAW_SHARE", 1e9)
+    monkeypatch.setattr(screen, "REDRAW_SECONDS", 0.0)
+    monkeypatch.setattr(screen, "REDRAW_SHARE", 1e9)
     monkeypatch.delenv("XTERM_VERSION", raising=False)
 
 

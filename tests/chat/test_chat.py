@@ -16,12 +16,10 @@ from prompt_toolkit.document import Document
 from talker import LETTERS, talker, talkers
 
 from mlx_cerebrum.chat.__main__ import main
-from mlx_cerebrum.chat.chat import Chat
-from mlx_cerebrum.chat.commands import COMMANDS
+from mlx_cerebrum.chat.chat import COMMANDS, Chat
 from mlx_cerebrum.chat.prompt import CommandCompleter, history_path, open_history
-from mlx_cerebrum.chat.reply import Reply
 from mlx_cerebrum.chat.screen import PlainScreen
-from mlx_cerebrum.chat.session import Session, Settings
+from mlx_cerebrum.chat.session import Reply, Session, Settings
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from rich.console import Console, ConsoleDimensions
 from terminal import Terminal
 
-from mlx_cerebrum.chat import render
-from mlx_cerebrum.chat.columns import Columns
-from mlx_cerebrum.chat.render import MarkdownStream, Region
-from mlx_cerebrum.chat.reply import Answer
-from mlx_cerebrum.chat.text import finished, first_difference, markdown_parser, wrap
+from mlx_cerebrum.chat import screen
+from mlx_cerebrum.chat.render import finished, markdown_parser
+from mlx_cerebrum.chat.screen import Columns, MarkdownStream, Region, first_difference, wrap
+from mlx_cerebrum.chat.session import Answer
 from mlx_cerebrum.text import clean
 
 LONG = """# A title
@@ -48,8 +47,8 @@ def f(x):
 
 @pytest.fixture(autouse=True)
 def every_piece_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render, "REDRAW_SECONDS", 0.0)
-    monkeypatch.setattr(render, "REDRAW_SHARE", 1e9)
+    monkeypatch.setattr(screen, "REDRAW_SECONDS", 0.0)
+    monkeypatch.setattr(screen, "REDRAW_SHARE", 1e9)
     monkeypatch.delenv("XTERM_VERSION", raising=False)
 
 

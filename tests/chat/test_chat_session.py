@@ -8,8 +8,7 @@ import pytest
 from conftest import mistral_model
 from talker import talkers
 
-from mlx_cerebrum.chat.reply import Answer
-from mlx_cerebrum.chat.session import Session, Settings
+from mlx_cerebrum.chat.session import Answer, Session, Settings
 from mlx_cerebrum.decoding.stream import generate, stream_generate
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.forward import Model

@@ -174,7 +174,7 @@ function characterBefore(source, at) {
 
 /**
  * Whether a run of * or _ may begin emphasis, and whether it may end it: not where it multiplies.
- * The terminal's rules are the same (`chat/maths.py`).
+ * The terminal's rules are the same (`chat/render.py`).
  */
 function may(source, start, end) {
   const before = start > 0 ? characterBefore(source, start) : "";
