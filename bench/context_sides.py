@@ -17,7 +17,7 @@ from mlx_cerebrum.decoding.decode import generate_step, prefill_step
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import request_bytes, require
+from mlx_cerebrum.model.memory import Workload, require
 
 PROBE = 32  # tokens of the prompt whose logits are compared
 _PEER_CHUNK = 2048  # mlx-lm's own default
@@ -91,8 +91,8 @@ def difference(model: Model, theirs: nn.Module) -> float:
 
 
 def _require(config: ModelConfig, length: int, tokens: int, item_bytes: int) -> None:
-    needed = request_bytes(config, length - tokens + 1, tokens, item_bytes, prefill_step())
-    require(needed, f"a context of {length} tokens", "measure it where there is more memory")
+    request = Workload(config, item_bytes, length - tokens + 1, tokens, prefill_step())
+    require(request.bytes, f"a context of {length} tokens", "measure it where there is more memory")
 
 
 def fill(cache: Any, length: int, chunk: int, config: ModelConfig, dtype: mx.Dtype) -> None:

@@ -25,7 +25,7 @@ from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import generate_step, prefill_step
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model, TransformerBlock
-from mlx_cerebrum.model.memory import GB, kv_bytes
+from mlx_cerebrum.model.memory import GB, Workload
 from mlx_cerebrum.weights.loading import fuse_projections
 from mlx_cerebrum.weights.quantize import Packing
 
@@ -52,14 +52,14 @@ def measure(pair: Pair, settings: Settings) -> Results:
         settings.say(f"{name}: {len(prompt)} prompt tokens, {tokens} decoded")
         rounds = settings.rounds if gpu else _CPU_ROUNDS
         runs = [_generate(model, prompt, tokens) for _ in range(rounds)]
-        item_bytes = storage.dtype.size
+        request = Workload(model.config, storage.dtype.size, len(prompt), tokens, prefill_step())
         sides[name] = {
             "positions": model.config.num_positions,
             "bytes_per_token": bandwidth.token_bytes(model, len(prompt)),
             "prefill": Spread.of([len(prompt) / run["first"] for run in runs]).as_json(),
             "decode": Spread.of([1 / run["token"] for run in runs]).as_json(),
             "kv": runs[0]["kv"],
-            "kv_predicted": kv_bytes(model.config, len(prompt), tokens, item_bytes, prefill_step()),
+            "kv_predicted": request.cache_bytes,
             "peak": max(run["peak"] for run in runs) - held,
         }
     return {

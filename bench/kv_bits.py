@@ -39,7 +39,7 @@ from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.attention import check_kv_bits
 from mlx_cerebrum.model.cache import KV_BITS, WindowedKVCache, kv_group
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import kv_bytes, require
+from mlx_cerebrum.model.memory import Workload, require
 
 FORMS: dict[str, int | None] = {"dense": None} | {f"{bits} bits": bits for bits in KV_BITS}
 CONTEXT = 512  # tokens of a window of text
@@ -126,10 +126,9 @@ def paces(
     model: Model, prompt: Sequence[int], lengths: Sequence[int]
 ) -> dict[str, dict[str, list[float]]]:
     """Tokens a second after the first `length` tokens of `prompt`, by length and form."""
-    item_bytes = model.dtype.size
     if lengths:
-        asked = len(prompt), DECODED, item_bytes, prefill_step()
-        needed = sum(kv_bytes(model.config, *asked, kv_bits=bits) for bits in FORMS.values())
+        asked = model.config, model.dtype.size, len(prompt), DECODED, prefill_step()
+        needed = sum(Workload(*asked, bits).cache_bytes for bits in FORMS.values())
         require(needed, f"entries of {len(prompt)} tokens", "give shorter --prompts")
     caches = {form: model.make_cache(bits) for form, bits in FORMS.items()}
     found = {}

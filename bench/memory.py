@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 
@@ -38,7 +39,7 @@ from mlx_cerebrum import cli, device
 from mlx_cerebrum.decoding.decode import generate_step, prefill_step
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.model.config import ModelConfig
-from mlx_cerebrum.model.memory import kv_bytes, request_bytes, require
+from mlx_cerebrum.model.memory import Workload, require
 from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.text import say
 from mlx_cerebrum.weights.loading import load_model
@@ -162,11 +163,11 @@ def inspect(case: Case) -> Results:
     storage = choose_storage(checkpoint, packing, "auto")
     packed = not storage.dequantize and any(storage.packings.values())
     prompt = prompt_tokens(config, packed)
-    request = (config, prompt, _TOKENS, storage.dtype.size, prefill_step())
+    request = Workload(config, storage.dtype.size, prompt, _TOKENS, prefill_step())
     predicted = {
         "weights": storage.nbytes,
-        "kv": kv_bytes(*request),
-        "peak": storage.nbytes + request_bytes(*request),
+        "kv": request.cache_bytes,
+        "peak": storage.nbytes + request.bytes,
         "loading": storage.nbytes + storage.transient,
     }
     needed = max(predicted["peak"], predicted["loading"])
@@ -234,13 +235,15 @@ def _full_size(bits: int | None) -> Iterator[Results]:
         plan = PLAN if form == "folded" else None
         config = planned_config(checkpoint.config, plan, None)
         weights = choose_storage(checkpoint, packing, "bfloat16").nbytes
-        request = (config, _FULL_PROMPT, _FULL_TOKENS, 2, _FULL_STEP)
+        request = Workload(config, 2, _FULL_PROMPT, _FULL_TOKENS, _FULL_STEP)
+        with mock.patch.object(device, "backend", return_value="metal"):
+            needed = request.bytes
         yield {
             "form": form,
             "bits": bits,
             "weights": weights,
-            "kv": kv_bytes(*request),
-            "peak": weights + request_bytes(*request, scores=False),
+            "kv": request.cache_bytes,
+            "peak": weights + needed,
             "kv_no_window": config.kv_values_per_token() * 2 * config.max_position_embeddings,
         }
 

@@ -23,13 +23,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 from bench.random_model import GEOMETRIES, RandomCheckpoint
 from bench.report import table
-from mlx_cerebrum import cli
+from mlx_cerebrum import cli, device
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.model.limits import PROC, cgroups, sizes
-from mlx_cerebrum.model.memory import GB, kv_bytes, request_bytes
+from mlx_cerebrum.model.memory import GB, Workload
 from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.text import say
 from mlx_cerebrum.weights.opening import planned_config
@@ -160,9 +161,9 @@ def arithmetic() -> list[str]:
     rows = []
     for context in CONTEXTS:
         for bits in (None, 8, 4):
-            request = (config, context - _ANSWER, _ANSWER, 2, _CHUNK)
-            caches = kv_bytes(*request, kv_bits=bits)
-            computing = request_bytes(*request, scores=False, kv_bits=bits) - caches
+            request = Workload(config, 2, context - _ANSWER, _ANSWER, _CHUNK, bits)
+            with mock.patch.object(device, "backend", return_value="metal"):
+                caches, computing = request.cache_bytes, request.bytes - request.cache_bytes
             total = weights + caches + computing
             rows.append(
                 [

@@ -20,7 +20,7 @@ import mlx.core as mx
 from bench import bootstrap
 from mlx_cerebrum.decoding.decode import greedy
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import kv_bytes, require
+from mlx_cerebrum.model.memory import Workload, require
 
 PASSAGES = 16
 LENGTH = 64  # tokens of a passage
@@ -52,9 +52,9 @@ def continuations(
 
     Raises MemoryBudgetError where the batch's cache does not fit.
     """
-    item_bytes = model.dtype.size
     length = len(prompts[0])
-    needed = len(prompts) * kv_bytes(model.config, length, new, item_bytes, length)
+    request = Workload(model.config, model.dtype.size, length, new, length)
+    needed = len(prompts) * request.cache_bytes
     require(needed, f"continuing {len(prompts)} passages at once", "free some memory")
     tokens, cache = mx.array(list(prompts), dtype=mx.int32), model.make_cache()  # [B, L]
     if length > 1:

@@ -16,7 +16,7 @@ from mlx_cerebrum.decoding.decode import greedy, prefill, prefill_step
 from mlx_cerebrum.decoding.stream import StopText
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import available_bytes, kv_bytes
+from mlx_cerebrum.model.memory import Workload, available_bytes
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 BATCH = 32  # prompts at once, at most
@@ -162,8 +162,8 @@ class Scorer:
         item_bytes = self._model.dtype.size
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
         for length, group in groupby(order, key=lambda i: len(prompts[i])):
-            each = kv_bytes(self._model.config, length, generated, item_bytes, prefill_step())
-            size = max(1, min(BATCH, available_bytes() // SHARE // max(1, each)))
+            request = Workload(self._model.config, item_bytes, length, generated, prefill_step())
+            size = max(1, min(BATCH, available_bytes() // SHARE // max(1, request.cache_bytes)))
             indices = list(group)
             for start in range(0, len(indices), size):
                 yield indices[start : start + size]

@@ -43,7 +43,7 @@ from mlx_cerebrum.model.cache import STEP
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits
-from mlx_cerebrum.model.memory import GB, request_bytes, require
+from mlx_cerebrum.model.memory import GB, Workload, require
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.loading import load_model
@@ -143,7 +143,7 @@ def _open(args: argparse.Namespace) -> tuple[Model, str]:
 
 
 def _needed(config: ModelConfig, context: int, chunk: int, item_bytes: int) -> int:
-    return _COPIES * request_bytes(config, context + chunk + 1, 1, item_bytes, chunk)
+    return _COPIES * Workload(config, item_bytes, context + chunk + 1, 1, chunk).bytes
 
 
 def measure(

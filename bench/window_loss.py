@@ -17,7 +17,7 @@ from bench.likelihood import Values, losses, windows
 from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import kv_bytes, require
+from mlx_cerebrum.model.memory import Workload, require
 
 WINDOW = 512  # for a model that has none
 SPAN = 4  # windows of text, where there is so much
@@ -60,10 +60,9 @@ def measure(
     results: dict[str, Any] = {"window": window, "own": own is not None, "tokens": len(chosen)}
     past: dict[str, Values] = {}
     for name, model in models.items():
-        item_bytes = model.dtype.size
         open_model, bound = with_window(model, None), with_window(model, window)
-        cache = kv_bytes(open_model.config, len(chosen), 1, item_bytes, prefill_step())
-        require(cache, f"a cache for {len(chosen)} tokens", "give a shorter text")
+        request = Workload(open_model.config, model.dtype.size, len(chosen), 1, prefill_step())
+        require(request.cache_bytes, f"a cache for {len(chosen)} tokens", "give a shorter text")
         found = {}
         for form, view, as_is in (("with", bound, own), ("without", open_model, own is None)):
             if as_is and name in known:

@@ -16,7 +16,7 @@ from convert.source import Source
 from convert.writer import Writer
 from mlx_cerebrum import __version__
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.model.memory import human, kv_bytes
+from mlx_cerebrum.model.memory import Workload, human
 from mlx_cerebrum.model.tensors import BLOCK, module_path
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.opening import load_tokenizer, open_checkpoint
@@ -174,7 +174,7 @@ def _summary(
         "bits_per_weight": 8 * layout.nbytes / weights,
         "bits": {o.name: o.packing.bits for o in layout.outputs if o.packing is not None},
         "cache_tokens": tokens,
-        "cache_bytes": kv_bytes(config, tokens, 1, 2, 512),
+        "cache_bytes": Workload(config, 2, tokens, 1, 512).cache_bytes,
         "sha256": hashes,
         "verified": options.verify,
         "resumed_modules": resumed,

@@ -36,7 +36,7 @@ from mlx_cerebrum.model.attention import check_kv_bits
 from mlx_cerebrum.model.cache import KV_BITS, REWIND
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits
-from mlx_cerebrum.model.memory import fits, human, request_bytes, require, what_fits
+from mlx_cerebrum.model.memory import Weights, Workload, fits, human, require
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.text import say, tell
 from mlx_cerebrum.tokenizer.conversation import read_messages
@@ -44,6 +44,7 @@ from mlx_cerebrum.tokenizer.template import check_length
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.opening import ModelSpec, Opened, open_model
 from mlx_cerebrum.weights.quantize import AFFINE_BITS
+from mlx_cerebrum.weights.storage import Storage
 
 __all__ = ["generate", "main", "stream_generate"]
 
@@ -280,21 +281,22 @@ def _check_memory(args: argparse.Namespace, opened: Opened, prompt: int, more: i
     `more` bytes are held besides: a packed copy to draft with, a prompt cache as it is read.
     """
     storage = opened.storage
-    sizes = (opened.config, prompt, args.max_tokens)
-    kinds = {"kv_bits": args.kv_bits, "drafts": most_drafts(args)}
-    item_bytes = storage.dtype.size
-    request = request_bytes(*sizes, item_bytes, args.prefill_step_size, **kinds)
-    needed = storage.nbytes + more + max(request, storage.transient)
+    sizes = prompt, args.max_tokens, args.prefill_step_size, args.kv_bits, most_drafts(args)
+    request = Workload(opened.config, storage.dtype.size, *sizes)
+
+    def way(flags: str, storage: Storage) -> Weights:
+        return Weights(flags, storage.nbytes + more, storage.transient, storage.dtype.size)
+
+    asked = way("", storage)
+    needed = asked.bytes_with(request)
     if fits(needed):
         return
-    ways = [("", storage), *opened.smaller()]
-    weights = [(flag, s.nbytes + more, s.transient, s.dtype.size) for flag, s in ways]
     require(
         needed,
         f"the model ({human(storage.nbytes)}) with {prompt} + {args.max_tokens} tokens"
-        f" ({human(request)})",
+        f" ({human(request.bytes)})",
         "use a smaller model, or fewer --max-tokens",
-        settings=what_fits(weights, *sizes, args.prefill_step_size, **kinds),
+        settings=request.smaller([asked, *(way(*smaller) for smaller in opened.smaller())]),
     )
 
 

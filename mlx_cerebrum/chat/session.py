@@ -12,7 +12,7 @@ from mlx_cerebrum.decoding.speculative import Speculation, speculation
 from mlx_cerebrum.decoding.stream import Response, stream_generate
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import available_bytes, kv_bytes
+from mlx_cerebrum.model.memory import Workload, available_bytes
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 Messages = list[dict[str, str]]
@@ -224,12 +224,11 @@ class Session:
             return None
         positions = sum(other.config.num_positions for other in self.models.values())
         share = self._room * config.num_positions // positions
-        window, size = config.sliding_window, model.dtype.size
-        step = self.settings.prefill_step_size
-        used = kv_bytes(config, 2 * (window + step), 1, size, step, kv_bits=bits)
+        window, step = config.sliding_window, self.settings.prefill_step_size
+        used = Workload(config, model.dtype.size, 2 * (window + step), 1, step, bits)
         whole = replace(config, sliding_window=None)
-        marks = kv_bytes(whole, 2 * window + REWORD, 1, size, step, kv_bits=bits)
-        return None if used + marks <= share else share
+        marks = replace(used, config=whole, prompt=2 * window + REWORD)
+        return None if used.cache_bytes + marks.cache_bytes <= share else share
 
     def forget_caches(self) -> None:
         """Compute everything anew with the next question."""

@@ -1,11 +1,12 @@
 """What a conversation's caches already hold, so that each turn computes only what is new."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.model.cache import STEP, WindowedKVCache
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import kv_bytes
+from mlx_cerebrum.model.memory import Workload
 
 # Tokens before a prompt's end that can also be gone back to: the question at the end of a long
 # text can be put in other words. Costs as many entries, once the window has left them.
@@ -44,15 +45,11 @@ class PromptCache:
             return 0
         if max_bytes is None:
             return 2 * window + REWORD
-        item_bytes = model.dtype.size
-
-        def held(prompt: int, generated: int) -> int:
-            return kv_bytes(
-                model.config, prompt, generated, item_bytes, prefill_step(), kv_bits=self.kv_bits
-            )
-
-        entry_bytes = held(1, 1) // STEP  # one token takes the smallest buffer
-        return max(0, max_bytes - held(2 * (window + prefill_step()), 1)) // entry_bytes
+        step = prefill_step()
+        least = Workload(model.config, model.dtype.size, 1, 1, step, self.kv_bits)
+        entry_bytes = least.cache_bytes // STEP  # one token takes the smallest buffer
+        used = replace(least, prompt=2 * (window + step))
+        return max(0, max_bytes - used.cache_bytes) // entry_bytes
 
     @property
     def nbytes(self) -> int:

@@ -14,7 +14,7 @@ from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits
-from mlx_cerebrum.model.memory import request_bytes, require
+from mlx_cerebrum.model.memory import Workload, require
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 
@@ -106,17 +106,10 @@ def stream_generate(
         prompt_cache = PromptCache(model, max_bytes=0)  # nothing will be taken back
     elif prompt_cache.model is not model:
         raise RequestError("this prompt cache is another model's; its entries mean nothing here")
-    request = request_bytes(
-        model.config,
-        len(ids),
-        max_tokens,
-        model.dtype.size,
-        chunk,
-        kv_bits=prompt_cache.kv_bits,
-        drafts=0 if speculation is None else speculation.policy.most,
-    )
+    drafts = 0 if speculation is None else speculation.policy.most
+    sizes = len(ids), max_tokens, chunk, prompt_cache.kv_bits, drafts
     require(
-        request - prompt_cache.nbytes,
+        Workload(model.config, model.dtype.size, *sizes).bytes - prompt_cache.nbytes,
         f"the cache for {len(ids)} + {max_tokens} tokens, with what computing them takes,",
         "use a smaller window, fewer tokens or a smaller prefill step",
     )

@@ -15,7 +15,7 @@ from bench.random_model import RandomCheckpoint
 from mlx_cerebrum.errors import PlanError, RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import kv_bytes
+from mlx_cerebrum.model.memory import Workload
 from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.weights.opening import ModelSpec, Opened
 
@@ -208,7 +208,9 @@ def test_full_size_counts_bytes(tmp_path: Path) -> None:
     big, small = found["sides"]["cerebrum-12.25b"], found["sides"]["cerebrum-7b"]
     assert big["kv"] / small["kv"] == 56 / 32
     config = tiny.b.config(tiny.checkpoint())
-    assert big["kv_predicted"] == kv_bytes(config, 32, 4, tiny.storage().dtype.size, 256)
+    assert (
+        big["kv_predicted"] == Workload(config, tiny.storage().dtype.size, 32, 4, 256).cache_bytes
+    )
     norms = 4 * (2 * 32 + 1) * 64
     assert found["weights"]["loaded"] == pytest.approx(found["weights"]["predicted"] + norms, 0.02)
     assert set(found["blocks"]) == {"bfloat16", "float32", "8-bit", "4-bit"}

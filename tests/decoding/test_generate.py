@@ -27,7 +27,7 @@ from mlx_cerebrum.decoding.stream import StopText, generate, stream_generate
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.generate import main
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import kv_bytes
+from mlx_cerebrum.model.memory import Workload
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.opening import open_checkpoint
 from mlx_cerebrum.weights.storage import choose_storage
@@ -344,7 +344,7 @@ def test_memory_is_asked_for_before_loading(
     path = checkpoint()
     source = open_checkpoint(path)
     weights = choose_storage(source, None, "auto").nbytes
-    short, long = (kv_bytes(source.config, 2, n, 4, 512) for n in (2, 400))
+    short, long = (Workload(source.config, 4, 2, n, 512).cache_bytes for n in (2, 400))
     assert short < long
     room = int((weights + (short + long) / 2) / 0.95)
     monkeypatch.setattr("mlx_cerebrum.model.memory.available_bytes", lambda: room)

@@ -17,7 +17,7 @@ from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.model.cache import STEP, WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import forward_bytes, keeps_scores, kv_bytes, request_bytes
+from mlx_cerebrum.model.memory import Workload, forward_bytes, keeps_scores
 from mlx_cerebrum.weights.loading import load_model
 from mlx_cerebrum.weights.opening import planned_config
 from mlx_cerebrum.weights.storage import choose_storage
@@ -25,6 +25,12 @@ from mlx_cerebrum.weights.storage import choose_storage
 CHUNK = STEP - 6
 GENERATED = 3
 FULL = ModelConfig.from_dict(GEOMETRIES["cerebrum-7b"])
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As predicted for the CPU backend, wherever this runs."""
+    monkeypatch.setattr(device, "backend", lambda: "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def test_a_request_is_predicted(
     model = model.view(config.layer_map)
     model.config = config
     ids = [1 + n % 500 for n in range(prompt)]
-    request = (config, prompt, GENERATED, model.dtype.size, CHUNK)
+    request = Workload(config, model.dtype.size, prompt, GENERATED, CHUNK, kv_bits)
 
     def peak() -> int:
         cache = model.make_cache(kv_bits)
@@ -60,24 +66,26 @@ def test_a_request_is_predicted(
             ids, model, max_tokens=GENERATED, cache=cache, prefill_step_size=CHUNK
         )
         assert len(list(steps)) == GENERATED
-        assert sum(layer.nbytes for layer in cache) == kv_bytes(*request, kv_bits=kv_bits)
+        assert sum(layer.nbytes for layer in cache) == request.cache_bytes
         return mx.get_peak_memory() - before
 
     # The most of several: how many operations MLX has issued ahead is a matter of timing.
     most = max(peak() for _ in range(4))
     if not device.on_gpu():  # there the queue of issued work is another
         # A bound: a window may stop right before the chunk whose scores would fill their slices.
-        assert 0.95 * most < request_bytes(*request, kv_bits=kv_bits) < 1.15 * most
+        assert 0.95 * most < request.bytes < 1.15 * most
 
 
+@pytest.mark.usefixtures("cpu")
 def test_packed_entries_take_their_share() -> None:
     """Bits, and a scale and a bias of 16 bits for each 64 values: 8.5 and 4.5 bits a value."""
-    request = (FULL, 4096, 64, 2, 512)
-    dense = kv_bytes(*request)
-    assert kv_bytes(*request, kv_bits=8) * 16 == dense * 8.5
-    assert kv_bytes(*request, kv_bits=4) * 16 == dense * 4.5
+    dense, eight, four = (
+        Workload(FULL, 2, 4096, 64, 512, bits).cache_bytes for bits in (None, 8, 4)
+    )
+    assert eight * 16 == dense * 8.5
+    assert four * 16 == dense * 4.5
     # A chunk unpacks one position's keys and values, 8 heads of 128.
-    more = forward_bytes(FULL, 512, 4607, 2, False, 8) - forward_bytes(FULL, 512, 4607, 2, False)
+    more = forward_bytes(FULL, 512, 4607, 2, 8) - forward_bytes(FULL, 512, 4607, 2)
     assert more == 2 * 8 * 128 * 4607 * 2
 
 
@@ -121,23 +129,30 @@ def test_rounds_of_drafts_stay_within_the_prediction(
     window: int | None, prompt: int, generated: int, accept: list[int], drafts: int
 ) -> None:
     most = rounds_of_drafts(window, prompt, generated, accept, drafts)
-    bound = kv_bytes(one_head(window), prompt, generated, 4, CHUNK, drafts=drafts)
-    assert most <= bound
+    request = Workload(one_head(window), 4, prompt, generated, CHUNK, drafts=drafts)
+    assert most <= request.cache_bytes
 
 
+@pytest.mark.usefixtures("cpu")
 def test_drafts_may_grow_a_cache_once_more() -> None:
     """510 entries fit two buffers of plain steps; 16 drafts grow the first some tokens early."""
-    plain = kv_bytes(one_head(None), 201, 310, 4, CHUNK)
+    plain, drafting = (Workload(one_head(None), 4, 201, 310, CHUNK, drafts=n) for n in (0, 16))
     most = rounds_of_drafts(None, 201, 310, [0], 16)
-    assert plain < most <= kv_bytes(one_head(None), 201, 310, 4, CHUNK, drafts=16)
+    assert plain.cache_bytes < most <= drafting.cache_bytes
     # Where nothing grows after the prompt, drafts change nothing.
-    assert kv_bytes(FULL, 100, 90, 2, 512, drafts=16) == kv_bytes(FULL, 100, 90, 2, 512)
-    one, many = (request_bytes(FULL, 9, 90, 2, 512, scores=True, drafts=n) for n in (0, 16))
-    assert many - one >= 16 * FULL.vocab_size * 2  # each row has logits
+    plain, drafting = (Workload(FULL, 2, 100, 90, 512, drafts=n) for n in (0, 16))
+    assert plain.cache_bytes == drafting.cache_bytes
+    one, many = (Workload(FULL, 2, 9, 90, 512, drafts=n) for n in (0, 16))
+    assert many.bytes - one.bytes >= 16 * FULL.vocab_size * 2  # each row has logits
 
 
-def test_scores_of_a_chunk_are_counted_where_they_are_held() -> None:
-    held, fused = (forward_bytes(FULL, 512, 4607, 2, scores) for scores in (True, False))
+def test_scores_of_a_chunk_are_counted_where_they_are_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device, "backend", lambda: "cpu")
+    held = forward_bytes(FULL, 512, 4607, 2)
+    monkeypatch.setattr(device, "backend", lambda: "metal")
+    fused = forward_bytes(FULL, 512, 4607, 2)
     rotation = (2 * (32 + 8) + 4) * 128 * 512  # there it is no one kernel either
     assert held - fused == (32 * 512 * 4607 + rotation) * 2
     # One block's arrays for each token: six of the stream's width; q, k and v; q and k rotated;
@@ -165,9 +180,10 @@ def test_fused_attention_holds_no_scores(
     assert keeps_scores(config, item_bytes) == held
 
 
+@pytest.mark.usefixtures("cpu")
 def test_a_window_bounds_what_a_request_takes() -> None:
     def needed(config: ModelConfig, prompt: int) -> int:
-        return request_bytes(config, prompt, 100, 2, 512, scores=True)
+        return Workload(config, 2, prompt, 100, 512).bytes
 
     assert needed(FULL, 16_385) == needed(FULL, 32_769)
     full = planned_config(FULL, None, 0)
@@ -175,9 +191,10 @@ def test_a_window_bounds_what_a_request_takes() -> None:
     assert needed(FULL, 2000) == needed(full, 2000)
 
 
+@pytest.mark.usefixtures("cpu")
 def test_a_smaller_chunk_takes_less() -> None:
     for item_bytes, at_least in ((2, 1.5), (4, 1.2)):  # on the CPU float32's scores are in slices
-        sizes = (FULL, 4097, 1, item_bytes)
-        needs = [request_bytes(*sizes, chunk, scores=True) for chunk in (64, 256, 1024)]
+        sizes = (FULL, item_bytes, 4097, 1)
+        needs = [Workload(*sizes, chunk).bytes for chunk in (64, 256, 1024)]
         assert needs == sorted(needs)
         assert needs[0] < needs[2] / at_least

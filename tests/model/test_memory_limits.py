@@ -20,7 +20,7 @@ from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model import memory
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.limits import _FIRST_EVALUATION, PROC, cgroups, host_bytes, limits, sizes
-from mlx_cerebrum.model.memory import available_bytes, request_bytes, require, what_fits
+from mlx_cerebrum.model.memory import Weights, Workload, available_bytes, require
 from mlx_cerebrum.weights.loading import load_model
 from mlx_cerebrum.weights.opening import open_checkpoint
 from mlx_cerebrum.weights.quantize import Packing
@@ -215,12 +215,14 @@ def test_the_message_names_what_fits(room: Any) -> None:
     require(int(0.4e9), "it", "buy memory", [("--a", 1)])
 
 
-FORMS = [("", 14_480_000_000, 0, 2), ("--q-bits 8", 7_690_000_000, 0, 2)]
-FORMS += [("--q-bits 4", 4_070_000_000, 0, 2)]
+FORMS = [Weights("", 14_480_000_000, 0, 2), Weights("--q-bits 8", 7_690_000_000, 0, 2)]
+FORMS += [Weights("--q-bits 4", 4_070_000_000, 0, 2)]
 
 
-def offers(prompt: int, config: ModelConfig = FULL, **options: Any) -> list[tuple[str, int]]:
-    return what_fits(FORMS, config, prompt, 100, 512, **options)
+def offers(
+    prompt: int, config: ModelConfig = FULL, kv_bits: int | None = None
+) -> list[tuple[str, int]]:
+    return Workload(config, 2, prompt, 100, 512, kv_bits).smaller(FORMS)
 
 
 def test_for_each_form_the_change_that_loses_least(room: Any) -> None:
@@ -228,7 +230,7 @@ def test_for_each_form_the_change_that_loses_least(room: Any) -> None:
     for length in (4000, 8000):
         (first, size), *others = offers(length)
         assert first == "--kv-bits 8"
-        needed = request_bytes(FULL, length, 100, 2, 512, kv_bits=8)
+        needed = Workload(FULL, 2, length, 100, 512, kv_bits=8).bytes
         assert size == 14_480_000_000 + needed
         assert [flags for flags, _ in others] == ["--q-bits 8", "--q-bits 4"]
     room(4.9e9)  # the second does not fit, and is the smallest it can be
@@ -247,7 +249,7 @@ def test_nothing_is_offered_that_the_model_can_not(room: Any) -> None:
     room(1e9)
     raw = GEOMETRIES["cerebrum-7b"] | {"head_dim": 80, "sliding_window": 512}
     narrow = ModelConfig.from_dict(raw)  # heads of 80 can't be packed; 512 is small already
-    needs = request_bytes(narrow, 4000, 100, 2, 512)
+    needs = Workload(narrow, 2, 4000, 100, 512).bytes
     assert offers(4000, narrow) == [(flags, held + needs) for flags, held, _, _ in FORMS[1:]]
 
 
@@ -312,8 +314,8 @@ def predicted() -> int:
 
     checkpoint = open_checkpoint(demo_path())
     storage = choose_storage(checkpoint, None, "float32")
-    request = request_bytes(checkpoint.config, 3, 2, storage.dtype.size, prefill_step())
-    return storage.nbytes + max(request, storage.transient)
+    request = Workload(checkpoint.config, storage.dtype.size, 3, 2, prefill_step())
+    return storage.nbytes + max(request.bytes, storage.transient)
 
 
 @pytest.fixture(scope="module")
