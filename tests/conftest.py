@@ -18,10 +18,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.weights.hub import DEMO_COMMAND, demo_path
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # in the background: programs would inherit it
+# Started in the background or by nohup, programs would inherit signals as ignored. What is caught
+# here is theirs by default, and the run itself still outlives its terminal.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+for _signum in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
+    if signal.getsignal(_signum) is signal.SIG_IGN:
+        signal.signal(_signum, lambda signum, frame: None)
 
 
 def parameters(model: Model) -> dict[str, mx.array]:
