@@ -12,14 +12,13 @@ from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.tensors import matrix_shapes
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint
+from mlx_cerebrum.weights.checkpoint import FLOAT_CODES, FLOATS, Checkpoint
 from mlx_cerebrum.weights.opening import planned_config
 from mlx_cerebrum.weights.quantize import Packing
 from mlx_cerebrum.weights.safetensors_file import ITEM_BYTES
 
 LAYOUTS = ("folded", "unrolled")
-_CODES = {name: code for code, name in FLOATS.items()}
-DTYPES = tuple(_CODES)
+DTYPES = tuple(FLOAT_CODES)
 
 Recipe = Callable[..., dict[str, Packing]]  # convert.recipe.choose, its name and budget given
 
@@ -87,7 +86,7 @@ def lay_out(checkpoint: Checkpoint, options: Options, found: fold.Folding) -> La
     if options.packing is not None and first is None and follows is None:
         stated = checkpoint.raw_config.get("torch_dtype")  # mlx-lm casts to it before it packs
         first = stated if stated in DTYPES else None
-    change = Change(options.dequantize, _CODES.get(first or ""), _CODES.get(last or ""))
+    change = Change(options.dequantize, FLOAT_CODES.get(first or ""), FLOAT_CODES.get(last or ""))
     if is_folded and plan is not None and plan.tokenizer_source:
         tokens = checkpoint.tokenizer().vocab_size
         if tokens < checkpoint.config.vocab_size:
@@ -107,7 +106,7 @@ def lay_out(checkpoint: Checkpoint, options: Options, found: fold.Folding) -> La
                 config = replace(config, vocab_size=tokens)
     if options.packing is not None:
         written = last or first or FLOATS[checkpoint.weight_dtype]
-        bits = 8 * ITEM_BYTES[_CODES[written]]
+        bits = 8 * ITEM_BYTES[FLOAT_CODES[written]]
         packings = _packings(checkpoint, config, options, found, bits, notes)
         change = replace(change, packings=packings)
     if is_folded:

@@ -25,7 +25,7 @@ from mlx_cerebrum.progress import progress as live_line
 from mlx_cerebrum.text import one_line, say
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.checkpoint import FLOATS
-from mlx_cerebrum.weights.gguf_file import GGML_TYPES
+from mlx_cerebrum.weights.gguf_file import BLOCK_BYTES
 from mlx_cerebrum.weights.gguf_paths import gguf_at
 from mlx_cerebrum.weights.safetensors_checkpoint import no_checkpoint
 
@@ -44,7 +44,6 @@ _SCALES = {
     **{"Q2_K": (80, 84), "Q3_K": (108, 110), "Q6_K": (208, 210)},
     **{"TQ1_0": (52, 54), "TQ2_0": (64, 66)},
 }
-_BLOCK_BYTES = {name: nbytes for name, _, nbytes in GGML_TYPES.values()}
 
 
 def verify(path: Path, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
@@ -125,7 +124,7 @@ def _look_at(
     empty: list[str] = []
     for name, span in sorted(spans.items(), key=lambda item: item[1].offset):
         count, zero = 0, True
-        width = _BLOCK_BYTES.get(span.dtype, 8)
+        width = BLOCK_BYTES.get(span.dtype, 8)
         step = PIECE // width * width
         for at in range(span.offset, span.offset + span.nbytes, step):
             data = reader.read(at, min(step, span.offset + span.nbytes - at))
@@ -146,7 +145,7 @@ def _nonfinite(data: Bytes, kind: str) -> int:
     """Values of a piece that are NaN or infinite: floats, or the scales of GGUF blocks."""
     if kind not in _SCALES:
         return nonfinite(data, kind)
-    scales = data.reshape(-1, _BLOCK_BYTES[kind])[:, slice(*_SCALES[kind])]
+    scales = data.reshape(-1, BLOCK_BYTES[kind])[:, slice(*_SCALES[kind])]
     return nonfinite(np.ascontiguousarray(scales).reshape(-1), "F16")
 
 

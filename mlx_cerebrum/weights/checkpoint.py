@@ -23,6 +23,7 @@ from mlx_cerebrum.weights.quantize import Packing
 
 # safetensors' names of the dtypes weights have -> torch's, which are also MLX's.
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOAT_CODES = {name: code for code, name in FLOATS.items()}
 _HELD = (*FLOATS, "U32", "U8")
 
 
@@ -50,11 +51,11 @@ class Extent:
 class Checkpoint(ABC):
     """A readable source. `shapes` maps tensor names to shapes; `read` gets one module's.
 
-    `spare` are modules that are stored though the model never reads them: a tied model's head,
-    the embedding's bytes once more. `config` is what the tensors mean: a head that says it is tied
-    but is stored with other values is not, as transformers has it.
-    `repacked` are matrices stored in a format MLX has none like: `read` packs them anew, as
-    `packing` says, `repack` in another way, and `dense` gives what is stored.
+    `config` is what the tensors make of config.json: where that ties the head to the embedding but
+    another head is stored, it is not tied. `spare` are modules that are stored though the model
+    never reads them: a tied model's head, the embedding's bytes once more. `repacked` are matrices
+    in a format that MLX has not: `read` packs them anew, as `packing` says, `repack` in another
+    way, and `dense` gives exactly what is stored.
     """
 
     path: Path
@@ -118,14 +119,14 @@ class Checkpoint(ABC):
         kinds = [kind for kind in self.dtypes.values() if kind in FLOATS]
         most = max(sorted(set(kinds)), key=kinds.count) if kinds else "F16"
         converted = self.config.quantization is not None and "provenance" in self.raw_config
-        stated = {name: code for code, name in FLOATS.items()}.get(self.config.dtype or "")
+        stated = FLOAT_CODES.get(self.config.dtype or "")
         return stated if converted and stated else most
 
     def problems(self) -> Iterator[tuple[str, list[str]]]:
-        """What of the tensors is not as the config has it: each problem, and the tensors with it.
+        """Where the tensors are not what the config means: each problem, and the tensors it is of.
 
-        No data is read. Opening stops at the first one, verifying has them all: what one takes,
-        the other does.
+        No data is read. Opening stops at the first one, and verifying lists them all, so that both
+        accept the same checkpoints.
         """
         config = self.config
         matrices: dict[str, tuple[int, int]] = dict(matrix_shapes(config))

@@ -22,6 +22,7 @@ rows at a time, and MLX packs the rows anew, into 8 bits unless asked otherwise.
 """
 
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -64,6 +65,7 @@ _MAX_HALF = 65504.0  # the largest finite float16
 
 Bytes = npt.NDArray[np.uint8]
 Scales = npt.NDArray[np.generic]
+Rows = TypeVar("Rows", npt.NDArray[np.generic], mx.array)
 
 
 def stored_packing(tensor: TensorInfo) -> Packing | None:
@@ -95,13 +97,12 @@ def read_arrays(
     """
     if tensor.ggml_type in REPACKED:
         packed = _repacked(file, tensor, packing or stored_packing(tensor))
-        return {name: _half_split(array, rotary_heads) for name, array in packed.items()}
+        return {name: half_split(array, rotary_heads) for name, array in packed.items()}
     if tensor.ggml_type in FLOATS:
         arrays = {"weight": _floats(file, tensor)}
     else:
         arrays = dict(zip(("weight", "scales", "biases"), _affine(file, tensor), strict=True))
-    if rotary_heads is not None:
-        arrays = {name: half_split(array, rotary_heads) for name, array in arrays.items()}
+    arrays = {name: half_split(array, rotary_heads) for name, array in arrays.items()}
     bfloat16 = tensor.ggml_type == "BF16"  # numpy has no such type: its bits came as uint16
     return {
         name: mx.array(array).view(mx.bfloat16) if bfloat16 else mx.array(array)
@@ -112,17 +113,12 @@ def read_arrays(
 def read_dense(file: GGUFFile, tensor: TensorInfo, rotary_heads: int | None = None) -> mx.array:
     """What a repacked kind's blocks mean: float32 [out, in]. Raises as `read_arrays`."""
     rows = joined(tensor.shape, (mx.array(rows) for rows in _dequantized(file, tensor)))
-    return _half_split(rows, rotary_heads)
+    return half_split(rows, rotary_heads)
 
 
-def half_split(rows: npt.NDArray[np.generic], heads: int) -> npt.NDArray[np.generic]:
+def half_split(rows: Rows, heads: int | None) -> Rows:
     """Each head's rows from llama.cpp's order (pairs that rotate together are neighbours)
-    to Hugging Face's (first elements of all pairs, then the second ones)."""
-    return rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def _half_split(rows: mx.array, heads: int | None) -> mx.array:
-    """`half_split` of rows that MLX has."""
+    to Hugging Face's (first elements of all pairs, then the second ones); without heads as is."""
     if heads is None:
         return rows
     return rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)

@@ -18,7 +18,7 @@ from mlx_cerebrum.errors import CheckpointError, ConfigError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.tensors import EMBEDDING, FINAL_NORM, HEAD, module_shapes, place
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, Extent
+from mlx_cerebrum.weights.checkpoint import FLOAT_CODES, FLOATS, Checkpoint, Extent
 from mlx_cerebrum.weights.gguf_blocks import (
     REPACKED,
     WIDE,
@@ -29,7 +29,6 @@ from mlx_cerebrum.weights.gguf_blocks import (
 from mlx_cerebrum.weights.gguf_file import GGUFFile, TensorInfo, quote
 from mlx_cerebrum.weights.quantize import Packing, as_quantization
 
-_CODES = {name: code for code, name in FLOATS.items()}
 # Metadata that changes the arithmetic, with the values that mean plain Llama.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "llama.expert_count": (0,),
@@ -122,7 +121,7 @@ class GGUFCheckpoint(Checkpoint):
     @property
     def weight_dtype(self) -> str:
         """Of most matrices; packed ones' scales come from float16, whatever they are held in."""
-        return _CODES[self.raw_config["dtype"]]
+        return FLOAT_CODES[self.raw_config["dtype"]]
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self.file.metadata)

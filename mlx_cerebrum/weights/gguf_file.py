@@ -47,7 +47,7 @@ GGML_TYPES: dict[int, tuple[str, int, int]] = {
 }
 # fmt: on
 BLOCK_WEIGHTS = {name: elements for name, elements, _ in GGML_TYPES.values()}
-_BLOCK_BYTES = {name: nbytes for name, _, nbytes in GGML_TYPES.values()}
+BLOCK_BYTES = {name: nbytes for name, _, nbytes in GGML_TYPES.values()}
 
 # Metadata value types: number -> how one value is stored.
 _SCALARS: dict[int, Struct] = {
@@ -156,7 +156,7 @@ class GGUFFile:
 
     def blocks(self, tensor: TensorInfo, limit: int) -> Iterator[npt.NDArray[np.uint8]]:
         """The tensor's blocks in file order, in pieces `[n, bytes of a block]` with n <= limit."""
-        file, width = self.holder(tensor), _BLOCK_BYTES[tensor.ggml_type]
+        file, width = self.holder(tensor), BLOCK_BYTES[tensor.ggml_type]
         try:
             with file.path.open("rb") as handle:
                 if _identity(handle.fileno()) != file.identity:

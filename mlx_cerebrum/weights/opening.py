@@ -28,7 +28,7 @@ from mlx_cerebrum.weights.storage import Storage, choose_storage, smaller_weight
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model, in which order its blocks run, and how it is held. `load` says what each means.
+    """Which model, in which order its blocks run, how it is held: `load` says what each is.
 
     Raises ConfigError for bits that MLX has no kernel for.
     """
@@ -88,7 +88,7 @@ class Opened:
 def open_model(spec: ModelSpec) -> Opened:
     """Find the model, read its headers, and decide how its weights will be held.
 
-    Raises a CerebrumError, one line, for whatever of it can't be honoured.
+    Raises a CerebrumError, one line, for whatever can't be honoured.
     """
     return Opened.of(open_checkpoint(hub.resolve(spec.name, spec.revision)), spec)
 
@@ -101,7 +101,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     if (gguf := gguf_at(path)) is not None:
-        # They bring numpy: 0.1 s.
+        # Imported here because they bring numpy: 0.1 s.
         from mlx_cerebrum.weights.gguf_checkpoint import GGUFCheckpoint
         from mlx_cerebrum.weights.gguf_file import GGUFFile
 

@@ -31,7 +31,7 @@ Place = tuple[str, TensorInfo]  # the file a tensor is in, and where in it
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """Dense, mlx-lm quantized, or folded. `tensors` are as stored, each with its file's name."""
+    """Dense, quantized by mlx-lm, or folded. `tensors`: what the headers say, and in which file."""
 
     def __init__(
         self,
@@ -40,16 +40,13 @@ class SafetensorsCheckpoint(Checkpoint):
         config: ModelConfig,
         tensors: Mapping[str, Place],
     ) -> None:
-        """The directory `path` with this config, and these tensors in its files' headers.
-
-        Raises CheckpointError where a file ends early.
-        """
+        """The directory `path`, of which config and headers are read; raises as `_as_stored`."""
         self.path, self.raw_config, self.tensors = path, raw_config, tensors
-        if table_stored_as(config, tensors) == HEAD:
+        if _table_stored_as(config, tensors) == HEAD:
             tensors = {
                 name.replace(f"{HEAD}.", f"{EMBEDDING}."): where for name, where in tensors.items()
             }
-        self.config = as_stored(config, path, tensors)
+        self.config = _as_stored(config, path, tensors)
         kept = {name: info for name, (_, info) in tensors.items() if not name.endswith(BUFFERS)}
         self.shapes = {name: info.shape for name, info in kept.items()}
         self.dtypes = {name: info.dtype for name, info in kept.items()}
@@ -88,7 +85,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def _parts(self, module: str) -> dict[str, str]:
         """The names that the module's parts are stored under."""
         if module == EMBEDDING:
-            module = table_stored_as(self.config, self.tensors)
+            module = _table_stored_as(self.config, self.tensors)
         names = {part: f"{module}.{part}" for part in PARTS}
         return {part: name for part, name in names.items() if name in self.tensors}
 
@@ -115,7 +112,7 @@ class SafetensorsCheckpoint(Checkpoint):
         return Tokenizer.from_directory(self.path, self.config.eos_token_ids)
 
 
-def table_stored_as(config: ModelConfig, tensors: Container[str]) -> str:
+def _table_stored_as(config: ModelConfig, tensors: Container[str]) -> str:
     """The module whose tensors are the embedding's.
 
     Of a tied table some savers keep only the head's name, the first of the two in the alphabet
@@ -125,12 +122,11 @@ def table_stored_as(config: ModelConfig, tensors: Container[str]) -> str:
     return HEAD if config.tie_word_embeddings and head_only else EMBEDDING
 
 
-def as_stored(config: ModelConfig, path: Path, tensors: Mapping[str, Place]) -> ModelConfig:
-    """The config as the tensors of the directory `path` have it.
+def _as_stored(config: ModelConfig, path: Path, tensors: Mapping[str, Place]) -> ModelConfig:
+    """The config that the tensors of the directory `path` make true.
 
-    A head that `tie_word_embeddings` calls the embedding, but is stored with other values, is used
-    as it is stored: transformers does that (`tie_weights`). Raises CheckpointError where a file
-    ends early.
+    Where it ties the head to the embedding, but a head with other values is stored, the stored one
+    is used: transformers does that (`tie_weights`). Raises CheckpointError where a file ends early.
     """
     if not config.tie_word_embeddings or f"{HEAD}.weight" not in tensors:
         return config

@@ -26,30 +26,26 @@ def load_views(
     """Load a model and lay its blocks out in every order it is to answer in.
 
     The views share the weights: all of them take one model's memory, and none a second one's time
-    to load. The first is the one to answer by default: Cerebrum's 12.25B, else the model as it is
-    opened. Raises PlanError for a plan that does not fit, and as `Opened.load` and
-    `Opened.tokenizer` do.
+    to load. The first answers unless another is asked for: Cerebrum's 12.25B, else the model as it
+    was opened. Raises PlanError for a plan that does not fit, and what `Opened.load` and
+    `Opened.tokenizer` raise.
     """
     source = str(opened.spec.name)
     # What needs no weights to refuse is refused before they are read.
-    orders(opened.config, source, plans)
-    tokenizer = opened.tokenizer
-    return views(opened.load(progress), source, plans), tokenizer
+    wanted, tokenizer = orders(opened.config, source, plans), opened.tokenizer
+    return views(opened.load(progress), wanted), tokenizer
 
 
-def views(base: Model, source: str, plans: Sequence[str] = ()) -> dict[str, Model]:
-    """Views over `base`'s weights by name, as `orders` has them."""
+def views(base: Model, wanted: Mapping[str, Order]) -> dict[str, Model]:
+    """Views over `base`'s weights by name; `base` itself where it is in that order."""
     own = base.config.layer_map, base.config.residual_scales
-    return {
-        name: base if order == own else base.view(*order)
-        for name, order in orders(base.config, source, plans).items()
-    }
+    return {name: base if o == own else base.view(*o) for name, o in wanted.items()}
 
 
 def orders(config: ModelConfig, source: str, plans: Sequence[str] = ()) -> dict[str, Order]:
     """The orders a checkpoint's blocks can answer in, by name; of 32 blocks always the 12.25B's.
 
-    `source` is what the checkpoint was asked for by. Raises PlanError for a plan that does not fit.
+    `source` is the name it was asked for by. Raises PlanError for a plan that does not fit.
     """
     blocks = config.num_hidden_layers
     short = _SUFFIX.sub("", PurePath(source).name.lower()) or "model"

@@ -11,14 +11,14 @@ from mlx_cerebrum import load
 from mlx_cerebrum.errors import PlanError
 from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
-from mlx_cerebrum.weights.views import describe, find, load_views, views
+from mlx_cerebrum.weights.views import describe, find, load_views, orders, views
 
 MAP_12B = LayerPlan.named("cerebrum-12.25b").layer_map(32)
 
 
 def test_cerebrum_is_two_models(checkpoint: MakeCheckpoint) -> None:
     base, _ = load(checkpoint(num_hidden_layers=32))
-    found = views(base, "AetherResearch/Cerebrum-1.0-7b")
+    found = views(base, orders(base.config, "AetherResearch/Cerebrum-1.0-7b"))
     assert list(found) == ["cerebrum-12.25b", "cerebrum-7b"]
     assert found["cerebrum-12.25b"].config.layer_map == MAP_12B
     assert found["cerebrum-7b"] is base
@@ -27,14 +27,14 @@ def test_cerebrum_is_two_models(checkpoint: MakeCheckpoint) -> None:
 
 def test_a_folded_directory_is_its_own_12b(checkpoint: MakeCheckpoint) -> None:
     base, _ = load(checkpoint(num_hidden_layers=32), plan="cerebrum-12.25b")
-    found = views(base, "./cerebrum-12.25b-4bit")
+    found = views(base, orders(base.config, "./cerebrum-12.25b-4bit"))
     assert found["cerebrum-12.25b"] is base
     assert found["cerebrum-7b"].config.layer_map == tuple(range(32))
 
 
 def test_other_models_keep_their_names(checkpoint: MakeCheckpoint) -> None:
     base, _ = load(checkpoint(num_hidden_layers=32))
-    assert list(views(base, "owner/Mistral-7B-v0.1")) == [
+    assert list(views(base, orders(base.config, "owner/Mistral-7B-v0.1"))) == [
         "mistral-7b-v0.1",
         "mistral-7b-v0.1@cerebrum-12.25b",
     ]
@@ -47,11 +47,11 @@ def test_a_plan_file_is_named_by_its_stem(checkpoint: MakeCheckpoint, tmp_path: 
     plans[1].parent.mkdir()
     for plan in plans:
         plan.write_text(text)
-    assert list(views(base, "cerebrum", [str(plans[0])]))[-1] == "mine"
+    assert list(views(base, orders(base.config, "cerebrum", [str(plans[0])])))[-1] == "mine"
     both = [str(plan) for plan in plans]
     plans[1].write_text(LayerPlan.named("cerebrum-7b").text)
     with pytest.raises(PlanError, match="two models would be called mine"):
-        views(base, "cerebrum", both)
+        views(base, orders(base.config, "cerebrum", both))
 
 
 def test_views_of_the_demo_take_one_models_memory(demo: Path) -> None:
