@@ -47,9 +47,7 @@ from mlx_cerebrum.model.cache import REWIND, STEP
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import require
 from mlx_cerebrum.plan.layer_plan import resolve
-from mlx_cerebrum.weights.loading import load_model
-from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
-from mlx_cerebrum.weights.storage import choose_storage
+from mlx_cerebrum.weights.opening import ModelSpec, open_model, planned_config
 
 LENGTHS = (1024, 4096, 8192, 16384, 32768)
 PLANS = ("cerebrum-12.25b", "cerebrum-7b")
@@ -126,9 +124,8 @@ def _random(settings: Settings, lengths: Sequence[int], geometry: dict[str, Any]
     stored, copied = settings.work / "narrow", settings.work / "narrow-unrolled"
     write_random(stored, geometry)
     write_random(copied, geometry, layers=resolve(PLANS[0]).layer_map(32))
-    checkpoint = open_checkpoint(stored)
-    config = planned_config(checkpoint.config, PLANS[0], None)
-    merged = load_model(checkpoint, config, choose_storage(checkpoint, None, "auto"))
+    merged = open_model(ModelSpec(stored, plan=PLANS[0])).load()
+    config = merged.config
     base = merged.view(resolve(PLANS[1]).layer_map(32))
     dtype = merged.dtype
     sides: dict[str, Prepare] = {

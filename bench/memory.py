@@ -42,10 +42,13 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import Workload, require
 from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.text import say
-from mlx_cerebrum.weights.loading import load_model
-from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
-from mlx_cerebrum.weights.quantize import Packing
-from mlx_cerebrum.weights.storage import SMALLER, choose_storage
+from mlx_cerebrum.weights.opening import (
+    ModelSpec,
+    Opened,
+    open_model,
+    planned_config,
+)
+from mlx_cerebrum.weights.storage import SMALLER
 
 PLAN = "cerebrum-12.25b"
 BITS = (None, 8, 4)  # None: as stored
@@ -156,11 +159,10 @@ def _answer(case: Case, settings: Settings) -> Results:
 
 def inspect(case: Case) -> Results:
     """Predict, load and generate in this process. Raises a CerebrumError for what can't fit."""
-    checkpoint = open_checkpoint(case.directory)
-    config = planned_config(checkpoint.config, case.plan, case.window)
-    other = planned_config(checkpoint.config, case.view, case.window)
-    packing = None if case.bits is None else Packing(case.bits, 64)
-    storage = choose_storage(checkpoint, packing, "auto")
+    spec = ModelSpec(case.directory, plan=case.plan, q_bits=case.bits, window=case.window)
+    opened = open_model(spec)
+    config, storage = opened.config, opened.storage
+    other = planned_config(opened.checkpoint.config, case.view, case.window)
     packed = not storage.dequantize and any(storage.packings.values())
     prompt = prompt_tokens(config, packed)
     request = Workload(config, storage.dtype.size, prompt, _TOKENS, prefill_step())
@@ -175,7 +177,7 @@ def inspect(case: Case) -> Results:
 
     before = _active()
     mx.reset_peak_memory()
-    model = load_model(checkpoint, config, storage)
+    model = opened.load()
     weights, loading = _active() - before, mx.get_peak_memory() - before
     mx.reset_peak_memory()
     cache = model.make_cache()
@@ -229,12 +231,12 @@ def _full_size(bits: int | None) -> Iterator[Results]:
     """The 7B's geometry, folded (either model) and unrolled (the 12.25B), by arithmetic."""
     raw = GEOMETRIES["cerebrum-7b"]
     positions = len(resolve(PLAN).layer_map(raw["num_hidden_layers"]))
-    packing = None if bits is None else Packing(bits, 64)
     for form, layers in (("folded", raw["num_hidden_layers"]), ("unrolled", positions)):
         checkpoint = RandomCheckpoint(Path(form), raw | {"num_hidden_layers": layers})
         plan = PLAN if form == "folded" else None
-        config = planned_config(checkpoint.config, plan, None)
-        weights = choose_storage(checkpoint, packing, "bfloat16").nbytes
+        spec = ModelSpec(form, plan=plan, q_bits=bits, dtype="bfloat16")
+        opened = Opened.of(checkpoint, spec)
+        config, weights = opened.config, opened.storage.nbytes
         request = Workload(config, 2, _FULL_PROMPT, _FULL_TOKENS, _FULL_STEP)
         with mock.patch.object(device, "backend", return_value="metal"):
             needed = request.bytes

@@ -33,9 +33,7 @@ from mlx_cerebrum.model.limits import PROC, cgroups, sizes
 from mlx_cerebrum.model.memory import GB, Workload
 from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.text import say
-from mlx_cerebrum.weights.opening import planned_config
-from mlx_cerebrum.weights.quantize import Packing
-from mlx_cerebrum.weights.storage import choose_storage
+from mlx_cerebrum.weights.opening import ModelSpec, Opened
 
 PLAN = "cerebrum-12.25b"
 MAC_8GB = 8 * 2**30 * 2 // 3  # bytes
@@ -156,8 +154,9 @@ def arithmetic() -> list[str]:
     """The 12.25B folded in 4 bits, at several contexts, against an 8 GB Mac: Markdown lines."""
     raw = GEOMETRIES["cerebrum-7b"]
     checkpoint = RandomCheckpoint(Path("folded"), raw)
-    config = planned_config(checkpoint.config, PLAN, None)
-    weights = choose_storage(checkpoint, Packing(4, 64), "bfloat16").nbytes
+    spec = ModelSpec(checkpoint.path, plan=PLAN, q_bits=4, dtype="bfloat16")
+    opened = Opened.of(checkpoint, spec)
+    config, weights = opened.config, opened.storage.nbytes
     rows = []
     for context in CONTEXTS:
         for bits in (None, 8, 4):

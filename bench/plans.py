@@ -50,8 +50,6 @@ from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.plan.layer_plan import LayerPlan, resolve
 from mlx_cerebrum.text import say, tell
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.opening import open_checkpoint
 
 SECONDS = 150.0  # that a sweep may take unless asked otherwise
 CONTEXT = 256
@@ -231,7 +229,7 @@ def _round(value: float) -> float:
 
 def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
     pair = open_pair(args.model)
-    blocks = open_checkpoint(hub.resolve(args.model)).config.num_hidden_layers
+    blocks = pair.checkpoint().config.num_hidden_layers
     if args.yaml is not None:
         cell = Cell.named(args.yaml)
         if cell is None:

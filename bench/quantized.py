@@ -31,9 +31,9 @@ from mlx_cerebrum.model.memory import human, require
 from mlx_cerebrum.model.tensors import matrix_shapes
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint, Extent
-from mlx_cerebrum.weights.loading import load_model
+from mlx_cerebrum.weights.opening import Opened
 from mlx_cerebrum.weights.quantize import Packing
-from mlx_cerebrum.weights.storage import DTYPES, SMALLER, choose_storage
+from mlx_cerebrum.weights.storage import DTYPES, SMALLER
 
 BITS = (8, 4)
 GROUP = 64
@@ -170,11 +170,11 @@ def noise(
 def load(pair: Pair, packing: Packing) -> tuple[Model, ...]:
     """Both sides over weights packed so. Raises MemoryBudgetError where they don't fit."""
     checkpoint = Repacked(pair.checkpoint(), packing)
-    storage = choose_storage(checkpoint, None, "auto")
+    opened = Opened.of(checkpoint, pair.opened.spec)
+    storage, other = opened.storage, pair.b.config(checkpoint, pair.window)
     require(storage.nbytes + storage.transient, f"loading {packing}", SMALLER)
-    configs = [side.config(checkpoint, pair.window) for side in pair.sides]
-    first = load_model(checkpoint, configs[0], storage)
-    return first, first.view(configs[1].layer_map, configs[1].residual_scales)
+    first = opened.load()
+    return first, first.view(other.layer_map, other.residual_scales)
 
 
 def against(

@@ -51,8 +51,7 @@ from bench.server_process import Process, Watch, handles, metrics, resident
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.text import tell
-from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.opening import load_tokenizer, open_checkpoint
+from mlx_cerebrum.weights.opening import ModelSpec, open_model
 
 WARM_UP = 0.2  # of the minutes, before them; of this load only errors count
 
@@ -111,7 +110,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def counter(model: str) -> Count:
     """Counts the prompt tokens of a chat's question, by the model's own tokenizer."""
-    tokenizer = load_tokenizer(open_checkpoint(hub.resolve(model)))
+    tokenizer = open_model(ModelSpec(model)).tokenizer
 
     def count(asked: Question) -> int | None:
         if asked.path != CHAT:

@@ -44,12 +44,12 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.memory import GB, Workload, require
-from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.checkpoint import Checkpoint
-from mlx_cerebrum.weights.loading import load_model
-from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
-from mlx_cerebrum.weights.quantize import Packing
-from mlx_cerebrum.weights.storage import SMALLER, choose_storage
+from mlx_cerebrum.weights.opening import (
+    ModelSpec,
+    Opened,
+    open_model,
+)
+from mlx_cerebrum.weights.storage import SMALLER
 
 BUILD, REST = "building the graph", "the rest"
 SHAPES = {"narrow": NARROW, "cerebrum-7b": GEOMETRIES["cerebrum-7b"]}
@@ -128,18 +128,16 @@ def _open(args: argparse.Namespace) -> tuple[Model, str]:
     if args.geometry is not None and args.model is not None:
         raise RequestError("--geometry is a model of random weights: drop --model")
     name = f"random, {args.geometry}" if args.geometry else shown(args.model or "demo")
-    checkpoint: Checkpoint
+    spec = ModelSpec(args.model or "demo", plan=args.plan, q_bits=args.q_bits, window=args.window)
     if args.geometry is not None:
-        checkpoint = RandomCheckpoint(Path(name), SHAPES[args.geometry])
+        opened = Opened.of(RandomCheckpoint(Path(name), SHAPES[args.geometry]), spec)
     else:
-        checkpoint = open_checkpoint(hub.resolve(args.model or "demo"))
-    config = planned_config(checkpoint.config, args.plan, args.window)
-    packing = None if args.q_bits is None else Packing(args.q_bits, 64)
-    storage = choose_storage(checkpoint, packing, "auto")
+        opened = open_model(spec)
+    storage = opened.storage
     needed = storage.nbytes + storage.transient
-    needed += _needed(config, args.context, args.chunk, storage.dtype.size)
+    needed += _needed(opened.config, args.context, args.chunk, storage.dtype.size)
     require(needed, f"profiling {name}", f"{SMALLER}, or a shorter --context")
-    return load_model(checkpoint, config, storage), name
+    return opened.load(), name
 
 
 def _needed(config: ModelConfig, context: int, chunk: int, item_bytes: int) -> int:
