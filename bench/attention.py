@@ -1,7 +1,7 @@
 """Where attention in slices pays on the CPU, against MLX's own, in turns.
 
 MLX's own computes all scores of a chunk and takes their exponentials a value at a time there
-(mlx_cerebrum/attention_cpu.py says why that is slow). Slices cost calls instead: some 30
+(mlx_cerebrum/model/cpu.py says why that is slow). Slices cost calls instead: some 30
 operations for each head and slice. So they pay from some number of scores on (`LEAST`), and a
 slice has a best size (`SLICE`): fewer scores cost more calls, more of them leave the core's cache.
 """
@@ -20,8 +20,8 @@ from bench import machine
 from bench.report import Spread, parser, publish, ratio, rounds, table
 from mlx_cerebrum import cli, device
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.model import attention_cpu
-from mlx_cerebrum.model.attention_cpu import LEAST, SLICE, attend_in_slices
+from mlx_cerebrum.model import cpu
+from mlx_cerebrum.model.cpu import LEAST, SLICE, attend_in_slices
 
 HEADS = {"9 of 64": (9, 3, 64), "32 of 128": (32, 8, 128)}  # the demo's, the 7B's
 SHAPES = ((8, 1024), (16, 2048), (128, 256), (256, 256), (256, 1024), (256, 2048), (256, 4351))
@@ -62,7 +62,7 @@ def measure(
         return mx.fast.scaled_dot_product_attention(queries, entries, values, **asked)
 
     def sliced(size: int) -> mx.array:
-        with mock.patch.object(attention_cpu, "SLICE", size):
+        with mock.patch.object(cpu, "SLICE", size):
             return attend_in_slices(queries, entries, values, **asked)
 
     def run(way: Callable[[], mx.array]) -> tuple[float, int]:

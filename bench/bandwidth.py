@@ -18,8 +18,8 @@ import mlx.core as mx
 
 from bench import machine
 from mlx_cerebrum.decoding.cost import bytes_read
+from mlx_cerebrum.model.cpu import multiply
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.linear import multiply
 from mlx_cerebrum.model.memory import GB, available_bytes
 
 # GB/s, from Apple's and NVIDIA's specifications. Two figures: the smaller GPU's, the larger's.

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from bench.context_sides import fill
 from bench.report import rounds
 from mlx_cerebrum.decoding.decode import greedy, prefill_step
-from mlx_cerebrum.model import rotary
+from mlx_cerebrum.model import cpu
 from mlx_cerebrum.model.attention import attend
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
@@ -94,7 +94,7 @@ def timed(graph: Callable[[], Arrays], after: Callable[[], None] = lambda: None)
 
 def forget() -> None:
     """Drop the rotary tables of the last step: every step has another offset, and makes its own."""
-    rotary._tables.cache_clear()
+    cpu._tables_of_one.cache_clear()
 
 
 def decode_pass(model: Model, context: int) -> Pass:

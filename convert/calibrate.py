@@ -26,9 +26,9 @@ import mlx.core as mx
 from convert.sensitivity import Sensitivity
 from mlx_cerebrum import __version__, cli, device
 from mlx_cerebrum.errors import ConfigError, RequestError
-from mlx_cerebrum.model.attention_cpu import in_slices, scores_held
 from mlx_cerebrum.model.cache import attention_mask
 from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.cpu import in_slices, scores_held
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import available_bytes, require
 from mlx_cerebrum.model.tensors import EMBEDDING, FUSED, HEAD, MATRICES, matrix_shapes, module_path

@@ -12,10 +12,10 @@ from bench.random_model import GEOMETRIES
 from mlx_cerebrum import device
 from mlx_cerebrum.chat.session import Settings as ChatSettings
 from mlx_cerebrum.decoding.decode import prefill_step
-from mlx_cerebrum.model import attention, attention_cpu, forward, linear
+from mlx_cerebrum.model import attention, cpu, forward
 from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.cpu import Rotary
 from mlx_cerebrum.model.memory import keeps_scores
-from mlx_cerebrum.model.rotary import Rotary
 
 ROOT = Path(__file__).parent.parent
 FILES = [
@@ -76,16 +76,16 @@ def test_every_place_follows(backend: device.Backend, monkeypatch: pytest.Monkey
         monkeypatch.setattr(owner, name, noted)
 
     note(mx.fast, "rope")
-    note(linear, "_pieces")
+    note(cpu, "_pieces")
     monkeypatch.setattr(forward, "_swiglu_in_one", lambda *_: called.append("compiled"))
     x = mx.ones((1, 1, 1, 32))
     Rotary(32, 10000.0)(x, 3)
-    linear.multiply(x, mx.ones((4, 32)))
+    cpu.multiply(x, mx.ones((4, 32)))
     forward.swiglu(x, x)
     assert called == ["rope", "compiled"] * gpu + ["_pieces"] * linux_cpu
     assert prefill_step() == ChatSettings().prefill_step_size == (512 if gpu else 256)
     assert prefill_step(7) == 7
     assert attention.packed_rows() == {"cpu": 1, "cuda": 0, "metal": 64}[backend]
-    assert attention_cpu.in_slices(512, 512, mx.float32, "causal") == linux_cpu
+    assert cpu.in_slices(512, 512, mx.float32, "causal") == linux_cpu
     config = ModelConfig.from_dict(GEOMETRIES["cerebrum-7b"])
     assert keeps_scores(config, 4) == (backend != "metal")

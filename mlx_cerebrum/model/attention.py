@@ -6,9 +6,9 @@ import mlx.core as mx
 
 from mlx_cerebrum import device
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.model.attention_cpu import attend_in_slices, in_slices
 from mlx_cerebrum.model.cache import KV_BITS, REWIND, Entries, Mask, Packed, causal_mask, kv_group
 from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.cpu import attend_in_slices, in_slices
 
 # Up to so many queries multiply packed entries as they are; more have them unpacked first. Metal
 # then reads the packed bytes only, for a round of drafts as for a plain step. CUDA's kernel takes

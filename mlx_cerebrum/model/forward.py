@@ -12,6 +12,7 @@ Shapes: B sequences, L new tokens, T visible keys, D = hidden_size, H heads of w
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,9 +21,7 @@ from mlx_cerebrum import device
 from mlx_cerebrum.model.attention import attend, check_kv_bits
 from mlx_cerebrum.model.cache import Cache, Mask, WindowedKVCache, attention_mask
 from mlx_cerebrum.model.config import ModelConfig
-from mlx_cerebrum.model.linear import Embedding, Linear
-from mlx_cerebrum.model.rotary import Rotary
-from mlx_cerebrum.model.shared_weights import SharedWeights
+from mlx_cerebrum.model.cpu import Embedding, Linear, Rotary
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -87,6 +86,24 @@ class MLP(nn.Module):
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(swiglu(gate, up))
+
+
+class SharedWeights(nn.Module):
+    """A module whose weights may serve several models; then they can't be changed."""
+
+    viewed = False
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_if_viewed()
+        return super().update(*args, **kwargs)
+
+    def update_modules(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_if_viewed()
+        return super().update_modules(*args, **kwargs)
+
+    def _refuse_if_viewed(self) -> None:
+        if self.viewed:
+            raise RuntimeError("these weights serve several views: change them before view()")
 
 
 def _norm(config: ModelConfig) -> nn.RMSNorm:

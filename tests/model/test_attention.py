@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import generate_step
-from mlx_cerebrum.model import attention_cpu
+from mlx_cerebrum.model import cpu
 from mlx_cerebrum.model.attention import attend
-from mlx_cerebrum.model.attention_cpu import SLICE, attend_in_slices, exp2, in_slices, scores_held
 from mlx_cerebrum.model.cache import Mask, causal_mask
 from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.cpu import SLICE, attend_in_slices, exp2, in_slices, scores_held
 from mlx_cerebrum.model.forward import Model
 
 
@@ -68,8 +68,8 @@ def test_slices_are_the_same_attention(data: st.DataObject) -> None:
     queries = mx.random.normal((B, H, L, D)) * spread
     keys, values = (mx.random.normal((B, kv_heads, T, D)) * a for a in (spread, 1.0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_cpu, "SLICE", size)
-        patch.setattr(attention_cpu, "_ROWS", draw(st.integers(1, 5)))
+        patch.setattr(cpu, "SLICE", size)
+        patch.setattr(cpu, "_ROWS", draw(st.integers(1, 5)))
         found = np.array(attend_in_slices(queries, keys, values, D**-0.5, mask), np.float64)
     wanted, largest = exact(queries, keys, values, D**-0.5, mask)
     # A score of float32 is known to some of its own last places, and so is its exponential.
@@ -120,10 +120,10 @@ def test_a_model_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = [(7 * n * n + 3) % 97 for n in range(200)]
     found, tokens = [], []
     for least in (1 << 30, 1):
-        monkeypatch.setattr(attention_cpu, "LEAST", least)
-        monkeypatch.setattr(attention_cpu, "_FEWEST", 1)
-        monkeypatch.setattr(attention_cpu, "SLICE", 500)
-        monkeypatch.setattr(attention_cpu, "_ROWS", 2)
+        monkeypatch.setattr(cpu, "LEAST", least)
+        monkeypatch.setattr(cpu, "_FEWEST", 1)
+        monkeypatch.setattr(cpu, "SLICE", 500)
+        monkeypatch.setattr(cpu, "_ROWS", 2)
         found.append(model(mx.array([prompt])))
         for step in (200, 64, 33):
             tokens.append(list(generate_step(prompt, model, max_tokens=24, prefill_step_size=step)))

@@ -4,8 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_cerebrum.model.linear import Embedding, Linear, _pieces, multiply
-from mlx_cerebrum.model.rotary import Rotary
+from mlx_cerebrum.model.cpu import Embedding, Linear, Rotary, _pieces, multiply
 
 
 @pytest.mark.parametrize(

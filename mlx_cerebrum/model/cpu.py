@@ -1,0 +1,235 @@
+"""What the CPU backend computes in another way than MLX's own, because it is faster there.
+
+Products with one token's vector, rotary positions, attention over a prompt. On a GPU the modules
+here call MLX's kernels. Where Accelerate does the work (macOS), products and attention are MLX's.
+"""
+
+import math
+from functools import cache, lru_cache
+from threading import get_ident
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_cerebrum import device
+from mlx_cerebrum.model.cache import Mask, causal_mask
+
+# ---- Products
+
+# OpenBLAS multiplies products of up to this size (tokens x rows x columns) as they lie. A larger
+# one it packs first, which reads and writes the matrix once more than the product itself.
+_SMALL = 1_000_000
+_FEW_ROWS = 1200
+# With OpenBLAS 0.3.21, for several tokens at once only wide matrices gain by it: a 4096 x 14336
+# one some four times for 1 token, three for 8, two for 16, nothing for 32.
+_FEW_TOKENS, _WIDE = 16, 1024
+
+
+@cache
+def _pieces(tokens: int, rows: int, columns: int) -> int:
+    """Into how many equal pieces the rows are cut for each product to be small; 1: left whole."""
+    if tokens > 1 and (tokens > _FEW_TOKENS or columns < _WIDE):
+        return 1
+    for pieces in range(1, rows):
+        piece = rows // pieces
+        if rows % pieces == 0 and piece <= _FEW_ROWS and tokens * piece * columns <= _SMALL:
+            return pieces
+    return 1
+
+
+def multiply(x: mx.array, weight: mx.array) -> mx.array:
+    """`[..., K]` times `[N, K]` transposed -> `[..., N]`.
+
+    On Linux's CPU a few tokens' vectors are multiplied piece by piece. With OpenBLAS a large model
+    decodes almost twice as fast for it. The demo, whose matrices are small, gains little on an
+    idle machine, more on a busy one. MLX's own BLAS is as fast either way.
+    """
+    rows, columns = weight.shape
+    tokens = x.size // columns
+    pieces = _pieces(tokens, rows, columns) if device.on_linux_cpu() else 1
+    if pieces == 1:
+        return x @ weight.T
+    cut = weight.reshape(pieces, rows // pieces, columns).swapaxes(-1, -2)
+    parts = x.reshape(1, tokens, columns) @ cut  # [pieces, tokens, rows / pieces]
+    return parts.swapaxes(0, 1).reshape(*x.shape[:-1], rows)
+
+
+class Linear(nn.Linear):
+    """nn.Linear without a bias, by `multiply`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return multiply(x, self.weight)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding; as a head, by `multiply`."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return multiply(x, self.weight)
+
+
+# ---- Rotary position embeddings (Su et al. 2021, arXiv 2104.09864), halves paired as in Llama
+
+Tables = tuple[mx.array, mx.array]
+
+
+def _tables(positions: mx.array, width: int, base: float) -> Tables:
+    """`(cos, sin)` of every angle: float `positions [..., 1]` -> `[..., width]`.
+
+    The first half of sin is negative.
+    """
+    powers = mx.arange(width // 2, dtype=mx.float32) * (-2 * math.log(base) / width)
+    angles = positions * mx.exp(powers)
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    return mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
+
+
+@lru_cache(maxsize=4)
+def _tables_of_one(thread: int, width: int, base: float, offset: int, length: int) -> Tables:
+    """Those of sequences that are all at the same `offset`: `[length, width]`.
+
+    Each thread has its own: it can't use an array that another one has yet to compute.
+    """
+    positions = mx.arange(offset, offset + length, dtype=mx.float32)
+    return _tables(positions[:, None], width, base)
+
+
+# The last batch's: offsets, what else they were made for, tables.
+_batch: tuple[mx.array, tuple[int, float, int], Tables] | None = None
+
+
+def _tables_of_batch(width: int, base: float, offsets: mx.array, length: int) -> Tables:
+    """Those of sequences at different `offsets [B]`: each `[B, 1, length, width]`.
+
+    Positions whose caches share one array of offsets share the tables made for it.
+    """
+    global _batch
+    last, made_for = _batch, (width, base, length)
+    if last is not None and last[0] is offsets and last[1] == made_for:
+        return last[2]
+    positions = offsets.reshape(-1, 1, 1, 1) + mx.arange(length)[:, None]
+    tables = _tables(positions.astype(mx.float32), width, base)
+    _batch = offsets, made_for, tables
+    return tables
+
+
+class Rotary(nn.Module):
+    """Turns `[B, H, L, width]`, tokens `offset` and on, by their positions.
+
+    On a GPU `mx.fast.rope` is one kernel. On the CPU it is 22 more primitives in every position
+    of the layer map, sines and cosines among them; there one step's tables serve them all.
+    """
+
+    def __init__(self, width: int, base: float) -> None:
+        super().__init__()
+        self.width, self.base = width, base
+
+    def __call__(self, x: mx.array, offset: Any) -> mx.array:
+        """`offset` is the first token's position, of each sequence where it is an array `[B]`."""
+        if device.on_gpu():
+            return mx.fast.rope(
+                x, self.width, traditional=False, base=self.base, scale=1.0, offset=offset
+            )
+        made_for = (self.width, self.base, offset, x.shape[2])
+        if isinstance(offset, int):
+            cos, sin = _tables_of_one(get_ident(), *made_for)
+        else:  # mlx-lm's batched caches
+            cos, sin = _tables_of_batch(*made_for)
+        left, right = mx.split(x, 2, axis=-1)
+        return (x * cos + mx.concatenate([right, left], axis=-1) * sin).astype(x.dtype)
+
+
+# ---- Attention over a prompt, in float32 on Linux: one head and some queries at a time
+#
+# Of the 15 ns that MLX's own takes there for a score, 12 are its exponential, which it computes a
+# value at a time where it has no Accelerate (mlx/backend/cpu/simd). A power of two made of sums,
+# products and shifts of whole arrays takes 2, as long as the scores stay in the core's cache.
+# Slices also leave out the keys after their last query, and most of the memory.
+
+# Measured on two cores of an EPYC, heads 64 and 128 wide: slices of 128k scores make a chunk of 256
+# queries 1.2 to 1.7 times as fast as MLX's own, over 256 to 4351 keys, and 8 queries slower.
+SLICE = 1 << 17  # scores computed at a time
+LEAST = 1 << 16  # scores of a head from which on slices always paid
+_FEWEST = 8  # queries from which on that holds: fewer were not measured
+_ROWS = 32  # queries in a slice, at least: for each of them all keys are read again
+
+_LOG2_E = 1 / math.log(2)
+# 2^f for -1/2 <= f <= 1/2: 1, then f, f^2, ...; least squares of the relative error over the
+# extremes of a Chebyshev polynomial, 1 held fast. Within 2e-7 of it in float32.
+_POWERS = (1.0, 0.6931468844, 0.2402223796, 0.0555089302, 0.0096717030, 0.0013218675)
+_ROUND = 1.5 * 2.0**23  # added to a small float32, it rounds it: its lowest bits are the integer
+_EXPONENT = 23  # the bit where a float32's exponent begins
+
+
+def in_slices(length: int, keys: int, dtype: mx.Dtype, mask: Mask) -> bool:
+    """Whether `attend_in_slices` is the way for `length` queries over `keys`."""
+    if dtype != mx.float32 or not device.on_linux_cpu():
+        return False
+    if length < _FEWEST or length * keys < LEAST:
+        return False
+    return not isinstance(mask, mx.array) or mask.ndim == 2  # one for all sequences
+
+
+def attend_in_slices(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask
+) -> mx.array:
+    """As `attention.attend`, of dense float32. A mask hides all that comes after a query."""
+    B, H, L, _ = queries.shape
+    kv_heads, T = keys.shape[1:3]
+    queries = queries * (scale * _LOG2_E)  # scores are then powers of two
+    keys = keys.swapaxes(-1, -2)
+    rows = _rows(L, B * T)
+    slices = []
+    for start in range(0, L, rows):
+        end = min(start + rows, L)
+        seen = T if mask is None else T - L + end  # keys that one of these queries may see
+        visible = None if mask is None or isinstance(mask, str) else mask[start:end, :seen]
+        if isinstance(mask, str):
+            visible = causal_mask(end - start, T - L + start, None)
+        heads = []
+        for head in range(H):
+            group = head * kv_heads // H
+            scores = queries[:, head, start:end] @ keys[:, group, :, :seen]
+            if visible is not None:
+                scores = mx.where(visible, scores, -mx.inf)
+            weights = exp2(scores - mx.max(scores, axis=-1, keepdims=True))
+            total = mx.sum(weights, axis=-1, keepdims=True)
+            heads.append(weights @ values[:, group, :seen] / total)
+        slices.append(mx.stack(heads, axis=1))
+    return mx.concatenate(slices, axis=2)
+
+
+def exp2(x: mx.array) -> mx.array:
+    """2 to the power of each of `x`, float32 of at most 0; 0 from -127 down.
+
+    Between -127 and -126, where float32 has no full precision, it is some tiny number.
+    """
+    x = mx.maximum(x, -127.0)  # exactly there all bits come out as 0
+    whole = x + _ROUND
+    rest = x - (whole - _ROUND)
+    power = rest * _POWERS[-1] + _POWERS[-2]
+    for coefficient in reversed(_POWERS[:-2]):
+        power = power * rest + coefficient
+    # Adding to the exponent's bits multiplies by a power of two.
+    bits = mx.view(power, mx.int32) + (mx.view(whole, mx.int32) << _EXPONENT)
+    return mx.view(bits, mx.float32)
+
+
+def _rows(length: int, keys: int) -> int:
+    """How many of `length` queries make a slice: about as many in each."""
+    return math.ceil(length / math.ceil(length / max(_ROWS, SLICE // keys)))
+
+
+def scores_held(length: int, keys: int, heads: int) -> int:
+    """The most values that `attend_in_slices` holds at once, besides its result, while a cache
+    grows to `keys` entries.
+
+    MLX's CPU backend issues about 100 operations ahead of those computed. That is some six slices,
+    each with five arrays in memory until it is computed.
+    """
+    scores, largest = length * keys, max(SLICE, _ROWS * keys)
+    full, all_of_them = max(1, scores // largest), math.ceil(scores / largest)  # slices of a head
+    as_they_are = min(heads * all_of_them, 6) * (scores // all_of_them)
+    when_full = min(heads * full, 6) * min(scores, largest)
+    return 5 * max(as_they_are, when_full)
