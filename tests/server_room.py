@@ -44,7 +44,7 @@ def tokenizer_in(directory: Path) -> Tokenizer:
 
 
 @dataclass(eq=False)
-class FakeTicket:
+class FakeTask:
     job: Job
     cancelled: threading.Event = field(default_factory=threading.Event)
     over: threading.Event = field(default_factory=threading.Event)
@@ -53,7 +53,7 @@ class FakeTicket:
         self.cancelled.set()
 
 
-Script = Callable[[FakeTicket], Iterable[Event]]
+Script = Callable[[FakeTask], Iterable[Event]]
 
 
 class FakeEngine:
@@ -72,7 +72,7 @@ class FakeEngine:
     def reset(self) -> None:
         self.script = self.say()
         self.refuse = None
-        self.tickets: list[FakeTicket] = []
+        self.tasks: list[FakeTask] = []
         self.submitted = threading.Semaphore(0)
 
     @property
@@ -85,55 +85,53 @@ class FakeEngine:
 
     @property
     def jobs(self) -> list[Job]:
-        return [ticket.job for ticket in self.tickets]
+        return [task.job for task in self.tasks]
 
-    def say(
-        self, text: str = ANSWER, gate: Callable[[FakeTicket], bool] = lambda _: True
-    ) -> Script:
+    def say(self, text: str = ANSWER, gate: Callable[[FakeTask], bool] = lambda _: True) -> Script:
         """Every choice says `text`, a character a token; `gate` is asked before each of them."""
 
-        def script(ticket: FakeTicket) -> Iterator[Event]:
-            job = ticket.job
+        def script(task: FakeTask) -> Iterator[Event]:
+            job = task.job
             tokens = self.tokenizer.encode(text, add_bos=False)[: job.max_tokens]
             for number, token in enumerate(tokens):
                 last = number == len(tokens) - 1
                 reason = ("length" if len(tokens) == job.max_tokens else "stop") if last else None
                 for choice in range(job.n):
-                    if not gate(ticket):
+                    if not gate(task):
                         return
                     yield piece(job, choice, token, text[number], reason)
 
         return script
 
-    def submit(self, job: Job, deliver: Callable[[Event], None]) -> FakeTicket:
+    def submit(self, job: Job, deliver: Callable[[Event], None]) -> Callable[[], None]:
         if self.refuse is not None:
             raise self.refuse
-        ticket = FakeTicket(job)
-        self.tickets.append(ticket)
+        task = FakeTask(job)
+        self.tasks.append(task)
 
         def run() -> None:
-            for event in self.script(ticket):
-                if ticket.cancelled.is_set():
+            for event in self.script(task):
+                if task.cancelled.is_set():
                     break
                 deliver(event)
-            ticket.over.set()
+            task.over.set()
 
         threading.Thread(target=run, daemon=True).start()
         self.submitted.release()
-        return ticket
+        return task.cancel
 
-    def ticket(self) -> FakeTicket:
+    def task(self) -> FakeTask:
         """The next one that is submitted."""
         assert self.submitted.acquire(timeout=WAIT)
-        return self.tickets[-1]
+        return self.tasks[-1]
 
     def stats(self) -> Stats:
         return Stats(1, 2, 30, 4, 50, {"stop": 6, "length": 0, "cancelled": 7, "failed": 0}, 8, 9)
 
     def close(self, grace: float) -> None:
         self.ended.set()
-        for ticket in self.tickets:
-            ticket.over.wait(grace)
+        for task in self.tasks:
+            task.over.wait(grace)
 
 
 def piece(job: Job, choice: int, token: int, text: str, reason: str | None = None) -> Piece:
@@ -147,9 +145,9 @@ def piece(job: Job, choice: int, token: int, text: str, reason: str | None = Non
 def until_closed(engine: FakeEngine, message: str = "shutting down") -> Script:
     """One token, then nothing before the engine is closed; then the job fails."""
 
-    def script(ticket: FakeTicket) -> Iterator[Event]:
-        yield piece(ticket.job, 0, 5, "H")
-        while not ticket.cancelled.is_set():
+    def script(task: FakeTask) -> Iterator[Event]:
+        yield piece(task.job, 0, 5, "H")
+        while not task.cancelled.is_set():
             if engine.ended.wait(0.01):
                 yield Failed(message)
                 return

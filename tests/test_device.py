@@ -10,7 +10,7 @@ import pytest
 
 from bench.random_model import GEOMETRIES
 from mlx_cerebrum import device
-from mlx_cerebrum.chat.session import Settings as ChatSettings
+from mlx_cerebrum.chat.session import DecodingOptions
 from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.model import attention, cpu, forward
 from mlx_cerebrum.model.config import ModelConfig
@@ -83,7 +83,7 @@ def test_every_place_follows(backend: device.Backend, monkeypatch: pytest.Monkey
     cpu.multiply(x, mx.ones((4, 32)))
     forward.swiglu(x, x)
     assert called == ["rope", "compiled"] * gpu + ["_pieces"] * linux_cpu
-    assert prefill_step() == ChatSettings().prefill_step_size == (512 if gpu else 256)
+    assert prefill_step() == DecodingOptions().prefill_step_size == (512 if gpu else 256)
     assert prefill_step(7) == 7
     assert attention.packed_rows() == {"cpu": 1, "cuda": 0, "metal": 64}[backend]
     assert cpu.in_slices(512, 512, mx.float32, "causal") == linux_cpu

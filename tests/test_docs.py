@@ -22,7 +22,7 @@ from convert.verify import parser as verify_parser
 from mlx_cerebrum.chat.__main__ import parser as chat_parser
 from mlx_cerebrum.generate import parser as generate_parser
 from mlx_cerebrum.plan.show import parser as plan_parser
-from mlx_cerebrum.server.args import parser as server_parser
+from mlx_cerebrum.server.__main__ import parser as server_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from mlx_cerebrum.chat.prompt import (
     open_history,
 )
 from mlx_cerebrum.chat.screen import FullScreen, PlainScreen, Screen, is_full
-from mlx_cerebrum.chat.session import Messages, Session, Settings
+from mlx_cerebrum.chat.session import DecodingOptions, Messages, Session
 from mlx_cerebrum.chat.signals import orderly_end
 from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.sampling import make_sampler
@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
 def _talk(args: argparse.Namespace, spec: ModelSpec, messages: Messages | None) -> int:
     models, tokenizer = _loaded(args, spec)
     say_assumed(tokenizer)
-    settings = Settings(
+    options = DecodingOptions(
         max_tokens=args.max_tokens,
         temp=args.temp,
         top_p=args.top_p,
@@ -80,7 +80,7 @@ def _talk(args: argparse.Namespace, spec: ModelSpec, messages: Messages | None) 
         kv_bits=args.kv_bits,
         prefill_step_size=args.prefill_step_size,
     )
-    session = Session(models, tokenizer, settings)
+    session = Session(models, tokenizer, options)
     chat = _chat(session, args)
     _header(session, chat.screen)
     if args.system is not None:
@@ -120,7 +120,7 @@ def _header(session: Session, screen: Screen) -> None:
 
 
 def parser() -> cli.ArgumentParser:
-    default = Settings()
+    default = DecodingOptions()
     p = cli.ArgumentParser(
         prog="python -m mlx_cerebrum.chat",
         description="Talk with Cerebrum, or another Mistral or Llama model, at the terminal.",

@@ -29,7 +29,7 @@ _SLASH = re.compile(r"//(?=[^/\s])")
 class Chat:
     """One conversation at a terminal or on a pipe.
 
-    `asks`: somebody is there to answer questions of the program's own.
+    `asks`: whether the program may ask questions of its own: somebody is there to answer them.
     """
 
     def __init__(self, session: Session, screen: Screen, reader: Reader, asks: bool) -> None:
@@ -38,7 +38,7 @@ class Chat:
         self.reader = reader
         self.asks = asks
         self.saved: Messages = []
-        self.file: Path | None = None  # written by this chat, and so overwritten unasked
+        self.file: Path | None = None  # this chat wrote it, and overwrites it without asking
         self.failed = False
 
     @property
@@ -46,7 +46,7 @@ class Chat:
         return self.session.question is not None and self.session.messages() != self.saved
 
     def run(self) -> int:
-        """Talk until the end. 2 where a line of a pipe could not be honoured, else 0."""
+        """Talk until the end. The exit code: 2 where a line of a pipe was refused, else 0."""
         while True:
             try:
                 self.handle(self.reader.read(f"{self._label()}> "))
@@ -67,7 +67,7 @@ class Chat:
             return current
 
     def handle(self, line: str) -> None:
-        """Answer a message or run a command. What can't be honoured costs a line, no more."""
+        """Answer a message or run a command. An error costs this line, not the conversation."""
         text = line.strip()
         try:
             try:
@@ -107,20 +107,20 @@ class Chat:
         """Put a question after the first `before` exchanges (all of them by default)."""
         session = self.session
         before = len(session.exchanges) if before is None else before
-        (reply,) = session.ask(question, before=before, temp=temp)
-        answer = reply.answer
-        with interrupts() as reply.stopped:  # until it is kept: Ctrl-C is pressed twice, too
+        (stream,) = session.ask(question, before=before, temp=temp)
+        answer = stream.answer
+        with interrupts() as stream.stopped:  # until it is kept: Ctrl-C is pressed twice, too
             try:
-                self.screen.show(reply)
+                self.screen.show(stream)
             finally:
-                reply.close()
+                stream.close()
             if self.asks and answer.last is not None:
                 first = f"first after {answer.last.time_to_first_token:.2f} s"
                 self.screen.notice(f"{figures(answer)}, {first}")
             self._conclude(question, answer, before)
 
     def compare(self, question: str, before: int) -> None:
-        """Two models' answers, one of which is kept."""
+        """Put a question to two models, and keep one of the answers."""
         session = self.session
         if session.other is None:
             raise RequestError("there is only this model; --plan NAME adds another order of it")
@@ -173,7 +173,7 @@ class Chat:
             if answer.reason == "interrupted":
                 say("stopped; what came stays in the conversation")
             elif answer.reason == "length":
-                most = session.settings.max_tokens
+                most = session.options.max_tokens
                 full = answer.tokens >= session.model.config.max_position_embeddings
                 say("stopped at the model's last position" if full else f"stopped at {most} tokens")
             elif not answer.text:

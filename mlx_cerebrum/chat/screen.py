@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_cerebrum.chat.render import AnswerMarkdown, finished, markdown_parser
-from mlx_cerebrum.chat.session import Answer, Reply
+from mlx_cerebrum.chat.session import Answer, AnswerStream
 from mlx_cerebrum.chat.signals import quiet_keys
 from mlx_cerebrum.text import clean, say, tell
 
@@ -37,10 +37,10 @@ class Screen(Protocol):
     def table(self, rows: Rows) -> None:
         """Names and what belongs to them."""
 
-    def show(self, reply: Reply) -> None:
+    def show(self, stream: AnswerStream) -> None:
         """An answer as it comes, to its end or until it is stopped."""
 
-    def compare(self, replies: tuple[Reply, Reply]) -> None:
+    def compare(self, streams: tuple[AnswerStream, AnswerStream]) -> None:
         """Two answers as they come."""
 
 
@@ -60,9 +60,9 @@ class PlainScreen:
         for name, text in rows:
             self.notice(f"{name:<{width}}  {text}")
 
-    def show(self, reply: Reply) -> None:
+    def show(self, stream: AnswerStream) -> None:
         begun = False
-        for piece in reply:
+        for piece in stream:
             if piece and not begun:
                 say("\n" * (self._answers > 0), end="")  # an empty line between answers
                 self._answers, begun = self._answers + 1, True
@@ -70,11 +70,11 @@ class PlainScreen:
         if begun:
             say()
 
-    def compare(self, replies: tuple[Reply, Reply]) -> None:
-        for number, reply in enumerate(replies, start=1):
-            self.notice(f"{number} {reply.answer.model}:")
-            self.show(reply)
-            self.notice(figures(reply.answer))
+    def compare(self, streams: tuple[AnswerStream, AnswerStream]) -> None:
+        for number, stream in enumerate(streams, start=1):
+            self.notice(f"{number} {stream.answer.model}:")
+            self.show(stream)
+            self.notice(figures(stream.answer))
 
 
 class FullScreen:
@@ -98,37 +98,37 @@ class FullScreen:
             grid.add_row(Text(clean(name)), Text(clean(text)))
         self._console.print(grid)
 
-    def show(self, reply: Reply) -> None:
+    def show(self, stream: AnswerStream) -> None:
         with quiet_keys(self._region.leave):
-            self._show(reply)
+            self._show(stream)
 
-    def _show(self, reply: Reply) -> None:
-        stream = MarkdownStream(self._region)
-        stream.status("reading the question")
-        reply.progress = lambda done, total: stream.status(f"reading: {done} of {total} tokens")
+    def _show(self, stream: AnswerStream) -> None:
+        drawn = MarkdownStream(self._region)
+        drawn.status("reading the question")
+        stream.progress = lambda done, total: drawn.status(f"reading: {done} of {total} tokens")
         try:
-            for piece in reply:
-                stream.add(piece)
+            for piece in stream:
+                drawn.add(piece)
         finally:
-            stream.finish()
+            drawn.finish()
 
-    def compare(self, replies: tuple[Reply, Reply]) -> None:
+    def compare(self, streams: tuple[AnswerStream, AnswerStream]) -> None:
         with quiet_keys(self._region.leave):
             if self._console.width >= LEAST_WIDTH:
-                self._side_by_side(replies)
+                self._side_by_side(streams)
                 return
-            for number, reply in enumerate(replies, start=1):
-                self._console.print(Text(f"{number} {clean(reply.answer.model)}", style="bold"))
-                self._show(reply)
-                self.notice(figures(reply.answer))
+            for number, stream in enumerate(streams, start=1):
+                self._console.print(Text(f"{number} {clean(stream.answer.model)}", style="bold"))
+                self._show(stream)
+                self.notice(figures(stream.answer))
 
-    def _side_by_side(self, replies: tuple[Reply, Reply]) -> None:
-        columns = Columns(self._region, [reply.answer for reply in replies])
+    def _side_by_side(self, streams: tuple[AnswerStream, AnswerStream]) -> None:
+        columns = Columns(self._region, [stream.answer for stream in streams])
         try:
             columns.draw()
-            coming = list(replies)
+            coming = list(streams)
             while coming:
-                coming = [reply for reply in coming if next(reply, None) is not None]
+                coming = [stream for stream in coming if next(stream, None) is not None]
                 columns.draw()
         finally:
             columns.draw(final=True)

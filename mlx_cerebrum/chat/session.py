@@ -29,8 +29,8 @@ class Answer:
     reason: str = ""  # "stop", "length" or "interrupted"; "" while it comes
     prompt: list[int] = field(default_factory=list)
     greedy: bool = False
-    last: Response | None = None
-    seconds: float = 0.0  # spent on the tokens after the first, other answers' time left out
+    last: Response | None = None  # with the figures so far
+    seconds: float = 0.0  # spent on this answer's tokens after the first
 
     @property
     def pace(self) -> float:
@@ -48,12 +48,12 @@ class _StoppedError(Exception):
     """Raised between two chunks of a prompt."""
 
 
-class Reply(Iterator[str]):
-    """An answer on its way: its text, piece by piece.
+class AnswerStream(Iterator[str]):
+    """An answer on its way: its text, piece by piece, which it adds to `answer`.
 
-    `stopped` is asked before every token and after every chunk of the prompt. Once it says yes
-    the answer ends there: what was yielded stays in `answer`, and in the model's caches.
-    `progress` gets how many of the prompt's tokens have been computed, and how many are to be.
+    It asks `stopped` before every token and after every chunk of the prompt. Once that says yes,
+    the answer ends there: `answer` and the model's caches keep what was yielded.
+    It tells `progress` how many of the prompt's tokens have been computed, and how many there are.
     """
 
     def __init__(
@@ -116,8 +116,8 @@ class Reply(Iterator[str]):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How answers are made; the flags of the command line."""
+class DecodingOptions:
+    """How answers are computed, as the flags say."""
 
     max_tokens: int = 1024
     temp: float = 0.0
@@ -139,18 +139,18 @@ class Exchange:
 class Session:
     """One conversation over one or several models that share their weights.
 
-    Every model keeps caches of its own, so that each computes only what is new to it. Answer
-    number n of the session (from 0; both columns of a comparison are one number) draws with
-    `seed + n`: no two alike, and the same flags and input give the same conversation again.
+    Each model has caches of its own, and computes only what is new to it. Answers are numbered from
+    0, both answers of a comparison alike; answer n draws with `seed + n`. So no two questions are
+    answered by the same draws, and the same flags and input give the same conversation again.
     """
 
     def __init__(
-        self, models: Mapping[str, Model], tokenizer: Tokenizer, settings: Settings
+        self, models: Mapping[str, Model], tokenizer: Tokenizer, options: DecodingOptions
     ) -> None:
-        make_sampler(settings.temp, settings.top_p, settings.min_p, settings.seed)
+        make_sampler(options.temp, options.top_p, options.min_p, options.seed)
         self.models = dict(models)
         self.tokenizer = tokenizer
-        self.settings = settings
+        self.options = options
         self.current = next(iter(self.models))
         self.system: str | None = None
         self.exchanges: list[Exchange] = []
@@ -211,20 +211,22 @@ class Session:
         """A model's caches, made when they are first asked for."""
         if name not in self._caches:
             most = self._most_bytes(self.models[name])
-            self._caches[name] = PromptCache(self.models[name], self.settings.kv_bits, most)
+            self._caches[name] = PromptCache(self.models[name], self.options.kv_bits, most)
         return self._caches[name]
 
     def _most_bytes(self, model: Model) -> int | None:
-        """What a model's caches may hold; None: its marks come to no more than its share anyway.
+        """Bytes that a model's caches may hold. None: no bound is needed.
 
-        A window's marks grow from turn to turn, and no request counts them.
+        With a window they also keep marks, places to go back to, which become more from turn to
+        turn. The check of a request's memory does not count them. So each model has a share of the
+        free memory, and a bound where the marks could come to need more than that.
         """
-        config, bits = model.config, self.settings.kv_bits
+        config, bits = model.config, self.options.kv_bits
         if config.sliding_window is None:
             return None
         positions = sum(other.config.num_positions for other in self.models.values())
         share = self._room * config.num_positions // positions
-        window, step = config.sliding_window, self.settings.prefill_step_size
+        window, step = config.sliding_window, self.options.prefill_step_size
         used = Workload(config, model.dtype.size, 2 * (window + step), 1, step, bits)
         whole = replace(config, sliding_window=None)
         marks = replace(used, config=whole, prompt=2 * window + REWORD)
@@ -261,32 +263,34 @@ class Session:
         names: Sequence[str] | None = None,
         before: int | None = None,
         temp: float | None = None,
-    ) -> list[Reply]:
-        """An answer of each model in `names` (the current one's), nothing of it computed yet.
+    ) -> list[AnswerStream]:
+        """An answer by each model in `names`, by default the current one; nothing is computed yet.
 
-        Until `keep` the question is there without an answer, or the old one stays. Raises
-        RequestError for a conversation that the template refuses or that is longer than the
-        model's positions; the replies raise MemoryBudgetError where their caches can't fit.
+        Until `keep`, the question has no answer, or still has the one before. Raises RequestError
+        for a conversation that the template refuses or that is longer than the model's positions.
+        The streams raise MemoryBudgetError where their caches can't fit.
         """
         names = [self.current] if names is None else names
         before = len(self.exchanges) if before is None else before
         if before == len(self.exchanges):
             self.unanswered = question  # /retry and /edit find it, whatever comes
         ids = self.prompt(question, before)
-        return [self._reply(name, ids, temp, names) for name in names]
+        return [self._answer(name, ids, temp, names) for name in names]
 
-    def _reply(self, name: str, ids: list[int], temp: float | None, names: Sequence[str]) -> Reply:
-        model, settings = self.models[name], self.settings
+    def _answer(
+        self, name: str, ids: list[int], temp: float | None, names: Sequence[str]
+    ) -> AnswerStream:
+        model, options = self.models[name], self.options
         positions = model.config.max_position_embeddings
         if len(ids) >= positions:
             raise RequestError(
                 f"the conversation ({len(ids)} tokens) no longer fits the model's {positions}"
                 " positions: /undo takes back an exchange, /save FILE keeps all, /clear begins anew"
             )
-        temp = settings.temp if temp is None else temp
+        temp = options.temp if temp is None else temp
         number = self._answers
-        seed = None if settings.seed is None or not temp else (settings.seed + number) % 2**64
-        filters = (settings.top_p, settings.min_p) if temp else (1.0, 0.0)
+        seed = None if options.seed is None or not temp else (options.seed + number) % 2**64
+        filters = (options.top_p, options.min_p) if temp else (1.0, 0.0)
         sampler = make_sampler(temp, *filters, seed)
 
         def start(progress: Callable[[int, int], None]) -> Generator[Response, None, None]:
@@ -295,12 +299,12 @@ class Session:
                 model,
                 self.tokenizer,
                 ids,
-                max_tokens=min(settings.max_tokens, positions - len(ids)),
+                max_tokens=min(options.max_tokens, positions - len(ids)),
                 sampler=sampler,
                 stop=self.tokenizer.stop_strings,
                 speculation=self._speculation(model),
                 prompt_cache=self.cache(name),
-                prefill_step_size=settings.prefill_step_size,
+                prefill_step_size=options.prefill_step_size,
                 progress=progress,
             )
 
@@ -310,16 +314,16 @@ class Session:
                 del self._caches[other]
             return bool(spare)
 
-        return Reply(Answer(name, prompt=ids, greedy=temp == 0), start, make_room)
+        return AnswerStream(Answer(name, prompt=ids, greedy=temp == 0), start, make_room)
 
     def _speculation(self, model: Model) -> Speculation | None:
-        if self.settings.draft == "none":
+        if self.options.draft == "none":
             return None
-        shorter = stored_order(model) if self.settings.draft == "auto" else None
+        shorter = stored_order(model) if self.options.draft == "auto" else None
         return speculation(model, [] if shorter is None else [shorter])
 
     def keep(self, question: str, answer: Answer, before: int | None = None) -> None:
-        """Make an answer the conversation's, in place of what came after `before` exchanges."""
+        """Keep an answer, in place of what came after the first `before` exchanges."""
         before = len(self.exchanges) if before is None else before
         for exchange in self.exchanges[max(0, before - 1) :]:
             exchange.answer.prompt = []  # all prompts of a long chat would be its length squared
@@ -330,21 +334,24 @@ class Session:
 
     def repeats(self, question: str, before: int) -> bool:
         """Whether asking again can only give the answer that is there."""
-        if self.settings.temp or before >= len(self.exchanges):
+        if self.options.temp or before >= len(self.exchanges):
             return False
         answer = self.exchanges[before].answer
         same = answer.greedy and answer.model == self.current and answer.reason != "interrupted"
         return same and answer.prompt == self.prompt(question, before)
 
     def passes_window(self) -> bool:
-        """Whether the conversation is now longer than the window: true once."""
+        """Whether the conversation is longer than the window; says so only the first time."""
         window = self.model.config.sliding_window
         passed = window is not None and self.last is not None and self.last.tokens > window
         first, self._window_said = passed and not self._window_said, passed or self._window_said
         return first
 
     def undo(self) -> str | None:
-        """Take back the last question, or what replaced it or cleared all. The question dropped."""
+        """Take back the last question, what took its place, or `clear`.
+
+        Returns the question that is dropped, None where there was none.
+        """
         dropped = self.question
         if self.unanswered is not None:
             self.unanswered = None
@@ -368,8 +375,11 @@ class Session:
         self.exchanges, self.unanswered, self._window_said = [], None, False
 
     def replace(self, messages: Messages) -> None:
-        """Take over a conversation. Raises RequestError where user and assistant don't take turns,
-        or the template refuses it; nothing is changed then."""
+        """Take a conversation in place of this one.
+
+        Raises RequestError where user and assistant don't take turns, or the template refuses it;
+        then nothing is changed.
+        """
         system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
         turns = messages if system is None else messages[1:]
         for index, message in enumerate(turns):

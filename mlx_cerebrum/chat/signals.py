@@ -1,4 +1,4 @@
-"""Keys and signals while the chat runs: nothing that came is lost, the terminal is put back."""
+"""Keys and signals while the chat runs: no text is lost, and the terminal is put back."""
 
 import signal
 import sys
@@ -24,10 +24,10 @@ def orderly_end() -> Iterator[None]:
 
 @contextmanager
 def ends(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM and SIGHUP are noted and call `stop`; the program ends on the way out.
+    """Inside, SIGTERM and SIGHUP only call `stop`; the program ends on the way out.
 
-    For an event loop, which an exception out of its middle would leave with the terminal as its
-    own. Yields whether a signal came. Raises SystemExit at the end where one did.
+    For an event loop: an exception out of its middle would leave the terminal as the loop has set
+    it. Yields a function that says whether a signal came. Raises SystemExit at the end if one did.
     """
     noted: int | None = None
 
@@ -46,7 +46,7 @@ def ends(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C is only noted: what is under way ends where it can do so cleanly."""
+    """Inside, Ctrl-C raises nothing. Yields a function that says whether it was pressed."""
     pressed = False
 
     def note(signum: int, frame: FrameType | None) -> None:

@@ -3,31 +3,48 @@
 import argparse
 import logging
 import os
+import re
 import sys
 import threading
 import webbrowser
+from collections.abc import Mapping
 from dataclasses import replace
 
 import mlx.core as mx
 
 from mlx_cerebrum import cli
-from mlx_cerebrum.flags import memory_limit, model_spec, say_assumed
+from mlx_cerebrum.decoding.decode import prefill_step
+from mlx_cerebrum.decoding.sampling import check_sampling
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.flags import (
+    add_model_flags,
+    add_plans_flag,
+    add_sampling_flags,
+    memory_limit,
+    model_spec,
+    say_assumed,
+)
 from mlx_cerebrum.model.limits import limits
-from mlx_cerebrum.model.memory import human
+from mlx_cerebrum.model.memory import GB, human
 from mlx_cerebrum.progress import progress
-from mlx_cerebrum.server import args as flags
 from mlx_cerebrum.server import log
-from mlx_cerebrum.server.app import Service
+from mlx_cerebrum.server.app import Service, Settings
 from mlx_cerebrum.server.connections import Room
 from mlx_cerebrum.server.engine import BatchEngine
+from mlx_cerebrum.server.intake import Defaults
 from mlx_cerebrum.server.listening import Server, bind, url
+from mlx_cerebrum.server.security import check_key
 from mlx_cerebrum.text import say
+from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.opening import open_model
 from mlx_cerebrum.weights.views import describe, load_views
 
+KEY_VARIABLE = "MLX_CEREBRUM_API_KEY"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.\[\]:_-]+")  # an app's page has its own scheme
+
 
 def main(argv: list[str] | None = None) -> int:
-    args = flags.parser().parse_args(argv)
+    args = parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", handlers=[log.Handler()])
     return cli.run(lambda: _run(args), args.debug)
 
@@ -35,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     # Everything that can be refused is, cheapest first, before weights are read.
     spec, memory = model_spec(args), memory_limit(args)
-    settings = replace(flags.settings(args), room=Room.within_limits())
+    settings = replace(settings_of(args), room=Room.within_limits())
     with bind(args.host, args.port, settings.api_key is not None) as listening:
         with limits(memory), progress("loading", not args.quiet) as report:
             models, tokenizer = load_views(open_model(spec), args.plan, report)
@@ -46,7 +63,7 @@ def _run(args: argparse.Namespace) -> int:
             tokenizer,
             max_batch=args.batch,
             max_queue=args.queue,
-            cache_bytes=flags.cache_bytes(args),
+            cache_bytes=cache_bytes(args),
             prefill_step_size=args.prefill_step_size,
             memory_limit=memory,
         )
@@ -73,6 +90,143 @@ def open_page(address: str) -> None:
     if sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
         # In a thread: some browsers hold on until they are closed.
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+
+
+def parser() -> cli.ArgumentParser:
+    p = cli.ArgumentParser(
+        prog="python -m mlx_cerebrum.server",
+        description="Serve OpenAI's API and a chat page from one copy of the weights.",
+    )
+    add_model_flags(p, f"{hub.DEFAULT_REPO}, as cerebrum-12.25b and cerebrum-7b")
+    add_plans_flag(p)
+    where = p.add_argument_group("where, and for whom")
+    where.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; one that others can reach needs a key (default: 127.0.0.1)",
+    )
+    where.add_argument(
+        "--port", type=int, default=8080, help="port; 0 takes any free one (default: 8080)"
+    )
+    where.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="ask for this key; other users of the machine can see it on the command line, so"
+        f" rather set {KEY_VARIABLE} (default: ${KEY_VARIABLE}, else no key)",
+    )
+    where.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer to this Host name too, without a port; may be repeated (default: loopback"
+        " names and the address listened on)",
+    )
+    where.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of this origin call, such as https://example.org; may be repeated"
+        " (default: none but the server's own page)",
+    )
+    where.add_argument(
+        "--open",
+        action="store_true",
+        help="open the page in a browser once it is there (default: only print its address)",
+    )
+    load = p.add_argument_group("load")
+    load.add_argument(
+        "--batch",
+        type=int,
+        default=16,
+        metavar="N",
+        help="answers of one model generated together, at most (default: 16)",
+    )
+    load.add_argument(
+        "--queue", type=int, default=64, metavar="N", help="requests that may wait (default: 64)"
+    )
+    load.add_argument(
+        "--cache-gb",
+        type=float,
+        default=1.0,
+        metavar="GB",
+        help="kept of earlier prompts, for those that begin alike; 10^9 bytes, 0 keeps nothing"
+        " (default: 1)",
+    )
+    load.add_argument(
+        "--max-body-mb",
+        type=float,
+        default=2.0,
+        metavar="MB",
+        help="largest request body, 10^6 bytes (default: 2)",
+    )
+    load.add_argument(
+        "--prefill-step-size",
+        type=int,
+        default=prefill_step(),
+        metavar="TOKENS",
+        help="prompt tokens read at once; other answers wait for that long"
+        f" (default: {prefill_step()})",
+    )
+    load.add_argument(
+        "--grace",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="how long answers may go on after Ctrl-C; a second one ends them (default: 10)",
+    )
+    answers = p.add_argument_group("answers to requests that do not say")
+    add_sampling_flags(answers, 1024)
+    p.add_argument("--quiet", action="store_true", help="no line for each request")
+    p.add_debug()
+    return p
+
+
+def settings_of(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Settings:
+    """What the flags say of the web side. Raises RequestError for what can't be honoured."""
+    key = args.api_key if args.api_key is not None else environment.get(KEY_VARIABLE) or None
+    if key is not None:
+        try:
+            check_key(key)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+    for name in ("batch", "max_tokens", "prefill_step_size"):
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise RequestError(f"{flag} must be at least 1, not {getattr(args, name)}")
+    if args.queue < 0:
+        raise RequestError(f"queue must be 0 or more, not {args.queue}")
+    for name, least, most in (
+        ("cache_gb", 0.0, 1e9),
+        ("max_body_mb", 0.001, 1e9),
+        ("grace", 0.0, 86_400.0),  # a day; threads can't wait for ever
+    ):
+        value, flag = getattr(args, name), name.replace("_", "-")
+        if not least <= value <= most:
+            raise RequestError(f"{flag} must be from {least:g} to {most:g}, not {value:g}")
+    check_sampling(args.temp, args.top_p, args.min_p, None)
+    for host in args.allowed_host:
+        if not re.fullmatch(r"[A-Za-z0-9.:-]+", host) or "://" in host:
+            raise RequestError(f"allowed-host must be a name such as mac.local, not {host!r}")
+    for origin in args.cors_origin:
+        if not _ORIGIN.fullmatch(origin):
+            raise RequestError(
+                f"cors-origin must be a page's scheme and host, https://example.org, not {origin!r}"
+            )
+    return Settings(
+        api_key=key,
+        allowed_hosts={args.host, *args.allowed_host},
+        cors_origins=frozenset(args.cors_origin),
+        max_body=int(args.max_body_mb * 1e6),
+        defaults=Defaults(args.max_tokens, args.temp, args.top_p, args.min_p),
+        log=not args.quiet,
+        debug=args.debug,
+    )
+
+
+def cache_bytes(args: argparse.Namespace) -> int:
+    return int(args.cache_gb * GB)
 
 
 if __name__ == "__main__":

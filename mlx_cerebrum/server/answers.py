@@ -1,22 +1,180 @@
-"""From the engine's pieces to OpenAI's objects, whole or a chunk at a time.
+"""What answers look like: OpenAI's objects, described and made, whole or a chunk at a time.
 
-Plain dicts, of the shapes that replies.py describes: log-probabilities make a million of them.
+The classes describe them, for the OpenAPI document. What is sent is made as plain dicts of the same
+shapes: the log-probabilities of one answer can be a million of them.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
 
 from mlx_cerebrum.server.jobs import Piece, TokenLogprob
-from mlx_cerebrum.server.spelling import Spelling
-from mlx_cerebrum.tokenizer.detokenizer import StreamingDetokenizer
+from mlx_cerebrum.tokenizer.detokenizer import SPACE_MARK, StreamingDetokenizer
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 
 
-class Spoken:
-    """One choice's log-probabilities as its text comes: those of a stop string stay out too."""
+class ApiObject(BaseModel):
+    """An object of OpenAI's API, as it is described."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorDetail(ApiObject):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(ApiObject):
+    error: ErrorDetail
+
+
+class PromptDetails(ApiObject):
+    cached_tokens: int
+
+
+class Usage(ApiObject):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class Alternative(ApiObject):
+    """A token with its natural log-probability, before temperature and filters."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChosenToken(Alternative):
+    top_logprobs: list[Alternative]
+
+
+class ChatLogprobs(ApiObject):
+    content: list[ChosenToken]
+    refusal: None = None
+
+
+class AssistantMessage(ApiObject):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(ApiObject):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class Headed(ApiObject):
+    """What every answer says of itself, whole or streamed."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+class ChatCompletion(Headed):
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class TextLogprobs(ApiObject):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(ApiObject):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class TextCompletion(Headed):
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class Layout(ApiObject):
+    """How a model is laid out over the stored weights."""
+
+    positions: int
+    blocks: int
+    sliding_window: int | None
+    context_length: int
+
+
+class ModelCard(ApiObject):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "mlx-cerebrum"
+    cerebrum: Layout
+
+
+class ModelList(ApiObject):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(ApiObject):
+    status: Literal["ok"] = "ok"
+
+
+def streamed(kind: type[ApiObject]) -> dict[str, Any]:
+    """The OpenAPI document's entry for an answer that may come in pieces instead."""
+    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    return {"model": kind, "description": "The answer, or its pieces as events", "content": stream}
+
+
+class Spelling:
+    """What each token id of a tokenizer looks like on its own."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.detokenizer = tokenizer.detokenizer
+        self._known: dict[int, tuple[str, bytes | None]] = {}
+
+    def __call__(self, token: int) -> tuple[str, bytes | None]:
+        """`(text, its UTF-8)`; a piece of a character as `\\xe2\\x80`, a control token's name
+        without bytes, since it adds none to a text."""
+        if token not in self._known:
+            self._known[token] = self._spelled(token)
+        return self._known[token]
+
+    def _spelled(self, token: int) -> tuple[str, bytes | None]:
+        piece = self._tokenizer.piece(token)
+        if isinstance(piece, str):
+            piece = piece.replace(SPACE_MARK, " ").encode()
+        if not piece:
+            return self._tokenizer.content(token) or "", None
+        try:
+            return piece.decode(), piece
+        except UnicodeDecodeError:
+            return "".join(f"\\x{byte:02x}" for byte in piece), piece
+
+
+class _HeldLogprobs:
+    """One choice's log-probabilities, held back until the text of their tokens is final.
+
+    Those of a stop string never come out, as its text does not.
+    """
 
     def __init__(self) -> None:
         self._held: list[TokenLogprob] = []  # of tokens whose text is not final
@@ -33,42 +191,18 @@ class Spoken:
 
 @dataclass
 class Choice:
-    """One answer so far."""
+    """A choice so far."""
 
     index: int
     text: str = ""
     finish_reason: str | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    _spoken: Spoken = field(default_factory=Spoken)
+    _held: _HeldLogprobs = field(default_factory=_HeldLogprobs)
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
         self.finish_reason = piece.finish_reason
-        self.logprobs += self._spoken.add(piece)
-
-
-@dataclass
-class Tally:
-    """A request's tokens: each prompt counts once, whatever `n`."""
-
-    prompts: Sequence[int]  # tokens of each
-    generated: int = 0
-    cached: dict[int, int] = field(default_factory=dict)  # prompt's number -> of its tokens
-
-    def add(self, prompt: int, piece: Piece) -> None:
-        self.generated += 1
-        # The first choice's: the others can find what it has just computed.
-        self.cached.setdefault(prompt, piece.cached_tokens)
-
-    @property
-    def usage(self) -> Json:
-        prompt = sum(self.prompts)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": self.generated,
-            "total_tokens": prompt + self.generated,
-            "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
-        }
+        self.logprobs += self._held.add(piece)
 
 
 class Shape(Protocol):
@@ -125,7 +259,7 @@ class ChatShape:
 
     def __init__(self, head: Head, spelling: Spelling, logprobs: bool) -> None:
         self._head, self._spelling, self._logprobs = head, spelling, logprobs
-        self._spoken: defaultdict[int, Spoken] = defaultdict(Spoken)  # of each choice
+        self._held: defaultdict[int, _HeldLogprobs] = defaultdict(_HeldLogprobs)  # by choice
 
     def whole(self, choices: Iterable[Choice], usage: Json) -> Json:
         found = [
@@ -143,7 +277,7 @@ class ChatShape:
         return self._choice(index, {"role": "assistant", "content": "", "refusal": None})
 
     def chunk(self, index: int, piece: Piece) -> Json | None:
-        settled = self._spoken[index].add(piece)
+        settled = self._held[index].add(piece)
         logprobs = self._content(settled) if settled else None
         if not piece.text and logprobs is None:
             return None
@@ -179,7 +313,7 @@ class TextShape:
 
     def __init__(self, head: Head, spelling: Spelling, logprobs: bool) -> None:
         self._head, self._spelling, self._logprobs = head, spelling, logprobs
-        self._spoken: defaultdict[int, Spoken] = defaultdict(Spoken)  # of each choice
+        self._held: defaultdict[int, _HeldLogprobs] = defaultdict(_HeldLogprobs)  # by choice
         self._texts: dict[int, StreamingDetokenizer] = {}
         self._offsets: dict[int, int] = {}  # characters of its text before the next token
 
@@ -199,7 +333,7 @@ class TextShape:
         return None
 
     def chunk(self, index: int, piece: Piece) -> Json | None:
-        settled = self._spoken[index].add(piece)
+        settled = self._held[index].add(piece)
         logprobs = self._listed(index, settled) if settled else None
         if not piece.text and logprobs is None and piece.finish_reason is None:
             return None

@@ -18,29 +18,37 @@ from starlette.types import ASGIApp
 from mlx_cerebrum import __version__
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.server import faults, page_files
-from mlx_cerebrum.server.answers import ChatShape, Head, Shape, TextShape
+from mlx_cerebrum.server.answers import (
+    ApiObject,
+    ChatCompletion,
+    ChatShape,
+    Error,
+    Head,
+    Health,
+    Layout,
+    ModelCard,
+    ModelList,
+    Shape,
+    Spelling,
+    TextCompletion,
+    TextShape,
+    streamed,
+)
 from mlx_cerebrum.server.connections import Patience, Room
 from mlx_cerebrum.server.faults import ApiError
 from mlx_cerebrum.server.intake import Defaults, Intake
 from mlx_cerebrum.server.jobs import BusyError, ClosedError, Engine, Job
 from mlx_cerebrum.server.journal import ID, Journal
 from mlx_cerebrum.server.metrics import Metrics
-from mlx_cerebrum.server.replies import (
-    ChatCompletion,
-    Error,
-    Health,
-    Layout,
-    ModelCard,
-    ModelList,
-    Reply,
-    TextCompletion,
-    streamed,
-)
-from mlx_cerebrum.server.running import MOST_PENDING, Running
 from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest, Sampled
 from mlx_cerebrum.server.security import OWNER, Guard, Rules
-from mlx_cerebrum.server.spelling import Spelling
-from mlx_cerebrum.server.streaming import GONE, Stream, Whole
+from mlx_cerebrum.server.streaming import (
+    GONE,
+    MOST_PENDING,
+    RunningRequest,
+    StreamResponse,
+    WholeResponse,
+)
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 API = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
@@ -132,12 +140,12 @@ class Service:
         errors: Responses = {status: of | {"model": Error} for status, of in _ERRORS.items()}
         common: Responses = {status: errors[status] for status in (401, 403, 500, 503)}
 
-        def get(path: str, kind: type[Reply], endpoint: Callable[..., Any], *more: int) -> None:
+        def get(path: str, kind: type[ApiObject], endpoint: Callable[..., Any], *more: int) -> None:
             found: Responses = common | {status: errors[status] for status in more}
             app.add_api_route(path, endpoint, response_model=kind, responses=found)
             app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
 
-        def post(path: str, asked: type[Sampled], kind: type[Reply], endpoint: Any) -> None:
+        def post(path: str, asked: type[Sampled], kind: type[ApiObject], endpoint: Any) -> None:
             extra = {"requestBody": {"required": True, "content": _json_of(asked)}}
             found: Responses = {200: streamed(kind), **errors}
             app.add_api_route(
@@ -180,7 +188,7 @@ class Service:
     def _answer(self, asked: Sampled, jobs: list[Job], shape: Shape) -> Response:
         settings = self.settings
         try:
-            running = Running(
+            running = RunningRequest(
                 self.engine, jobs, self._metrics, self._failure, settings.most_pending
             )
         except ClosedError as error:
@@ -190,8 +198,10 @@ class Service:
         except RequestError as error:
             raise ApiError(400, str(error), code="invalid_value") from None
         if not asked.stream:
-            return Whole(running, shape)
-        return Stream(running, shape, usage=asked.wants_usage, keep_alive=settings.keep_alive)
+            return WholeResponse(running, shape)
+        return StreamResponse(
+            running, shape, usage=asked.wants_usage, keep_alive=settings.keep_alive
+        )
 
     def _failure(self, message: str) -> ApiError:
         code = "shutting_down" if self.closing else "generation_failed"

@@ -9,20 +9,24 @@ not wait for a long one, and what is to be kept for later prompts is at hand. ml
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
 from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import greedy
+from mlx_cerebrum.files.open_files import limit_kept
+from mlx_cerebrum.model.cache import STEP
+from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.server import batch_memory
-from mlx_cerebrum.server.decoder import Decoder
-from mlx_cerebrum.server.jobs import Failed, Piece, Reading
-from mlx_cerebrum.server.lm import BatchGenerator
-from mlx_cerebrum.server.logprobs import token_logprobs
+from mlx_cerebrum.model.memory import forward_bytes
+from mlx_cerebrum.server.jobs import Failed, Job, Piece, Reading, TokenLogprob
 from mlx_cerebrum.server.prefix_cache import Caches, PrefixCache, make_caches
 from mlx_cerebrum.server.task import Counts, Task, said
+
+with limit_kept():
+    from mlx_lm.generate import BatchGenerator
+    from mlx_lm.models.cache import BatchRotatingKVCache
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +76,7 @@ class Batch:
 
     def _new_generator(self) -> Any:
         generator = BatchGenerator(
-            Decoder(self.model),
+            BatchModel(self.model),
             sampler=greedy,
             completion_batch_size=self._max_rows,
             prefill_batch_size=self._max_rows,
@@ -107,7 +111,7 @@ class Batch:
             [task.job for task in self.tasks] + more,
             [prompt.task.job for prompt in self._prompts] + more,
         )
-        return batch_memory.cache_bytes(*sizes), batch_memory.pass_bytes(*sizes)
+        return cache_bytes(*sizes), pass_bytes(*sizes)
 
     def start(self, task: Task) -> None:
         """Take a job: begin where the longest known prefix of its prompt ends."""
@@ -203,7 +207,7 @@ class Batch:
             if task is None or task.cancelled:
                 continue
             try:
-                text, reason = task.answers[choice].add(response.token)
+                text, reason = task.texts[choice].add(response.token)
             except Exception as error:
                 self._fail(task, error)
                 continue
@@ -215,7 +219,7 @@ class Batch:
                 task.reasons.append(reason)
                 if task.finish_reason is not None:
                     self._end(task, task.finish_reason)
-            if task.answers[choice].is_end(response.token) or (reason == "stop" and not text):
+            if task.texts[choice].is_end(response.token) or (reason == "stop" and not text):
                 logprob = None  # it ends the answer unseen
             task.deliver(Piece(choice, response.token, text, reason, task.cached_tokens, logprob))
         self._leave(over, kept)
@@ -280,3 +284,138 @@ class Batch:
         self._rows = {}
         self._generator = self._new_generator()
         mx.clear_cache()
+
+
+class BatchModel:
+    """Float32 logits `[B, 1, V]`, one array of offsets for all positions.
+
+    Set `narrow` when sequences have left a batch: with the next step its buffers become as
+    short as those that stay allow.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.narrow = False
+
+    def __call__(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
+        if self.narrow:
+            self.narrow = False
+            close_up(cache)
+        for other in cache[1:]:
+            other.offset = cache[0].offset  # equal, and now the same array: see Rotary
+        # In 16 bits, subtracting the log-sum would make ties of tokens that differ.
+        return self._model(tokens, cache).astype(mx.float32)
+
+
+def close_up(caches: Sequence[Any]) -> None:
+    """Drop the padding that all rows begin with: only one that has left needed the length.
+
+    mlx-lm's caches without a window do so themselves. Those with one would stay as long as the
+    longest row was, and in a batch that is never empty grow to the whole window for every row.
+    """
+    if not isinstance(caches[0], BatchRotatingKVCache):
+        return
+    padding = min(caches[0].left_padding.tolist())  # the same in all positions
+    if padding <= 0:
+        return
+    for c in caches:
+        keys, values, offset, left_padding, window, _, end, rotated = c.state
+        if rotated:  # into the order of time
+            keys, values = (mx.roll(kv, -end, 2) for kv in (keys, values))
+            end = window
+        keys, values = keys[..., padding:end, :], values[..., padding:end, :]
+        length = end - padding
+        c.state = keys, values, offset, left_padding - padding, window, length, length, False
+
+
+def token_logprobs(
+    rows: Sequence[tuple[int, mx.array, int | None]],
+) -> list[TokenLogprob | None]:
+    """For each `(token, log-probabilities [V], alternatives)`; None where alternatives are None.
+
+    One round trip to the device for all of them, and none where nobody asks.
+    """
+    wanted: list[tuple[mx.array, ...]] = []
+    for token, row, k in rows:
+        if k is None:
+            wanted.append(())
+            continue
+        arrays: tuple[mx.array, ...] = (row[token],)
+        if k:
+            likeliest = mx.argpartition(-row, kth=min(k, row.size) - 1)[:k]
+            arrays += (likeliest, row[likeliest])
+        wanted.append(arrays)
+    if any(wanted):
+        mx.eval(wanted)
+    return [
+        _read(token, arrays) if arrays else None
+        for (token, _, _), arrays in zip(rows, wanted, strict=True)
+    ]
+
+
+def _read(token: int, arrays: tuple[mx.array, ...]) -> TokenLogprob:
+    chosen, *top = [cast(list[float], array.tolist()) for array in arrays]
+    pairs = [(int(other), logprob) for other, logprob in zip(*top, strict=True)]
+    pairs.sort(key=lambda pair: (-pair[1], pair[0]))
+    return TokenLogprob(token, cast(float, chosen), tuple(pairs))
+
+
+def job_bytes(model: Model, prefill_step: int, job: Job) -> int:
+    """Bytes a job takes at most when nothing else runs."""
+    item_bytes = model.dtype.size
+    sizes = (model.config, item_bytes, prefill_step, [job], [job])
+    return cache_bytes(*sizes) + pass_bytes(*sizes)
+
+
+def cache_bytes(
+    config: ModelConfig,
+    item_bytes: int,
+    prefill_step: int,
+    jobs: Sequence[Job],
+    reading: Sequence[Job],
+) -> int:
+    """Bytes of all caches at most: the batch `jobs` share, and prompts still read on their own.
+
+    A batch's buffers have its longest row's length for every row. `reading` are those of the
+    jobs whose prompts have not joined it yet.
+    """
+    entry = config.kv_values_per_token() * item_bytes  # one token in all positions
+    longest = max((_decoded_entries(config.sliding_window, job) for job in jobs), default=0)
+    batch = sum(job.n for job in jobs) * longest * entry
+    prompts = [_read_entries(config.sliding_window, job, prefill_step) * entry for job in reading]
+    # A batch grows one position at a time; a chunk is added to all positions of one prompt.
+    moved = batch // config.num_positions + max(prompts, default=0)
+    return batch + sum(prompts) + moved
+
+
+def pass_bytes(
+    config: ModelConfig,
+    item_bytes: int,
+    prefill_step: int,
+    jobs: Sequence[Job],
+    reading: Sequence[Job],
+) -> int:
+    """Bytes one forward pass makes at most: a chunk of a prompt, or a token of every row."""
+    rows = sum(job.n for job in jobs)
+    longest = max((_decoded_entries(config.sliding_window, job) for job in jobs), default=0)
+    # In float32 logits, log-probabilities of this step and the last, and what sampling makes.
+    needs = [forward_bytes(config, rows, longest, item_bytes) + 6 * rows * config.vocab_size * 4]
+    for job in reading:
+        length, keys = (
+            min(prefill_step, len(job.prompt)),
+            _read_entries(config.sliding_window, job, prefill_step),
+        )
+        needs.append(forward_bytes(config, length, keys, item_bytes))
+    return max(needs)
+
+
+def _decoded_entries(window: int | None, job: Job) -> int:
+    """Entries of a position's buffer for one row; it grows by STEP."""
+    total = len(job.prompt) + job.max_tokens + STEP
+    return total if window is None else min(total, window)
+
+
+def _read_entries(window: int | None, job: Job, prefill_step: int) -> int:
+    """Entries while the prompt is read: the window before a chunk, and the chunk."""
+    total = len(job.prompt) + STEP
+    return total if window is None else min(total, window - 1 + prefill_step)

@@ -10,13 +10,13 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_cerebrum.decoding.decode import prefill_step
+from mlx_cerebrum.decoding.sampling import check_sampling
+from mlx_cerebrum.decoding.stream import StopText, check_request
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits, release
 from mlx_cerebrum.model.memory import available_bytes, human
-from mlx_cerebrum.server.batch import Batch
-from mlx_cerebrum.server.batch_memory import job_bytes
-from mlx_cerebrum.server.job_checks import check_job
+from mlx_cerebrum.server.batch import Batch, job_bytes
 from mlx_cerebrum.server.jobs import BusyError, ClosedError, Event, Failed, Job, Stats
 from mlx_cerebrum.server.prefix_cache import PrefixCache
 from mlx_cerebrum.server.task import Counts, Task, said
@@ -28,6 +28,7 @@ _HEADROOM = 0.95  # of what is free, as memory.fits
 _ENDS = ("stop", "length", "cancelled", "failed")
 _CLOSING = "the server is shutting down; ask again later"
 _STOPPED = "the engine has stopped; start it again"
+MOST_LOGPROBS = 20  # alternatives a token, as OpenAI's
 
 
 class BatchEngine:
@@ -85,7 +86,7 @@ class BatchEngine:
     def names(self) -> tuple[str, ...]:
         return tuple(self._models)
 
-    def submit(self, job: Job, deliver: Callable[[Event], None]) -> Task:
+    def submit(self, job: Job, deliver: Callable[[Event], None]) -> Callable[[], None]:
         """See `jobs.Engine`."""
         self._check(job)
         task = Task(job, self._tokenizer, deliver, self._forget)
@@ -101,7 +102,7 @@ class BatchEngine:
             self._arrived[task] = self._number
             self._number += 1
             self._changed.notify_all()
-        return task
+        return task.cancel
 
     @property
     def closed(self) -> bool:
@@ -299,3 +300,26 @@ class BatchEngine:
             self._look()
             self._batches = {}
         mx.clear_cache()
+
+
+def check_job(
+    job: Job, models: Mapping[str, Model], max_batch: int, prefill_step_size: int
+) -> None:
+    """Raise RequestError for a job that can never run, however much memory there is."""
+    if job.model not in models:
+        raise RequestError(f"there is no model {job.model!r}; there are {', '.join(models)}")
+    config = models[job.model].config
+    check_request(config, len(job.prompt), job.max_tokens, prefill_step_size)
+    outside = [token for token in job.prompt if not 0 <= token < config.vocab_size]
+    if outside:
+        raise RequestError(f"token id {outside[0]} is not below {config.vocab_size}")
+    if not 1 <= job.n <= max_batch:
+        raise RequestError(f"n must be from 1 to {max_batch}, not {job.n}")
+    k = job.top_logprobs
+    if k is not None and not 0 <= k <= MOST_LOGPROBS:
+        raise RequestError(
+            f"top_logprobs must be from 0 to {MOST_LOGPROBS}, not {job.top_logprobs}"
+        )
+    sampling = job.sampling
+    check_sampling(sampling.temperature, sampling.top_p, sampling.min_p, sampling.seed)
+    StopText(job.stop)

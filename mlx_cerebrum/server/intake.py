@@ -6,11 +6,10 @@ from hashlib import sha256
 
 from mlx_cerebrum import __version__
 from mlx_cerebrum.errors import CerebrumError, PlanError
+from mlx_cerebrum.server.answers import Layout
 from mlx_cerebrum.server.faults import ApiError
 from mlx_cerebrum.server.jobs import Job, Sampling
-from mlx_cerebrum.server.replies import Layout
-from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest, Sampled
-from mlx_cerebrum.server.strict import parse
+from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest, Sampled, parse_body
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.views import find
 
@@ -60,7 +59,7 @@ class Intake:
             raise ApiError(404, str(error), code="model_not_found", param="model") from None
 
     def chat(self, body: bytes, owner: str) -> tuple[ChatRequest, list[Job]]:
-        request = parse(ChatRequest, body)
+        request = parse_body(ChatRequest, body)
         model = self.find(request.model)
         messages = [
             {
@@ -79,7 +78,7 @@ class Intake:
         return request, [self._job(request, model, ids, "messages", stop, top, owner)]
 
     def completion(self, body: bytes, owner: str) -> tuple[CompletionRequest, list[Job]]:
-        request = parse(CompletionRequest, body)
+        request = parse_body(CompletionRequest, body)
         model = self.find(request.model)
         stop = tuple(request.stop or ())
         jobs = []

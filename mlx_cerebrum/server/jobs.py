@@ -1,4 +1,7 @@
-"""What the web side asks of the engine, and what comes back: plain data, no MLX, no HTTP."""
+"""What the web side asks of the engine (jobs), and what comes back (events): plain data.
+
+Neither MLX nor HTTP is known here. The package's docstring tells a request's way.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Job:
-    """`n` answers to one prompt by one model."""
+    """A prompt that one model is to answer with `n` choices."""
 
     model: str  # a view's name
     prompt: tuple[int, ...]
@@ -58,7 +61,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Piece:
-    """One generated token of one choice, with the text that became final with it."""
+    """A generated token of one choice, and the text that is final now that it is known."""
 
     choice: int
     token: int
@@ -76,13 +79,6 @@ class Failed:
 
 
 Event = Reading | Piece | Failed
-
-
-class Ticket(Protocol):
-    """A job that was taken."""
-
-    def cancel(self) -> None:
-        """Free its place within a token; nothing more is delivered. From any thread, any time."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +101,12 @@ class Engine(Protocol):
     @property
     def names(self) -> tuple[str, ...]: ...
 
-    def submit(self, job: Job, deliver: Callable[[Event], None]) -> Ticket:
+    def submit(self, job: Job, deliver: Callable[[Event], None]) -> Callable[[], None]:
         """Queue a job. `deliver` gets its events in order, on the engine's thread: it must not
         block. The last is each choice's Piece with a finish reason, or one Failed.
+
+        Returns what cancels the job: its place is free within a token, and nothing more is
+        delivered. It may be called from any thread at any time.
 
         Raises RequestError for a job that can never run, BusyError where the queue is full,
         ClosedError where no more jobs are taken.

@@ -10,13 +10,16 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_cerebrum.files.open_files import limit_kept
 from mlx_cerebrum.model.config import ModelConfig
-from mlx_cerebrum.server.lm import (
-    KVCache,
-    RotatingKVCache,
-    can_trim_prompt_cache,
-    trim_prompt_cache,
-)
+
+with limit_kept():
+    from mlx_lm.models.cache import (
+        KVCache,
+        RotatingKVCache,
+        can_trim_prompt_cache,
+        trim_prompt_cache,
+    )
 
 Caches = list[Any]  # mlx-lm's KVCache or RotatingKVCache, one for each position
 Key = tuple[str, str]  # owner, model

@@ -1,25 +1,179 @@
 """Answers on their way to a client: in one piece, or as server-sent events."""
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Coroutine
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from mlx_cerebrum.server.answers import Choice, Shape
+from mlx_cerebrum.server.answers import Choice, Json, Shape
 from mlx_cerebrum.server.faults import ApiError
-from mlx_cerebrum.server.running import Running
+from mlx_cerebrum.server.jobs import Engine, Event, Failed, Job, Piece, Reading
+from mlx_cerebrum.server.metrics import Metrics
 
+MOST_PENDING = 4096  # tokens kept for a client that does not read them
+_AT_ONCE = 256  # tokens taken together: others want their turn of the event loop
 TOKENS = "cerebrum.tokens"  # in an ASGI scope: (prompt, generated), for the log
 GONE = "cerebrum.gone"  # and whether the client went away before its answer was whole
 
 
-class Whole(Response):
+class RunningRequest:
+    """One request's jobs, from their submission until every choice has ended.
+
+    The engine's thread puts events in, one task takes them out; neither waits for the other. A
+    client that falls `most_pending` tokens behind loses its answer, so that memory stays bounded.
+    `failure` makes of a job's last message what the client is told.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        jobs: Sequence[Job],
+        metrics: Metrics,
+        failure: Callable[[str], ApiError],
+        most_pending: int = MOST_PENDING,
+    ) -> None:
+        self.prompt_tokens = sum(len(job.prompt) for job in jobs)  # once, whatever `n`
+        self.generated_tokens = 0
+        self._cached_tokens: dict[int, int] = {}  # job's number -> of its prompt
+        self._jobs = jobs
+        self._metrics = metrics
+        self._failure = failure
+        self._most_pending = most_pending
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[tuple[float, int, Event]] = deque()
+        # Only the newest of each prompt matters. No dict: the engine's thread would add to it.
+        self._reading: list[Reading | None] = [None] * len(jobs)
+        self._read_more = False  # since the last `take`
+        self._news = asyncio.Event()
+        self._told = False  # `_news` is set, or will be
+        self._open = {(job, choice) for job, of in enumerate(jobs) for choice in range(of.n)}
+        self._last: dict[tuple[int, int], float] = {}  # when each choice's newest token came
+        self._started = time.perf_counter()
+        self._cancelled = False
+        self._taking = True  # not so while what was taken is being sent
+        self._cancels: list[Callable[[], None]] = []  # of each job
+        try:
+            for number, job in enumerate(jobs):
+                self._cancels.append(engine.submit(job, partial(self._deliver, number)))
+        except BaseException:
+            self.cancel()
+            raise
+
+    @property
+    def ended(self) -> bool:
+        return not self._open
+
+    @property
+    def choices(self) -> range:
+        return range(sum(job.n for job in self._jobs))
+
+    @property
+    def reading(self) -> tuple[int, int] | None:
+        """`(done, total)` of all prompts' tokens, once there is news of one."""
+        if not any(self._reading):
+            return None
+        done = sum(reading.done for reading in self._reading if reading is not None)
+        return done, max(done, self.prompt_tokens)
+
+    @property
+    def usage(self) -> Json:
+        """The tokens so far, as OpenAI counts them."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.generated_tokens,
+            "total_tokens": self.prompt_tokens + self.generated_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens.values())},
+        }
+
+    def cancel(self) -> None:
+        """Free the places of jobs that have not ended."""
+        if self._cancelled:
+            return
+        self._cancelled = True
+        going = {job for job, _ in self._open}
+        for job, cancel in enumerate(self._cancels):
+            if job in going:
+                cancel()
+
+    async def take(self, seconds: float | None = None) -> list[tuple[int, Piece]]:
+        """What came, as `(choice's number in the answer, piece)`; empty after `seconds`, or when
+        only more of a prompt has been read. Raises ApiError for a job that failed."""
+        self._taking = True
+        await asyncio.sleep(0)  # or an engine that is always ahead would keep the event loop busy
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self._events and not self._read_more:
+                    await self._news.wait()
+                    self._news.clear()
+                    self._told = False  # before the events are looked at: none can be missed
+        self._taking = self._read_more = False
+        taken: list[tuple[int, Piece]] = []
+        while self._events and len(taken) < _AT_ONCE:
+            when, job, event = self._events[0]
+            if isinstance(event, Failed):
+                if taken:  # first what came before it
+                    break
+                raise self._failure(event.message)
+            self._events.popleft()
+            if isinstance(event, Piece):
+                taken.append((self._count(when, job, event), event))
+        return taken
+
+    def _count(self, when: float, job: int, piece: Piece) -> int:
+        key = (job, piece.choice)
+        if key in self._last:
+            self._metrics.token_seconds.observe(when - self._last[key])
+        elif not self._last:
+            self._metrics.first_token_seconds.observe(when - self._started)
+        self._last[key] = when
+        self.generated_tokens += 1
+        # The first choice's: the others can find what it has just computed.
+        self._cached_tokens.setdefault(job, piece.cached_tokens)
+        if piece.finish_reason is not None:
+            self._open.discard(key)
+        return sum(before.n for before in self._jobs[:job]) + piece.choice
+
+    def _deliver(self, job: int, event: Event) -> None:
+        """On the engine's thread."""
+        if self._cancelled:
+            return
+        if isinstance(event, Reading):
+            self._reading[job] = event
+            self._read_more = True
+        else:
+            self._events.append((time.perf_counter(), job, event))
+        if len(self._events) > self._most_pending:
+            self._call(self._fall_behind)
+        elif not self._told:
+            self._told = True
+            self._call(self._news.set)
+
+    def _call(self, what: Callable[[], object]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, the client long gone
+            self._loop.call_soon_threadsafe(what)
+
+    def _fall_behind(self) -> None:
+        behind = len(self._events) > self._most_pending
+        # While it takes, it is the event loop that was late, not the client.
+        if behind and not self._taking and not self._cancelled:
+            self.cancel()
+            self._events.clear()
+            message = f"the answer was not read: {self._most_pending} tokens were waiting"
+            self._events.append((0.0, 0, Failed(message)))
+            self._news.set()
+
+
+class WholeResponse(Response):
     """The whole answer as JSON, once it is there."""
 
-    def __init__(self, running: Running, shape: Shape) -> None:
+    def __init__(self, running: RunningRequest, shape: Shape) -> None:
         super().__init__()
         self._running, self._shape = running, shape
 
@@ -43,16 +197,18 @@ class Whole(Response):
         return await asyncio.to_thread(self._written, choices)
 
     def _written(self, choices: list[Choice]) -> Response:
-        return JSONResponse(self._shape.whole(choices, self._running.tally.usage))
+        return JSONResponse(self._shape.whole(choices, self._running.usage))
 
 
-class Stream(Response):
+class StreamResponse(Response):
     """The answer's pieces as server-sent events, with comments while there is nothing to say.
 
     usage: whether a last object tells the tokens used. keep_alive: seconds of silence at most.
     """
 
-    def __init__(self, running: Running, shape: Shape, *, usage: bool, keep_alive: float) -> None:
+    def __init__(
+        self, running: RunningRequest, shape: Shape, *, usage: bool, keep_alive: float
+    ) -> None:
         self._running, self._shape, self._usage = running, shape, usage
         self._keep_alive = keep_alive
         self.status_code, self.background = 200, None  # no super().__init__: no content-length
@@ -95,7 +251,7 @@ class Stream(Response):
                 told = reading
             await self._write(send, events)
         else:
-            usage = self._running.tally.usage
+            usage = self._running.usage
             last = [_data(self._shape.frame([], usage))] if self._usage else []
             await self._write(send, [*last, b"data: [DONE]\n\n"])
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -113,8 +269,8 @@ def _data(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
 
 
-def _note(scope: Scope, running: Running) -> None:
-    scope[TOKENS] = (sum(running.tally.prompts), running.tally.generated)
+def _note(scope: Scope, running: RunningRequest) -> None:
+    scope[TOKENS] = (running.prompt_tokens, running.generated_tokens)
 
 
 Result = TypeVar("Result")

@@ -27,7 +27,7 @@ class Counts:
     finished: Counter[str] = field(default_factory=Counter)
 
 
-class Answer:
+class ChoiceText:
     """One choice's text, exactly as `stream_generate` makes it."""
 
     def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
@@ -63,7 +63,7 @@ class Task:
         forget: Callable[["Task"], None],
     ) -> None:
         self.job = job
-        self.answers = [Answer(job, tokenizer) for _ in range(job.n)]
+        self.texts = [ChoiceText(job, tokenizer) for _ in range(job.n)]
         self.reasons: list[str] = []  # of the choices that are over
         self.cached_tokens = 0
         self.cancelled = False

@@ -19,7 +19,7 @@ from mlx_cerebrum.chat.__main__ import main
 from mlx_cerebrum.chat.chat import COMMANDS, Chat
 from mlx_cerebrum.chat.prompt import CommandCompleter, history_path, open_history
 from mlx_cerebrum.chat.screen import PlainScreen
-from mlx_cerebrum.chat.session import Reply, Session, Settings
+from mlx_cerebrum.chat.session import AnswerStream, DecodingOptions, Session
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ def talk(
     views: Views, lines: Sequence[str], answers: Sequence[str] = (), asks: bool = True
 ) -> tuple[Chat, int]:
     chat = Chat(
-        Session(*views, Settings(max_tokens=12)), PlainScreen(), Script(lines, answers), asks
+        Session(*views, DecodingOptions(max_tokens=12)), PlainScreen(), Script(lines, answers), asks
     )
     return chat, chat.run()
 
@@ -200,7 +200,7 @@ class Impatient(PlainScreen):
 
 def test_a_second_ctrl_c_loses_no_answer(views: Views) -> None:
     for line in ("One?", "/compare One?"):
-        session = Session(*views, Settings(max_tokens=12))
+        session = Session(*views, DecodingOptions(max_tokens=12))
         Chat(session, Impatient(), Script([line]), asks=True).run()
         assert session.question == "One?"
         assert session.unanswered is None
@@ -211,8 +211,8 @@ def test_a_fault_costs_an_answer_and_not_the_conversation(
 ) -> None:
     chat, _ = talk(views, ["One?"])
 
-    def fails(reply: Reply) -> None:
-        next(reply)
+    def fails(stream: AnswerStream) -> None:
+        next(stream)
         raise RuntimeError("no more memory, says the driver")
 
     monkeypatch.setattr(chat.screen, "show", fails)
@@ -236,7 +236,7 @@ def test_an_edit_stopped_at_once_leaves_the_question(
 ) -> None:
     chat, _ = talk(views, ["One?"])
     before = chat.session.messages()
-    monkeypatch.setattr(chat.screen, "show", lambda reply: reply.close())
+    monkeypatch.setattr(chat.screen, "show", lambda stream: stream.close())
     chat.handle("/edit Two?")
     assert "stopped before the answer began; the question is as it was" in capsys.readouterr().err
     assert chat.session.messages() == before
@@ -269,7 +269,9 @@ def test_compare_of_the_last_question_replaces_its_answer(views: Views) -> None:
         ("One?", "talker@twice")
     ]
     model = {"talker": views[0]["talker"]}
-    alone = Chat(Session(model, views[1], Settings(max_tokens=4)), PlainScreen(), Script([]), True)
+    alone = Chat(
+        Session(model, views[1], DecodingOptions(max_tokens=4)), PlainScreen(), Script([]), True
+    )
     alone.handle("/compare Q?")
     assert alone.session.messages() == []
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import mistral_model
 from talker import talkers
 
-from mlx_cerebrum.chat.session import Answer, Session, Settings
+from mlx_cerebrum.chat.session import Answer, DecodingOptions, Session
 from mlx_cerebrum.decoding.stream import generate, stream_generate
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.forward import Model
@@ -26,14 +26,14 @@ def views(tmp_path_factory: pytest.TempPathFactory) -> Views:
 
 
 def session_of(views: Views, **settings: Any) -> Session:
-    return Session(*views, Settings(**({"max_tokens": 20} | settings)))
+    return Session(*views, DecodingOptions(**({"max_tokens": 20} | settings)))
 
 
 def ask(session: Session, question: str, before: int | None = None) -> Answer:
-    (reply,) = session.ask(question, before=before)
-    "".join(reply)
-    session.keep(question, reply.answer, before)
-    return reply.answer
+    (stream,) = session.ask(question, before=before)
+    "".join(stream)
+    session.keep(question, stream.answer, before)
+    return stream.answer
 
 
 def computed(answer: Answer) -> int:
@@ -162,11 +162,11 @@ def test_with_the_real_vocabulary_a_turn_begins_with_the_last_one(
 def test_stopped_where_it_was_shown(views: Views, draft: str) -> None:
     session = session_of(views, draft=draft, max_tokens=60)
     session.switch("talker@twice")
-    (reply,) = session.ask("How are you?")
-    shown = [next(reply) for _ in range(7)]
-    reply.stopped = lambda: True
-    assert list(reply) == []
-    answer = reply.answer
+    (stream,) = session.ask("How are you?")
+    shown = [next(stream) for _ in range(7)]
+    stream.stopped = lambda: True
+    assert list(stream) == []
+    answer = stream.answer
     assert (answer.reason, answer.text) == ("interrupted", "".join(shown))
     session.keep("How are you?", answer)
     cache = session.cache(session.current)
@@ -182,16 +182,16 @@ def test_stopped_while_the_prompt_is_read(views: Views) -> None:
     """What was read of it stays read; the question stays to be asked again."""
     session = session_of(views, prefill_step_size=16)
     question = "word " * 20
-    (reply,) = session.ask(question)
+    (stream,) = session.ask(question)
     done: list[int] = []
 
     def progress(n: int, total: int) -> None:
         done.append(n)
 
-    reply.progress = progress
-    reply.stopped = lambda: len(done) == 2
-    assert list(reply) == []
-    assert (reply.answer.reason, reply.answer.text, done) == ("interrupted", "", [16, 32])
+    stream.progress = progress
+    stream.stopped = lambda: len(done) == 2
+    assert list(stream) == []
+    assert (stream.answer.reason, stream.answer.text, done) == ("interrupted", "", [16, 32])
     assert session.exchanges == []
     assert session.question == question
     assert len(session.cache("talker").tokens) == 32
@@ -224,7 +224,7 @@ def test_a_seed_repeats_a_conversation_and_no_turn_of_it(views: Views) -> None:
 def test_both_columns_draw_alike_and_count_once(views: Views) -> None:
     session = session_of(views, temp=1.0, seed=7)
     both = session.ask("A?", ["talker", "talker@twice"])
-    texts = ["".join(reply) for reply in both]
+    texts = ["".join(stream) for stream in both]
     session.keep("A?", both[0].answer)
     assert texts[0] == conversation(views, 7, "A?")[0]
     assert ask(session, "B?").text == conversation(views, 7, "A?", "B?")[1]
@@ -234,9 +234,9 @@ def test_comparing_token_by_token_is_asking_each(views: Views) -> None:
     session = session_of(views)
     both = session.ask("A?", list(views[0]))
     texts = ["", ""]
-    while not all(reply.answer.reason for reply in both):
-        for column, reply in enumerate(both):
-            texts[column] += next(reply, "")
+    while not all(stream.answer.reason for stream in both):
+        for column, stream in enumerate(both):
+            texts[column] += next(stream, "")
     for name, text in zip(views[0], texts, strict=True):
         alone = session_of(views)
         alone.switch(name)
@@ -257,14 +257,14 @@ def test_retrying_what_can_only_be_the_same(views: Views) -> None:
     session.set_system("Be brief.")
     assert not session.repeats("A?", 0)
     session.set_system(None)
-    (reply,) = session.ask("A?", before=0, temp=0.7)
-    "".join(reply)
-    session.keep("A?", reply.answer, 0)
+    (stream,) = session.ask("A?", before=0, temp=0.7)
+    "".join(stream)
+    session.keep("A?", stream.answer, 0)
     assert not session.repeats("A?", 0)
-    (reply,) = session.ask("A?", before=0)
-    next(reply)
-    reply.close()
-    session.keep("A?", reply.answer, 0)
+    (stream,) = session.ask("A?", before=0)
+    next(stream)
+    stream.close()
+    session.keep("A?", stream.answer, 0)
     assert not session.repeats("A?", 0)
     assert not session_of(views, temp=1.0).repeats("A?", 0)
 
@@ -358,10 +358,10 @@ def test_conversations_from_elsewhere(views: Views) -> None:
 def test_an_answer_stopped_early_costs_no_whole_one(views: Views) -> None:
     session = session_of(views)
     whole = ask(session, "A?").text
-    (reply,) = session.ask("A?", before=0, temp=0.7)
-    next(reply)
-    reply.close()
-    session.keep("A?", reply.answer, 0)
+    (stream,) = session.ask("A?", before=0, temp=0.7)
+    next(stream)
+    stream.close()
+    session.keep("A?", stream.answer, 0)
     assert session.messages()[1]["content"] != whole
     session.undo()
     assert session.messages()[1]["content"] == whole
@@ -384,7 +384,9 @@ def test_clear_can_be_undone(views: Views) -> None:
 
 def test_the_demo_computes_only_the_new_turn(demo: Path) -> None:
     """Its end-of-turn token and the text around it are found again in the next prompt."""
-    session = Session(*load_views(open_model(ModelSpec(demo, window=40))), Settings(max_tokens=12))
+    session = Session(
+        *load_views(open_model(ModelSpec(demo, window=40))), DecodingOptions(max_tokens=12)
+    )
     held = ask(session, "Hi").tokens
     for question in ("What is the capital of France?", "And of Italy?"):
         answer = ask(session, question)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "imports",
     [
-        "import mlx_cerebrum.server.lm",
+        "import mlx_cerebrum.server.batch",
         "from mlx_cerebrum.decoding.sampling import make_sampler; make_sampler(1.0, 0.5)",
     ],
 )

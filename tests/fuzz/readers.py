@@ -31,8 +31,7 @@ from mlx_cerebrum.generate import main as generate
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest
-from mlx_cerebrum.server.strict import parse
+from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest, parse_body
 from mlx_cerebrum.tokenizer.chat_formats import CEREBRUM_TEMPLATE
 from mlx_cerebrum.tokenizer.conversation import read_messages, write_messages
 from mlx_cerebrum.tokenizer.sentencepiece_model import (
@@ -469,7 +468,7 @@ def change_request(folder: Path, random: Random) -> dict[str, bytes]:
 
 def read_request(folder: Path) -> None:
     for file in folder.glob("*.json"):
-        parse(REQUESTS[file.name][0], file.read_bytes())
+        parse_body(REQUESTS[file.name][0], file.read_bytes())
 
 
 def read_sensitivity(folder: Path) -> None:

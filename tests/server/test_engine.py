@@ -17,8 +17,7 @@ from mlx_cerebrum.decoding.stream import stream_generate
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import memory_limit
-from mlx_cerebrum.server.batch import Batch
-from mlx_cerebrum.server.batch_memory import job_bytes
+from mlx_cerebrum.server.batch import Batch, job_bytes
 from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.server.jobs import (
     BusyError,
@@ -81,7 +80,7 @@ class Client:
         self._left = job.n
         if not hold:
             self.go_on.set()
-        self.ticket = engine.submit(job, self._deliver)
+        self.cancel = engine.submit(job, self._deliver)
 
     def _deliver(self, event: Event) -> None:
         self.events.append(event)
@@ -324,7 +323,7 @@ def test_a_full_queue_refuses(make: Make, loaded: Any) -> None:
         engine.submit(job(6, 5), print)
     other = Client(engine, job(6, 5, model="plan"))  # places of its own
     assert engine.stats().queued == 5
-    taken[-1].ticket.cancel()
+    taken[-1].cancel()
     taken.append(Client(engine, job(6, 5, 9)))
     with pytest.raises(BusyError):
         engine.submit(job(6, 5), print)
@@ -373,7 +372,7 @@ def test_who_leaves_the_queue_leaves_the_place(make: Make, loaded: Any) -> None:
     engine = make(max_batch=2, max_queue=0)
     held = Client(engine, job(5, 5), hold=True).started()
     for seed in range(3):
-        Client(engine, job(5, 5, seed)).ticket.cancel()
+        Client(engine, job(5, 5, seed)).cancel()
     last = Client(engine, job(5, 5, 9))
     with pytest.raises(BusyError):
         engine.submit(job(5, 5), print)
@@ -422,7 +421,7 @@ def test_cancelling(make: Make, loaded: Any, stage: str) -> None:
     waiting = Client(engine, job(5, 2, 1))
     after = Client(engine, job(5, 2, 2))
     gone = waiting if stage == "queued" else held
-    gone.ticket.cancel()
+    gone.cancel()
     told = len(gone.events)
     held.go_on.set()
     after.done()
@@ -430,23 +429,23 @@ def test_cancelling(make: Make, loaded: Any, stage: str) -> None:
     assert engine.stats().finished["cancelled"] == 1
     for client in {held, waiting, after} - {gone}:
         is_right(loaded, client.done())
-    gone.ticket.cancel()  # again, and when it is long gone
+    gone.cancel()  # again, and when it is long gone
     assert engine.stats().finished["cancelled"] == 1
     is_right(loaded, Client(engine, job(5, 3, 4)).done())
 
 
 def test_a_job_may_be_cancelled_from_its_own_event(make: Make, loaded: Any) -> None:
     engine = make(max_batch=1)
-    tickets: list[Any] = []
+    cancels: list[Callable[[], None]] = []
     known, heard = threading.Event(), list[Event]()
 
     def deliver(event: Event) -> None:
         assert known.wait(SECONDS)
         heard.append(event)
         if isinstance(event, Piece):
-            tickets[0].cancel()
+            cancels[0]()
 
-    tickets.append(engine.submit(job(9, 50), deliver))
+    cancels.append(engine.submit(job(9, 50), deliver))
     known.set()
     is_right(loaded, Client(engine, job(5, 5)).done())
     assert sum(isinstance(event, Piece) for event in heard) == 1

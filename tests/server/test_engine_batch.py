@@ -14,8 +14,7 @@ from tiny import tiny_config, tiny_prompt, tiny_weights
 from mlx_cerebrum import load
 from mlx_cerebrum.decoding.decode import generate_step, greedy
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.server.batch import Batch
-from mlx_cerebrum.server.decoder import Decoder
+from mlx_cerebrum.server.batch import Batch, BatchModel
 from mlx_cerebrum.server.jobs import Event, Failed, Job, Piece, Reading, Sampling
 from mlx_cerebrum.server.prefix_cache import PrefixCache
 from mlx_cerebrum.server.task import Counts, Task
@@ -287,7 +286,7 @@ class Breaking:
     """A model that fails once, when told to."""
 
     def __init__(self, model: Model, error: Exception) -> None:
-        self.real, self.config, self.model, self.error = model, model.config, model.model, error
+        self.real, self.config, self.dtype, self.error = model, model.config, model.dtype, error
         self.broken = False
 
     def __call__(self, *args: Any) -> mx.array:
@@ -366,7 +365,7 @@ def test_a_token_outside_the_vocabulary_fails_its_job_only(
     def refuse(token: int) -> tuple[str, str | None]:
         raise ValueError(token)
 
-    bad.answers[0].add = refuse  # type: ignore[method-assign]
+    bad.texts[0].add = refuse  # type: ignore[method-assign]
     desk.run()
     assert isinstance(desk.events[bad][-1], Failed)
     is_right(desk, good)
@@ -412,7 +411,7 @@ def test_rows_in_sixteen_bits_choose_by_their_logits(dtype: mx.Dtype) -> None:
     def chosen(logits: mx.array) -> Any:
         return greedy(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).item()
 
-    decoder = Decoder(lambda tokens, cache: logits)  # type: ignore[arg-type]  # of no model
+    decoder = BatchModel(lambda tokens, cache: logits)  # type: ignore[arg-type]  # of no model
     assert chosen(logits) == 7
     assert chosen(decoder(mx.array([[1]]), [])) == 9
 

@@ -1,6 +1,6 @@
 """Answers over HTTP, by an engine that says what a test tells it to."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -16,7 +16,7 @@ from server_room import (
     CONTEXT,
     WAIT,
     FakeEngine,
-    FakeTicket,
+    FakeTask,
     Running,
     chat,
     error,
@@ -30,8 +30,8 @@ from server_room import (
 )
 
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.server.answers import ChatCompletion, TextCompletion
 from mlx_cerebrum.server.jobs import BusyError, Event, Failed, Piece, Sampling, TokenLogprob
-from mlx_cerebrum.server.replies import ChatCompletion, TextCompletion
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 
@@ -167,8 +167,8 @@ def test_the_drawn_token_is_among_the_likeliest(
     likeliest, next_, drawn = tokenizer.encode("HeX", add_bos=False)
     top = ((likeliest, -0.5), (next_, -1.5), (drawn, -4.0))
 
-    def script(ticket: FakeTicket) -> Iterator[Event]:
-        assert ticket.job.top_logprobs == asked
+    def script(task: FakeTask) -> Iterator[Event]:
+        assert task.job.top_logprobs == asked
         yield Piece(0, drawn, "X", "length", 0, TokenLogprob(drawn, -4.0, top[:asked]))
 
     def choice(answer: httpx.Response, what: str) -> Any:
@@ -189,9 +189,9 @@ def test_the_drawn_token_is_among_the_likeliest(
 def test_pieces_of_a_character(server: Running, engine: FakeEngine, tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode("\u00e9", add_bos=False)
 
-    def script(ticket: FakeTicket) -> Iterator[Event]:
-        yield piece(ticket.job, 0, tokens[0], "")
-        yield piece(ticket.job, 0, tokens[1], "\u00e9")
+    def script(task: FakeTask) -> Iterator[Event]:
+        yield piece(task.job, 0, tokens[0], "")
+        yield piece(task.job, 0, tokens[1], "\u00e9")
         yield Piece(0, 2, "", "stop", 0)  # the end token, unseen
 
     engine.script = script
@@ -215,12 +215,12 @@ def test_log_probabilities_are_those_of_the_text(
 ) -> None:
     """Tokens of a stop string that is found are in neither; one that is not found is in both."""
 
-    def script(ticket: FakeTicket) -> Iterator[Event]:
+    def script(task: FakeTask) -> Iterator[Event]:
         ends = tokenizer.encode("ab<|", add_bos=False)
         for choice, (last, reason) in enumerate([("", "stop"), ("<|", "length")]):
             for token, text in zip(ends[:3], ("a", "b", ""), strict=True):
-                yield piece(ticket.job, choice, token, text)
-            yield piece(ticket.job, choice, ends[3], last, reason)
+                yield piece(task.job, choice, token, text)
+            yield piece(task.job, choice, ends[3], last, reason)
 
     engine.script = script
     chatting = "chat" in path
@@ -368,14 +368,14 @@ def test_a_queue_that_fills_between_prompts(
     engine.script = until_closed(engine)
     take = engine.submit
 
-    def one_only(*args: Any) -> FakeTicket:
-        if engine.tickets:
+    def one_only(*args: Any) -> Callable[[], None]:
+        if engine.tasks:
             raise BusyError("full")
         return take(*args)
 
     monkeypatch.setattr(engine, "submit", one_only)
     assert post(server, "/v1/completions", prompt=["a", "b"]).status_code == 429
-    assert engine.tickets[0].cancelled.wait(WAIT)
+    assert engine.tasks[0].cancelled.wait(WAIT)
 
 
 def test_a_job_the_engine_refuses(server: Running, engine: FakeEngine) -> None:
@@ -383,8 +383,8 @@ def test_a_job_the_engine_refuses(server: Running, engine: FakeEngine) -> None:
     assert error(post(server, **chat()))[0] == 400
 
 
-def failing(ticket: FakeTicket) -> Iterator[Event]:
-    yield piece(ticket.job, 0, 5, "H")
+def failing(task: FakeTask) -> Iterator[Event]:
+    yield piece(task.job, 0, 5, "H")
     yield Failed("no memory left")
 
 
@@ -400,14 +400,14 @@ def test_a_job_that_fails(server: Running, engine: FakeEngine) -> None:
 
 
 def test_one_of_two_prompts_fails(server: Running, engine: FakeEngine) -> None:
-    def script(ticket: FakeTicket) -> Iterator[Event]:
-        first = ticket.job.prompt == engine.jobs[0].prompt
-        return iter((until_closed(engine) if first else failing)(ticket))
+    def script(task: FakeTask) -> Iterator[Event]:
+        first = task.job.prompt == engine.jobs[0].prompt
+        return iter((until_closed(engine) if first else failing)(task))
 
     engine.script = script
     answer = post(server, "/v1/completions", prompt=["a", "b"])
     assert answer.status_code == 500
-    assert engine.tickets[0].cancelled.wait(WAIT)
+    assert engine.tasks[0].cancelled.wait(WAIT)
 
 
 def test_metrics(tokenizer: Tokenizer) -> None:

@@ -17,7 +17,7 @@ from server_room import (
     MODELS,
     WAIT,
     FakeEngine,
-    FakeTicket,
+    FakeTask,
     Running,
     ask,
     chat,
@@ -135,10 +135,10 @@ def test_a_client_that_goes_as_it_is_refused(
 def test_comments_while_a_prompt_is_read(server: Running, engine: FakeEngine) -> None:
     went_on = threading.Event()
 
-    def script(ticket: FakeTicket) -> Iterator[Event]:
-        yield Reading(1, len(ticket.job.prompt))
+    def script(task: FakeTask) -> Iterator[Event]:
+        yield Reading(1, len(task.job.prompt))
         went_on.wait(WAIT)
-        yield piece(ticket.job, 0, 5, "H", "stop")
+        yield piece(task.job, 0, 5, "H", "stop")
 
     engine.script = script
     seen = []
@@ -158,10 +158,10 @@ def test_a_client_that_goes_frees_its_place(
 ) -> None:
     engine.script = until_closed(engine)
     with ask(server, chat(stream=stream)) as client:
-        ticket = engine.ticket()
+        task = engine.task()
         if stream:
             assert client.recv(100).startswith(b"HTTP/1.1 200")
-    assert ticket.cancelled.wait(WAIT)
+    assert task.cancelled.wait(WAIT)
     wait_for(server, 'status="499"')
 
 
@@ -175,17 +175,17 @@ def wait_for(server: Running, text: str) -> None:
 
 
 def test_a_client_that_does_not_read(engine: FakeEngine, tokenizer: Tokenizer) -> None:
-    def script(ticket: FakeTicket) -> Iterator[Event]:
+    def script(task: FakeTask) -> Iterator[Event]:
         while True:
-            yield piece(ticket.job, 0, 5, "H" * 1000)
+            yield piece(task.job, 0, 5, "H" * 1000)
 
     engine.script = script
     with (
         serving(engine, tokenizer, most_pending=100) as server,
         ask(server, chat(stream=True)) as client,
     ):
-        ticket = engine.ticket()
-        assert ticket.cancelled.wait(WAIT)
+        task = engine.task()
+        assert task.cancelled.wait(WAIT)
         engine.script = engine.say()
         assert post(server, **chat()).status_code == 200  # others are served
         got = b""
@@ -202,11 +202,11 @@ def test_an_engine_that_is_always_ahead(
     """A client that reads gets it all, and others are served meanwhile."""
     count, served = 3000, threading.Event()
 
-    def script(ticket: FakeTicket) -> Iterator[Event]:
+    def script(task: FakeTask) -> Iterator[Event]:
         for number in range(count):
             if number == count - 1:
                 assert served.wait(WAIT)
-            yield piece(ticket.job, 0, 5, "H", "length" if number == count - 1 else None)
+            yield piece(task.job, 0, 5, "H", "length" if number == count - 1 else None)
 
     engine.script = script
     with serving(engine, tokenizer, most_pending=10) as server:
@@ -214,7 +214,7 @@ def test_an_engine_that_is_always_ahead(
         body = chat(stream=stream, logprobs=True, top_logprobs=2)
         asking = threading.Thread(target=lambda: answers.append(post(server, **body)))
         asking.start()
-        engine.ticket()
+        engine.task()
         assert server.client.get("/health").status_code == 200
         served.set()
         asking.join(WAIT)
@@ -227,16 +227,16 @@ def test_an_engine_that_is_always_ahead(
 
 
 def test_a_client_that_stalls(engine: FakeEngine, tokenizer: Tokenizer) -> None:
-    def script(ticket: FakeTicket) -> Iterator[Event]:
+    def script(task: FakeTask) -> Iterator[Event]:
         for _ in range(500):
-            yield piece(ticket.job, 0, 5, "H" * 100_000)
+            yield piece(task.job, 0, 5, "H" * 100_000)
 
     engine.script = script
     with (
         serving(engine, tokenizer, patience=Patience(unread=0.05)) as server,
         ask(server, chat(stream=True)),
     ):
-        assert engine.ticket().cancelled.wait(WAIT)
+        assert engine.task().cancelled.wait(WAIT)
 
 
 def test_a_signal_that_is_ignored_stays_so(engine: FakeEngine, tokenizer: Tokenizer) -> None:
@@ -268,7 +268,7 @@ def test_shutdown_ends_answers(tokenizer: Tokenizer, stream: bool) -> None:
             target=lambda: answers.append(post(server, **chat(stream=stream)))
         )
         asking.start()
-        engine.ticket()
+        engine.task()
         server.server.should_exit = True
         asking.join(WAIT)
         assert engine.closed
@@ -287,7 +287,7 @@ def test_shutdown_lets_answers_end(tokenizer: Tokenizer) -> None:
         answers: list[httpx.Response] = []
         asking = threading.Thread(target=lambda: answers.append(post(server, **chat())))
         asking.start()
-        engine.ticket()
+        engine.task()
         server.server.should_exit = True
         asking.join(WAIT)
     assert answers[0].json()["choices"][0]["message"]["content"] == ANSWER

@@ -15,7 +15,7 @@ import pytest
 from server_room import (
     WAIT,
     FakeEngine,
-    FakeTicket,
+    FakeTask,
     Running,
     ask,
     chat,
@@ -158,11 +158,11 @@ def test_answers_leave_room_for_health(
     with serving(engine, tokenizer, room=room) as server, ExitStack() as stack:
         for _ in range(room.posts):
             stack.enter_context(ask(server, chat(stream=True)))
-            engine.ticket()
+            engine.task()
         answer = post(server, **chat())
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "2")
         assert httpx.get(f"{server.url}/health").status_code == 200
-        assert not any(ticket.cancelled.is_set() for ticket in engine.tickets)
+        assert not any(task.cancelled.is_set() for task in engine.tasks)
         engine.ended.set()
     # Were all places taken by answers, who comes would be told.
     monkeypatch.setattr(Room, "posts", 100)
@@ -170,7 +170,7 @@ def test_answers_leave_room_for_health(
     with serving(engine, tokenizer, room=Room(4)) as server, ExitStack() as stack:
         for _ in range(3):
             stack.enter_context(ask(server, chat(stream=True)))
-            engine.ticket()
+            engine.task()
         with connect(server) as client:
             answered = rest(client)
         assert status(answered) == 503
@@ -180,8 +180,8 @@ def test_answers_leave_room_for_health(
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_that_is_not_read(engine: FakeEngine, tokenizer: Tokenizer, stream: bool) -> None:
-    def script(ticket: FakeTicket) -> Iterator[Event]:
-        yield piece(ticket.job, 0, 5, "H" * 20_000_000, "stop")
+    def script(task: FakeTask) -> Iterator[Event]:
+        yield piece(task.job, 0, 5, "H" * 20_000_000, "stop")
 
     engine.script = script
     with (
@@ -195,9 +195,9 @@ def test_an_answer_that_is_not_read(engine: FakeEngine, tokenizer: Tokenizer, st
 def test_an_answer_that_is_not_read_goes_first(
     engine: FakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def script(ticket: FakeTicket) -> Iterator[Event]:
+    def script(task: FakeTask) -> Iterator[Event]:
         while True:
-            yield piece(ticket.job, 0, 5, "H" * 100_000)
+            yield piece(task.job, 0, 5, "H" * 100_000)
 
     engine.script = script
     monkeypatch.setattr(Room, "posts", 100)
@@ -206,7 +206,7 @@ def test_an_answer_that_is_not_read_goes_first(
         ask(server, chat(stream=True)),
         ExitStack() as stack,
     ):
-        assert engine.ticket().cancelled.wait(WAIT)  # it fell behind
+        assert engine.task().cancelled.wait(WAIT)  # it fell behind
         for _ in range(6):
             stack.enter_context(connect(server))
         until(lambda: held(server) == 6)

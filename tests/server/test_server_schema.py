@@ -9,8 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_cerebrum.server.faults import ApiError
-from mlx_cerebrum.server.schema import MOST_CHOICES, ChatRequest, CompletionRequest
-from mlx_cerebrum.server.strict import Strict, parse
+from mlx_cerebrum.server.schema import (
+    MOST_CHOICES,
+    ChatRequest,
+    CompletionRequest,
+    Strict,
+    parse_body,
+)
 
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 
@@ -19,7 +24,7 @@ def refusal(kind: type[Strict], body: Any) -> tuple[str | None, str | None, str]
     """`(param, code, message)`."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     with pytest.raises(ApiError) as caught:
-        parse(kind, data)
+        parse_body(kind, data)
     assert caught.value.status == 400
     assert len(caught.value.message) < 500
     assert "\n" not in caught.value.message
@@ -27,7 +32,7 @@ def refusal(kind: type[Strict], body: Any) -> tuple[str | None, str | None, str]
 
 
 def chat(**more: Any) -> ChatRequest:
-    return parse(ChatRequest, json.dumps(HI | more).encode())
+    return parse_body(ChatRequest, json.dumps(HI | more).encode())
 
 
 def test_what_clients_send_for_nothing_is_taken() -> None:
@@ -175,7 +180,7 @@ def test_parts_join_and_an_answer_can_come_back() -> None:
     ],
 )
 def test_prompts(prompt: Any, prompts: list[Any]) -> None:
-    assert parse(CompletionRequest, json.dumps({"prompt": prompt}).encode()).prompt == prompts
+    assert parse_body(CompletionRequest, json.dumps({"prompt": prompt}).encode()).prompt == prompts
 
 
 @pytest.mark.parametrize(
@@ -216,11 +221,11 @@ def test_anything_is_taken_or_refused(fields: dict[str, Any], valid: bool) -> No
     body = json.dumps((HI | {"prompt": "a"} if valid else {}) | fields).encode("utf-8")
     for kind in (ChatRequest, CompletionRequest):
         with contextlib.suppress(ApiError):
-            parse(kind, body)
+            parse_body(kind, body)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_taken_or_refused(body: bytes) -> None:
     with pytest.raises(ApiError):
-        parse(ChatRequest, body)
+        parse_body(ChatRequest, body)

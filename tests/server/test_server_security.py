@@ -17,10 +17,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.server import page_files
-from mlx_cerebrum.server.args import parser, settings
+from mlx_cerebrum.server.__main__ import parser, settings_of
 from mlx_cerebrum.server.listening import bind, url
 from mlx_cerebrum.server.security import CONTENT_POLICY, Guard, Rules
-from mlx_cerebrum.server.streaming import Stream
+from mlx_cerebrum.server.streaming import StreamResponse
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 KEY = "a-key-of-ours"
@@ -336,7 +336,7 @@ def test_a_fault_within_a_stream_ends_it(
     async def broken(*_: Any) -> None:
         raise ZeroDivisionError("at /some/secret/path")
 
-    monkeypatch.setattr(Stream, "_write", broken)
+    monkeypatch.setattr(StreamResponse, "_write", broken)
     with pytest.raises(Exception, match=r"closed|incomplete"):
         server.client.post("/v1/chat/completions", json=chat(stream=True))
     assert server.client.get("/health").status_code == 200
@@ -344,7 +344,7 @@ def test_a_fault_within_a_stream_ends_it(
 
 
 def asked(*flags: str, environment: dict[str, str] | None = None) -> Any:
-    return settings(parser().parse_args(flags), environment or {})
+    return settings_of(parser().parse_args(flags), environment or {})
 
 
 def test_keys_of_flag_and_environment() -> None:
