@@ -86,7 +86,7 @@ class Settings:
 
 
 class Service:
-    """The engine with what stands between it and HTTP; `app` is the ASGI application.
+    """All that stands between the engine and HTTP; `app` is the ASGI application.
 
     models: each one's `views.describe`, the one to use by default first. Setting `closing`
     refuses what comes from then on.
@@ -254,8 +254,8 @@ class Service:
 
 
 class _Application(FastAPI):
-    """Its OpenAPI document has the bodies, which the routes read themselves, and not the error
-    of a validation that they do not leave to FastAPI."""
+    """Its OpenAPI document fits routes that read and check bodies themselves: it has the bodies'
+    schemas, and not the error that FastAPI's own check would give."""
 
     def openapi(self) -> dict[str, Any]:
         document = super().openapi()

@@ -1,8 +1,8 @@
 """One model's jobs: prompts being read, and answers written a token at a time, together.
 
-All of it runs on the engine's thread. Prompts are read here, one chunk at a time and each in
-caches of its own, so that a chunk is exactly what a lone request computes, a short prompt need
-not wait for a long one, and what is to be kept for later prompts is at hand. mlx-lm's
+All of it runs on the engine's thread. Prompts are read here, a chunk at a time, each in caches of
+its own. So a chunk is computed exactly as for a request alone, a short prompt need not wait for a
+long one, and the caches to be kept for later prompts are at hand. mlx-lm's
 `BatchGenerator` then takes the caches and the prompt's last token, and decodes.
 """
 
@@ -31,7 +31,7 @@ with limit_kept():
 log = logging.getLogger(__name__)
 
 
-_Kept = tuple[Caches, Sequence[int]]  # and what they have seen, from the prompt's last token on
+_Kept = tuple[Caches, Sequence[int]]  # with the tokens they have seen, from the prompt's last on
 
 
 @dataclass
@@ -49,7 +49,8 @@ class _Prompt:
 
 
 class Batch:
-    """`start` jobs, then `step` until none is left. `ended` is told of each that is over."""
+    """Call `start` with each task, then `step` until none is left. It calls `ended` with each that
+    is over."""
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class Batch:
         return prompts + int(self._generator.prompt_cache_nbytes)
 
     def predicted(self, new: Task | None = None) -> tuple[int, int]:
-        """Bytes that all jobs, `new` too, can come to need: their caches, a forward pass."""
+        """Bytes that all jobs, and `new`, may need at most: `(their caches, a forward pass)`."""
         more = [] if new is None else [new.job]
         sizes = (
             self.model.config,
@@ -114,7 +115,7 @@ class Batch:
         return cache_bytes(*sizes), pass_bytes(*sizes)
 
     def start(self, task: Task) -> None:
-        """Take a job: begin where the longest known prefix of its prompt ends."""
+        """Take a task. Its prompt is read from where the longest prefix that is cached ends."""
         key, total = (task.job.owner, task.job.model), len(task.job.prompt)
         self.tasks.append(task)
         try:
@@ -154,7 +155,7 @@ class Batch:
         self._generator = self._new_generator()
 
     def _next_prompt(self) -> _Prompt | None:
-        """Whose chunk is next: in turn the oldest's, and of the one with the least left."""
+        """The prompt to read a chunk of: by turns the oldest, and the one with the least left."""
         reading = [prompt for prompt in self._prompts if prompt.left]
         if not reading:
             return None
@@ -165,7 +166,7 @@ class Batch:
         ids, start = prompt.task.job.prompt, prompt.done
         end = min(start + self._prefill_step_size, len(ids) - 1)
         self.model(mx.array(ids[start:end], dtype=mx.int32)[None], prompt.caches)
-        if start == 0:  # what they hold now are views: all that the projections wrote stays alive
+        if start == 0:  # they hold views, which keep alive all that the projections wrote
             for c in prompt.caches:
                 c.keys, c.values = mx.contiguous(c.keys), mx.contiguous(c.values)
         mx.eval([c.state for c in prompt.caches])
@@ -175,11 +176,11 @@ class Batch:
         window = self.model.config.sliding_window
         if not prompt.left and window is not None:
             job = prompt.task.job
-            if len(ids) + job.max_tokens > window:  # what is kept at the end can't go back here
+            if len(ids) + job.max_tokens > window:  # what is kept at the end can't go back to here
                 self._store(prompt.task, ids[:-1], prompt.caches)
 
     def _join(self) -> None:
-        """Prompts that are read go into the batch, once for each choice."""
+        """Put prompts that have been read into the batch, once for each choice."""
         for prompt in [p for p in self._prompts if not p.left]:
             self._prompts.remove(prompt)
             task, n = prompt.task, prompt.task.job.n
@@ -227,7 +228,7 @@ class Batch:
     def _leave(self, over: dict[int, tuple[Task, int]], kept: dict[int, _Kept]) -> None:
         """Take sequences out of the batch, keeping what they computed for later prompts.
 
-        Only of choice 0: the next turn goes on from one of them, most often there is but one.
+        Only choice 0's is kept: a conversation goes on from one choice, and most have only one.
         """
         firsts = [uid for uid, (_, choice) in over.items() if choice == 0]
         wanted = [uid for uid in firsts if uid not in kept and self._prefixes.max_bytes]
@@ -238,7 +239,7 @@ class Batch:
         self._generator.model.narrow |= bool(over)
         for uid in firsts:
             if uid in kept:
-                # Not the tokens that were handed out: who was cancelled has not got the last.
+                # Not the tokens that were handed out: a cancelled task has not got its last one.
                 (caches, seen), task = kept[uid], over[uid][0]
                 self._store(task, [*task.job.prompt[:-1], *seen], caches)
 
@@ -257,7 +258,8 @@ class Batch:
             self._leave(rows, {})
 
     def _end(self, task: Task, how: str) -> None:
-        """Before its last event: who hears that it is over finds it counted, its places free."""
+        """Count a task as over and free its places. Comes before its last event, so that whoever
+        gets that event finds it counted."""
         self.tasks.remove(task)
         self._prompts = [prompt for prompt in self._prompts if prompt.task is not task]
         self._rows = {uid: row for uid, row in self._rows.items() if row[0] is not task}
@@ -276,7 +278,7 @@ class Batch:
         mx.clear_cache()
 
     def _fail_rows(self, error: Exception) -> None:
-        """End all that was being decoded: nobody knows in which state the batch is."""
+        """End all that was being decoded: the state of the batch is not known."""
         log.error("a batch failed", exc_info=error)
         for task in {id(row[0]): row[0] for row in self._rows.values()}.values():
             self._end(task, "failed")
@@ -287,10 +289,10 @@ class Batch:
 
 
 class BatchModel:
-    """Float32 logits `[B, 1, V]`, one array of offsets for all positions.
+    """A model as mlx-lm's `BatchGenerator` calls it: float32 logits `[B, 1, V]`.
 
-    Set `narrow` when sequences have left a batch: with the next step its buffers become as
-    short as those that stay allow.
+    The caches of all positions share one array of offsets. Set `narrow` when sequences have left a
+    batch: the next step then makes its buffers as short as the sequences that stay allow.
     """
 
     def __init__(self, model: Model) -> None:
@@ -308,10 +310,11 @@ class BatchModel:
 
 
 def close_up(caches: Sequence[Any]) -> None:
-    """Drop the padding that all rows begin with: only one that has left needed the length.
+    """Drop the padding that all rows begin with: it was there for a longer row, which has left.
 
-    mlx-lm's caches without a window do so themselves. Those with one would stay as long as the
-    longest row was, and in a batch that is never empty grow to the whole window for every row.
+    mlx-lm's caches without a window do so themselves. Those with a window would keep the length of
+    the longest row there ever was: a batch that is never empty would come to hold the whole window
+    for every row.
     """
     if not isinstance(caches[0], BatchRotatingKVCache):
         return

@@ -35,8 +35,8 @@ _STEP = 0.5  # seconds that pass at most between two looks, however long the pro
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds to wait for a client. None pass while the process is stopped (Ctrl-Z, a machine
-    asleep): what came meanwhile is read first."""
+    """Seconds to wait for a client. The time for which the process is stopped (Ctrl-Z, a machine
+    asleep) does not count: what came meanwhile is read first."""
 
     head: float = 10.0  # for a request's head, from the connection's start
     idle: float = 15.0  # for the next one's, from the end of an answer
@@ -82,7 +82,7 @@ class Phase(Enum):
 
 
 class _Line:
-    """Waiting connections by address, each address's in the order in which they began to."""
+    """Waiting connections by address, those of each in the order in which they began to wait."""
 
     def __init__(self) -> None:
         self._of: dict[str, dict[Connection, None]] = {}
@@ -223,7 +223,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._unset_keepalive_if_required()  # the gate's business, and it would outlive a reset
+        self._unset_keepalive_if_required()  # the gate's business; it would outlive a reset
         self._settle()
 
     def pause_writing(self) -> None:
@@ -319,6 +319,7 @@ class Connection(H11Protocol):
 
 
 def _household(host: str) -> str:
-    """Whom to count a connection under: of an IPv6 address the network, which one customer has."""
+    """What a connection counts under: its address, or an IPv6 address's network, all of which one
+    customer has."""
     address = parsed(host)
     return address.packed[:8].hex() if isinstance(address, IPv6Address) else str(address)

@@ -65,7 +65,7 @@ class BatchEngine:
         # What follows is shared between threads; whoever touches it holds `_changed`.
         self._changed = threading.Condition()
         self._queues: dict[str, deque[Task]] = {name: deque() for name in models}
-        self._arrived: dict[Task, int] = {}  # queued: which number it had
+        self._arrived: dict[Task, int] = {}  # those queued, each with its number
         self._number = 0
         self._never_started = 0  # cancelled while queued
         self._places_taken = dict.fromkeys(models, 0)  # by sequences queued or running
@@ -223,8 +223,8 @@ class BatchEngine:
     def _admit(self) -> None:
         """Start queued jobs in the order they came, as far as places and memory go.
 
-        A model without a free place holds up only its own jobs. One that waits for memory holds
-        up all that came later: else small ones could keep it waiting for ever.
+        A model without a free place holds up only its own jobs. A job that waits for memory holds
+        up all that came after it: else small ones could keep it waiting for ever.
         """
         for task in self._oldest_first():
             batch = self._batches[task.job.model]
@@ -241,7 +241,8 @@ class BatchEngine:
             self._guarded(batch, partial(batch.start, task))
 
     def _guarded(self, batch: Batch, do: Callable[[], None]) -> None:
-        """A batch answers for its jobs' errors itself. Should one pass it by, only it is lost."""
+        """`do` something with a batch. It handles its jobs' errors itself; one that gets past it
+        ends all its jobs, and no other batch's."""
         try:
             do()
         except Exception as error:
@@ -249,7 +250,7 @@ class BatchEngine:
             batch.fail_all(said(error))
 
     def _oldest_first(self) -> Iterator[Task]:
-        """The first in each queue, then what comes after those that were started."""
+        """Queued tasks, the oldest first. After one that was not started, none of its model's."""
         passed: set[str] = set()
         while True:
             with self._changed:
@@ -265,7 +266,7 @@ class BatchEngine:
                     passed.add(task.job.model)
 
     def _predicted(self, new: Task | None = None) -> int:
-        """Bytes that all jobs, `new` too, can come to need."""
+        """Bytes that all jobs, and `new`, may need at most."""
         sizes = [
             batch.predicted(new if new is not None and new.job.model == name else None)
             for name, batch in self._batches.items()

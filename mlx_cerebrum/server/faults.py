@@ -55,5 +55,5 @@ def closed(message: str) -> ApiError:
 
 
 def internal(request_id: str) -> ApiError:
-    """A fault of the server itself: nothing of it is told, the log has the rest."""
+    """A fault of the server itself. The client is not told what; the log says it."""
     return ApiError(500, f"the server failed (request {request_id})", code="internal_error")

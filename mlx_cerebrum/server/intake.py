@@ -13,10 +13,10 @@ from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest, Sampled, 
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.views import find
 
-# A tokenizer holds Python's lock, and with it every answer, for seconds a megabyte. So a text is
-# counted in slices until it is known to be short enough to be tokenized as a whole.
+# Tokenizing holds Python's lock for seconds a megabyte, and every answer waits. So a long text is
+# first counted slice by slice, and refused as soon as it is sure to be too long.
 SLICE = 16_384  # characters
-_CUT = 16  # tokens more that a cut may make
+_CUT = 16  # tokens that a cut between two slices may add
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Defaults:
 
 
 class Intake:
-    """Makes jobs of bodies. Its methods are slow for long prompts: not for the event loop.
+    """Makes bodies into jobs. Its methods are slow for long prompts: not for the event loop.
 
     layouts: of every model by name, the one to use by default first.
     """

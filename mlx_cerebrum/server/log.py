@@ -1,7 +1,7 @@
 """Lines on stderr, written by a thread of their own.
 
-A terminal that was stopped (Ctrl-S) and a pipe that nobody reads take no more after a while, and
-who writes to them waits: that must not be the event loop. Lines that nobody takes are dropped.
+A stopped terminal (Ctrl-S) and a pipe that nobody reads are full after a while. Whoever writes to
+one then waits, and that must not be the event loop. Lines that nobody takes are dropped.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _started = threading.Lock()
 
 
 class Handler(logging.Handler):
-    """For what is logged elsewhere: faults of the thread that generates must not hold it up."""
+    """For what other modules log: the thread that generates must not wait either."""
 
     def emit(self, record: logging.LogRecord) -> None:
         write(self.format(record))

@@ -45,7 +45,7 @@ class PrefixCache:
     """Caches by the tokens they have seen, the least recently used given up first.
 
     `max_bytes` bounds what is really allocated: entries are copies without room to grow, so
-    none keeps a larger buffer alive. Not for more than one thread.
+    none keeps a larger buffer alive. For one thread only.
 
     A cache can go back to an earlier token as long as its window has lost nothing. After that it
     serves only prompts that begin with all its tokens.
@@ -81,7 +81,7 @@ class PrefixCache:
         caches: Caches = copy.deepcopy(entry.caches)  # shares the arrays until they are written to
         if spare := len(entry.tokens) - reach:
             trim_prompt_cache(caches, spare)
-        if spare > KVCache.step:  # more than is predicted; what is written next would copy it all
+        if spare > KVCache.step:  # room that no prediction counts, and the next write would copy
             for c in caches:
                 c.keys, c.values = (mx.contiguous(kv[..., :reach, :]) for kv in (c.keys, c.values))
             mx.eval([c.state for c in caches])
@@ -100,7 +100,7 @@ class PrefixCache:
         needed = sum(c.nbytes * c.size() // c.keys.shape[2] for c in caches)
         if needed > self._most:
             return
-        if can_trim_prompt_cache(caches):  # it can go back to what these hold
+        if can_trim_prompt_cache(caches):  # they can go back to what shorter entries hold
             covered = [
                 other
                 for other, entry in self._entries.items()

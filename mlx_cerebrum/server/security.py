@@ -133,8 +133,8 @@ class Guard:
 
 
 def _preflight(headers: Headers) -> Response:
-    """What a browser asks before a page elsewhere may: methods and headers, for an origin that
-    was allowed. For any other there is nothing in it."""
+    """The answer to what a browser asks first for a page elsewhere: which methods and headers it
+    may use. The headers that allow its origin are added only for one that is allowed."""
     allowed = {"Access-Control-Max-Age": "600"}
     allowed["Access-Control-Allow-Methods"] = "GET, POST"
     asked = headers.get("access-control-request-headers", "")

@@ -28,7 +28,7 @@ class RunningRequest:
 
     The engine's thread puts events in, one task takes them out; neither waits for the other. A
     client that falls `most_pending` tokens behind loses its answer, so that memory stays bounded.
-    `failure` makes of a job's last message what the client is told.
+    `failure` makes a job's last message into what the client is told.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class RunningRequest:
         self._most_pending = most_pending
         self._loop = asyncio.get_running_loop()
         self._events: deque[tuple[float, int, Event]] = deque()
-        # Only the newest of each prompt matters. No dict: the engine's thread would add to it.
+        # Only each prompt's newest matters. Not a dict: the engine's thread must not resize it.
         self._reading: list[Reading | None] = [None] * len(jobs)
         self._read_more = False  # since the last `take`
         self._news = asyncio.Event()
@@ -57,7 +57,7 @@ class RunningRequest:
         self._last: dict[tuple[int, int], float] = {}  # when each choice's newest token came
         self._started = time.perf_counter()
         self._cancelled = False
-        self._taking = True  # not so while what was taken is being sent
+        self._taking = True  # False while what was taken is being sent
         self._cancels: list[Callable[[], None]] = []  # of each job
         try:
             for number, job in enumerate(jobs):
@@ -161,7 +161,7 @@ class RunningRequest:
 
     def _fall_behind(self) -> None:
         behind = len(self._events) > self._most_pending
-        # While it takes, it is the event loop that was late, not the client.
+        # During `take` the event loop is what is late, not the client.
         if behind and not self._taking and not self._cancelled:
             self.cancel()
             self._events.clear()

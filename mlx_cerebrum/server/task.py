@@ -1,4 +1,4 @@
-"""A job that was taken: its answers' text as it grows, and who hears of it."""
+"""A job that was taken: the text of its choices as it grows, and where its events go."""
 
 import hashlib
 import logging
@@ -53,7 +53,7 @@ class ChoiceText:
 
 
 class Task:
-    """A job on its way through the engine; its ticket. All but `cancel` is the engine thread's."""
+    """A job in the engine. All but `cancel` is for the engine's thread only."""
 
     def __init__(
         self,
@@ -79,12 +79,12 @@ class Task:
         return "length" if "length" in self.reasons else "stop"
 
     def cancel(self) -> None:
-        """Free its place within a token; no event after this begins. From any thread."""
+        """Free its place within a token; no more events are handed over. From any thread."""
         self.cancelled = True
         self._forget(self)
 
     def deliver(self, event: Event) -> None:
-        """Hand an event over. Who can't take it has gone away."""
+        """Hand an event over. Where that raises, the receiver has gone away."""
         if self.cancelled:
             return
         try:
