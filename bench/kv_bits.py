@@ -36,8 +36,8 @@ from bench.report import Spread, parser, publish, ratio, rounds, table
 from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.decode import generate_step, prefill, prefill_step
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.model.attention import check_kv_bits
-from mlx_cerebrum.model.cache import KV_BITS, WindowedKVCache, kv_group
+from mlx_cerebrum.model.cache import WindowedKVCache
+from mlx_cerebrum.model.entries import KV_BITS, check_kv_bits, kv_group
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import Workload, require
 

@@ -30,8 +30,7 @@ from mlx_cerebrum.flags import (
     model_spec,
     say_assumed,
 )
-from mlx_cerebrum.model.attention import check_kv_bits
-from mlx_cerebrum.model.cache import KV_BITS
+from mlx_cerebrum.model.entries import KV_BITS, check_kv_bits
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.memory import human

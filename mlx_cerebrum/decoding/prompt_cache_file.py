@@ -24,7 +24,7 @@ from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_cache_identity import Identity
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.files import json_file
-from mlx_cerebrum.model.cache import Packed, kv_group
+from mlx_cerebrum.model.entries import Packed, kv_group
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import human, require
 from mlx_cerebrum.weights.safetensors_file import (

@@ -9,24 +9,14 @@ Call signatures are those of mlx-lm's caches (its models/cache.py), so that eith
 generation loop runs on the other's caches.
 """
 
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Protocol, Self
 
 import mlx.core as mx
 
-from mlx_cerebrum.model.rewind import Marks, Stretch, each, nbytes
+from mlx_cerebrum.model.entries import Entries, Packed, each, nbytes, pack
+from mlx_cerebrum.model.rewind import Marks, Stretch
 
 Mask = mx.array | str | None
-
-
-class Packed(NamedTuple):
-    """Keys or values `[B, H, T, D]` in fewer bits, as `mx.quantize` packs rows of D values."""
-
-    weight: mx.array  # [B, H, T, D * bits / 32]
-    scales: mx.array  # [B, H, T, D / group_size]
-    biases: mx.array
-
-
-Entries = mx.array | Packed  # of keys or of values
 State = tuple[Any, Any, int, int, int, int, int, int]  # what WindowedKVCache.state says
 
 
@@ -62,20 +52,14 @@ def attention_mask(length: int, start: int, window: int | None) -> Mask:
 
 
 REWIND = 64  # tokens that can always be taken back
-KV_BITS = (8, 4)  # of cached keys and values
 STEP = 256  # least number of entries a full buffer grows by
 
 
-def kv_group(width: int) -> int:
-    """Values that share a scale when entries `width` wide are packed (mx.quantize's groups)."""
-    return 64 if width % 64 == 0 else 32
-
-
 def entries_held(window: int | None, prompt: int, generated: int, prefill_step: int) -> int:
-    """Most entries one position's buffer has room for in a request, without running it.
+    """The most entries that one position's buffer has room for during a request.
 
-    What `update_and_fetch` allocates for `prompt - 1` tokens in chunks, then one at a time. Takes
-    no longer for more of them: the numbers may be any.
+    Computed, not run: what `update_and_fetch` would allocate for `prompt - 1` tokens in chunks,
+    then for one at a time. It takes as long for billions of tokens as for one.
     """
     whole, rest = divmod(max(0, prompt - 1), prefill_step)
     used = room = most = 0
@@ -98,9 +82,9 @@ def entries_held(window: int | None, prompt: int, generated: int, prefill_step: 
 class WindowedKVCache:
     """Keys and values `[B, H, T, D]` of one position; `offset` counts the tokens seen.
 
-    `mark` makes a point one that `rewind_to` can come back to, however far the window moves on:
-    the `window - 1` entries before it are set aside when they leave the buffer, and marks that
-    are near each other share them. With `kv_bits` 8 or 4, entries are packed.
+    After `mark`, `rewind_to` can come back to that point however far the window has moved on: the
+    `window - 1` entries before it are set aside when they leave the buffer. Marks that are near
+    each other share them. With `kv_bits` 8 or 4, entries are packed.
     """
 
     def __init__(
@@ -123,7 +107,7 @@ class WindowedKVCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append `[B, H, L, D]`; return the `size() + L` entries these L queries may see."""
         length = keys.shape[2]
-        new = self._pack(keys), self._pack(values)
+        new = pack(keys, self.kv_bits), pack(values, self.kv_bits)
         if self.keys is None or self._used() + length > self._room():
             self._make_room(*new)
         used = self._used()
@@ -136,11 +120,6 @@ class WindowedKVCache:
         self.keys, self.values = each(write, self.keys, new[0]), each(write, self.values, new[1])
         self.offset += length
         return self._slice(self.keys, first, end), self._slice(self.values, first, end)
-
-    def _pack(self, entries: mx.array) -> Entries:
-        if self.kv_bits is None:
-            return entries
-        return Packed(*mx.quantize(entries, kv_group(entries.shape[-1]), self.kv_bits))
 
     @staticmethod
     def _slice(entries: Entries, first: int, end: int) -> Entries:
@@ -163,8 +142,8 @@ class WindowedKVCache:
 
         def moved(new: mx.array, old: mx.array | None = None) -> mx.array:
             B, H, L, D = new.shape
-            # One entry more than `keys` has: what fills an array whole, MLX does not copy into it.
-            # The buffer would be a view of qkv_proj's output, and keep all of that.
+            # One entry more than `keys` has. A write that fills an array whole is no copy in MLX:
+            # the buffer would become a view of qkv_proj's output, and keep all of that.
             room = mx.zeros((B, H, max(L + 1, self.step), D), new.dtype)
             if old is None:
                 return room
@@ -237,7 +216,7 @@ class WindowedKVCache:
         self._marks.drop_oldest()
 
     def entries_for_marks(self) -> int:
-        """Entries that going back to the marks takes: in the buffer, set aside, or yet to come."""
+        """How many entries the marks need: in the buffer, set aside, or yet to come."""
         return sum(end - start for start, end in self._marks.needed())
 
     def reachable(self, offset: int) -> int:

@@ -204,7 +204,7 @@ class _Reader:
         return default if self.raw.get(key) is None else self.integer(key)
 
     def tokens(self, key: str, default: int | None = None) -> int:
-        """A number of tokens; what is more than any sequence can have is that many."""
+        """A number of tokens, at most MOST: no sequence can have more."""
         return min(MOST, self.integer(key, default, most=None))
 
     def number(self, key: str, value: Any, least: float) -> float:
@@ -222,7 +222,7 @@ class _Reader:
         return value
 
     def token_ids(self, key: str, several: bool) -> tuple[int, ...]:
-        """One id or none, or a list where there may be several. One below zero is none."""
+        """One id or none, or a list where there may be several. A negative id means none."""
         value = self.raw.get(key)
         ids = value if several and isinstance(value, list) else [] if value is None else [value]
         if any(type(i) is not int for i in ids):
@@ -237,8 +237,8 @@ class _Reader:
         return self.number("rms_norm_eps", value, least=0.0)
 
     def rope_theta(self) -> float:
-        """Of its three places transformers takes the first one there is: `rope_scaling`, then
-        `rope_parameters`, each with its own `rope_theta`, then the top level."""
+        """From `rope_scaling`, else from `rope_parameters`, else from the top level: the first of
+        the three that is there, as in transformers."""
         scaling, parameters = self.raw.get("rope_scaling") or None, self.raw.get("rope_parameters")
         for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
             if value is not None and not isinstance(value, dict):

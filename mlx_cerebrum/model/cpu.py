@@ -174,7 +174,7 @@ def in_slices(length: int, keys: int, dtype: mx.Dtype, mask: Mask) -> bool:
 def attend_in_slices(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask
 ) -> mx.array:
-    """As `attention.attend`, of dense float32. A mask hides all that comes after a query."""
+    """As `attention.attend`, for dense float32. Any mask hides what comes after a query."""
     B, H, L, _ = queries.shape
     kv_heads, T = keys.shape[1:3]
     queries = queries * (scale * _LOG2_E)  # scores are then powers of two
@@ -201,9 +201,10 @@ def attend_in_slices(
 
 
 def exp2(x: mx.array) -> mx.array:
-    """2 to the power of each of `x`, float32 of at most 0; 0 from -127 down.
+    """2 to the power of each number in `x`, which are float32 and at most 0.
 
-    Between -127 and -126, where float32 has no full precision, it is some tiny number.
+    From -127 down it is 0. Between -127 and -126, where float32 has no full precision, it is some
+    tiny number.
     """
     x = mx.maximum(x, -127.0)  # exactly there all bits come out as 0
     whole = x + _ROUND

@@ -18,10 +18,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_cerebrum import device
-from mlx_cerebrum.model.attention import attend, check_kv_bits
+from mlx_cerebrum.model.attention import attend
 from mlx_cerebrum.model.cache import Cache, Mask, WindowedKVCache, attention_mask
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.cpu import Embedding, Linear, Rotary
+from mlx_cerebrum.model.entries import check_kv_bits
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:

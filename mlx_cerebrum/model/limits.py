@@ -61,7 +61,7 @@ def sizes(file: Path) -> dict[str, int]:
 
 
 def cgroups(proc: Path = PROC) -> Iterator[Path]:
-    """Folders of the control groups whose memory this process's counts as: its own and above."""
+    """Folders of the control groups whose limits count: this process's own, and those above it."""
     own: dict[str, PurePosixPath] = {}
     for line in _lines(proc / "self/cgroup"):
         _, controllers, group = line.split(":", 2)
@@ -127,11 +127,11 @@ def limits(memory: int | None = None, cache: int = CACHE_LIMIT) -> Iterator[None
     """MLX's limits while a model loads and generates; put back however that ends.
 
     Wired memory (Metal) is set to all the system allows: macOS may otherwise page a large
-    model out between tokens. `cache` bounds the bytes of freed buffers MLX keeps for reuse
-    (by default all that fit on a GPU, 32 MiB on the CPU; never raised here). `memory` is the
-    most MLX should hold at all, in bytes: inside, `memory.available_bytes` counts from it, so
-    that what is predicted to need more is refused, and beyond it MLX waits for what it has
-    issued before it issues more. Raises RequestError unless `memory` is above zero.
+    model out between tokens. `cache` bounds the bytes of freed buffers that MLX keeps for
+    reuse. It never raises MLX's own bound (32 MiB on the CPU, all that fit on a GPU). `memory` is
+    the most MLX should hold at all, in bytes. Inside, `memory.available_bytes` counts from it, so
+    that what is predicted to need more is refused. Beyond it, MLX waits for what it has issued
+    before it issues more. Raises RequestError unless `memory` is above zero.
     """
     global _memory_limit
     if memory is not None and memory <= 0:

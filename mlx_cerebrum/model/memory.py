@@ -9,10 +9,11 @@ import mlx.core as mx
 
 from mlx_cerebrum import device
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
-from mlx_cerebrum.model.attention import check_kv_bits, packed_rows
-from mlx_cerebrum.model.cache import KV_BITS, REWIND, STEP, entries_held, kv_group
+from mlx_cerebrum.model.attention import packed_rows
+from mlx_cerebrum.model.cache import REWIND, STEP, entries_held
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.cpu import in_slices, scores_held
+from mlx_cerebrum.model.entries import KV_BITS, check_kv_bits, kv_group
 from mlx_cerebrum.model.limits import host_bytes, memory_limit
 
 GB = 1e9

@@ -1,20 +1,11 @@
 """Points a cache can go back to after its window has left them: what to set aside, and how."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-
-def each(change: Callable[..., mx.array], *entries: Any) -> Any:
-    """`change` applied to the array, or to each of a tuple's (entries packed to fewer bits)."""
-    if isinstance(entries[0], tuple):
-        return type(entries[0])(*(change(*arrays) for arrays in zip(*entries, strict=True)))
-    return change(*entries)
-
-
-def nbytes(entries: Any) -> int:
-    return sum(a.nbytes for a in entries) if isinstance(entries, tuple) else int(entries.nbytes)
+from mlx_cerebrum.model.entries import each, nbytes
 
 
 class Stretch(NamedTuple):
@@ -55,8 +46,8 @@ class Stretch(NamedTuple):
 class Marks:
     """Marked points of one cache, and the entries they need that have left its buffer.
 
-    Going back to a point takes the `window - 1` entries before it, or all without a window.
-    Marks near each other share them, and share with the buffer what it still holds.
+    Going back to a point needs the `window - 1` entries before it; without a window, all of them.
+    Marks near each other share entries. What the buffer still holds is not held here too.
     """
 
     def __init__(self, window: int | None) -> None:
@@ -76,15 +67,15 @@ class Marks:
         self._tidy()
 
     def first_seen(self, point: int) -> int:
-        """The earliest token whose entry counts for what comes after `point` tokens."""
+        """The first token that the one after `point` tokens can see."""
         return 0 if self.window is None else max(0, point - (self.window - 1))
 
     def earliest(self, start: int) -> int:
-        """The earliest point that entries from token `start` on can serve."""
+        """The earliest point that the entries from token `start` on are enough for."""
         return start if start == 0 or self.window is None else start + self.window - 1
 
     def needed(self) -> list[tuple[int, int]]:
-        """The tokens, `(start, end)` apart and ascending, whose entries the marks need."""
+        """Whose entries the marks need: tokens `start` to `end`, ascending and apart."""
         found: list[tuple[int, int]] = []
         for point in self.points:
             start = self.first_seen(point)
@@ -94,7 +85,7 @@ class Marks:
         return found
 
     def leave(self, stretch: Stretch) -> None:
-        """`stretch` leaves the buffer: set aside what of it is needed."""
+        """`stretch` leaves the buffer: set aside the parts of it that marks need."""
         self.aside += self._copied(stretch)
 
     def _copied(self, stretch: Stretch) -> list[Stretch]:
@@ -112,7 +103,7 @@ class Marks:
         self.aside = kept
 
     def reachable(self, point: int, start: int, end: int) -> int:
-        """The latest point at or before this one that can be gone back to; 0 always can be.
+        """The latest point, up to this one, that can be gone back to. 0 always can be.
 
         The buffer holds the entries of tokens `start` to `end`.
         """
@@ -125,7 +116,7 @@ class Marks:
         return max((end for a, end in ends if self.earliest(a) <= end), default=0)
 
     def take_back(self, point: int, live: Stretch) -> Stretch:
-        """The entries that going back to a reachable point takes, out of `aside` and `live`."""
+        """The entries needed at a reachable point, out of `aside` and `live`."""
         start = self.first_seen(point)
         held = [s for s in (*self.aside, live) if s.start <= point and start <= s.end]
         self.aside = [s for s in self.aside if s.end < start]

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from mlx_cerebrum.model.cache import (
     STEP,
-    Packed,
     WindowedKVCache,
     attention_mask,
     causal_mask,
     entries_held,
 )
+from mlx_cerebrum.model.entries import Packed
 
 
 def entries(start: int, length: int) -> mx.array:

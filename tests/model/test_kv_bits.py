@@ -17,9 +17,10 @@ from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.decoding.speculative import speculation, speculative_step
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model import attention
-from mlx_cerebrum.model.attention import attend, check_kv_bits, unpack
-from mlx_cerebrum.model.cache import KV_BITS, REWIND, Packed, WindowedKVCache, causal_mask, kv_group
+from mlx_cerebrum.model.attention import attend
+from mlx_cerebrum.model.cache import REWIND, WindowedKVCache, causal_mask
 from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.entries import KV_BITS, Packed, check_kv_bits, kv_group, unpack
 from mlx_cerebrum.model.forward import Model
 
 MAP = (0, 1, 2, 1, 2, 3)
