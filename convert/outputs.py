@@ -165,9 +165,8 @@ def _output(
 ) -> Output:
     transform = change.of(checkpoint, source)
     stored = {
-        part: (checkpoint.dtypes[f"{source}.{part}"], checkpoint.shapes[f"{source}.{part}"])
-        for part in ("weight", "scales", "biases")
-        if f"{source}.{part}" in checkpoint.shapes
+        part: (checkpoint.dtypes[own], checkpoint.shapes[own])
+        for part, own in checkpoint.parts(source).items()
     }
     held = None if change.dequantize else checkpoint.packing(source)
     if scale is not None and held is not None:

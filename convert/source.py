@@ -75,9 +75,9 @@ class Source:
 
         Raises CheckpointError where a file ends early, changes or can't be read.
         """
-        names = {part: f"{module}.{part}" for part in ("weight", "scales", "biases")}
-        shapes = {p: self.checkpoint.shapes[n] for p, n in names.items() if self._has(n)}
-        dtypes = {part: self.checkpoint.dtypes[names[part]] for part in shapes}
+        names = self.checkpoint.parts(module)
+        shapes = {part: self.checkpoint.shapes[name] for part, name in names.items()}
+        dtypes = {part: self.checkpoint.dtypes[name] for part, name in names.items()}
         rows = shapes["weight"][0]
         width = sum(ITEM_BYTES[dtypes[p]] * prod(shapes[p][1:]) for p in shapes)
         step = rows if len(shapes["weight"]) == 1 else max(1, PIECE // width)
@@ -101,9 +101,6 @@ class Source:
         if module in self._dense:
             return {"weight": self.checkpoint.dense(module)}
         return self.checkpoint.read(module)
-
-    def _has(self, name: str) -> bool:
-        return name in self.checkpoint.shapes
 
     def open(self, path: Path) -> HashedFile:
         if path not in self._files:
@@ -144,10 +141,8 @@ class Source:
 
     def new_digest(self, module: str) -> "hashlib._Hash":
         """A hash that the bytes of a module can go into: begun with what the bytes mean."""
-        names = (f"{module}.{part}" for part in ("weight", "scales", "biases"))
-        meant = [
-            (self.checkpoint.dtypes[n], self.checkpoint.shapes[n]) for n in names if self._has(n)
-        ]
+        names = self.checkpoint.parts(module).values()
+        meant = [(self.checkpoint.dtypes[name], self.checkpoint.shapes[name]) for name in names]
         return hashlib.sha256(repr(meant).encode())
 
     def __enter__(self) -> Self:

@@ -101,6 +101,11 @@ class Checkpoint(ABC):
             entry = entry.get("from")
         return [PurePath(name).name for name in found if isinstance(name, str)]
 
+    def parts(self, module: str) -> dict[str, str]:
+        """The names of the module's tensors: of its `weight`, and of what lies beside it."""
+        names = {part: f"{module}.{part}" for part in PARTS}
+        return {part: name for part, name in names.items() if name in self.shapes}
+
     def packing(self, module: str) -> Packing | None:
         """How the matrix at this module path is quantized; None when it is dense."""
         if f"{module}.scales" not in self.shapes:

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.model.tensors import PARTS
 from mlx_cerebrum.weights.checkpoint import FLOATS
 from mlx_cerebrum.weights.gguf_file import BLOCK_WEIGHTS, GGUFFile, TensorInfo, quote
 from mlx_cerebrum.weights.quantize import AFFINE_GROUPS, PIECE, Packing, joined
@@ -101,7 +102,7 @@ def read_arrays(
     if tensor.ggml_type in FLOATS:
         arrays = {"weight": _floats(file, tensor)}
     else:
-        arrays = dict(zip(("weight", "scales", "biases"), _affine(file, tensor), strict=True))
+        arrays = dict(zip(PARTS, _affine(file, tensor), strict=True))
     arrays = {name: half_split(array, rotary_heads) for name, array in arrays.items()}
     bfloat16 = tensor.ggml_type == "BF16"  # numpy has no such type: its bits came as uint16
     return {

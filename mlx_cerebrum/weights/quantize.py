@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlx_cerebrum import device
 from mlx_cerebrum.errors import ConfigError, shown
+from mlx_cerebrum.model.tensors import PARTS
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
@@ -68,7 +69,7 @@ class Packing:
     @property
     def parameters(self) -> tuple[str, ...]:
         """The arrays a packed matrix is made of."""
-        return ("weight", "scales", "biases") if self.mode == "affine" else ("weight", "scales")
+        return PARTS if self.mode == "affine" else PARTS[:2]
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """Shapes of a packed `[rows, columns]` matrix's arrays."""

@@ -14,7 +14,6 @@ from mlx_cerebrum.model.tensors import (
     EMBEDDING,
     FUSED,
     HEAD,
-    PARTS,
     matrix_shapes,
     module_shapes,
     place,
@@ -123,9 +122,8 @@ def _working_bytes(
     piece = min(8 * wide, _PIECE)
     if module in checkpoint.repacked:
         return piece
-    names = (f"{module}.{part}" for part in PARTS)
-    found = [name for name in names if name in checkpoint.shapes]
-    read = sum(prod(checkpoint.shapes[n]) * ITEM_BYTES[checkpoint.dtypes[n]] for n in found)
+    names = checkpoint.parts(module).values()
+    read = sum(prod(checkpoint.shapes[n]) * ITEM_BYTES[checkpoint.dtypes[n]] for n in names)
     if own == held or device.on_gpu():
         return read
     return read + (piece if held is None else wide)  # the CPU widens what it packs
