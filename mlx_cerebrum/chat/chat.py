@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_cerebrum import cli
 from mlx_cerebrum.chat.prompt import Reader
-from mlx_cerebrum.chat.screen import Screen, figures, first_difference
+from mlx_cerebrum.chat.screen import Screen, counted, figures, first_difference
 from mlx_cerebrum.chat.session import Answer, Messages, Session
 from mlx_cerebrum.chat.signals import interrupts
 from mlx_cerebrum.errors import CerebrumError, RequestError
@@ -99,7 +99,7 @@ class Chat:
         session.replace(messages)
         self.saved = session.messages()
         last = session.question
-        asked = "" if last is None else f"; the last question: {shorten(last)}"
+        asked = "" if last is None else f"; the last question: {_shorten(last)}"
         waiting = " is not answered yet, /retry asks it" if session.unanswered is not None else ""
         self.screen.notice(f"{counted(len(messages), 'message')} from {source}{asked}{waiting}")
 
@@ -110,10 +110,8 @@ class Chat:
         (stream,) = session.ask(question, before=before, temp=temp)
         answer = stream.answer
         with interrupts() as stream.stopped:  # until it is kept: Ctrl-C is pressed twice, too
-            try:
+            with closing(stream):
                 self.screen.show(stream)
-            finally:
-                stream.close()
             if self.asks and answer.last is not None:
                 first = f"first after {answer.last.time_to_first_token:.2f} s"
                 self.screen.notice(f"{figures(answer)}, {first}")
@@ -130,11 +128,8 @@ class Chat:
         kept = names.index(session.current)
         with interrupts() as stopped:
             first.stopped = second.stopped = stopped
-            try:
+            with closing(first), closing(second):
                 self.screen.compare((first, second))
-            finally:
-                first.close()
-                second.close()
             both = all(answer.text for answer in answers)
             if both:
                 self.screen.notice(_difference(*answers))
@@ -285,9 +280,9 @@ def _undo(chat: Chat, argument: str) -> None:
     elif dropped is None:
         raise RequestError("there is nothing to take back")
     elif answered and count == before:
-        chat.screen.notice(f"the answer before is back, to: {shorten(session.question or '')}")
+        chat.screen.notice(f"the answer before is back, to: {_shorten(session.question or '')}")
     else:
-        chat.screen.notice(f"dropped: {shorten(dropped)} ({counted(count, 'exchange')} left)")
+        chat.screen.notice(f"dropped: {_shorten(dropped)} ({counted(count, 'exchange')} left)")
 
 
 def _save(chat: Chat, argument: str) -> None:
@@ -378,7 +373,7 @@ def _run_command(chat: Chat, line: str) -> None:
     name, argument = re.split(r"\s+|$", line[1:].rstrip(), maxsplit=1)
     command = COMMANDS.get(name.lower())
     if command is None:
-        raise RequestError(f"/{shorten(name)} is not a command; {_suggestion(name.lower())}")
+        raise RequestError(f"/{_shorten(name)} is not a command; {_suggestion(name.lower())}")
     if argument and not command.argument:
         raise RequestError(f"/{name} takes nothing after it")
     if not argument and command.argument and not command.argument.startswith("["):
@@ -407,11 +402,7 @@ def _figures(answer: Answer) -> str:
     )
 
 
-def counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def shorten(text: str, length: int = 50) -> str:
+def _shorten(text: str, length: int = 50) -> str:
     """One line of at most `length` characters."""
     line = one_line(text)
     return line if len(line) <= length else line[: length - 3] + "..."

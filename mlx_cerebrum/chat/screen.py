@@ -347,8 +347,11 @@ def figures(answer: Answer) -> str:
     if answer.last is None:
         return "reading the question"
     pace = f", {answer.pace:.1f}/s" if answer.pace else ""
-    count = answer.last.generation_tokens
-    return f"{count} token{'' if count == 1 else 's'}{pace}"
+    return f"{counted(answer.last.generation_tokens, 'token')}{pace}"
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def wrap(text: str, width: int) -> Iterator[tuple[int, int]]:
