@@ -44,7 +44,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def seed(text: str) -> int:
-    """The type of a --seed: `sampling.check_sampling` says how large it may be."""
+    """The type of a --seed: `decoding.sampling.Sampling` says how large it may be."""
     try:
         return int(text)
     except ValueError:

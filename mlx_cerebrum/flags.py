@@ -2,6 +2,7 @@
 
 import argparse
 
+from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.text import tell
@@ -93,6 +94,13 @@ def add_sampling_flags(
         default=0.0,
         help="least probability, as a share of the best token's (default: 0)",
     )
+
+
+def asked_sampling(args: argparse.Namespace) -> Sampling:
+    """How the flags say to draw. Raises RequestError for what is out of range or without effect."""
+    sampling = Sampling(args.temp, args.top_p, args.min_p, args.seed)
+    sampling.check_used()
+    return sampling
 
 
 def model_spec(args: argparse.Namespace, plan: str | None = None) -> ModelSpec:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cerebrum import cli
-from mlx_cerebrum.decoding.decode import Sampler, prefill_step
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.draft_models import check_draft, copy_bytes, draft_model, stored_order
 from mlx_cerebrum.decoding.policy import MOST_DRAFTS
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_cache_file import check, check_destination, load, save
 from mlx_cerebrum.decoding.prompt_cache_identity import identity
-from mlx_cerebrum.decoding.sampling import make_sampler
+from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.decoding.speculative import Speculation, speculation
 from mlx_cerebrum.decoding.stream import (
     Response,
@@ -28,6 +28,7 @@ from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import (
     add_model_flags,
     add_sampling_flags,
+    asked_sampling,
     memory_limit,
     model_spec,
     say_assumed,
@@ -197,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     # Everything that can be refused is, cheapest first, before weights are read.
-    sampler = make_sampler(args.temp, args.top_p, args.min_p, args.seed)
+    sampling = asked_sampling(args)
     asked = question(args)
     check_drafting(args)
     StopText(args.stop)
@@ -206,11 +207,11 @@ def _run(args: argparse.Namespace) -> int:
     if args.prompt_cache is not None:
         check_destination(args.prompt_cache)
     with limits(memory):
-        return _answer(args, spec, sampler, asked)
+        return _answer(args, spec, sampling, asked)
 
 
 def _answer(
-    args: argparse.Namespace, spec: ModelSpec, sampler: Sampler, asked: str | list[Any]
+    args: argparse.Namespace, spec: ModelSpec, sampling: Sampling, asked: str | list[Any]
 ) -> int:
     opened = open_model(spec)
     config, storage = opened.config, opened.storage
@@ -246,7 +247,7 @@ def _answer(
                 tokenizer,
                 ids,
                 max_tokens=args.max_tokens,
-                sampler=sampler,
+                sampler=sampling.sampler(),
                 stop=args.stop if args.raw else [*args.stop, *tokenizer.stop_strings],
                 speculation=drafting,
                 prompt_cache=prompt_cache,

@@ -115,10 +115,11 @@ def test_pure_rooms_need_no_mlx(name: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_greedy_path_loads_neither_transformers_nor_mlx_lm(demo: Path) -> None:
+@pytest.mark.parametrize("flags", [[], ["--temp", "0.7", "--top-p", "0.9", "--min-p", "0.05"]])
+def test_an_answer_loads_neither_transformers_nor_mlx_lm(demo: Path, flags: list[str]) -> None:
     code = (
         "import sys; from mlx_cerebrum.generate import main;"
-        f"main(['--model', {str(demo)!r}, '--prompt', 'Hi', '--max-tokens', '2', '--quiet']);"
+        f"main(['--model', {str(demo)!r}, '--prompt', 'Hi', '--max-tokens', '2', *{flags}]);"
         "sys.exit(any(m in sys.modules for m in ('transformers', 'mlx_lm', 'torch')))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

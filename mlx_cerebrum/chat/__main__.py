@@ -20,12 +20,12 @@ from mlx_cerebrum.chat.screen import FullScreen, PlainScreen, Screen, is_full
 from mlx_cerebrum.chat.session import DecodingOptions, Messages, Session
 from mlx_cerebrum.chat.signals import orderly_end
 from mlx_cerebrum.decoding.decode import prefill_step
-from mlx_cerebrum.decoding.sampling import make_sampler
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import (
     add_model_flags,
     add_plans_flag,
     add_sampling_flags,
+    asked_sampling,
     memory_limit,
     model_spec,
     say_assumed,
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     # Everything that can be refused is, cheapest first, before weights are read.
-    make_sampler(args.temp, args.top_p, args.min_p, args.seed)
+    asked_sampling(args)
     if args.max_tokens < 1:
         raise RequestError(f"max-tokens must be at least 1, not {args.max_tokens}")
     if args.prefill_step_size < 1:
@@ -71,10 +71,7 @@ def _talk(args: argparse.Namespace, spec: ModelSpec, messages: Messages | None) 
     say_assumed(tokenizer)
     options = DecodingOptions(
         max_tokens=args.max_tokens,
-        temp=args.temp,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
+        sampling=asked_sampling(args),
         draft=args.draft,
         kv_bits=args.kv_bits,
         prefill_step_size=args.prefill_step_size,

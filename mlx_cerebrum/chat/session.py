@@ -7,7 +7,7 @@ from time import perf_counter
 from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.draft_models import stored_order
 from mlx_cerebrum.decoding.prompt_cache import REWORD, PromptCache
-from mlx_cerebrum.decoding.sampling import make_sampler
+from mlx_cerebrum.decoding.sampling import GREEDY, Sampling
 from mlx_cerebrum.decoding.speculative import Speculation, speculation
 from mlx_cerebrum.decoding.stream import Response, stream_generate
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
@@ -120,10 +120,7 @@ class DecodingOptions:
     """How answers are computed, as the flags say."""
 
     max_tokens: int = 1024
-    temp: float = 0.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
+    sampling: Sampling = GREEDY
     draft: str = "none"  # or "ngram", "auto"
     kv_bits: int | None = None
     prefill_step_size: int = field(default_factory=prefill_step)
@@ -147,7 +144,6 @@ class Session:
     def __init__(
         self, models: Mapping[str, Model], tokenizer: Tokenizer, options: DecodingOptions
     ) -> None:
-        make_sampler(options.temp, options.top_p, options.min_p, options.seed)
         self.models = dict(models)
         self.tokenizer = tokenizer
         self.options = options
@@ -287,11 +283,12 @@ class Session:
                 f"the conversation ({len(ids)} tokens) no longer fits the model's {positions}"
                 " positions: /undo takes back an exchange, /save FILE keeps all, /clear begins anew"
             )
-        temp = options.temp if temp is None else temp
-        number = self._answers
-        seed = None if options.seed is None or not temp else (options.seed + number) % 2**64
-        filters = (options.top_p, options.min_p) if temp else (1.0, 0.0)
-        sampler = make_sampler(temp, *filters, seed)
+        number, seed = self._answers, options.sampling.seed
+        sampling = replace(
+            options.sampling,
+            temp=options.sampling.temp if temp is None else temp,
+            seed=None if seed is None else (seed + number) % 2**64,
+        )
 
         def start(progress: Callable[[int, int], None]) -> Generator[Response, None, None]:
             self._answers = number + 1
@@ -300,7 +297,7 @@ class Session:
                 self.tokenizer,
                 ids,
                 max_tokens=min(options.max_tokens, positions - len(ids)),
-                sampler=sampler,
+                sampler=sampling.sampler(),
                 stop=self.tokenizer.stop_strings,
                 speculation=self._speculation(model),
                 prompt_cache=self.cache(name),
@@ -314,7 +311,7 @@ class Session:
                 del self._caches[other]
             return bool(spare)
 
-        return AnswerStream(Answer(name, prompt=ids, greedy=temp == 0), start, make_room)
+        return AnswerStream(Answer(name, prompt=ids, greedy=sampling.temp == 0), start, make_room)
 
     def _speculation(self, model: Model) -> Speculation | None:
         if self.options.draft == "none":
@@ -334,7 +331,7 @@ class Session:
 
     def repeats(self, question: str, before: int) -> bool:
         """Whether asking again can only give the answer that is there."""
-        if self.options.temp or before >= len(self.exchanges):
+        if self.options.sampling.temp or before >= len(self.exchanges):
             return False
         answer = self.exchanges[before].answer
         same = answer.greedy and answer.model == self.current and answer.reason != "interrupted"

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.decode import prefill_step
-from mlx_cerebrum.decoding.sampling import check_sampling
+from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import (
     add_model_flags,
@@ -205,7 +205,7 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str] = os.en
         value, flag = getattr(args, name), name.replace("_", "-")
         if not least <= value <= most:
             raise RequestError(f"{flag} must be from {least:g} to {most:g}, not {value:g}")
-    check_sampling(args.temp, args.top_p, args.min_p, None)
+    sampling = Sampling(args.temp, args.top_p, args.min_p)
     for host in args.allowed_host:
         if not re.fullmatch(r"[A-Za-z0-9.:-]+", host) or "://" in host:
             raise RequestError(f"allowed-host must be a name such as mac.local, not {host!r}")
@@ -219,7 +219,7 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str] = os.en
         allowed_hosts={args.host, *args.allowed_host},
         cors_origins=frozenset(args.cors_origin),
         max_body=int(args.max_body_mb * 1e6),
-        defaults=Defaults(args.max_tokens, args.temp, args.top_p, args.min_p),
+        defaults=Defaults(args.max_tokens, sampling),
         log=not args.quiet,
         debug=args.debug,
     )

@@ -10,7 +10,6 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_cerebrum.decoding.decode import prefill_step
-from mlx_cerebrum.decoding.sampling import check_sampling
 from mlx_cerebrum.decoding.stream import StopText, check_request
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.forward import Model
@@ -321,6 +320,4 @@ def check_job(
         raise RequestError(
             f"top_logprobs must be from 0 to {MOST_LOGPROBS}, not {job.top_logprobs}"
         )
-    sampling = job.sampling
-    check_sampling(sampling.temperature, sampling.top_p, sampling.min_p, sampling.seed)
     StopText(job.stop)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from mlx_cerebrum import __version__
+from mlx_cerebrum.decoding.sampling import GREEDY, Sampling
 from mlx_cerebrum.errors import CerebrumError, PlanError
 from mlx_cerebrum.server.answers import Layout
 from mlx_cerebrum.server.faults import ApiError
-from mlx_cerebrum.server.jobs import Job, Sampling
+from mlx_cerebrum.server.jobs import Job
 from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest, Sampled, parse_body
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.views import find
@@ -24,9 +25,7 @@ class Defaults:
     """What a request that does not say gets."""
 
     max_tokens: int = 1024
-    temperature: float = 0.0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    sampling: Sampling = GREEDY
 
 
 class Intake:
@@ -110,14 +109,16 @@ class Intake:
         top_logprobs: int | None,
         owner: str,
     ) -> Job:
-        defaults = self._defaults
-        seed = request.seed
-        sampling = Sampling(
-            temperature=_given(request.temperature, defaults.temperature),
-            top_p=_given(request.top_p, defaults.top_p),
-            min_p=_given(request.min_p, defaults.min_p),
-            seed=None if seed is None else seed % 2**64,
-        )
+        defaults, seed = self._defaults.sampling, request.seed
+        try:
+            sampling = Sampling(
+                temp=_given(request.temperature, defaults.temp),
+                top_p=_given(request.top_p, defaults.top_p),
+                min_p=_given(request.min_p, defaults.min_p),
+                seed=None if seed is None else seed % 2**64,
+            )
+        except CerebrumError as error:  # a temperature just above 0
+            raise ApiError(400, str(error), code="invalid_value") from None
         return Job(
             model=model,
             prompt=tuple(ids),

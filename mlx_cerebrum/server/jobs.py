@@ -1,12 +1,13 @@
 """What the web side asks of the engine (jobs), and what comes back (events): plain data.
 
-Neither MLX nor HTTP is known here. The package's docstring tells a request's way.
+HTTP is not known here. The package's docstring tells a request's way.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from mlx_cerebrum.decoding.sampling import GREEDY, Sampling
 from mlx_cerebrum.errors import CerebrumError
 
 
@@ -19,23 +20,13 @@ class ClosedError(CerebrumError):
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen; at temperature 0 the likeliest, whatever the rest says."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None  # of choice 0; choice i draws with a key of its own made from it
-
-
-@dataclass(frozen=True)
 class Job:
     """A prompt that one model is to answer with `n` choices."""
 
     model: str  # a view's name
     prompt: tuple[int, ...]
     max_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY  # choice i draws with a seed made from this one's and i
     n: int = 1
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None  # alternatives a token; None: no log-probabilities at all

@@ -4,14 +4,14 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
 from mlx_cerebrum.decoding.decode import Sampler, greedy
-from mlx_cerebrum.decoding.sampling import make_sampler
+from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.decoding.stream import StopText
-from mlx_cerebrum.server.jobs import Event, Job, Sampling
+from mlx_cerebrum.server.jobs import Event, Job
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -96,13 +96,9 @@ class Task:
     def sampler(self, choice: int) -> Callable[[mx.array], mx.array]:
         """A new one for this choice: tokens `[L]` from log-probabilities `[L, V]`."""
         sampling = self.job.sampling
-        if sampling.temperature == 0:
+        if sampling.temp == 0:
             return greedy  # the same for all: mlx-lm then calls it once for the whole batch
-        return _Draws(
-            make_sampler(
-                sampling.temperature, sampling.top_p, sampling.min_p, choice_seed(sampling, choice)
-            )
-        )
+        return _Draws(replace(sampling, seed=choice_seed(sampling, choice)).sampler())
 
 
 class _Draws:

@@ -9,6 +9,7 @@ from conftest import mistral_model
 from talker import talkers
 
 from mlx_cerebrum.chat.session import Answer, DecodingOptions, Session
+from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.decoding.stream import generate, stream_generate
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.forward import Model
@@ -26,6 +27,8 @@ def views(tmp_path_factory: pytest.TempPathFactory) -> Views:
 
 
 def session_of(views: Views, **settings: Any) -> Session:
+    drawing = {name: settings.pop(name) for name in ("temp", "seed") if name in settings}
+    settings |= {"sampling": Sampling(**drawing)}
     return Session(*views, DecodingOptions(**({"max_tokens": 20} | settings)))
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 from command import run
 from conftest import MakeCheckpoint
@@ -22,7 +21,6 @@ from terminal import Program
 
 from mlx_cerebrum import load
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
-from mlx_cerebrum.decoding.sampling import make_sampler
 from mlx_cerebrum.decoding.stream import StopText, generate, stream_generate
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.generate import main
@@ -149,71 +147,6 @@ def test_requests_that_cannot_be_honoured(
 ) -> None:
     with pytest.raises(RequestError, match=says):
         next(stream_generate(*trained, prompt, **options))
-
-
-# Sampling.
-
-
-def test_sampler_is_greedy_at_zero_and_seeded_above() -> None:
-    logits = mx.array([[0.1, 2.0, 1.9, -3.0]])
-    assert make_sampler()(logits, 0).tolist() == [1]
-    draws = [[make_sampler(1.0, seed=s)(logits, 0).item() for s in range(50)] for _ in range(2)]
-    assert draws[0] == draws[1]
-    assert len(set(draws[0])) > 1
-
-
-def test_a_draw_is_its_tokens_own() -> None:
-    """Whatever is drawn with it, before it or again."""
-    logits = mx.random.normal((6, 40), key=mx.random.key(1))
-    together: Any = make_sampler(1.0, top_p=0.9, seed=5)(logits, 3).tolist()
-    sampler = make_sampler(1.0, top_p=0.9, seed=5)
-    for row in (5, 0, 2, 2, 4, 1, 3):
-        assert sampler(logits[row : row + 1], 3 + row).tolist() == [together[row]]
-    assert sampler(logits, 4).tolist() != together
-
-
-def test_filters_cut_the_tail() -> None:
-    logits = mx.log(mx.array([[0.5, 0.3, 0.15, 0.05]]))
-
-    def seen(**options: float) -> set[Any]:
-        sampler = make_sampler(1.0, seed=1, **options)
-        return {sampler(logits, number).item() for number in range(200)}
-
-    assert seen() == {0, 1, 2, 3}
-    assert seen(top_p=0.7) == {0, 1}
-    assert seen(min_p=0.25) == {0, 1, 2}
-
-
-@pytest.mark.parametrize("top_p", [1e-4, 1e-9, 1e-320])
-def test_a_tiny_top_p_leaves_the_most_likely(top_p: float) -> None:
-    logits = mx.array([[0.1, 2.0, 1.9, -3.0], [0.1, 0.2, 0.3, 3.0]])
-    assert make_sampler(1.0, top_p=top_p)(logits, 0).tolist() == [1, 3]
-
-
-def test_draws_follow_the_distribution() -> None:
-    probabilities = [0.5, 0.3, 0.15, 0.05]
-    logits = mx.repeat(mx.log(mx.array([probabilities])), 5_000, axis=0)
-    draws = make_sampler(1.0, seed=3)(logits, 0)
-    for token, p in enumerate(probabilities):
-        share = float(mx.mean(draws == token).item())  # type: ignore[arg-type]
-        assert abs(share - p) < 4 * (p * (1 - p) / 5_000) ** 0.5
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"temp": -1.0},
-        {"temp": float("nan")},
-        {"temp": 1.0, "top_p": 0.0},
-        {"temp": 1.0, "top_p": 1.5},
-        {"temp": 1.0, "min_p": 1.0},
-        {"temp": 0.0, "top_p": 0.5},
-        {"temp": 0.0, "seed": 1},
-    ],
-)
-def test_sampling_out_of_range(options: dict[str, Any]) -> None:
-    with pytest.raises(RequestError):
-        make_sampler(**options)
 
 
 # The command line.

@@ -13,9 +13,10 @@ from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum import load
 from mlx_cerebrum.decoding.decode import generate_step, greedy
+from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.server.batch import Batch, BatchModel
-from mlx_cerebrum.server.jobs import Event, Failed, Job, Piece, Reading, Sampling
+from mlx_cerebrum.server.jobs import Event, Failed, Job, Piece, Reading
 from mlx_cerebrum.server.prefix_cache import PrefixCache
 from mlx_cerebrum.server.task import Counts, Task
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
@@ -396,7 +397,7 @@ def test_rows_of_a_batch_share_one_greedy_call(
     monkeypatch.setattr("mlx_cerebrum.server.task.greedy", counting)
     desk = Desk(loaded(WINDOW))
     for seed in range(3):
-        ignored = Sampling(temperature=0, seed=seed, top_p=0.3)  # but for the temperature
+        ignored = Sampling(temp=0, seed=seed, top_p=0.3)  # but for the temperature
         desk.start(job(4, 20, seed, sampling=ignored))
     desk.run()
     assert (3, 260) in shapes
