@@ -49,11 +49,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     # Everything that can be refused is, cheapest first, before weights are read.
-    asked_sampling(args)
-    if args.max_tokens < 1:
-        raise RequestError(f"max-tokens must be at least 1, not {args.max_tokens}")
-    if args.prefill_step_size < 1:
-        raise RequestError(f"prefill-step-size must be at least 1, not {args.prefill_step_size}")
+    options = DecodingOptions(
+        max_tokens=args.max_tokens,
+        sampling=asked_sampling(args),
+        draft=args.draft,
+        kv_bits=args.kv_bits,
+        prefill_step_size=args.prefill_step_size,
+    )
     if args.load is not None and args.system is not None:
         raise RequestError("--load is a whole conversation: no --system with it, use /system")
     if sys.stdin is None:
@@ -63,19 +65,14 @@ def _run(args: argparse.Namespace) -> int:
     if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 costs a line, not the chat
         sys.stdin.reconfigure(errors="surrogateescape")
     with orderly_end(), limits(memory):
-        return _talk(args, spec, messages)
+        return _talk(args, spec, options, messages)
 
 
-def _talk(args: argparse.Namespace, spec: ModelSpec, messages: Messages | None) -> int:
+def _talk(
+    args: argparse.Namespace, spec: ModelSpec, options: DecodingOptions, messages: Messages | None
+) -> int:
     models, tokenizer = _loaded(args, spec)
     say_assumed(tokenizer)
-    options = DecodingOptions(
-        max_tokens=args.max_tokens,
-        sampling=asked_sampling(args),
-        draft=args.draft,
-        kv_bits=args.kv_bits,
-        prefill_step_size=args.prefill_step_size,
-    )
     session = Session(models, tokenizer, options)
     chat = _chat(session, args)
     _header(session, chat.screen)

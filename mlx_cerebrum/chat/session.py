@@ -117,13 +117,21 @@ class AnswerStream(Iterator[str]):
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How answers are computed, as the flags say."""
+    """How answers are computed, as the flags say. Raises RequestError for what is out of range."""
 
     max_tokens: int = 1024
     sampling: Sampling = GREEDY
     draft: str = "none"  # or "ngram", "auto"
     kv_bits: int | None = None
     prefill_step_size: int = field(default_factory=prefill_step)
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise RequestError(f"max-tokens must be at least 1, not {self.max_tokens}")
+        if self.prefill_step_size < 1:
+            raise RequestError(
+                f"prefill-step-size must be at least 1, not {self.prefill_step_size}"
+            )
 
 
 @dataclass(frozen=True)
