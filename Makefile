@@ -2,6 +2,7 @@
 # make serve   set up, then open the chat page on the demo model
 # make chat    set up, then chat with the demo model in this terminal
 # make test    set up, then run the test suite
+# make test-long   the sweeps it leaves out
 # make bench   set up, then run every bench suite on the demo model: tables and plots in $(OUT)
 # make lint    formatting, lint and types
 # make clean   remove the environment
@@ -31,7 +32,7 @@ RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
 OUT ?= bench-results
 
-.PHONY: demo serve chat test bench lint clean
+.PHONY: demo serve chat test test-long bench lint clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.run
@@ -46,6 +47,9 @@ chat: $(VENV)/.run
 
 test: $(VENV)/.test
 	$(RUN) -m pytest -n 2 --dist worksteal
+
+test-long: $(VENV)/.test
+	$(RUN) -m pytest -n 2 --dist worksteal -m long
 
 bench: $(VENV)/.bench
 	$(RUN) -m bench --out $(OUT)

@@ -97,7 +97,14 @@ def test_every_command_parses(command: str) -> None:
 LOCAL = [c for c in COMMANDS if ("demo" in c or ".plan " in c) and c != SERVER]
 
 
-@pytest.mark.parametrize("command", LOCAL)
+# Those that measure for a minute are the long run's.
+MARKED = [
+    pytest.param(command, marks=[pytest.mark.long] if "--sweep" in command else [])
+    for command in LOCAL
+]
+
+
+@pytest.mark.parametrize("command", MARKED)
 def test_commands_that_need_no_hub_run(command: str, demo: Path, tmp_path: Path) -> None:
     if " verify " in command:  # of what another command wrote
         made = next(c for c in COMMANDS if c.endswith(f"--mlx-path {command.split()[-1]}"))

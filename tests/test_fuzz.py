@@ -1,4 +1,4 @@
-"""A minute of fuzzing, the same one every time: readers let nothing but our own errors out.
+"""Fuzzing, the same every time: readers let nothing but our own errors out.
 
 `python -m tests.fuzz` goes on from there, with other seeds.
 """
@@ -6,12 +6,11 @@
 from pathlib import Path
 from random import Random
 
+import pytest
 from fuzz.readers import READERS
 from fuzz.run import _Folder, _one, fuzz
 
 SEED = 1
-# Inputs of each reader: some three seconds of one core.
-COUNTS = dict.fromkeys(READERS, 500)
 
 
 def test_every_reader_reads_what_is_valid(tmp_path: Path) -> None:
@@ -19,10 +18,13 @@ def test_every_reader_reads_what_is_valid(tmp_path: Path) -> None:
         assert _one(_Folder(name, tmp_path), {}) == (False, None), name
 
 
-def test_no_reader_is_at_fault() -> None:
-    tallies = fuzz(COUNTS, SEED)
+# Inputs of each reader: some seconds in the suite, a minute of one core in the long run.
+@pytest.mark.parametrize("inputs", [100, pytest.param(500, marks=pytest.mark.long)])
+def test_no_reader_is_at_fault(inputs: int) -> None:
+    counts = dict.fromkeys(READERS, inputs)
+    tallies = fuzz(counts, SEED)
     assert {name: tally.faults for name, tally in tallies.items() if tally.faults} == {}
-    assert {name: tally.inputs for name, tally in tallies.items()} == COUNTS
+    assert {name: tally.inputs for name, tally in tallies.items()} == counts
     for name, tally in tallies.items():
         assert tally.refused < tally.inputs, name  # some are read to the end
         assert tally.refused or name == "journal", name  # which is read as far as it is sound

@@ -453,7 +453,7 @@ def test_ctrl_z_and_fg(demo: Path) -> None:
     """The shell gets its terminal as it was, and the answer goes on where it was stopped."""
     shell = ["sh", "-c", 'set -m; "$@"; stty -a; echo "is stopped"; read line; fg; exit $?', "sh"]
     command = [sys.executable, "-m", "mlx_cerebrum.generate", "--model", str(demo), "--quiet"]
-    command += ["--prompt", "Tell me a very long story.", "--max-tokens", "80"]
+    command += ["--prompt", "Tell me a very long story.", "--max-tokens", "48"]
     alone = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
     with Program([*shell, *command], dict(os.environ), columns=4000) as program:
         program.until(lambda text: len(text) > 20)
