@@ -82,6 +82,17 @@ def test_nothing_imports_in_a_circle() -> None:
     assert not left, f"these import each other: {sorted(left)}"
 
 
+def test_the_forward_pass_knows_no_memory_budget() -> None:
+    known = RUNTIME.keys() - {"mlx_cerebrum"}  # it loads its names when they are asked for
+    left, seen = {"mlx_cerebrum.model.forward"}, set[str]()
+    while left:
+        name = left.pop()
+        seen.add(name)
+        left |= imports(RUNTIME[name]) & known - seen
+    assert "mlx_cerebrum.model.cpu" in seen
+    assert not seen & {"mlx_cerebrum.model.memory", "mlx_cerebrum.model.limits"}
+
+
 def test_rooms_beside_each_other_do_not_meet() -> None:
     for room, other in (("convert", "bench"), ("bench", "convert")):
         for path in (ROOT / room).glob("*.py"):

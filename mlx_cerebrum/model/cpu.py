@@ -164,9 +164,9 @@ _EXPONENT = 23  # the bit where a float32's exponent begins
 
 def in_slices(length: int, keys: int, dtype: mx.Dtype, mask: Mask) -> bool:
     """Whether `attend_in_slices` is the way for `length` queries over `keys`."""
-    if dtype != mx.float32 or not device.on_linux_cpu():
+    if length < _FEWEST or length * keys < LEAST or dtype != mx.float32:
         return False
-    if length < _FEWEST or length * keys < LEAST:
+    if not device.on_linux_cpu():
         return False
     return not isinstance(mask, mx.array) or mask.ndim == 2  # one for all sequences
 
