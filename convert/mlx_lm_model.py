@@ -37,7 +37,7 @@ class ModelArgs:
         )
 
 
-class Decoder(nn.Module):
+class Stack(nn.Module):
     """Embedding, stored blocks and final norm, under the names the checkpoint has."""
 
     def __init__(self, args: ModelArgs) -> None:
@@ -53,7 +53,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.model_type = args.blocks.model_type
-        self.model = Decoder(args)
+        self.model = Stack(args)
         if not args.blocks.tie_word_embeddings:
             self.lm_head = nn.Linear(args.blocks.hidden_size, args.blocks.vocab_size, bias=False)
 

@@ -131,7 +131,7 @@ class TransformerBlock(SharedWeights):
         return h + (mlp if scales is None else mlp * scales[1])
 
 
-class Decoder(SharedWeights):
+class Stack(SharedWeights):
     """Everything under Hugging Face's `model.`: embedding, stored blocks, final norm."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -144,10 +144,10 @@ class Decoder(SharedWeights):
 class Model(SharedWeights):
     """Token ids in, logits out. `config.layer_map` decides which block runs when."""
 
-    def __init__(self, config: ModelConfig, model: Decoder | None = None) -> None:
+    def __init__(self, config: ModelConfig, model: Stack | None = None) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config) if model is None else model
+        self.model = Stack(config) if model is None else model
         if model is None and not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -213,8 +213,8 @@ class Model(SharedWeights):
     ) -> "Model":
         """Another model over the same weights: no copy, no memory.
 
-        From then on quantizing, casting or loading into either, the decoder or a block of it
-        raises RuntimeError. Raises ConfigError for a map these blocks can't run.
+        From then on the weights can't be changed: to quantize, cast or load them, in either model
+        or a part of it, raises RuntimeError. Raises ConfigError for a map these blocks can't run.
         """
         other = Model(self.config.with_map(layer_map, residual_scales), self.model)
         if not self.config.tie_word_embeddings:
