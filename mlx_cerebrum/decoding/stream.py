@@ -61,6 +61,33 @@ class StopText:
         return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
 
 
+class AnswerText:
+    """The text of one answer as its tokens come.
+
+    It ends with an EOS id or a string of `stop`, neither of which is in the text, or with
+    `max_tokens`. Raises RequestError for an empty stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int, stop: Sequence[str]) -> None:
+        self._stops, self._detokenizer = StopText(stop), tokenizer.detokenizer()
+        self._eos, self._left = tokenizer.eos_token_ids, max_tokens
+
+    def add(self, token: int) -> tuple[str, str | None]:
+        """`(the text that is final now, "stop" or "length" if the token is the last)`."""
+        self._left -= 1
+        ended = self.is_end(token)
+        last = ended or not self._left
+        new = "" if ended else self._detokenizer.add(token)
+        text, stopped = self._stops.feed(new + self._detokenizer.finish() if last else new)
+        if last and not stopped:
+            text += self._stops.held
+        return text, "stop" if ended or stopped else "length" if last else None
+
+    def is_end(self, token: int) -> bool:
+        """Whether a token ends any answer, and so is in no text."""
+        return token in self._eos
+
+
 def check_request(
     config: ModelConfig, prompt_tokens: int, max_tokens: int, prefill_step_size: int
 ) -> None:
@@ -116,7 +143,7 @@ def stream_generate(
     outside = [i for i in ids if not 0 <= i < model.config.vocab_size]
     if outside:
         raise RequestError(f"token id {outside[0]} is not below {model.config.vocab_size}")
-    stops, detokenizer = StopText(stop), tokenizer.detokenizer()
+    answer = AnswerText(tokenizer, max_tokens, stop)
     rest = prompt_cache.begin(ids)
     started = time.perf_counter()
     first = started
@@ -132,24 +159,19 @@ def stream_generate(
     else:
         history = ids[: len(ids) - len(rest)]
         steps = speculative_step(rest, model, speculation, history=history, **common)
-    answer: list[int] = []
+    tokens: list[int] = []
     with limits():  # a caller's own stay as they are
         try:
             for count, token in enumerate(steps, start=1):
                 now = time.perf_counter()
                 if count == 1:
                     first = now
-                answer.append(token)
-                ended = token in tokenizer.eos_token_ids
-                last = ended or count == max_tokens
-                new = "" if ended else detokenizer.add(token)
-                text, stopped = stops.feed(new + detokenizer.finish() if last else new)
-                if last and not stopped:
-                    text += stops.held
+                tokens.append(token)
+                text, finish_reason = answer.add(token)
                 yield Response(
                     text=text,
                     token=token,
-                    finish_reason="stop" if ended or stopped else "length" if last else None,
+                    finish_reason=finish_reason,
                     prompt_tokens=len(ids),
                     prompt_tps=len(rest) / max(first - started, 1e-9),
                     generation_tokens=count,
@@ -158,11 +180,11 @@ def stream_generate(
                     peak_memory=mx.get_peak_memory(),
                     cached_tokens=len(ids) - len(rest),
                 )
-                if last or stopped:
+                if finish_reason is not None:
                     return
         finally:
             steps.close()  # it leaves in the cache what was handed out, no more
-            prompt_cache.end([*ids, *answer])
+            prompt_cache.end([*ids, *tokens])
 
 
 def generate(

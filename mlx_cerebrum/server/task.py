@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_cerebrum.decoding.decode import Sampler, greedy
 from mlx_cerebrum.decoding.sampling import Sampling
-from mlx_cerebrum.decoding.stream import StopText
+from mlx_cerebrum.decoding.stream import AnswerText
 from mlx_cerebrum.server.jobs import Event, Job
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
@@ -27,31 +27,6 @@ class Counts:
     finished: Counter[str] = field(default_factory=Counter)
 
 
-class ChoiceText:
-    """One choice's text, exactly as `stream_generate` makes it."""
-
-    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
-        self._left = job.max_tokens
-        self._eos = tokenizer.eos_token_ids
-        self._detokenizer = tokenizer.detokenizer()
-        self._stops = StopText(job.stop)
-
-    def add(self, token: int) -> tuple[str, str | None]:
-        """`(text that is final, finish reason if this is the last)`."""
-        self._left -= 1
-        ended = self.is_end(token)
-        last = ended or not self._left
-        new = "" if ended else self._detokenizer.add(token)
-        text, stopped = self._stops.feed(new + self._detokenizer.finish() if last else new)
-        if last and not stopped:
-            text += self._stops.held
-        return text, "stop" if ended or stopped else "length" if last else None
-
-    def is_end(self, token: int) -> bool:
-        """Whether it ends any answer, and is in none's text."""
-        return token in self._eos
-
-
 class Task:
     """A job in the engine. All but `cancel` is for the engine's thread only."""
 
@@ -63,7 +38,7 @@ class Task:
         forget: Callable[["Task"], None],
     ) -> None:
         self.job = job
-        self.texts = [ChoiceText(job, tokenizer) for _ in range(job.n)]
+        self.texts = [AnswerText(tokenizer, job.max_tokens, job.stop) for _ in range(job.n)]
         self.reasons: list[str] = []  # of the choices that are over
         self.cached_tokens = 0
         self.cancelled = False
