@@ -447,8 +447,9 @@ def test_no_more_memory_than_predicted(
 
     taken = _taken(run)
     assert taken <= predicted
-    # How many operations MLX has issued ahead is a matter of timing: one run may take little.
-    assert predicted <= 5 * max(taken, *(_taken(run) for _ in range(2)))
+    # How many operations MLX has issued ahead is a matter of timing: on a busy machine several runs
+    # may take little.
+    assert predicted <= 5 * taken or any(predicted <= 5 * _taken(run) for _ in range(9))
 
 
 @pytest.mark.parametrize("window", [0, 1000])
