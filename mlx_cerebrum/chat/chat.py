@@ -20,7 +20,7 @@ from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.text import one_line, tell_traceback
 from mlx_cerebrum.tokenizer.chat_formats import DEFAULT_SYSTEM
 from mlx_cerebrum.tokenizer.conversation import read_messages, write_messages
-from mlx_cerebrum.weights.views import find
+from mlx_cerebrum.weights import views
 
 # Two slashes begin a message with one. Not where code is pasted: `// a comment`, `/// another`.
 _SLASH = re.compile(r"//(?=[^/\s])")
@@ -62,7 +62,7 @@ class Chat:
         names, current = self.session.models, self.session.current
         short = current.replace("@", "-").rpartition("-")[2]
         try:
-            return short if len(names) > 1 and find(names, short) == current else current
+            return short if len(names) > 1 and views.find(names, short) == current else current
         except CerebrumError:
             return current
 
@@ -218,7 +218,7 @@ def _system(chat: Chat, argument: str) -> None:
 def _plan(chat: Chat, argument: str) -> None:
     session = chat.session
     if argument:
-        session.switch(find(session.models, argument))
+        session.switch(views.find(session.models, argument))
         chat.screen.notice(f"{session.current} answers from here on")
         return
     rows = []

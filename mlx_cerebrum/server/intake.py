@@ -12,7 +12,7 @@ from mlx_cerebrum.server.faults import ApiError
 from mlx_cerebrum.server.jobs import Job
 from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest, Sampled, parse_body
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-from mlx_cerebrum.weights.views import find
+from mlx_cerebrum.weights import views
 
 # Tokenizing holds Python's lock for seconds a megabyte, and every answer waits. So a long text is
 # first counted slice by slice, and refused as soon as it is sure to be too long.
@@ -53,7 +53,7 @@ class Intake:
         if asked is None:
             return next(iter(self.layouts))
         try:
-            return find(self.layouts, asked[:200])
+            return views.find(self.layouts, asked[:200])
         except PlanError as error:
             raise ApiError(404, str(error), code="model_not_found", param="model") from None
 
