@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from bench import machine
-from mlx_cerebrum.decoding.cost import bytes_read
+from mlx_cerebrum.decoding.policy import bytes_read
 from mlx_cerebrum.model.cpu import multiply
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import GB, available_bytes

@@ -4,8 +4,8 @@ A target pass over a few rows costs little more than over one, where reading the
 takes time. So tokens guessed cheaply and checked together are tokens won, if enough guesses hold
 (mlx_cerebrum/speculative.py). Three figures say whether: how many tokens a target pass yields,
 what the guesses cost, and the pace, side by side with plain decoding of the same tokens. The cost
-model (mlx_cerebrum/cost.py) foretells the pace from the other two; both are shown, so that it can
-be judged before it is trusted for machines that are not here.
+model (mlx_cerebrum/decoding/policy.py) foretells the pace from the other two; both are shown, so
+that it can be judged before it is trusted for machines that are not here.
 
 Every answer is compared token by token with the plain one. In float32 they must be equal.
 """
@@ -25,9 +25,9 @@ from bench.chat_prompts import GROUNDED, OPEN
 from bench.pair import open_pair
 from bench.report import parser, publish, rounds
 from mlx_cerebrum import cli
-from mlx_cerebrum.decoding.cost import bytes_read
 from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.decoding.draft_models import draft_model
+from mlx_cerebrum.decoding.policy import bytes_read
 from mlx_cerebrum.decoding.speculative import Speculation, speculation, speculative_step
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model

@@ -5,8 +5,7 @@ from typing import Any
 from bench.projection import BITS, parameters_read
 from bench.random_model import GEOMETRIES
 from bench.report import table
-from mlx_cerebrum.decoding.cost import Costs, best_drafts, speedup
-from mlx_cerebrum.decoding.policy import MOST_DRAFTS
+from mlx_cerebrum.decoding.policy import MOST_DRAFTS, Costs, best_drafts, speedup
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.weights.opening import planned_config
 

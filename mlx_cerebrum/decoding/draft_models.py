@@ -7,9 +7,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_cerebrum.decoding.cost import Costs, best_drafts, bytes_read
 from mlx_cerebrum.decoding.drafters import borrowed
-from mlx_cerebrum.decoding.policy import MARGIN, MODEL_PRIOR, MOST_DRAFTS
+from mlx_cerebrum.decoding.policy import (
+    MARGIN,
+    MODEL_PRIOR,
+    MOST_DRAFTS,
+    Costs,
+    best_drafts,
+    bytes_read,
+)
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model

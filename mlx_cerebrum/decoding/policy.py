@@ -1,19 +1,32 @@
 """Whether to guess, with which drafter, how far: decided before every round.
 
-Costs start from the bytes each pass reads and follow what passes are seen to take here;
-agreement starts from an expectation for the kind of guess and follows what comes true. The
-choice is the round with the best expected speed-up, or a plain step where none has one. So a
-drafter that does not pay is off after a few rounds, and gets another try as evidence ages.
+A round drafts `k` tokens and checks them in one target pass of `k + 1` rows. Let `a` be the
+agreement: the chance that a draft is what the target chooses, taken as independent from one draft
+to the next (Leviathan et al. 2023, arXiv 2211.17192, eq. 1). Then a round yields
+1 + a + a^2 + ... + a^k tokens. Costs are counted in plain decode steps of the target, so tokens
+over cost is the speed-up.
 
-What such tries may lose is limited too: by an allowance that every token adds a little to, every
-round takes its loss from or adds its gain to, by the costs seen lately, and no round may overdraw
-if nothing of it holds. That, and not the estimates, keeps guessing in vain to about 3%.
+At first a draft's cost is estimated from the bytes that each pass reads; then it follows the
+times measured here. Agreement starts from what is usual for the kind of guess, and follows how
+many guesses held. The policy takes the round with the best expected speed-up, or a plain step
+where no round has one. So a drafter that does not pay is off after a few rounds; it is tried
+again as old evidence loses weight.
+
+An allowance limits what such trials may lose. Every token adds a little to it; every round takes
+its loss from it, or adds its gain, at the costs measured lately. A round is only started if the
+allowance would cover it with no draft held. The allowance, not the estimates, keeps the loss of
+useless guessing to about 3%.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
-from mlx_cerebrum.decoding.cost import Costs, best_drafts
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_cerebrum.model.forward import Model
 
 MARGIN = 1.03  # a round must promise this much: estimates are noisy, and a plain step is safe
 MOST_DRAFTS = 16
@@ -30,6 +43,44 @@ _UNSEEN = 0.25  # what a draft may turn out to cost, until one was timed
 # longer they are.
 PRIORS = {"ngram-2": 0.4, "ngram-3": 0.5, "ngram-4": 0.6}
 MODEL_PRIOR = 0.75
+
+
+@dataclass(frozen=True)
+class Costs:
+    """In plain decode steps of the target."""
+
+    draft: float  # one drafted token
+    row: float  # each row of a target pass after its first
+
+
+def expected_tokens(agreement: float, drafts: int) -> float:
+    """Tokens a round of `drafts` yields, the target's own one included."""
+    return sum(agreement**i for i in range(drafts + 1))
+
+
+def speedup(agreement: float, drafts: int, costs: Costs) -> float:
+    """Of rounds of `drafts`, over plain decoding."""
+    return expected_tokens(agreement, drafts) / (1 + drafts * (costs.draft + costs.row))
+
+
+def best_drafts(agreement: float, costs: Costs, most: int) -> tuple[int, float]:
+    """`(drafts, speed-up)` of the best round of at most `most`; `(0, 1.0)` where none pays."""
+    rounds = [(speedup(agreement, drafts, costs), drafts) for drafts in range(1, most + 1)]
+    gain, drafts = max(rounds, default=(1.0, 0))
+    return (drafts, gain) if gain > 1 else (0, 1.0)
+
+
+def bytes_read(model: Model) -> int:
+    """Bytes of weights that a decode step reads: every position's block, and the head."""
+    blocks = [_nbytes(block) for block in model.model.layers]
+    tied = model.config.tie_word_embeddings
+    head = _nbytes(model.model.embed_tokens if tied else model.lm_head)
+    return head + sum(blocks[block] for block in model.config.layer_map)
+
+
+def _nbytes(module: nn.Module) -> int:
+    arrays = cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
+    return sum(array.nbytes for _, array in arrays)
 
 
 @dataclass

@@ -8,24 +8,26 @@ from mlx_cerebrum.model.cache import STEP, WindowedKVCache
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import Workload
 
-# Tokens before a prompt's end that can also be gone back to: the question at the end of a long
-# text can be put in other words. Costs as many entries, once the window has left them.
+# The caches can also go back to this many tokens before a prompt's end, so that the question at
+# the end of a long text can be reworded. It costs as many entries, once they are out of the window.
 REWORD = 256
 
 
 class PromptCache:
     """The caches of one conversation, and the tokens they hold.
 
-    A prompt that begins as the tokens held do is computed from where it differs on. Within the
-    window (and without one) any point can be gone back to; past it the marked ones, and all
-    between marks less than a window apart. `begin` marks where the new part begins (editing the
-    question), and the prompt's end (another answer).
+    Where a prompt begins like the tokens held, only the rest of it is computed: the caches go
+    back to the point where the two differ. They can go back to any point within the window, and
+    to any at all without a window. Further back they can go to a marked point, and to any point
+    between two marks less than a window apart. `begin` marks where the new part of the
+    prompt begins (to edit the question) and where the prompt ends (to answer again).
 
-    `max_bytes` bounds the caches: the oldest marks are given up where they could come to keep
-    more. The window in use is never cut, and 0 marks nothing. By default marks may need twice
-    the window's entries: the question to be edited is a window apart from the prompt's end when
-    it is that long itself, else marks share, and all turns of the last `window` tokens can be
-    edited. For the 12.25B in bfloat16 that is 3.0 GB at most, 1.1 of it the window in use.
+    `max_bytes` limits the caches: the oldest marks are dropped when marks could need more than
+    that. The window in use is always kept; 0 means no marks. By default marks may take twice the
+    window's entries. That is enough for the two marks of a question as long as the window; marks
+    closer together share entries, so with shorter questions every turn of the last `window`
+    tokens can be edited. For the 12.25B in bfloat16 that is 3.0 GB at most, 1.1 of it the window
+    in use.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class PromptCache:
         return sum(c.nbytes for c in self.cache)
 
     def begin(self, prompt: Sequence[int]) -> list[int]:
-        """Go back to what `prompt` shares with the tokens held; the rest of it, to be computed.
+        """Go back to what `prompt` shares with the tokens held; return the rest, to be computed.
 
         At least the last token is left to compute: the answer begins with its logits.
         """
@@ -74,14 +76,14 @@ class PromptCache:
         return list(prompt[begun:])
 
     def end(self, tokens: Sequence[int]) -> None:
-        """A request is over: `tokens` are all that it has seen and yielded, from the first on."""
+        """A request is over: `tokens` are all it read and generated, from the first one on."""
         self.tokens = list(tokens)
         self._go_back(min(len(tokens), *(c.offset for c in self.cache)))
 
     def _go_back(self, point: int) -> None:
         """Rewind to the latest point at or before this one that all positions can go to.
 
-        They differ in that: a draft model makes some of them move their entries earlier.
+        Not all can go back equally far: with a draft model some drop entries earlier than others.
         """
         while (reachable := min(c.reachable(point) for c in self.cache)) < point:
             point = reachable

@@ -8,8 +8,8 @@ target draw with the same random numbers, so they often agree, and a seed gives 
 with any drafter or none. Where a guess is certain (n-grams), it is the rejection rule itself:
 `p(guess)` is the chance to keep it, and what replaces it follows `p` without it.
 
-Rows computed together round otherwise than rows computed alone, so a tie between the two best
-logits, to the last bits, can fall the other way.
+Rows computed together are rounded differently from rows computed alone. So where the two best
+logits are equal but for the last bits, the other token can win.
 """
 
 import time
@@ -21,7 +21,6 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_cerebrum import device
-from mlx_cerebrum.decoding.cost import bytes_read
 from mlx_cerebrum.decoding.decode import (
     Sampler,
     check_prompt,
@@ -31,7 +30,7 @@ from mlx_cerebrum.decoding.decode import (
     prefill_step,
 )
 from mlx_cerebrum.decoding.drafters import Draft, Drafter, ModelDrafter, NGramDrafter
-from mlx_cerebrum.decoding.policy import MOST_DRAFTS, Policy
+from mlx_cerebrum.decoding.policy import MOST_DRAFTS, Policy, bytes_read
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.cache import REWIND, WindowedKVCache
 from mlx_cerebrum.model.forward import Model
@@ -96,9 +95,10 @@ def verify(
     sampler: Sampler,
     number: int,
 ) -> list[int]:
-    """The model's choices after `token` and its draft, as far as the draft holds, and one more.
+    """The drafts that the model would choose too, up to the first it would not, and one more token.
 
-    `cache` takes `token` and the drafts that hold. The first choice is the answer's `number`.
+    `cache` takes `token` and the drafts that hold. The first choice is token `number` of the
+    answer.
     """
     tokens = mx.concatenate([mx.array([token], dtype=mx.int32), draft.tokens.astype(mx.int32)])
     if draft.hidden is None:
@@ -129,8 +129,8 @@ def speculative_step(
 ) -> Generator[int, None, None]:
     """As `decode.generate_step`, with guesses. `history` are the tokens `cache` holds already.
 
-    Raises RequestError for an empty prompt, or a speculation of another model or request. However
-    it ends, the cache holds the first `offset` of all tokens seen and yielded.
+    Raises RequestError for an empty prompt, or a speculation made for another model or request.
+    However it ends, the cache holds the first `offset` of all tokens read and yielded.
     """
     chunk = prefill_step(prefill_step_size)
     check_prompt(prompt, chunk)
@@ -155,7 +155,8 @@ def speculative_step(
                 if now is None:
                     last = mx.array(tokens[-1:], dtype=mx.int32)
                     now = decode_step(model, last, cache, sampler, yielded)
-                # On a GPU as in generate_step, unless what is known by now calls for guesses.
+                # On a GPU the next step is started before this one is read, as in generate_step;
+                # but not where a round of guesses is due.
                 ahead = None
                 if device.on_gpu() and left and speculation.choose(tokens, left) is None:
                     ahead = decode_step(model, now, cache, sampler, yielded + 1)
@@ -176,8 +177,9 @@ def speculative_step(
                 if yielded % 256 == 0:
                     mx.clear_cache()
     finally:
-        # Stopped inside a burst, or between two positions: back to before the last token handed
-        # out. What a round has begun is later, and may be a drafter's entries, not the model's.
+        # It may stop inside a round, or while some positions have taken a token and others have
+        # not. All go back to just before the last token handed out: later entries may be a
+        # drafter's, not the model's.
         sure = before + len(prompt) + yielded - 1
         least = min([sure, *(c.offset for c in cache)])
         for c in cache:

@@ -7,8 +7,8 @@ from mlx.utils import tree_flatten
 from tiny import tiny_config
 
 from mlx_cerebrum.decoding import draft_models
-from mlx_cerebrum.decoding.cost import bytes_read
 from mlx_cerebrum.decoding.draft_models import draft_model, packed_copy, stored_order
+from mlx_cerebrum.decoding.policy import bytes_read
 from mlx_cerebrum.errors import CerebrumError, MemoryBudgetError
 from mlx_cerebrum.model import memory
 from mlx_cerebrum.model.config import ModelConfig

@@ -13,10 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
-from mlx_cerebrum.decoding.cost import Costs, best_drafts, bytes_read, expected_tokens, speedup
 from mlx_cerebrum.decoding.decode import greedy, prefill
 from mlx_cerebrum.decoding.drafters import Drafter, ModelDrafter, NGramDrafter, borrowed
-from mlx_cerebrum.decoding.policy import MARGIN, Agreement, Policy
+from mlx_cerebrum.decoding.policy import (
+    MARGIN,
+    Agreement,
+    Costs,
+    Policy,
+    best_drafts,
+    bytes_read,
+    expected_tokens,
+    speedup,
+)
 from mlx_cerebrum.decoding.speculative import Speculation, verify
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.config import ModelConfig
