@@ -13,7 +13,7 @@ from typing import cast
 import mlx.core as mx
 
 from mlx_cerebrum.decoding.decode import greedy, prefill, prefill_step
-from mlx_cerebrum.decoding.stream import StopText
+from mlx_cerebrum.decoding.text import StopText
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import Workload, available_bytes

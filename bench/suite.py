@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from bench.pair import Pair
 from bench.plots import Picture
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.files.replacing import replacing
 
 Results = dict[str, Any]  # plain data, as JSON has it
 FILE = "results.json"
@@ -63,6 +64,5 @@ def read(directory: Path) -> Results:
 def write(directory: Path, document: Results) -> None:
     """`document` as results.json: whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".{FILE}.partial"
-    partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(directory / FILE)
+    with replacing(directory / FILE, directory / f".{FILE}.partial") as file:
+        file.write(f"{json.dumps(document, indent=1, ensure_ascii=False)}\n".encode())

@@ -1,6 +1,5 @@
 """Writing a GGUF file's tensors as a stream: read, scaled, rounded, hashed, appended."""
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.files.replacing import replacing
 from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.tokenizer.vocabulary import first_line
 from mlx_cerebrum.weights.checkpoint import Checkpoint
@@ -166,25 +166,10 @@ def new_file(destination: Path, needed: int) -> Iterator[Path]:
         )
     partial = parent / f".{destination.stem}.partial.gguf"  # a suffix our reader takes
     try:
-        with partial.open("ab") as claim:  # what an interrupted run left is written over
-            try:
-                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.path.samestat(os.fstat(claim.fileno()), partial.stat()):
-                    raise BlockingIOError  # what was locked has another name meanwhile
-            except (BlockingIOError, FileNotFoundError):
-                raise CheckpointError(
-                    f"another run is writing {destination}; wait for it"
-                ) from None
-            try:
-                _check_free(destination)
-                yield partial
-                _check_free(destination)
-                partial.rename(destination)
-            finally:
-                partial.unlink(missing_ok=True)
-        folder = os.open(parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name, too, survives a power cut
-        os.close(folder)
+        with replacing(destination, partial):
+            _check_free(destination)
+            yield partial
+            _check_free(destination)
     except OSError as error:
         problem = error.strerror or error
         raise CheckpointError(f"{destination} can't be written: {problem}") from None

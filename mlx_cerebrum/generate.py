@@ -13,17 +13,22 @@ from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.draft_models import check_draft, copy_bytes, draft_model, stored_order
 from mlx_cerebrum.decoding.policy import MOST_DRAFTS
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
-from mlx_cerebrum.decoding.prompt_cache_file import check, check_destination, load, save
+from mlx_cerebrum.decoding.prompt_cache_file import (
+    check_destination,
+    check_prompt_cache,
+    load_prompt_cache,
+    save_prompt_cache,
+)
 from mlx_cerebrum.decoding.prompt_cache_identity import identity
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.decoding.speculative import Speculation, speculation
 from mlx_cerebrum.decoding.stream import (
     Response,
-    StopText,
     check_request,
     generate,
     stream_generate,
 )
+from mlx_cerebrum.decoding.text import StopText
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import (
     add_model_flags,
@@ -228,7 +233,7 @@ def _answer(
     kept, same = args.prompt_cache, {}
     if kept is not None:
         same = identity(opened.checkpoint, config, storage, tokenizer.format.source)
-        more += check(kept, same, args.kv_bits) if kept.exists() else 0
+        more += check_prompt_cache(kept, same, args.kv_bits) if kept.exists() else 0
     _check_memory(args, opened, len(ids), more)
     show = not (args.quiet or args.json)
     with progress("loading", show) as report:
@@ -239,7 +244,7 @@ def _answer(
     # One answer: nothing will be taken back, so nothing is kept for it.
     prompt_cache = PromptCache(model, args.kv_bits, max_bytes=0)
     if kept is not None and kept.exists():
-        prompt_cache = load(kept, model, same, args.kv_bits, max_bytes=0)
+        prompt_cache = load_prompt_cache(kept, model, same, args.kv_bits, max_bytes=0)
     try:
         with progress("reading the prompt", show, "tokens") as report:
             responses = stream_generate(
@@ -272,7 +277,7 @@ def _answer(
             tell(_closing_line(answer | facts))
     finally:  # what was computed is kept, also of a prompt that Ctrl-C cut short
         if kept is not None and prompt_cache.tokens:
-            save(prompt_cache, kept, same)
+            save_prompt_cache(prompt_cache, kept, same)
     return cli.INTERRUPTED if answer["finish_reason"] == "interrupted" else 0
 
 

@@ -6,17 +6,14 @@ of everything before it, last. The metadata names the format and the identity: a
 what a cache entry is.
 """
 
-import fcntl
 import json
-import os
 import shutil
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -24,6 +21,7 @@ from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_cache_identity import Identity
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.files import json_file
+from mlx_cerebrum.files.replacing import replacing
 from mlx_cerebrum.model.entries import Packed, kv_group
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import human, require
@@ -46,8 +44,10 @@ _NEW = "name another file, or remove it"
 
 
 def check_destination(path: Path) -> None:
-    """Raise CheckpointError, before any work, where `save` could not write: no such directory,
-    another suffix, or a file that is not a prompt cache."""
+    """Raise CheckpointError, before any work, where `save_prompt_cache` could not write.
+
+    That is: no such directory, another suffix, or a file that is not a prompt cache.
+    """
     if path.suffix != SUFFIX:
         raise CheckpointError(f"{path} must be named *{SUFFIX} to hold a prompt cache")
     if not path.absolute().parent.is_dir():
@@ -56,7 +56,7 @@ def check_destination(path: Path) -> None:
         _read(path)
 
 
-def save(prompt_cache: PromptCache, path: Path, identity: Identity) -> None:
+def save_prompt_cache(prompt_cache: PromptCache, path: Path, identity: Identity) -> None:
     """Write the caches, with what is set aside right before their windows.
 
     A file that is there is replaced only by a whole one. Raises CheckpointError when `path` is
@@ -74,7 +74,8 @@ def save(prompt_cache: PromptCache, path: Path, identity: Identity) -> None:
             f"{path} needs {human(needed)} of disk and {human(free)} are free; free some space"
         )
     try:
-        with _replacing(destination) as file:
+        partial = destination.with_name(f".{destination.stem}.partial{SUFFIX}")
+        with replacing(destination, partial) as file:
             checksum = zlib.crc32(head)
             file.write(head)
             for _, array in _tensors(prompt_cache):
@@ -110,34 +111,7 @@ def _named(name: str, entries: mx.array | Packed) -> Iterator[tuple[str, mx.arra
         yield name, entries
 
 
-@contextmanager
-def _replacing(destination: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes `destination`'s place when all went well, and else is gone."""
-    partial = destination.with_name(f".{destination.stem}.partial{SUFFIX}")
-    with partial.open("ab") as file:  # what a killed run left is written over
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not partial.exists() or not os.path.samestat(
-                partial.stat(), os.fstat(file.fileno())
-            ):
-                raise BlockingIOError  # what was locked has been renamed meanwhile
-        except BlockingIOError:
-            raise CheckpointError(f"another run is writing {destination}; wait for it") from None
-        try:
-            file.truncate(0)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            partial.replace(destination)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    folder = os.open(destination.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name, too, survives a power cut
-    os.close(folder)
-
-
-def check(path: Path, identity: Identity, kv_bits: int | None = None) -> int:
+def check_prompt_cache(path: Path, identity: Identity, kv_bits: int | None = None) -> int:
     """The bytes `load` would take; no model is needed. Raises CheckpointError as it does."""
     return sum(tensor.nbytes for tensor in _checked(path, identity, kv_bits)[0].values())
 
@@ -160,7 +134,7 @@ def _checked(
     return tensors, metadata
 
 
-def load(
+def load_prompt_cache(
     path: Path,
     model: Model,
     identity: Identity,

@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_cerebrum.decoding.decode import Sampler, generate_step, greedy, prefill_step
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.speculative import Speculation, speculative_step
+from mlx_cerebrum.decoding.text import AnswerText
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
@@ -32,60 +33,6 @@ class Response:
     time_to_first_token: float  # seconds
     peak_memory: int  # bytes
     cached_tokens: int  # of the prompt, found in the prompt cache
-
-
-class StopText:
-    """Finds stop strings in a stream, holding back any tail that could still become one."""
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        if "" in stop:
-            raise RequestError("a stop string is empty; it would stop everything")
-        self.stop = tuple(stop)
-        self.held = ""
-
-    def feed(self, text: str) -> tuple[str, bool]:
-        """`(text that is final, whether a stop string was reached)`."""
-        self.held += text
-        found = [at for s in self.stop if (at := self.held.find(s)) >= 0]
-        if found:
-            final, self.held = self.held[: min(found)], ""
-            return final, True
-        keep = max((self._overlap(s) for s in self.stop), default=0)
-        cut = len(self.held) - keep
-        final, self.held = self.held[:cut], self.held[cut:]
-        return final, False
-
-    def _overlap(self, stop: str) -> int:
-        """How many characters at the end of what is held begin `stop`."""
-        longest = min(len(stop) - 1, len(self.held))
-        return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
-
-
-class AnswerText:
-    """The text of one answer as its tokens come.
-
-    It ends with an EOS id or a string of `stop`, neither of which is in the text, or with
-    `max_tokens`. Raises RequestError for an empty stop string.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int, stop: Sequence[str]) -> None:
-        self._stops, self._detokenizer = StopText(stop), tokenizer.detokenizer()
-        self._eos, self._left = tokenizer.eos_token_ids, max_tokens
-
-    def add(self, token: int) -> tuple[str, str | None]:
-        """`(the text that is final now, "stop" or "length" if the token is the last)`."""
-        self._left -= 1
-        ended = self.is_end(token)
-        last = ended or not self._left
-        new = "" if ended else self._detokenizer.add(token)
-        text, stopped = self._stops.feed(new + self._detokenizer.finish() if last else new)
-        if last and not stopped:
-            text += self._stops.held
-        return text, "stop" if ended or stopped else "length" if last else None
-
-    def is_end(self, token: int) -> bool:
-        """Whether a token ends any answer, and so is in no text."""
-        return token in self._eos
 
 
 def check_request(

@@ -10,7 +10,8 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_cerebrum.decoding.decode import prefill_step
-from mlx_cerebrum.decoding.stream import StopText, check_request
+from mlx_cerebrum.decoding.stream import check_request
+from mlx_cerebrum.decoding.text import StopText
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits, release

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_cerebrum.decoding.decode import Sampler, greedy
 from mlx_cerebrum.decoding.sampling import Sampling
-from mlx_cerebrum.decoding.stream import AnswerText
+from mlx_cerebrum.decoding.text import AnswerText
 from mlx_cerebrum.server.jobs import Event, Job
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 

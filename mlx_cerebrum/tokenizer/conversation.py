@@ -2,12 +2,13 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from zlib import crc32
 
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.files import json_file
+from mlx_cerebrum.files.replacing import replacing
 from mlx_cerebrum.tokenizer.template import check_messages
 
 
@@ -33,13 +34,7 @@ def write_messages(path: Path, messages: Sequence[Mapping[str, str]]) -> None:
     if path.exists() and not path.is_file():  # nor replace a device, as root could
         raise RequestError(f"{path} is no file; give another name")
     path = Path(os.path.realpath(path))  # a link stays one
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".conversation-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    # As short as any name: a name may be as long as the file system lets it be.
+    partial = path.with_name(f".conversation-{crc32(os.fsencode(path.name)):08x}")
+    with replacing(path, partial, 0o600) as file:
+        file.write(text.encode())

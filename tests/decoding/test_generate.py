@@ -21,7 +21,8 @@ from terminal import Program
 
 from mlx_cerebrum import load
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
-from mlx_cerebrum.decoding.stream import StopText, generate, stream_generate
+from mlx_cerebrum.decoding.stream import generate, stream_generate
+from mlx_cerebrum.decoding.text import StopText
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.generate import main
 from mlx_cerebrum.model.forward import Model

@@ -20,15 +20,19 @@ from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum import load
 from mlx_cerebrum.decoding import prompt_cache as room
-from mlx_cerebrum.decoding import prompt_cache_file, prompt_cache_identity
+from mlx_cerebrum.decoding import prompt_cache_identity
 from mlx_cerebrum.decoding.decode import generate_step, prefill_step
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
-from mlx_cerebrum.decoding.prompt_cache_file import check_destination, save
-from mlx_cerebrum.decoding.prompt_cache_file import load as load_cache
+from mlx_cerebrum.decoding.prompt_cache_file import (
+    check_destination,
+    load_prompt_cache,
+    save_prompt_cache,
+)
 from mlx_cerebrum.decoding.prompt_cache_identity import identity
 from mlx_cerebrum.decoding.speculative import Speculation, speculation, speculative_step
 from mlx_cerebrum.decoding.stream import stream_generate
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.files.replacing import replacing
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
@@ -291,8 +295,8 @@ def test_a_saved_conversation_goes_on_as_if_never_stopped(
 ) -> None:
     cache, said = PromptCache(MODEL, bits), text(length, seed=1)
     said += ask(cache, said, length)[0]
-    save(cache, file, HERE)
-    loaded = load_cache(file, MODEL, HERE, bits)
+    save_prompt_cache(cache, file, HERE)
+    loaded = load_prompt_cache(file, MODEL, HERE, bits)
     assert loaded.tokens == cache.tokens
     for turn in range(2):
         said += text(7, seed=2 + turn)
@@ -305,19 +309,19 @@ def test_a_saved_conversation_goes_on_as_if_never_stopped(
 def test_a_saved_conversation_can_be_edited_past_the_window(file: Path) -> None:
     cache, long = PromptCache(MODEL), text(90, seed=1)
     ask(cache, [*long, *text(6, seed=2)], WINDOW - 1)
-    save(cache, file, HERE)
+    save_prompt_cache(cache, file, HERE)
     for seed in (3, 4):  # what was loaded can be saved
         prompt = [*long, *text(5, seed)]
-        loaded = load_cache(file, MODEL, HERE)
+        loaded = load_prompt_cache(file, MODEL, HERE)
         assert ask(loaded, prompt, 12) == (fresh(prompt, 12), 5)
-        save(loaded, file, HERE)
+        save_prompt_cache(loaded, file, HERE)
     assert loaded.nbytes <= 2 * cache.nbytes
 
 
 def test_an_empty_conversation_is_saved_too(file: Path) -> None:
-    save(PromptCache(MODEL), file, HERE)
+    save_prompt_cache(PromptCache(MODEL), file, HERE)
     prompt = text(30, seed=1)
-    assert ask(load_cache(file, MODEL, HERE), prompt, 9) == (fresh(prompt, 9), 30)
+    assert ask(load_prompt_cache(file, MODEL, HERE), prompt, 9) == (fresh(prompt, 9), 30)
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
@@ -326,8 +330,8 @@ def test_every_bit_comes_back(file: Path, dtype: mx.Dtype) -> None:
     model.set_dtype(dtype)
     cache = PromptCache(model)
     ask(cache, text(90, seed=1), 9, model)
-    save(cache, file, HERE)
-    loaded = load_cache(file, model, HERE)
+    save_prompt_cache(cache, file, HERE)
+    loaded = load_prompt_cache(file, model, HERE)
     for one, other in zip(cache.cache, loaded.cache, strict=True):
         whole = one.whole()
         assert (one.offset, whole.start) == (other.offset, other.whole().start)
@@ -339,7 +343,7 @@ def test_every_bit_comes_back(file: Path, dtype: mx.Dtype) -> None:
 def saved(file: Path, bits: int | None = None) -> PromptCache:
     cache = PromptCache(MODEL, bits)
     ask(cache, text(50, seed=1), 9)
-    save(cache, file, HERE)
+    save_prompt_cache(cache, file, HERE)
     return cache
 
 
@@ -355,7 +359,7 @@ def refused(what: str, action: Callable[[], object]) -> str:
 def test_another_identity_is_refused_by_name(file: Path, name: str) -> None:
     saved(file)
     other = HERE | {name: "changed"}
-    message = refused(name, lambda: load_cache(file, MODEL, other))
+    message = refused(name, lambda: load_prompt_cache(file, MODEL, other))
     assert f"another {name} ({HERE[name]}, here changed)" in message
     assert str(file) in message
     assert not any(same in message for same in HERE if same != name)
@@ -363,43 +367,46 @@ def test_another_identity_is_refused_by_name(file: Path, name: str) -> None:
 
 def test_other_kv_bits_are_refused(file: Path) -> None:
     saved(file)
-    refused("kv-bits (none, here 8)", lambda: load_cache(file, MODEL, HERE, 8))
+    refused("kv-bits (none, here 8)", lambda: load_prompt_cache(file, MODEL, HERE, 8))
     saved(file, 4)
-    refused("kv-bits (4, here 8)", lambda: load_cache(file, MODEL, HERE, 8))
+    refused("kv-bits (4, here 8)", lambda: load_prompt_cache(file, MODEL, HERE, 8))
 
 
 def test_another_model_under_the_same_identity_is_refused(file: Path) -> None:
     saved(file)
-    refused("6 positions, the model 4", lambda: load_cache(file, MODEL.view((0, 1, 2, 3)), HERE))
+    refused(
+        "6 positions, the model 4", lambda: load_prompt_cache(file, MODEL.view((0, 1, 2, 3)), HERE)
+    )
     wide = Model(replace(MODEL.config, head_dim=64))
-    refused("keys.0 is", lambda: load_cache(file, wide, HERE))
+    refused("keys.0 is", lambda: load_prompt_cache(file, wide, HERE))
     half = tiny_model()
     half.set_dtype(mx.float16)
-    refused("keys.0 is", lambda: load_cache(file, half, HERE))
-    refused("lacks entries", lambda: load_cache(file, tiny_model(None), HERE))
+    refused("keys.0 is", lambda: load_prompt_cache(file, half, HERE))
+    refused("lacks entries", lambda: load_prompt_cache(file, tiny_model(None), HERE))
     few = Model(replace(MODEL.config, vocab_size=9))
-    refused("tokens the model has not", lambda: load_cache(file, few, HERE))
+    refused("tokens the model has not", lambda: load_prompt_cache(file, few, HERE))
 
 
 def test_no_file_and_foreign_files_are_refused(file: Path, tmp_path: Path) -> None:
-    refused("talk.safetensors", lambda: load_cache(file, MODEL, HERE))
+    refused("talk.safetensors", lambda: load_prompt_cache(file, MODEL, HERE))
     save_file({"weight": np.zeros(3, np.float32)}, file)
     before = file.read_bytes()
-    refused("not a prompt cache", lambda: load_cache(file, MODEL, HERE))
-    refused("not a prompt cache", lambda: save(PromptCache(MODEL), file, HERE))
+    refused("not a prompt cache", lambda: load_prompt_cache(file, MODEL, HERE))
+    refused("not a prompt cache", lambda: save_prompt_cache(PromptCache(MODEL), file, HERE))
     refused("not a prompt cache", lambda: check_destination(file))
     assert file.read_bytes() == before
     file.write_text("no safetensors at all")
-    refused("talk.safetensors", lambda: load_cache(file, MODEL, HERE))
-    refused("talk.safetensors", lambda: save(PromptCache(MODEL), file, HERE))
+    refused("talk.safetensors", lambda: load_prompt_cache(file, MODEL, HERE))
+    refused("talk.safetensors", lambda: save_prompt_cache(PromptCache(MODEL), file, HERE))
     file.unlink()
     file.mkdir()
-    refused("talk.safetensors", lambda: load_cache(file, MODEL, HERE))
-    refused("talk.safetensors", lambda: save(PromptCache(MODEL), file, HERE))
+    refused("talk.safetensors", lambda: load_prompt_cache(file, MODEL, HERE))
+    refused("talk.safetensors", lambda: save_prompt_cache(PromptCache(MODEL), file, HERE))
     refused("must be named", lambda: check_destination(tmp_path / "talk.bin"))
     refused("does not exist", lambda: check_destination(tmp_path / "no" / "talk.safetensors"))
     refused(
-        "does not exist", lambda: save(PromptCache(MODEL), tmp_path / "no" / "a.safetensors", HERE)
+        "does not exist",
+        lambda: save_prompt_cache(PromptCache(MODEL), tmp_path / "no" / "a.safetensors", HERE),
     )
 
 
@@ -408,9 +415,9 @@ def test_truncated_at_any_length(file: Path) -> None:
     whole = file.read_bytes()
     for length in [0, 4, 8, 100, len(whole) // 2, len(whole) - 4, len(whole) - 1]:
         file.write_bytes(whole[:length])
-        refused("talk.safetensors", lambda: load_cache(file, MODEL, HERE))
+        refused("talk.safetensors", lambda: load_prompt_cache(file, MODEL, HERE))
     file.write_bytes(whole + b"\0")
-    refused("talk.safetensors", lambda: load_cache(file, MODEL, HERE))
+    refused("talk.safetensors", lambda: load_prompt_cache(file, MODEL, HERE))
 
 
 def test_any_flipped_bit_is_refused(file: Path) -> None:
@@ -418,7 +425,7 @@ def test_any_flipped_bit_is_refused(file: Path) -> None:
     whole = file.read_bytes()
     for at in [*range(0, 200, 7), *range(200, len(whole), len(whole) // 60), len(whole) - 1]:
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
-        refused("talk.safetensors", lambda: load_cache(file, MODEL, HERE))
+        refused("talk.safetensors", lambda: load_prompt_cache(file, MODEL, HERE))
 
 
 def rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -480,26 +487,26 @@ MADE = {
 def test_a_header_that_is_not_ours_is_refused(file: Path, made: Made) -> None:
     saved(file)
     rewrite(file, lambda header: None)
-    load_cache(file, MODEL, HERE)  # what is not changed is fine
+    load_prompt_cache(file, MODEL, HERE)  # what is not changed is fine
     rewrite(file, made.change)
-    refused(made.said, lambda: load_cache(file, MODEL, HERE))
+    refused(made.said, lambda: load_prompt_cache(file, MODEL, HERE))
 
 
 @pytest.mark.timeout(60)
 def test_marks_of_no_use_cost_nothing(file: Path) -> None:
     """Out of reach, or a million times the same."""
     saved(file)
-    kept = load_cache(file, MODEL, HERE).cache[0].marks
+    kept = load_prompt_cache(file, MODEL, HERE).cache[0].marks
     assert kept
     useless = [-1, 10**30, 2**63, *range(10**6, 2 * 10**6)]
     rewrite(file, metadata(marks=json.dumps([*kept * 10_000, *useless])))
-    assert load_cache(file, MODEL, HERE).cache[0].marks == kept
+    assert load_prompt_cache(file, MODEL, HERE).cache[0].marks == kept
 
 
 def test_more_tokens_than_positions_are_refused(file: Path) -> None:
     saved(file)
     short = Model(replace(MODEL.config, max_position_embeddings=3))
-    refused("the model 3 at most", lambda: load_cache(file, short, HERE))
+    refused("the model 3 at most", lambda: load_prompt_cache(file, short, HERE))
 
 
 def test_stopped_while_writing_the_old_file_stays(
@@ -522,13 +529,13 @@ def test_stopped_while_writing_the_old_file_stays(
         with monkeypatch.context() as patch:
             patch.setattr(os, name, action)
             with pytest.raises((KeyboardInterrupt, CheckpointError)) as caught:
-                save(cache, file, HERE)
+                save_prompt_cache(cache, file, HERE)
         assert caught.type is KeyboardInterrupt or "No space left" in str(caught.value)
         assert file.read_bytes() == before
         assert [p.name for p in file.parent.iterdir()] == [file.name]
     (file.parent / ".talk.partial.safetensors").write_bytes(b"of a run that was killed")
-    save(cache, file, HERE)
-    assert load_cache(file, MODEL, HERE).tokens == cache.tokens
+    save_prompt_cache(cache, file, HERE)
+    assert load_prompt_cache(file, MODEL, HERE).tokens == cache.tokens
     assert [p.name for p in file.parent.iterdir()] == [file.name]
 
 
@@ -544,18 +551,18 @@ def test_a_disk_without_room_is_refused_before_writing(
     for free, fits in ((size + 2**20, True), (size + 2**20 - 1, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(free))
         if fits:
-            save(cache, file, HERE)
+            save_prompt_cache(cache, file, HERE)
             assert file.read_bytes() == before
         else:
-            refused("of disk", lambda: save(cache, file, HERE))
+            refused("of disk", lambda: save_prompt_cache(cache, file, HERE))
             assert file.read_bytes() == before
 
 
 def test_two_runs_do_not_write_one_file(file: Path) -> None:
     cache = saved(file)
-    with prompt_cache_file._replacing(file) as writing:
+    with replacing(file, file.with_name(f".{file.stem}.partial.safetensors")) as writing:
         writing.write(b"first")
-        refused("another run is writing", lambda: save(cache, file, HERE))
+        refused("another run is writing", lambda: save_prompt_cache(cache, file, HERE))
     assert file.read_bytes() == b"first"
 
 
@@ -564,9 +571,9 @@ def test_a_link_is_followed(file: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.safetensors"
     link.symlink_to(file)
     ask(cache, text(30, seed=2), 9)
-    save(cache, link, HERE)
+    save_prompt_cache(cache, link, HERE)
     assert link.is_symlink()
-    assert load_cache(file, MODEL, HERE).tokens == cache.tokens
+    assert load_prompt_cache(file, MODEL, HERE).tokens == cache.tokens
 
 
 # What it was made with

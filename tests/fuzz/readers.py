@@ -24,8 +24,7 @@ from convert.examine import directory as examine
 from convert.sensitivity import Sensitivity
 from convert.writer import JOURNAL, Journal
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
-from mlx_cerebrum.decoding.prompt_cache_file import load as load_cache
-from mlx_cerebrum.decoding.prompt_cache_file import save
+from mlx_cerebrum.decoding.prompt_cache_file import load_prompt_cache, save_prompt_cache
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError
 from mlx_cerebrum.generate import main as generate
 from mlx_cerebrum.model.config import ModelConfig
@@ -208,7 +207,7 @@ def prepare_cache(folder: Path) -> None:
         ids = [3 + i % 200 for i in range(length)]
         mx.eval(cached_model()(mx.array([cache.begin(ids)]), cache.cache))
         cache.end(ids)
-    save(cache, folder / CACHE, IDENTITY)
+    save_prompt_cache(cache, folder / CACHE, IDENTITY)
 
 
 def change_cache(folder: Path, random: Random) -> dict[str, bytes]:
@@ -223,7 +222,7 @@ def change_cache(folder: Path, random: Random) -> dict[str, bytes]:
 
 
 def read_cache(folder: Path) -> None:
-    cache = load_cache(folder / CACHE, cached_model(), IDENTITY)
+    cache = load_prompt_cache(folder / CACHE, cached_model(), IDENTITY)
     rest = cache.begin([3 + i % 200 for i in range(20)])
     mx.eval(cached_model()(mx.array([rest]), cache.cache))
 

@@ -1,0 +1,42 @@
+"""A file is replaced by a whole one or not at all."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from mlx_cerebrum.errors import CheckpointError
+
+
+@contextmanager
+def replacing(destination: Path, partial: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """A file at `partial`, to be written, that takes `destination`'s name when all went well.
+
+    Else it is gone, and what was there stays. `partial` lies in the same directory. It is locked
+    while it is written, and what a killed run left there is written over. `mode` is the new file's,
+    as far as the umask lets it be. Raises CheckpointError where another run writes it, OSError
+    where the disk fails.
+    """
+    # No link is followed: in a directory of several users somebody else could have put it there.
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    with os.fdopen(os.open(partial, flags, mode), "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+                raise BlockingIOError  # what was locked has been renamed meanwhile
+        except (BlockingIOError, FileNotFoundError):
+            raise CheckpointError(f"another run is writing {destination}; wait for it") from None
+        try:
+            file.truncate(0)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            partial.replace(destination)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    folder = os.open(destination.absolute().parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name, too, survives a power cut
+    os.close(folder)
