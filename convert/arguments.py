@@ -8,6 +8,7 @@ from convert.layout import DTYPES, LAYOUTS, Options
 from convert.recipe import MIXED, RECIPES, choose
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import ConfigError
+from mlx_cerebrum.flags import add_plan_flag, add_revision_flag
 from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.quantize import AFFINE_BITS, AFFINE_GROUPS, DEFAULTS, Packing
@@ -34,12 +35,8 @@ def parser() -> cli.ArgumentParser:
     p.add_argument(
         "--mlx-path", type=Path, required=True, metavar="PATH", help="output, must not exist yet"
     )
-    p.add_argument("--revision", help="hub branch, tag or commit (default: main)")
-    p.add_argument(
-        "--plan",
-        metavar="NAME|FILE",
-        help="layer plan: a named one or mergekit YAML (default: the source's own order)",
-    )
+    add_revision_flag(p)
+    add_plan_flag(p, "the source's own order")
     p.add_argument("--layout", choices=LAYOUTS, help="how to store it (default: folded)")
     p.add_argument(
         "--dtype",

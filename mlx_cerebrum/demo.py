@@ -15,6 +15,7 @@ from rich.text import Text
 from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.stream import stream_generate
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.flags import add_max_tokens_flag
 from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.progress import progress
@@ -28,9 +29,7 @@ PLAN = "demo-interleaved"
 def main(argv: list[str] | None = None) -> int:
     p = cli.ArgumentParser(prog="python -m mlx_cerebrum.demo", description=__doc__.split("\n")[0])
     p.add_argument("--prompt", default=QUESTION, help=f"the question (default: {QUESTION})")
-    p.add_argument(
-        "--max-tokens", type=int, default=80, metavar="N", help="tokens at most (default: 80)"
-    )
+    add_max_tokens_flag(p, 80)
     p.add_debug()
     args = p.parse_args(argv)
     return cli.run(lambda: _run(args), args.debug)

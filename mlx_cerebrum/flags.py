@@ -1,9 +1,12 @@
-"""The flags of which model to run and how to draw from it, the same for every command."""
+"""The flags that several commands have, each defined once, and what they ask for."""
 
 import argparse
 
+from mlx_cerebrum import cli
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.model.entries import KV_BITS
 from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.text import tell
 from mlx_cerebrum.tokenizer.chat_formats import NAMES, read_format
@@ -13,15 +16,17 @@ from mlx_cerebrum.weights.opening import ModelSpec
 from mlx_cerebrum.weights.quantize import AFFINE_BITS, AFFINE_GROUPS
 from mlx_cerebrum.weights.storage import DTYPES
 
+Flags = argparse.ArgumentParser | argparse._ArgumentGroup  # what flags are added to
 
-def add_model_flags(p: argparse.ArgumentParser, default: str) -> None:
+
+def add_model_flags(p: Flags, default: str) -> None:
     """Add --model and how to hold it; `default` says what runs without --model."""
     p.add_argument(
         "--model",
         metavar="DIR|FILE.gguf|HUBID|demo",
         help=f"what to run (default: {default})",
     )
-    p.add_argument("--revision", help="hub branch, tag or commit (default: main)")
+    add_revision_flag(p)
     p.add_argument(
         "--q-bits",
         type=int,
@@ -61,7 +66,21 @@ def add_model_flags(p: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def add_plans_flag(p: argparse.ArgumentParser) -> None:
+def add_revision_flag(p: Flags) -> None:
+    """Add --revision: which state of a hub repository."""
+    p.add_argument("--revision", help="hub branch, tag or commit (default: main)")
+
+
+def add_plan_flag(p: Flags, default: str) -> None:
+    """Add --plan, which takes one order of the blocks; `default` says which runs without it."""
+    p.add_argument(
+        "--plan",
+        metavar="NAME|FILE",
+        help=f"layer plan: a named one or mergekit YAML (default: {default})",
+    )
+
+
+def add_plans_flag(p: Flags) -> None:
     """Add --plan for commands that answer with several orders of the blocks (`views`)."""
     p.add_argument(
         "--plan",
@@ -73,17 +92,24 @@ def add_plans_flag(p: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling_flags(
-    p: argparse.ArgumentParser | argparse._ArgumentGroup, max_tokens: int
-) -> None:
-    """Add --max-tokens (`max_tokens` by default), --temp, --top-p and --min-p."""
+def add_system_flag(p: Flags) -> None:
+    """Add --system."""
+    p.add_argument("--system", metavar="TEXT", help="system text (default: the template's own)")
+
+
+def add_max_tokens_flag(p: Flags, default: int) -> None:
+    """Add --max-tokens."""
     p.add_argument(
         "--max-tokens",
         type=int,
-        default=max_tokens,
+        default=default,
         metavar="N",
-        help=f"tokens an answer, at most (default: {max_tokens})",
+        help=f"tokens an answer, at most (default: {default})",
     )
+
+
+def add_sampling_flags(p: Flags) -> None:
+    """Add --temp, --top-p and --min-p."""
     p.add_argument("--temp", type=float, default=0.0, help="temperature; 0 is greedy (default: 0)")
     p.add_argument(
         "--top-p", type=float, default=1.0, help="probability mass to draw from (default: 1, all)"
@@ -93,6 +119,49 @@ def add_sampling_flags(
         type=float,
         default=0.0,
         help="least probability, as a share of the best token's (default: 0)",
+    )
+
+
+def add_seed_flag(p: Flags, more: str = "") -> None:
+    """Add --seed; `more` says what else it decides."""
+    p.add_argument(
+        "--seed",
+        type=cli.seed,
+        help=f"of the random draws{more} (default: a new one every run)",
+    )
+
+
+def add_draft_flag(p: Flags, default: str | None, told: str) -> None:
+    """Add --draft; `told` says in words what `default` does."""
+    p.add_argument(
+        "--draft",
+        choices=("none", "auto", "ngram"),
+        default=default,
+        help="guess several tokens, check them at once: from the text itself (ngram), or also with"
+        " a shorter model where that should pay (auto); the answer stays the same"
+        f" (default: {told})",
+    )
+
+
+def add_kv_bits_flag(p: Flags) -> None:
+    """Add --kv-bits."""
+    p.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=KV_BITS,
+        help="bits a cached key or value; 8 costs the demo model 0 to 0.5%% of perplexity, 4 costs"
+        " it 8 to 10%% (default: as the activations)",
+    )
+
+
+def add_prefill_flag(p: Flags, more: str = "") -> None:
+    """Add --prefill-step-size; `more` says what else it decides."""
+    p.add_argument(
+        "--prefill-step-size",
+        type=int,
+        default=prefill_step(),
+        metavar="TOKENS",
+        help=f"prompt tokens computed at once{more} (default: {prefill_step()})",
     )
 
 

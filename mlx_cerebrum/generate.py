@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cerebrum import cli
-from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.draft_models import check_draft, copy_bytes, draft_model, stored_order
 from mlx_cerebrum.decoding.policy import MOST_DRAFTS
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
@@ -31,15 +30,22 @@ from mlx_cerebrum.decoding.stream import (
 from mlx_cerebrum.decoding.text import StopText
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import (
+    add_draft_flag,
+    add_kv_bits_flag,
+    add_max_tokens_flag,
     add_model_flags,
+    add_plan_flag,
+    add_prefill_flag,
     add_sampling_flags,
+    add_seed_flag,
+    add_system_flag,
     asked_sampling,
     memory_limit,
     model_spec,
     say_assumed,
 )
 from mlx_cerebrum.model.cache import REWIND
-from mlx_cerebrum.model.entries import KV_BITS, check_kv_bits
+from mlx_cerebrum.model.entries import check_kv_bits
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.memory import Weights, Workload, fits, human, require
@@ -63,13 +69,9 @@ def parser() -> cli.ArgumentParser:
         description="Answer one prompt with Cerebrum or another Mistral or Llama model.",
     )
     add_model_flags(p, f"{hub.DEFAULT_REPO} laid out as {DEFAULT_PLAN}")
-    p.add_argument(
-        "--plan",
-        metavar="NAME|FILE",
-        help="layer plan: a named one or mergekit YAML (default: the checkpoint's own order)",
-    )
+    add_plan_flag(p, "the checkpoint's own order")
     p.add_argument("--prompt", metavar="TEXT|-", help="the question; - reads standard input")
-    p.add_argument("--system", metavar="TEXT", help="system text (default: the template's own)")
+    add_system_flag(p)
     p.add_argument(
         "--messages",
         type=Path,
@@ -78,10 +80,9 @@ def parser() -> cli.ArgumentParser:
         " where it ends with an answer (default: none)",
     )
     p.add_argument("--raw", action="store_true", help="continue the prompt itself: no template")
-    add_sampling_flags(p, 100)
-    p.add_argument(
-        "--seed", type=cli.seed, help="of the random draws (default: a new one every run)"
-    )
+    add_max_tokens_flag(p, 100)
+    add_sampling_flags(p)
+    add_seed_flag(p)
     p.add_argument(
         "--stop",
         action="append",
@@ -89,20 +90,8 @@ def parser() -> cli.ArgumentParser:
         metavar="TEXT",
         help="end the answer before this text; may be repeated (default: the template's)",
     )
-    p.add_argument(
-        "--prefill-step-size",
-        type=int,
-        default=prefill_step(),
-        metavar="TOKENS",
-        help=f"prompt tokens computed at once (default: {prefill_step()})",
-    )
-    p.add_argument(
-        "--kv-bits",
-        type=int,
-        choices=KV_BITS,
-        help="bits a cached key or value; 8 costs the demo model 0 to 0.5%% of perplexity, 4 costs"
-        " it 8 to 10%% (default: as the activations)",
-    )
+    add_prefill_flag(p)
+    add_kv_bits_flag(p)
     p.add_argument(
         "--prompt-cache",
         type=Path,
@@ -110,13 +99,7 @@ def parser() -> cli.ArgumentParser:
         help="reuse what this file holds of the prompt, and save prompt and answer to it"
         " (default: none)",
     )
-    p.add_argument(
-        "--draft",
-        choices=("none", "auto", "ngram"),
-        help="guess several tokens, check them at once: from the text itself (ngram), or also with"
-        " a shorter model where that should pay (auto); the answer stays the same"
-        " (default: none, auto with --draft-plan or --draft-bits)",
-    )
+    add_draft_flag(p, None, "none, auto with --draft-plan or --draft-bits")
     p.add_argument(
         "--draft-plan",
         metavar="NAME|FILE",

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,3 +115,18 @@ def test_a_number_that_is_taken_works(
             said = [line for line in err.splitlines() if line.startswith("error: ")]
             chat_goes_on = "chat" in module and code == 2  # a question was refused
             assert code == 0 or len(said) == 1 or chat_goes_on, (argv[-1], err)
+
+
+def test_a_flag_of_several_commands_is_one_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same type, choices and words; a default and what it does there besides may differ."""
+    different = {"--plan", "--quiet"}  # one order or several; the answer alone, or no log
+    seen: dict[str, tuple[object, ...]] = {}
+    shared = set()
+    for command in ("generate", "chat.__main__", "server.__main__"):
+        for action in parser_of(f"mlx_cerebrum.{command}", monkeypatch)._actions:
+            for flag in set(action.option_strings) - different:
+                words = re.split(r";| \(default", action.help or "")[0]
+                told = (action.type, action.choices, action.metavar, words)
+                shared |= {flag} & seen.keys()
+                assert seen.setdefault(flag, told) == told, f"{command} {flag}"
+    assert {"--model", "--seed", "--draft", "--kv-bits", "--prefill-step-size"} <= shared

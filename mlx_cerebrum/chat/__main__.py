@@ -19,18 +19,23 @@ from mlx_cerebrum.chat.prompt import (
 from mlx_cerebrum.chat.screen import FullScreen, PlainScreen, Screen, is_full
 from mlx_cerebrum.chat.session import DecodingOptions, Messages, Session
 from mlx_cerebrum.chat.signals import orderly_end
-from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import (
+    add_draft_flag,
+    add_kv_bits_flag,
+    add_max_tokens_flag,
     add_model_flags,
     add_plans_flag,
+    add_prefill_flag,
     add_sampling_flags,
+    add_seed_flag,
+    add_system_flag,
     asked_sampling,
     memory_limit,
     model_spec,
     say_assumed,
 )
-from mlx_cerebrum.model.entries import KV_BITS, check_kv_bits
+from mlx_cerebrum.model.entries import check_kv_bits
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.memory import human
@@ -120,40 +125,23 @@ def parser() -> cli.ArgumentParser:
     )
     add_model_flags(p, f"{hub.DEFAULT_REPO}, as the 12.25B and as the 7B")
     add_plans_flag(p)
-    p.add_argument("--system", metavar="TEXT", help="system text (default: the template's own)")
+    add_system_flag(p)
     p.add_argument(
         "--load",
         type=Path,
         metavar="FILE.json",
         help="go on with a saved conversation (default: a new one)",
     )
-    add_sampling_flags(p, default.max_tokens)
-    p.add_argument(
-        "--seed",
-        type=cli.seed,
-        help="of the random draws; answer number n, counted from 0, draws with SEED + n, so the"
-        " same lines give the same conversation (default: a new one every time)",
+    add_max_tokens_flag(p, default.max_tokens)
+    add_sampling_flags(p)
+    add_seed_flag(
+        p,
+        "; answer number n, counted from 0, draws with SEED + n, so the same lines give the same"
+        " conversation",
     )
-    p.add_argument(
-        "--draft",
-        choices=("none", "ngram", "auto"),
-        default=default.draft,
-        help="guess several tokens, check them at once: from the text itself (ngram), or also with"
-        f" a shorter model where that should pay (auto) (default: {default.draft})",
-    )
-    p.add_argument(
-        "--kv-bits",
-        type=int,
-        choices=KV_BITS,
-        help="bits a cached key or value (default: as the activations)",
-    )
-    p.add_argument(
-        "--prefill-step-size",
-        type=int,
-        default=prefill_step(),
-        metavar="TOKENS",
-        help=f"prompt tokens computed at once (default: {prefill_step()})",
-    )
+    add_draft_flag(p, default.draft, default.draft)
+    add_kv_bits_flag(p)
+    add_prefill_flag(p)
     p.add_argument(
         "--plain",
         action="store_true",

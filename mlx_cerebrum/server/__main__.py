@@ -13,12 +13,13 @@ from dataclasses import replace
 import mlx.core as mx
 
 from mlx_cerebrum import cli
-from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import (
+    add_max_tokens_flag,
     add_model_flags,
     add_plans_flag,
+    add_prefill_flag,
     add_sampling_flags,
     memory_limit,
     model_spec,
@@ -161,14 +162,7 @@ def parser() -> cli.ArgumentParser:
         metavar="MB",
         help="largest request body, 10^6 bytes (default: 2)",
     )
-    load.add_argument(
-        "--prefill-step-size",
-        type=int,
-        default=prefill_step(),
-        metavar="TOKENS",
-        help="prompt tokens read at once; other answers wait for that long"
-        f" (default: {prefill_step()})",
-    )
+    add_prefill_flag(load, "; other answers wait for that long")
     load.add_argument(
         "--grace",
         type=float,
@@ -177,7 +171,8 @@ def parser() -> cli.ArgumentParser:
         help="how long answers may go on after Ctrl-C; a second one ends them (default: 10)",
     )
     answers = p.add_argument_group("answers to requests that do not say")
-    add_sampling_flags(answers, 1024)
+    add_max_tokens_flag(answers, 1024)
+    add_sampling_flags(answers)
     p.add_argument("--quiet", action="store_true", help="no line for each request")
     p.add_debug()
     return p
