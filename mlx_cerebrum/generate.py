@@ -15,10 +15,10 @@ from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_cache_file import (
     check_destination,
     check_prompt_cache,
+    identity,
     load_prompt_cache,
     save_prompt_cache,
 )
-from mlx_cerebrum.decoding.prompt_cache_identity import identity
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.decoding.speculative import Speculation, speculation
 from mlx_cerebrum.decoding.stream import (
@@ -245,19 +245,7 @@ def _answer(
             first = next(responses)
         with closing(responses):  # whatever ends it: the cache must hold what was printed, no more
             answer = _stream(first, responses, echo=not args.json)
-        facts = {
-            "model": spec.name,
-            "plan": spec.plan,
-            "positions": config.num_positions,
-            "window": config.sliding_window,
-            "dtype": str(storage.dtype).removeprefix("mlx.core."),
-            "kv_bits": args.kv_bits,
-            "draft": None if drafting is None else drafting.summary(),
-        }
-        if args.json:
-            say(json.dumps(answer | facts, ensure_ascii=False))
-        elif not args.quiet:
-            tell(_closing_line(answer | facts))
+        _report(args, opened, spec, answer, drafting)
     finally:  # what was computed is kept, also of a prompt that Ctrl-C cut short
         if kept is not None and prompt_cache.tokens:
             save_prompt_cache(prompt_cache, kept, same)
@@ -330,6 +318,29 @@ def _stream(first: Response, rest: Iterable[Response], echo: bool) -> dict[str, 
         "time_to_first_token_s": round(last.time_to_first_token, 4),
         "peak_memory_bytes": last.peak_memory,
     }
+
+
+def _report(
+    args: argparse.Namespace,
+    opened: Opened,
+    spec: ModelSpec,
+    answer: dict[str, Any],
+    drafting: Speculation | None,
+) -> None:
+    """Say what ran and how it went: as JSON with --json, else as a line on stderr."""
+    facts = answer | {
+        "model": spec.name,
+        "plan": spec.plan,
+        "positions": opened.config.num_positions,
+        "window": opened.config.sliding_window,
+        "dtype": str(opened.storage.dtype).removeprefix("mlx.core."),
+        "kv_bits": args.kv_bits,
+        "draft": None if drafting is None else drafting.summary(),
+    }
+    if args.json:
+        say(json.dumps(facts, ensure_ascii=False))
+    elif not args.quiet:
+        tell(_closing_line(facts))
 
 
 def _closing_line(facts: dict[str, Any]) -> str:

@@ -12,16 +12,16 @@ from mlx_cerebrum.errors import RequestError, shown
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: the likeliest at `temp` 0, whatever the rest says.
+    """How tokens are drawn. At `temp` 0 it is always the likeliest, whatever the rest says.
 
-    temp: divides the log-probabilities of what the filters leave; 0, or 0.001 and more.
-    top_p: the smallest set of tokens that holds so much probability is kept; 1 for all.
-    min_p: so is what has at least this share of the likeliest token's probability; 0 for all.
-    seed: the same draws every time; None for others each time.
-    top_k: so many of the likeliest tokens are kept; None for all.
+    temp: 0, or at least 0.001; the log-probabilities that the filters leave are divided by it.
+    top_p: keep the smallest set of tokens that holds at least this probability; 1 keeps all.
+    min_p: keep tokens with at least this share of the likeliest token's probability; 0 keeps all.
+    seed: the same seed gives the same draws; None gives new ones each time.
+    top_k: keep this many of the likeliest tokens; None keeps all.
 
-    Filters act on the distribution before the temperature, in this order, as mlx-lm's do. Raises
-    RequestError for values out of range.
+    The filters act before the temperature, in the order top-p, min-p, top-k, as mlx-lm's do.
+    Raises RequestError for values out of range.
     """
 
     temp: float = 0.0
@@ -50,8 +50,8 @@ class Sampling:
     def sampler(self) -> Sampler:
         """What draws the tokens of one answer.
 
-        It has a random key of its own, and of it one for each token of the answer: a seed gives
-        the same draws whatever else runs, and however often a token's place is drawn for.
+        It has a random key of its own, from which each token of the answer gets one. So a seed
+        gives the same draws whatever else runs, however often one place of the answer is drawn.
         """
         return greedy if self.temp == 0 else _Draws(self)
 

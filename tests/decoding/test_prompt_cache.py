@@ -20,15 +20,15 @@ from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum import load
 from mlx_cerebrum.decoding import prompt_cache as room
-from mlx_cerebrum.decoding import prompt_cache_identity
+from mlx_cerebrum.decoding import prompt_cache_file
 from mlx_cerebrum.decoding.decode import generate_step, prefill_step
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_cache_file import (
     check_destination,
+    identity,
     load_prompt_cache,
     save_prompt_cache,
 )
-from mlx_cerebrum.decoding.prompt_cache_identity import identity
 from mlx_cerebrum.decoding.speculative import Speculation, speculation, speculative_step
 from mlx_cerebrum.decoding.stream import stream_generate
 from mlx_cerebrum.errors import CheckpointError
@@ -650,7 +650,7 @@ def test_every_array_is_sampled_throughout(
     extents = [e for n in found.shapes for e in found.extents(n.rpartition(".")[0]).values()]
     for extent in extents:
         inside = [(a, n) for a, n in read if extent.offset <= a < extent.offset + extent.nbytes]
-        assert len(inside) == prompt_cache_identity.SAMPLES
+        assert len(inside) == prompt_cache_file.SAMPLES
         assert min(inside)[0] == extent.offset
         assert sum(max(inside)) == extent.offset + extent.nbytes
-    assert len(read) == len(extents) * prompt_cache_identity.SAMPLES
+    assert len(read) == len(extents) * prompt_cache_file.SAMPLES
