@@ -15,7 +15,7 @@ from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_cache_file import (
     check_destination,
     check_prompt_cache,
-    identity,
+    identity_of,
     load_prompt_cache,
     save_prompt_cache,
 )
@@ -215,7 +215,7 @@ def _answer(
     more = copy_bytes(draft, args.draft_bits, storage.dtype.size) if args.draft_bits else 0
     kept, same = args.prompt_cache, {}
     if kept is not None:
-        same = identity(opened.checkpoint, config, storage, tokenizer.format.source)
+        same = identity_of(opened.checkpoint, config, storage, tokenizer.format.source)
         more += check_prompt_cache(kept, same, args.kv_bits) if kept.exists() else 0
     _check_memory(args, opened, len(ids), more)
     show = not (args.quiet or args.json)

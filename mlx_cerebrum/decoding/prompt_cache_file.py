@@ -36,7 +36,7 @@ from mlx_cerebrum.weights.safetensors_file import (
 )
 from mlx_cerebrum.weights.storage import Storage
 
-Identity = dict[str, str]  # as `identity` makes it: two runs share a cache only if it is equal
+Identity = dict[str, str]  # as `identity_of` makes it: two runs share a cache only if it is equal
 
 FORMAT = "mlx-cerebrum prompt cache"
 VERSION = "1"
@@ -271,7 +271,7 @@ def _shapes(
     return found
 
 
-def identity(
+def identity_of(
     checkpoint: Checkpoint, config: ModelConfig, storage: Storage, template: str
 ) -> Identity:
     """What a cache entry depends on, by the name a person knows it by; values are short texts.

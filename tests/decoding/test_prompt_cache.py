@@ -25,7 +25,7 @@ from mlx_cerebrum.decoding.decode import generate_step, prefill_step
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_cache_file import (
     check_destination,
-    identity,
+    identity_of,
     load_prompt_cache,
     save_prompt_cache,
 )
@@ -589,7 +589,7 @@ def described(path: Path, template: str = "t", **changes: Any) -> Opened:
     checkpoint = open_checkpoint(path)
     config = planned_config(checkpoint.config, changes.get("plan"), changes.get("window"))
     storage = choose_storage(checkpoint, changes.get("packing"), changes.get("dtype", "float32"))
-    return Opened(config, storage, identity(checkpoint, config, storage, template))
+    return Opened(config, storage, identity_of(checkpoint, config, storage, template))
 
 
 def differing(one: Opened, other: Opened) -> set[str]:
