@@ -13,6 +13,7 @@ import yaml
 
 from mlx_cerebrum.errors import PlanError
 from mlx_cerebrum.model.config import FLOAT32_MAX
+from mlx_cerebrum.text import clean
 
 MAX_CHARACTERS = 256 * 1024  # a thousand slices take a quarter of it
 _MAX_NODES = 100_000  # after aliases are expanded
@@ -172,8 +173,8 @@ def _inner(node: yaml.Node) -> list[yaml.Node]:
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """Text fit for one line of a message: control characters become `?`, the end is cut."""
-    shown = "".join("?" if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in text)
+    """Text fit for one line of a message, as `text.clean` has it; the end is cut."""
+    shown = clean(text).replace("\n", " ").replace("\t", " ")
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
