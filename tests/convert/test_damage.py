@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeCheckpoint
+from damage import flip, hub_copy
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main
@@ -95,15 +96,6 @@ def set_values(file: Path, name: str, *values: float) -> None:
     tensors = dict(load_file(file))
     tensors[name].reshape(-1)[: len(values)] = values
     save_file(tensors, file, {"format": "pt"})
-
-
-def flip(file: Path, at: int) -> None:
-    """One bit."""
-    with file.open("r+b") as f:
-        f.seek(at)
-        byte = f.read(1)[0]
-        f.seek(at)
-        f.write(bytes([byte ^ 1]))
 
 
 def holder(source: Path, name: str) -> Path:
@@ -337,21 +329,6 @@ def test_a_scale_that_overflows(
 
 
 # Bits.
-
-
-def hub_copy(source: Path, root: Path) -> Path:
-    """The source as the hub's cache holds it: links to blobs named by their hash."""
-    snapshot, blobs = root / "repo" / "snapshots" / "c0ffee", root / "repo" / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for file in source.iterdir():
-        data = file.read_bytes()
-        large = file.suffix == ".safetensors"
-        git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        name = hashlib.sha256(data).hexdigest() if large else git
-        (blobs / name).write_bytes(data)
-        (snapshot / file.name).symlink_to(Path("../../blobs") / name)
-    return snapshot
 
 
 @pytest.mark.parametrize("way", WAYS)

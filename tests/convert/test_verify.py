@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import MakeCheckpoint
+from damage import flip
 from safetensors.numpy import load_file, save_file
 
 from convert import verify as module
@@ -56,17 +57,6 @@ def holder(path: Path, name: str) -> Path:
     """The file of a sharded checkpoint that has this tensor."""
     index = json.loads((path / INDEX).read_text())
     return path / str(index["weight_map"][name])
-
-
-def flip(file: Path, at: int) -> None:
-    """One bit, the file's time kept: as a disk does it."""
-    times = file.stat()
-    with file.open("r+b") as f:
-        f.seek(at)
-        byte = f.read(1)[0]
-        f.seek(at)
-        f.write(bytes([byte ^ 1]))
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 # Sound checkpoints.

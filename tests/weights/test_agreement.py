@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeCheckpoint
+from damage import flip, hub_copy
 from safetensors.numpy import load_file, save_file
-from test_damage import flip, hub_copy
 
 from convert.__main__ import main as convert
 from convert.verify import verify
