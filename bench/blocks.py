@@ -256,13 +256,6 @@ def _paragraphs(runs: Runs, suite: str) -> list[str]:
     return found
 
 
-def plain(runs: Runs) -> str:
-    """Against mlx-lm, before and after the work on it."""
-    from bench.plain import compared
-
-    return compared(*(runs.bench(DEMO, file)["results"] for file in ("plain-before", "plain")))
-
-
 def _single(runs: Runs, file: str, module: str) -> str:
     """All a bench on its own said of the run in `file`."""
     said: list[str] = importlib.import_module(f"bench.{module}").text(
@@ -284,10 +277,7 @@ BLOCKS: dict[str, Block] = {
     "quality-short": quality_short,
     "full-size-short": full_size_short,
     "plans-short": plans_short,
-    "plain": plain,
     "speculation": partial(_single, file="speculation", module="speculation_report"),
-    "attention": partial(_single, file="attention", module="attention"),
-    "compiled": partial(_single, file="compiled", module="compiled"),
     "kv-bits": partial(_single, file="kv-bits", module="kv_bits"),
     "step-profile": partial(_single, file="step-profile", module="step_profile"),
     "primitives": partial(_single, file="primitives", module="primitives"),

@@ -52,7 +52,12 @@ def prefill(
 def decode_step(
     model: Model, token: mx.array, cache: Sequence[Cache], sampler: Sampler, number: int
 ) -> mx.array:
-    """Start computing what follows `token [1]`: the answer's token `number`, `[1]`."""
+    """Start computing what follows `token [1]`: the answer's token `number`, `[1]`.
+
+    Not compiled as a whole (mx.compile). On a CPU that gains 1.03 for the demo, 1.29 for a small
+    model of 56 positions, and takes 2 to 5 s of a C++ compiler: repaid after some 1400 tokens. On
+    Metal the step launches as many kernels compiled as it does without.
+    """
     following = sampler(model(token[None], cache)[0, -1:], number)
     mx.async_eval(following)
     return following
