@@ -41,14 +41,9 @@ def safe(value: Any) -> Any:
 
 
 def picture(name: str, alt: str, folder: str = "") -> str:
-    """The picture `name` as `bench.plots.save` wrote it, in the reader's theme."""
+    """The picture `name` as `bench.plots.save` wrote it."""
     text = html.escape(" ".join(alt.split()))
-    return (
-        "<picture>\n"
-        f'  <source media="(prefers-color-scheme: dark)" srcset="{folder}{name}-dark.svg">\n'
-        f'  <img alt="{text}" src="{folder}{name}.svg">\n'
-        "</picture>"
-    )
+    return f'<img alt="{text}" src="{folder}{name}.svg">'
 
 
 def private(value: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""Pictures of results, in a light and a dark version, as PNG and SVG.
+"""Pictures of results: SVGs with light and dark colours in one file, as the reader's page is.
 
 matplotlib is imported where something is drawn, so that a run without it still gives tables,
 and used without its global state: no window, no current figure, and a file's bytes depend on
@@ -6,6 +6,7 @@ the results alone.
 """
 
 import contextlib
+import io
 import logging
 import math
 import textwrap
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one version."""
+    """Colours of one version. Light and dark have no colour in common: one stands for the other."""
 
     paper: str
     ink: str
@@ -50,12 +51,11 @@ Draw = Callable[[Any, Theme], object]  # draws on an empty matplotlib Figure; re
 
 # Told apart by hue and by lightness, so also by readers who see no red or green.
 LIGHT = Theme(
-    "#ffffff", "#1f2328", "#d1d9e0", ("#0b5fa5", "#c4500b", "#00806a", "#a0498a", "#6e7781")
+    "#fefefe", "#1f2328", "#d1d9e0", ("#0b5fa5", "#c4500b", "#00806a", "#a0498a", "#6e7781")
 )
 DARK = Theme(
     "#0d1117", "#e6edf3", "#30363d", ("#58a6ff", "#f0883e", "#3fc9a8", "#e29ac9", "#9198a1")
 )
-THEMES = {"": LIGHT, "-dark": DARK}
 _DPI = 110
 _LABEL = 8.5  # points
 _STYLE = {
@@ -85,31 +85,29 @@ class Picture:
     size: tuple[float, float] = (8.0, 4.5)
 
 
-def save(picture: Picture, directory: Path, name: str) -> list[Path]:
-    """NAME.png, NAME-dark.png, NAME.svg, NAME-dark.svg. Raises ImportError without matplotlib."""
-    written = []
-    for ending, theme in THEMES.items():
-        png, svg = (directory / f"{name}{ending}.{kind}" for kind in ("png", "svg"))
-        with _quiet(name):
-            figure = drawn(picture, theme)
-            _save_png(figure, png)
-            figure.savefig(svg, metadata={"Date": None, "Creator": None, "Title": picture.alt})
-        written += [png, svg]
-    return written
+def save(picture: Picture, directory: Path, name: str) -> Path:
+    """NAME.svg. Raises ImportError without matplotlib."""
+    path, file = directory / f"{name}.svg", io.StringIO()
+    with _quiet(name):
+        metadata = {"Date": None, "Creator": None, "Title": picture.alt}
+        drawn(picture, LIGHT).savefig(file, format="svg", metadata=metadata)
+    path.write_text(file.getvalue().replace("</style>", f"{_in_the_dark()}</style>", 1), "utf-8")
+    return path
 
 
-def _save_png(figure: "Figure", path: Path) -> None:
-    """In 256 colours, which pictures of lines and text don't exceed by much: a quarter the size."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
+def _in_the_dark() -> str:
+    """CSS that shows LIGHT's colours as DARK's. Viewers that know no CSS show the light ones."""
+    pairs = zip(_colours(LIGHT), _colours(DARK), strict=True)
+    rules = [
+        f'[style*="{what}: {light}"]{{{what}: {dark} !important}}'
+        for light, dark in pairs
+        for what in ("fill", "stroke")
+    ]
+    return f"@media (prefers-color-scheme: dark){{{''.join(rules)}}}"
 
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image = Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
-    colours = image.convert("RGB").quantize(
-        256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
-    )
-    colours.save(path, optimize=True)
+
+def _colours(theme: Theme) -> tuple[str, ...]:
+    return theme.paper, theme.ink, theme.faint, *theme.colours
 
 
 def drawn(picture: Picture, theme: Theme) -> "Figure":

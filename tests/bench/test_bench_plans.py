@@ -290,7 +290,7 @@ def test_a_sweep_end_to_end(
     assert names[3:5] == ["mine", "s1-w2-r1-x0.5"]
     assert len(names) == len(set(names)) == 13
     made = {path.name for path in out.iterdir()}
-    assert {"plans-perplexity.png", "plans-agreement-dark.svg", "README.md"} <= made
+    assert {"plans-perplexity.svg", "plans-agreement.svg", "README.md"} <= made
     for name in survivors(results):
         if name != "mine":
             again = LayerPlan.from_file(out / "plans" / f"{name}.yml")
