@@ -99,7 +99,7 @@ def _in_the_dark() -> str:
     """CSS that shows LIGHT's colours as DARK's. Viewers that know no CSS show the light ones."""
     pairs = zip(_colours(LIGHT), _colours(DARK), strict=True)
     rules = [
-        f'[style*="{what}: {light}"]{{{what}: {dark} !important}}'
+        f'[style*="{what}: {light}"],[{what}="{light}"]{{{what}: {dark} !important}}'
         for light, dark in pairs
         for what in ("fill", "stroke")
     ]

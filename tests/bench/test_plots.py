@@ -107,7 +107,10 @@ def test_every_colour_has_one_for_the_dark(name: str, tmp_path: Path) -> None:
     used = set(re.findall(r"(fill|stroke): (#[0-9a-f]{6})", drawing))
     assert used
     for what, colour in used:
-        rule = re.search(rf'\[style\*="{what}: {colour}"\]\{{{what}: (#\w+) !important', style)
+        rule = re.search(
+            rf'\[style\*="{what}: {colour}"\],\[{what}="{colour}"\]\{{{what}: (#\w+) !important',
+            style,
+        )
         assert rule, (what, colour)
         assert rule[1] in plots._colours(DARK)
     assert not set(plots._colours(LIGHT)) & set(plots._colours(DARK))
