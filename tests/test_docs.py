@@ -97,9 +97,10 @@ def test_every_command_parses(command: str) -> None:
 LOCAL = [c for c in COMMANDS if ("demo" in c or ".plan " in c) and c != SERVER]
 
 
-# Those that measure for a minute are the long run's.
+# A few say that the documents are right; the long run takes them all.
+LONG = ("--sweep", "--draft", "--kv-bits", "unrolled", "alpaca")
 MARKED = [
-    pytest.param(command, marks=[pytest.mark.long] if "--sweep" in command else [])
+    pytest.param(command, marks=[pytest.mark.long] if any(word in command for word in LONG) else [])
     for command in LOCAL
 ]
 

@@ -34,6 +34,7 @@ def test_what_it_ships(wheel: Path) -> None:
     assert not any(name.endswith((".safetensors", ".gguf")) for name in names)
 
 
+@pytest.mark.long
 def test_installed_elsewhere_it_runs(wheel: Path, tmp_path: Path) -> None:
     """In an environment of its own that borrows this one's packages, but not this checkout,
     and from a folder with a stray `convert.py`."""

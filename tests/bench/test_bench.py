@@ -101,6 +101,7 @@ def test_chips_are_known_by_their_own_names() -> None:
     assert bandwidth.published("Apple M99") is None
 
 
+@pytest.mark.long
 def test_bandwidth_is_measured() -> None:
     found = bandwidth.measured(mx.float32)
     assert set(found) == {"copy", "matvec"}
@@ -126,6 +127,7 @@ def test_rounds_take_turns_and_end_in_time() -> None:
     assert {name: len(values) for name, values in found.items()} == {"a": 1, "b": 1}
 
 
+@pytest.mark.long
 def test_ratios_are_b_over_a(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
 
+@pytest.mark.long
 def test_each_block_is_held_once(results: Results) -> None:
     folded, unrolled = results["random"][:2]
     assert results["block_ratio"] == pytest.approx(32 / 56, rel=0.03)

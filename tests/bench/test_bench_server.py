@@ -582,6 +582,7 @@ def test_a_server_that_dies_ends_the_load(server: StandIn) -> None:
     assert "ConnectionRefused" in str(found.tally.faults)
 
 
+@pytest.mark.long
 def test_the_real_server_under_load(
     checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -430,6 +430,7 @@ def llama_cpp(path: Path) -> Any:
     return xllamacpp.Server(params)
 
 
+@pytest.mark.long
 def test_llama_cpp_says_what_we_say(demo: Path, tmp_path: Path) -> None:
     """The interleaved demo in float32: greedy text, and the chat template's prompt."""
     out = tmp_path / "out.gguf"

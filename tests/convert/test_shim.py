@@ -232,6 +232,7 @@ def ask(address: str, prompt: str) -> tuple[list[int], int]:
     return tokens, answer["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
+@pytest.mark.long
 def test_mlx_lm_server_with_requests_at_once_and_cached_prompts(folded: Folded) -> None:
     path = folded(packing=Packing(4, 32))
     model, tokenizer = load(path, dtype="float32")

@@ -230,6 +230,7 @@ def trained(demo: Path) -> tuple[Model, Model, list[int]]:
 INTERLEAVED = tuple(block for start in range(0, 21, 5) for block in range(start, start + 10))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("positions", [30, 50] if TRAINED_TOKENS else [50])
 def test_trained_model_past_its_window(
     positions: int, trained: tuple[Model, Model, list[int]]

@@ -191,12 +191,12 @@ def trained(demo: Path) -> dict[str, tuple[Model, Tokenizer]]:
     return {"base": (model, tokenizer), "demo-interleaved": (merged, tokenizer)}
 
 
-# Of each plan and kind of prompt the first two; the others take minutes.
+# Of each plan and kind of prompt the first; the others take minutes.
 SEEN: Counter[tuple[str, str]] = Counter()
 DEMO_CASES = []
 for _case in DEMO["cases"]:
     SEEN[_case["plan"], _case["mode"]] += 1
-    _more = SEEN[_case["plan"], _case["mode"]] > 2
+    _more = SEEN[_case["plan"], _case["mode"]] > 1
     _id = f"{_case['plan']}: {_case['prompt'][:24]!r}"
     DEMO_CASES.append(pytest.param(_case, id=_id, marks=[pytest.mark.long] if _more else []))
 

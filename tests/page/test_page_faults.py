@@ -8,6 +8,7 @@ from page_driver import answers, ask, asked, idle, numbered, questions, reload
 from page_room import FOLDER, Hold, Raw, Room, Script, visit
 from playwright.sync_api import Browser, Page, expect
 
+pytestmark = pytest.mark.long
 launched, served, room, page = (
     page_driver.launched,
     page_driver.served,

@@ -1,6 +1,7 @@
 """What the page keeps in the browser: reloads, tabs, odd surroundings."""
 
 import page_driver
+import pytest
 from page_driver import (
     answers,
     ask,
@@ -17,6 +18,7 @@ from page_driver import (
 from page_room import Hold, Room, Script, words
 from playwright.sync_api import Browser, Page, expect
 
+pytestmark = pytest.mark.long
 launched, served, room, page = (
     page_driver.launched,
     page_driver.served,

@@ -8,6 +8,7 @@ from page_driver import PHONE, ask, asked, idle, last, numbered, reload, until
 from page_room import Hold, Room, Script, visit, words
 from playwright.sync_api import Browser, Page, expect
 
+pytestmark = pytest.mark.long
 launched, served, room, page = (
     page_driver.launched,
     page_driver.served,
