@@ -7,6 +7,9 @@ mlx_cerebrum.generate` imports its module once.
 import importlib
 import sys
 import types
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,4 +54,44 @@ class _Package(types.ModuleType):
         return super().__getattribute__(name)
 
 
+class _Moved(Loader):
+    """Modules by the names they had before they lay in rooms: finds `mlx_cerebrum.hub` as
+    `mlx_cerebrum.weights.hub`, for programs that import it so. Asked when all else has failed."""
+
+    ROOMS = ("files", "model", "plan", "tokenizer", "weights", "decoding")
+    RENAMED = types.MappingProxyType(
+        {
+            "load": "weights.opening",
+            "gguf": "weights.gguf_checkpoint",
+            "gguf_tokenizer": "tokenizer.gguf_vocabulary",
+            "tokenizer_files": "tokenizer.files",
+            "memory_limits": "model.limits",
+            "plan_mergekit": "plan.mergekit",
+            "plan_yaml": "plan.yaml_places",
+            "plan_show": "plan.show",
+            "model_args": "flags",
+        }
+    )
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        package, _, old = name.partition(".")
+        if package != __name__ or "." in old:
+            return None
+        homes = [self.RENAMED[old]] if old in self.RENAMED else [f"{r}.{old}" for r in self.ROOMS]
+        found = next((home for home in homes if find_spec(f"{__name__}.{home}")), None)
+        return None if found is None else ModuleSpec(name, self, origin=f"{__name__}.{found}")
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        module = importlib.import_module(str(spec.origin))
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """It has run; it keeps its own name's spec."""
+        state = module.__spec__.loader_state if module.__spec__ else None
+        if isinstance(state, ModuleSpec):
+            module.__spec__ = state
+
+
 sys.modules[__name__].__class__ = _Package
+sys.meta_path.append(_Moved())
