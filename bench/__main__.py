@@ -131,8 +131,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, words: list[str]) -> int:
     names = _names(args)
-    if args.rounds < 1 or args.tokens < 2 or args.seconds < 0 or args.text_tokens < 2:
-        raise RequestError("a pace needs --rounds of 1 or more and --tokens of 2 or more")
+    if args.rounds < 1 or args.tokens < 2 or args.text_tokens < 2:
+        raise RequestError("--rounds must be at least 1, --tokens and --text-tokens at least 2")
+    if args.seconds <= 0:
+        raise RequestError("--seconds must be more than 0")
+    if args.limit is not None and args.limit < 1:
+        raise RequestError("--limit must be at least 1")
     if args.random_7b:
         if args.model != "demo" or args.window is not None:
             raise RequestError("--random-7b is a model and a window of its own: drop the other")

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,10 @@ def replacing(destination: Path, partial: Path, mode: int = 0o666) -> Iterator[B
 
     Else it is gone, and what was there stays. `partial` lies in the same directory. It is locked
     while it is written, and what a killed run left there is written over. `mode` is the new file's,
-    as far as the umask lets it be. Raises CheckpointError where another run writes it, OSError
-    where the disk fails.
+    as far as the umask lets it be. Raises CheckpointError where another run writes it or
+    somebody else made it, OSError where the disk fails.
     """
-    # No link is followed: in a directory of several users somebody else could have put it there.
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    with os.fdopen(os.open(partial, flags, mode), "r+b") as file:
+    with os.fdopen(_opened(partial, mode), "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
@@ -38,5 +37,27 @@ def replacing(destination: Path, partial: Path, mode: int = 0o666) -> Iterator[B
             partial.unlink(missing_ok=True)
             raise
     folder = os.open(destination.absolute().parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name, too, survives a power cut
-    os.close(folder)
+    try:
+        os.fsync(folder)  # the new name, too, survives a power cut
+    finally:
+        os.close(folder)
+
+
+def _opened(partial: Path, mode: int) -> int:
+    """The file to write, open: a new one, or what a run of this user left.
+
+    In a directory of several users somebody else could have put a link or a file there, to have
+    another file written over or this one read.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(partial, flags | os.O_CREAT | os.O_EXCL, mode)
+    except FileExistsError:
+        handle = os.open(partial, flags | os.O_CREAT | os.O_NONBLOCK, mode)
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink > 1:
+        os.close(handle)
+        raise CheckpointError(f"{partial} is in the way and not of this user's making; remove it")
+    if not mode & 0o077:
+        os.fchmod(handle, mode)
+    return handle

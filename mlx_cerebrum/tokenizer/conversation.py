@@ -26,7 +26,8 @@ def read_messages(path: Path) -> list[dict[str, str]]:
 def write_messages(path: Path, messages: Sequence[Mapping[str, str]]) -> None:
     """Write a conversation, for its user only; a file that was there stays whole until it is done.
 
-    Raises RequestError for a place that no file can be written to, OSError where writing fails.
+    Raises RequestError for a place that no file can be written to, CheckpointError where another
+    run writes it, OSError where writing fails.
     """
     text = json.dumps([dict(message) for message in messages], indent=2, ensure_ascii=False) + "\n"
     if not path.parent.is_dir():

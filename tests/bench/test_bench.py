@@ -274,6 +274,8 @@ def test_results_of_two_machines_do_not_mix(tmp_path: Path) -> None:
     [
         ["--suite", "speeed"],
         ["--rounds", "0"],
+        ["--seconds=0"],
+        ["--suite=quality", "--limit=0"],
         ["--tokens", "1"],
         ["--random-7b", "--suite", "quality"],
         ["--random-7b", "--model", "other"],

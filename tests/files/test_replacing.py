@@ -1,5 +1,6 @@
 """A file is replaced by a whole one or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -65,4 +66,35 @@ def test_no_link_is_followed(places: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic link"), replacing(destination, partial):
         pytest.fail("it was opened")
     assert (tmp_path / "theirs").read_text() == "theirs"
+    assert destination.read_text() == "before"
+
+
+def test_what_is_kept_to_oneself_stays_so(places: tuple[Path, Path]) -> None:
+    """Also over the open rest of a killed run."""
+    destination, partial = places
+    partial.touch()
+    partial.chmod(0o666)
+    with replacing(destination, partial, 0o600) as file:
+        file.write(b"after")
+    assert destination.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_second_name_of_another_file_is_not_written(
+    places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    destination, partial = places
+    (tmp_path / "theirs").write_text("theirs")
+    partial.hardlink_to(tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match="in the way"), replacing(destination, partial):
+        pytest.fail("it was opened")
+    assert (tmp_path / "theirs").read_text() == "theirs"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's file")
+def test_another_users_file_is_not_written(places: tuple[Path, Path]) -> None:
+    destination, partial = places
+    partial.touch()
+    os.chown(partial, 65534, -1)
+    with pytest.raises(CheckpointError, match="in the way"), replacing(destination, partial):
+        pytest.fail("it was opened")
     assert destination.read_text() == "before"
