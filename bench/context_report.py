@@ -86,9 +86,9 @@ def _table(part: Results, names: Sequence[str], label: str) -> str:
     for row in lengths:
         sides = [row["sides"].get(name) for name in measured]
         ratios = [row["ratios"].get(name) for name in compared]
-        cells = [spread(side["decode"]).text() if side else "" for side in sides]
+        cells = [Spread.read(side["decode"]).text() if side else "" for side in sides]
         cells += [f"{side['kv'] / MB:.1f}" if side else "" for side in sides]
-        cells += [spread(ratio).text(2) if ratio else "" for ratio in ratios]
+        cells += [Spread.read(ratio).text(2) if ratio else "" for ratio in ratios]
         rows.append([str(row["length"]), *cells, str(row["rounds"])])
     return table([*header, "rounds"], rows)
 
@@ -146,17 +146,13 @@ def _bytes_text(random: Results) -> list[str]:
     ]
 
 
-def spread(found: dict[str, float]) -> Spread:
-    return Spread(found["median"], found["low"], found["high"])
-
-
 def plots(results: Results, machine: Results) -> dict[str, Picture]:
     random = results["random"]
-    pace = _series(random["lengths"], random["names"], lambda side: spread(side["decode"]))
+    pace = _series(random["lengths"], random["names"], lambda side: Spread.read(side["decode"]))
     kv = _series(random["lengths"], random["names"], _held)
     itself = results["model"]
     names = [*results["names"], *itself["peers"]]
-    model = _series(itself["lengths"], names, lambda side: spread(side["decode"]))
+    model = _series(itself["lengths"], names, lambda side: Spread.read(side["decode"]))
     x = "tokens of context"
     return {
         "context": Picture(

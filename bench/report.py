@@ -35,6 +35,11 @@ class Spread:
     def of(cls, values: Sequence[float]) -> "Spread":
         return cls(median(values), min(values), max(values))
 
+    @classmethod
+    def read(cls, found: Mapping[str, float]) -> "Spread":
+        """From its JSON form, which may say more besides."""
+        return cls(found["median"], found["low"], found["high"])
+
     def text(self, digits: int = 1) -> str:
         return f"{self.median:.{digits}f} ({self.low:.{digits}f}-{self.high:.{digits}f})"
 

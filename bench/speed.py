@@ -167,18 +167,13 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return Spread.of(values).as_json() | {"rounds": len(values)}
 
 
-def spread(found: dict[str, float]) -> Spread:
-    """A Spread from its JSON form, which may say the rounds too."""
-    return Spread(found["median"], found["low"], found["high"])
-
-
 def text(results: Results) -> list[str]:
     a, b = results["names"]
     sides, ratios = results["sides"], results["ratios"]
 
     def row(label: str, digits: int, find: Any, share: dict[str, float] | None) -> list[str]:
-        cells = [spread(find(sides[name])).text(digits) for name in (a, b)]
-        return [label, *cells, spread(share).text(2) if share else "", _rounds(find(sides[a]))]
+        cells = [Spread.read(find(sides[name])).text(digits) for name in (a, b)]
+        return [label, *cells, Spread.read(share).text(2) if share else "", _rounds(find(sides[a]))]
 
     rows = []
     for n in map(str, results["lengths"]):
@@ -243,7 +238,7 @@ def plots(results: Results, machine: Results) -> dict[str, Picture]:
     a, b = results["names"]
     sides = results["sides"]
     prefill = {
-        name: [(float(n), spread(sides[name]["prefill"][n])) for n in sides[name]["prefill"]]
+        name: [(float(n), Spread.read(sides[name]["prefill"][n])) for n in sides[name]["prefill"]]
         for name in (a, b)
     }
     band = results["bandwidth"]
@@ -251,7 +246,8 @@ def plots(results: Results, machine: Results) -> dict[str, Picture]:
     if band["published"]:
         ceilings[f"{band['chip']}, published"] = max(band["published"])
     points = {
-        name: (sides[name]["bytes_per_token"], spread(sides[name]["decode"])) for name in (a, b)
+        name: (sides[name]["bytes_per_token"], Spread.read(sides[name]["decode"]))
+        for name in (a, b)
     }
     return {
         "speed-prefill": Picture(
