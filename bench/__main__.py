@@ -22,7 +22,7 @@ from typing import cast
 from bench import machine, render, suite
 from bench.pair import Pair, open_pair, random_pair
 from bench.report import add_common, public
-from bench.suite import Results, Settings, Suite
+from bench.suite import Effort, Results, Suite
 from mlx_cerebrum import cli, device
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.limits import limits
@@ -183,8 +183,8 @@ def _names(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(name for name in SUITES if name in asked)
 
 
-def _settings(args: argparse.Namespace, work: Path) -> Settings:
-    return Settings(
+def _settings(args: argparse.Namespace, work: Path) -> Effort:
+    return Effort(
         work=work,
         rounds=args.rounds,
         seconds=args.seconds,
@@ -212,7 +212,7 @@ def new_document(command: list[str], pair: Pair) -> Results:
     }
 
 
-def run_suite(document: Results, name: str, pair: Pair, settings: Settings) -> None:
+def run_suite(document: Results, name: str, pair: Pair, settings: Effort) -> None:
     """Measure one suite into the document. Raises a CerebrumError where it can't be."""
     settings.say(f"== {name}")
     module = cast(Suite, importlib.import_module(f"bench.{name}"))

@@ -40,7 +40,7 @@ from bench.memory import NARROW
 from bench.pair import Pair, Side
 from bench.random_model import GEOMETRIES, write_random
 from bench.report import Spread, ratio, rounds
-from bench.suite import Results, Settings
+from bench.suite import Effort, Results
 from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.errors import MemoryBudgetError
 from mlx_cerebrum.model.cache import REWIND, STEP
@@ -60,7 +60,7 @@ _SHARE = 0.3  # of settings.seconds, for the rounds of one length
 
 def measure(
     pair: Pair,
-    settings: Settings,
+    settings: Effort,
     lengths: Sequence[int] = LENGTHS,
     geometry: dict[str, Any] = NARROW,
 ) -> Results:
@@ -83,7 +83,7 @@ def measure(
     }
 
 
-def _model(pair: Pair, settings: Settings, lengths: Sequence[int]) -> Results:
+def _model(pair: Pair, settings: Effort, lengths: Sequence[int]) -> Results:
     """The model itself, and mlx-lm on each side. Raises MemoryBudgetError where ours can't fit."""
     sides: dict[str, Prepare] = {}
     theirs: dict[str, Prepare] = {}
@@ -105,7 +105,7 @@ def _model(pair: Pair, settings: Settings, lengths: Sequence[int]) -> Results:
     return {"peers": peers, "peers_missing": missing, "lengths": measured}
 
 
-def _copy(pair: Pair, side: Side, config: ModelConfig, settings: Settings) -> nn.Module:
+def _copy(pair: Pair, side: Side, config: ModelConfig, settings: Effort) -> nn.Module:
     """mlx-lm's model of one side. Its files are gone when it is loaded.
 
     Raises CerebrumError for what can't be written, MemoryBudgetError for what can't be loaded.
@@ -118,7 +118,7 @@ def _copy(pair: Pair, side: Side, config: ModelConfig, settings: Settings) -> nn
         return load_peer(Copies(pair, side, Path(folder)).directory(), storage.dtype)
 
 
-def _random(settings: Settings, lengths: Sequence[int], geometry: dict[str, Any]) -> Results:
+def _random(settings: Effort, lengths: Sequence[int], geometry: dict[str, Any]) -> Results:
     """The two Cerebrum models over narrow random weights, and mlx-lm on the unrolled one."""
     settings.say("context: writing a narrow random model, folded and unrolled")
     stored, copied = settings.work / "narrow", settings.work / "narrow-unrolled"
@@ -154,7 +154,7 @@ def _lengths(
     lengths: Sequence[int],
     sides: Mapping[str, Prepare],
     compared: Mapping[str, str],
-    settings: Settings,
+    settings: Effort,
 ) -> list[Results]:
     """The first length warms up; after it every kernel has run."""
     return [_length(n, sides, compared, settings, warm=n == lengths[0]) for n in lengths]
@@ -164,7 +164,7 @@ def _length(
     length: int,
     sides: Mapping[str, Prepare],
     compared: Mapping[str, str],
-    settings: Settings,
+    settings: Effort,
     *,
     warm: bool,
 ) -> Results:
@@ -242,5 +242,5 @@ def _fitting(lengths: Sequence[int], config: ModelConfig) -> list[int]:
     return [length for length in lengths if length <= config.max_position_embeddings]
 
 
-def _tokens(settings: Settings) -> int:
+def _tokens(settings: Effort) -> int:
     return max(2, min(settings.tokens, _TOKENS))

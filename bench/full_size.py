@@ -20,7 +20,7 @@ from bench.engines import prompt_ids
 from bench.pair import Pair
 from bench.plots import Picture
 from bench.report import Spread, table
-from bench.suite import Results, Settings
+from bench.suite import Effort, Results
 from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import generate_step, prefill_step
 from mlx_cerebrum.model.config import ModelConfig
@@ -34,7 +34,7 @@ _GPU_PROMPT = 512
 _BLOCK_ROUNDS = 5
 
 
-def measure(pair: Pair, settings: Settings) -> Results:
+def measure(pair: Pair, settings: Effort) -> Results:
     gpu = device.on_gpu()
     prompt = prompt_ids(pair.checkpoint(), _GPU_PROMPT if gpu else _CPU_PROMPT)
     tokens = settings.tokens if gpu else _CPU_TOKENS

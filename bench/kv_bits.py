@@ -26,14 +26,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from bench import machine
 from bench.bootstrap import Interval
 from bench.engines import prompt_ids
 from bench.likelihood import compare, figures, windows
 from bench.pair import Pair, open_pair
 from bench.perplexity import TEXTS, read, split
-from bench.report import Spread, parser, publish, ratio, rounds, table
-from mlx_cerebrum import cli
+from bench.report import Spread, parser, ratio, rounds, run, table
 from mlx_cerebrum.decoding.decode import generate_step, prefill, prefill_step
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.cache import WindowedKVCache
@@ -59,18 +57,14 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--prompts", type=int, nargs="*", default=[1024, 4096], metavar="N", help=prompts
     )
-    args = p.parse_args(argv)
-    machine.use_openblas(not args.no_openblas)
-    return cli.run(lambda: _run(args), args.debug)
+    return run(p, _measure, text, argv)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
     if min([args.tokens, *args.prompts]) < 1:
         raise RequestError("--tokens and --prompts must be at least 1")
     pair = open_pair(args.model, None, args.plan, window=args.window)
-    results = measure(pair, args.tokens, args.prompts)
-    publish(args, "kv_bits", results, text(results))
-    return 0
+    return measure(pair, args.tokens, args.prompts)
 
 
 def measure(pair: Pair, tokens: int, prompts: Sequence[int]) -> dict[str, Any]:

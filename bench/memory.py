@@ -34,7 +34,7 @@ from bench.memory_report import plots as plots
 from bench.memory_report import text as text
 from bench.pair import Pair
 from bench.random_model import GEOMETRIES, RandomCheckpoint, write_random
-from bench.suite import Results, Settings
+from bench.suite import Effort, Results
 from mlx_cerebrum import cli, device
 from mlx_cerebrum.decoding.decode import generate_step, prefill_step
 from mlx_cerebrum.errors import CerebrumError
@@ -91,7 +91,7 @@ class Case:
 
 def measure(
     pair: Pair,
-    settings: Settings,
+    settings: Effort,
     geometry: dict[str, Any] = NARROW,
     bits: Sequence[int | None] = BITS,
 ) -> Results:
@@ -133,7 +133,7 @@ def _random_cases(stored: Path, copied: Path, bits: Sequence[int | None]) -> Ite
     yield Case(f"unrolled, {past}", copied, window=SMALL_WINDOW)
 
 
-def _model_cases(pair: Pair, settings: Settings) -> Iterator[Case]:
+def _model_cases(pair: Pair, settings: Effort) -> Iterator[Case]:
     """Each side of the pair, with the other as its second view."""
     if isinstance(
         pair.checkpoint(), RandomCheckpoint
@@ -147,7 +147,7 @@ def _model_cases(pair: Pair, settings: Settings) -> Iterator[Case]:
         yield Case(name, pair.path, plan, view, bits, pair.window)
 
 
-def _answer(case: Case, settings: Settings) -> Results:
+def _answer(case: Case, settings: Effort) -> Results:
     """What the case's process found, or why it could not."""
     settings.say(f"memory: {case.name}")
     try:

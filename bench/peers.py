@@ -29,7 +29,7 @@ from bench.engines import Engine, prompt_ids, required
 from bench.pair import Pair, Side
 from bench.peers_report import OURS, plots, text
 from bench.report import Spread, ratio, rounds
-from bench.suite import Results, Settings
+from bench.suite import Effort, Results
 from mlx_cerebrum import device
 from mlx_cerebrum.errors import CerebrumError, MemoryBudgetError, RequestError
 from mlx_cerebrum.model.config import ModelConfig
@@ -43,7 +43,7 @@ QUESTION = "The capital of France is"
 _ROUNDS = 3  # at most: every round is as many generations as there are engines
 
 
-def measure(pair: Pair, settings: Settings, prompt_tokens: int = PROMPT_TOKENS) -> Results:
+def measure(pair: Pair, settings: Effort, prompt_tokens: int = PROMPT_TOKENS) -> Results:
     """Raises MemoryBudgetError where not even ours fits."""
     most = pair.checkpoint().config.max_position_embeddings - settings.tokens
     prompt = prompt_ids(pair.checkpoint(), max(2, min(prompt_tokens, most)))
@@ -65,7 +65,7 @@ def measure(pair: Pair, settings: Settings, prompt_tokens: int = PROMPT_TOKENS) 
 def _side(
     pair: Pair,
     index: int,
-    settings: Settings,
+    settings: Effort,
     prompt: list[int],
     tunings: dict[bool, llama_cpp.Tuning],
 ) -> Results:
@@ -159,7 +159,7 @@ def _sources(
     return found
 
 
-def _start(pair: Pair, side: Side, copies: Copies, settings: Settings) -> Results:
+def _start(pair: Pair, side: Side, copies: Copies, settings: Effort) -> Results:
     """Seconds of whole processes that print one token, by what they read."""
     if pair.tokenizer() is None:
         return {"failure": "the model has no tokenizer"}
@@ -190,7 +190,7 @@ def _start(pair: Pair, side: Side, copies: Copies, settings: Settings) -> Result
     }
 
 
-def _most(settings: Settings) -> int:
+def _most(settings: Effort) -> int:
     return min(_ROUNDS, settings.rounds)
 
 

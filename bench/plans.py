@@ -41,7 +41,7 @@ from bench.plan_map import pictures
 from bench.plan_table import paragraphs, survivors
 from bench.plots import Picture
 from bench.report import parser
-from bench.suite import Results, Settings
+from bench.suite import Effort, Results
 from bench.trie import Path as Steps
 from bench.trie import Scores, evaluate, pace, path, positions
 from mlx_cerebrum import cli
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(
     pair: Pair,
-    settings: Settings,
+    settings: Effort,
     *,
     context: int = CONTEXT,
     sweep: Sequence[Grid] = (),
@@ -252,7 +252,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
     if args.out is not None:
         document = joined(args.out, document)
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(
+        settings = Effort(
             work=Path(folder),
             seconds=args.seconds,
             texts=tuple(map(Path, args.text)),

@@ -33,7 +33,7 @@ from bench.pair import Pair
 from bench.perplexity import TEXTS, read, split
 from bench.quality_report import plots, text
 from bench.quantized import Reference
-from bench.suite import Results, Settings
+from bench.suite import Effort, Results
 from mlx_cerebrum import device
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.forward import Model
@@ -47,7 +47,7 @@ Ids = list[int]
 Known = dict[tuple[int, ...], Comparison]  # by the window's ids
 
 
-def measure(pair: Pair, settings: Settings) -> Results:
+def measure(pair: Pair, settings: Effort) -> Results:
     """Everything above. Raises RequestError for a model without a tokenizer, or without text."""
     tokenizer = pair.tokenizer()
     if tokenizer is None:
@@ -78,7 +78,7 @@ def measure(pair: Pair, settings: Settings) -> Results:
     return results
 
 
-def _texts(tokenizer: Tokenizer, settings: Settings) -> tuple[Ids, dict[str, Ids]]:
+def _texts(tokenizer: Tokenizer, settings: Effort) -> tuple[Ids, dict[str, Ids]]:
     """What every text begins with, and their ids by name. Raises RequestError for none."""
     start, texts = tokenizer.encode(""), {}
     for file in settings.texts or TEXTS:
@@ -96,7 +96,7 @@ def _perplexity(
     start: Ids,
     texts: dict[str, Ids],
     quota: int,
-    settings: Settings,
+    settings: Effort,
     results: Results,
 ) -> tuple[Known, list[Reference]]:
     """Both models on windows of every length; the first `quota` strided ones of each text are
@@ -147,7 +147,7 @@ def _ways(found: list[Comparison], half: int) -> Results:
 
 
 def _window(
-    models: Models, start: Ids, texts: dict[str, Ids], known: Known, settings: Settings
+    models: Models, start: Ids, texts: dict[str, Ids], known: Known, settings: Effort
 ) -> Results:
     """The longest text, on and on."""
     name = _longest(texts)
@@ -162,7 +162,7 @@ def _window(
     return {"text": name} | found
 
 
-def _accuracy(pair: Pair, tokenizer: Tokenizer, settings: Settings) -> Results:
+def _accuracy(pair: Pair, tokenizer: Tokenizer, settings: Effort) -> Results:
     from bench import harness
 
     if not harness.installed():

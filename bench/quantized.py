@@ -24,7 +24,7 @@ import mlx.core as mx
 
 from bench.likelihood import compare, figures, kept, log_probs
 from bench.pair import Pair
-from bench.suite import Settings
+from bench.suite import Effort
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import human, require
@@ -79,7 +79,7 @@ class Repacked(Checkpoint):
         return self._source.tokenizer()
 
 
-def quota(pair: Pair, settings: Settings, texts: int, context: int) -> tuple[int, str]:
+def quota(pair: Pair, settings: Effort, texts: int, context: int) -> tuple[int, str]:
     """Windows of each text to keep as references, and if none, why.
 
     About a quarter of the text: twice as many sets of weights are compared on it.
@@ -125,7 +125,7 @@ def files(folder: Path, number: int) -> tuple[Path, Path]:
     return folder / f"logprobs-{number}-a.f32", folder / f"logprobs-{number}-b.f32"
 
 
-def measure(pair: Pair, references: Sequence[Reference], settings: Settings) -> dict[str, Any]:
+def measure(pair: Pair, references: Sequence[Reference], settings: Effort) -> dict[str, Any]:
     """A row for each side and number of bits. The pair's own weights must be released.
 
     A form that doesn't fit in memory, and one the source has already, gets a row that says so.
@@ -152,7 +152,7 @@ def measure(pair: Pair, references: Sequence[Reference], settings: Settings) -> 
 
 
 def noise(
-    models: Sequence[Model], references: Sequence[Reference], settings: Settings
+    models: Sequence[Model], references: Sequence[Reference], settings: Effort
 ) -> list[dict[str, Any]]:
     """A row for each side against itself, read in chunks of STEP: what rounding alone does.
 

@@ -109,6 +109,25 @@ def add_common(p: cli.ArgumentParser) -> None:
     p.add_debug()
 
 
+def run(
+    p: cli.ArgumentParser,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    text: Callable[[dict[str, Any]], Sequence[str]],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """A bench from its command line, of `parser`, to its exit code."""
+    args = p.parse_args(argv)
+    if argv is None:  # else the process is a test's, and not ours to start over
+        machine.use_openblas(not args.no_openblas)
+
+    def measured() -> int:
+        results = measure(args)
+        publish(args, p.prog.removeprefix("bench."), results, text(results))
+        return 0
+
+    return cli.run(measured, args.debug)
+
+
 def public(word: str) -> str:
     """A word of a command line without the folders of this machine: results are for others."""
     flag, equals, value = word.rpartition("=")

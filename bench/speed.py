@@ -29,7 +29,7 @@ from bench.engines import prompt_ids
 from bench.pair import Pair, Side
 from bench.plots import Picture, curves, roofline
 from bench.report import Spread, ratio, rounds, table
-from bench.suite import Results, Settings
+from bench.suite import Effort, Results
 from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import GB
@@ -39,7 +39,7 @@ _PATIENCE = 6  # times settings.seconds: a longer round is not run
 QUESTION = "The capital of France is"
 
 
-def measure(pair: Pair, settings: Settings, lengths: Sequence[int] = LENGTHS) -> Results:
+def measure(pair: Pair, settings: Effort, lengths: Sequence[int] = LENGTHS) -> Results:
     """A prompt longer than the model has positions for, and one token, is cut to them."""
     # Whole processes first, while this one holds no weights beside them.
     start = _start(pair, settings)
@@ -128,7 +128,7 @@ def _decode(model: Model, prompt: Sequence[int], tokens: int) -> float:
     return (tokens - 1) / (time.perf_counter() - started)
 
 
-def _start(pair: Pair, settings: Settings) -> dict[str, list[float]] | None:
+def _start(pair: Pair, settings: Effort) -> dict[str, list[float]] | None:
     """Seconds of whole processes that print one token; None for a model without text."""
     if pair.tokenizer() is None:
         return None

@@ -21,7 +21,7 @@ FILE = "results.json"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Effort:
     """How long to measure, and where to write what only the measurement needs."""
 
     work: Path  # a folder for temporary files
@@ -39,7 +39,7 @@ class Settings:
 class Suite(Protocol):
     """The interface of speed, memory, context, peers, quality and plans."""
 
-    def measure(self, pair: Pair, settings: Settings) -> Results:
+    def measure(self, pair: Pair, settings: Effort) -> Results:
         """Raises a CerebrumError for a pair it can't measure."""
 
     def text(self, results: Results) -> list[str]:

@@ -20,8 +20,8 @@ from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.weights.opening import ModelSpec, Opened
 
 
-def quick(work: Path) -> suite.Settings:
-    return suite.Settings(work, rounds=2, tokens=3, seconds=0.1, say=lambda line: None)
+def quick(work: Path) -> suite.Effort:
+    return suite.Effort(work, rounds=2, tokens=3, seconds=0.1, say=lambda line: None)
 
 
 def random_tiny(**changes: object) -> pair.Pair:

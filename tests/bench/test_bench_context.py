@@ -19,7 +19,7 @@ from bench.markdown import escape, safe
 from bench.memory import NARROW
 from bench.pair import open_pair
 from bench.random_model import RandomCheckpoint
-from bench.suite import Settings
+from bench.suite import Effort
 from mlx_cerebrum.decoding.decode import prefill, prefill_step
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.cache import WindowedKVCache
@@ -94,7 +94,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("context")
     config = tiny_config(num_hidden_layers=8, vocab_size=260)  # 512 positions, a window of 12
     path = write_checkpoint(folder / "source", config, tiny_weights(config, seed=3))
-    settings = Settings(work=folder, rounds=2, seconds=1, tokens=3, say=lambda line: None)
+    settings = Effort(work=folder, rounds=2, seconds=1, tokens=3, say=lambda line: None)
     found = context.measure(open_pair(str(path)), settings, (256, 512, 1536, 4096), GEOMETRY)
     return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
@@ -164,7 +164,7 @@ def test_a_ratio_is_ours_over_the_peer_of_the_same_side(
 
     monkeypatch.setattr(context, "ours", ours)
     monkeypatch.setattr(context, "peer", peer)
-    settings = Settings(work=tmp_path, rounds=2, seconds=1, tokens=3, say=lambda line: None)
+    settings = Effort(work=tmp_path, rounds=2, seconds=1, tokens=3, say=lambda line: None)
     path = checkpoint(num_hidden_layers=8)
     found = context.measure(open_pair(str(path)), settings, (256,), GEOMETRY)
     two = {"median": 2.0, "low": 2.0, "high": 2.0}
@@ -184,7 +184,7 @@ def test_a_side_that_mlx_lm_can_not_run_says_why(
         raise RequestError("the disk is full")
 
     monkeypatch.setattr(Copies, "directory", directory)
-    settings = Settings(work=tmp_path, rounds=1, seconds=1, tokens=3, say=lambda line: None)
+    settings = Effort(work=tmp_path, rounds=1, seconds=1, tokens=3, say=lambda line: None)
     path = checkpoint(num_hidden_layers=8)
     pair = open_pair(str(path))
     found = context.measure(pair, settings, (256,), GEOMETRY)
@@ -210,7 +210,7 @@ def test_a_copy_that_would_not_fit_is_not_even_written(
     monkeypatch.setattr(
         "mlx_cerebrum.model.memory.available_bytes", lambda: (stored + unrolled) // 2
     )
-    settings = Settings(work=tmp_path, say=lambda line: None)
+    settings = Effort(work=tmp_path, say=lambda line: None)
     with pytest.raises(MemoryBudgetError, match="are free"):
         context._copy(pair, pair.b, b, settings)
     assert written == []
@@ -286,7 +286,7 @@ def test_what_does_not_fit_is_a_row_that_says_so(
     # Room for a window of ours at any length, and for mlx-lm's caches at the shorter one only.
     room = 3 * 56 * config.kv_values_per_token() // 32 * 4 * 700
     monkeypatch.setattr("mlx_cerebrum.model.memory.available_bytes", lambda: room)
-    settings = Settings(work=tmp_path, rounds=1, seconds=1, tokens=3, say=lambda line: None)
+    settings = Effort(work=tmp_path, rounds=1, seconds=1, tokens=3, say=lambda line: None)
     wide = GEOMETRY | {"max_position_embeddings": 8192}
     found = context.measure(pair, settings, (512, 8192), wide)
     short, long = found["random"]["lengths"]
@@ -302,7 +302,7 @@ def test_without_mlx_lm_ours_is_measured(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bench.machine.version", lambda package: None)
-    settings = Settings(work=tmp_path, rounds=1, seconds=1, tokens=2, say=lambda line: None)
+    settings = Effort(work=tmp_path, rounds=1, seconds=1, tokens=2, say=lambda line: None)
     found = context.measure(open_pair(str(checkpoint())), settings, (256,), GEOMETRY)
     assert found["random"]["names"] == list(context.PLANS)
     assert found["model"]["peers"] == found["model"]["peers_missing"] == {}

@@ -16,7 +16,7 @@ from bench import memory, plots
 from bench.memory_report import errors
 from bench.pair import open_pair
 from bench.random_model import GEOMETRIES
-from bench.suite import Settings
+from bench.suite import Effort
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import GB
@@ -33,7 +33,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("memory")
     config = tiny_config(vocab_size=260)
     path = write_checkpoint(folder / "source", config, tiny_weights(config, seed=3))
-    settings = Settings(work=folder, say=lambda line: None)
+    settings = Effort(work=folder, say=lambda line: None)
     geometry = tiny_config(torch_dtype="bfloat16", sliding_window=64)
     found = memory.measure(open_pair(str(path)), settings, geometry, bits=(None,))
     return json.loads(json.dumps(found))  # type: ignore[no-any-return]
@@ -111,7 +111,7 @@ def test_what_can_not_be_measured_says_why(
         raise CerebrumError("too large for this machine")
 
     monkeypatch.setattr("bench.process.answer", refuse)
-    settings = Settings(work=tmp_path, say=lambda line: None)
+    settings = Effort(work=tmp_path, say=lambda line: None)
     geometry = tiny_config(torch_dtype="bfloat16")
     found = memory.measure(open_pair(str(checkpoint())), settings, geometry, bits=(None,))
     text = "\n".join(memory.text(found))

@@ -20,7 +20,7 @@ from bench.pair import open_pair
 from bench.plan_family import SQRT_HALF, Cell, Grid, card, grids, other_ways
 from bench.plan_map import pictures
 from bench.plan_table import paragraphs, survivors
-from bench.suite import Settings
+from bench.suite import Effort
 from mlx_cerebrum import load
 from mlx_cerebrum.errors import PlanError, RequestError
 from mlx_cerebrum.model.cache import Mask
@@ -359,13 +359,13 @@ def test_a_model_without_a_tokenizer_is_refused(checkpoint: MakeCheckpoint, tmp_
     path = checkpoint()
     (path / "tokenizer.json").unlink()
     with pytest.raises(RequestError, match="tokenizer"):
-        plans.measure(open_pair(str(path)), Settings(work=tmp_path))
+        plans.measure(open_pair(str(path)), Effort(work=tmp_path))
 
 
 def test_the_base_is_each_block_once_also_of_a_folded_model(
     checkpoint: MakeCheckpoint, novel: Path, tmp_path: Path
 ) -> None:
-    wanted = Settings(work=tmp_path, texts=(novel,), text_tokens=20, say=lambda line: None)
+    wanted = Effort(work=tmp_path, texts=(novel,), text_tokens=20, say=lambda line: None)
     plain = plans.measure(open_pair(str(checkpoint())), wanted, context=21)
     folded = checkpoint("folded", model_type="cerebrum", layer_map=[0, 1, 0, 1, 2, 3, 4, 5, 6, 7])
     again = plans.measure(open_pair(str(folded)), wanted, context=21)

@@ -14,7 +14,7 @@ from bench import bandwidth, copies, engines, llama_cpp, machine, peers, process
 from bench.attempts import Attempt, Source, in_turns, one_by_one
 from bench.engines import Engine, Run
 from bench.pair import Pair, Side, open_pair
-from bench.suite import Results, Settings
+from bench.suite import Effort, Results
 from convert.__main__ import main as convert
 from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.model.memory import GB
@@ -24,7 +24,7 @@ PROMPT = [5 + (7 * i) % 200 for i in range(24)]
 TOKENS = 6
 
 
-Start = Callable[[Pair, Side, copies.Copies, Settings], Results]
+Start = Callable[[Pair, Side, copies.Copies, Effort], Results]
 
 
 @pytest.fixture
@@ -63,13 +63,13 @@ def pair(checkpoint: MakeCheckpoint, plan_file: Callable[..., Path]) -> Pair:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def settings(tmp_path: Path) -> Effort:
     work = tmp_path / "work"
     work.mkdir()
-    return Settings(work=work, rounds=2, seconds=5.0, tokens=TOKENS, say=lambda line: None)
+    return Effort(work=work, rounds=2, seconds=5.0, tokens=TOKENS, say=lambda line: None)
 
 
-def measured(pair: Pair, settings: Settings) -> Results:
+def measured(pair: Pair, settings: Effort) -> Results:
     with pytest.MonkeyPatch.context() as patch:
         # llama.cpp says ids as text: those of a random model must be whole characters.
         ids = load_tokenizer(pair.checkpoint()).encode("Alice was beginning to get very tired")
@@ -80,7 +80,7 @@ def measured(pair: Pair, settings: Settings) -> Results:
 
 
 def test_every_engine_says_what_ours_says(
-    pair: Pair, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, settings: Effort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "version", lambda p: None if p == "torch" else "1.0")
     # More threads, and settings tried first, would take their time on a busy machine.
@@ -119,7 +119,7 @@ def test_every_engine_says_what_ours_says(
     assert set(peers.plots(results, {})) == {"peers-prefill", "peers-decode"}
 
 
-def test_engines_say_what_generate_step_says(pair: Pair, settings: Settings) -> None:
+def test_engines_say_what_generate_step_says(pair: Pair, settings: Effort) -> None:
     for side, model in zip(pair.sides, pair.models(), strict=True):
         folder = settings.work / side.name
         folder.mkdir()
@@ -136,7 +136,7 @@ def test_engines_say_what_generate_step_says(pair: Pair, settings: Settings) -> 
     assert copies.Copies(pair, pair.a, settings.work).directory() == pair.path
 
 
-def test_other_weights_are_seen(pair: Pair, settings: Settings) -> None:
+def test_other_weights_are_seen(pair: Pair, settings: Effort) -> None:
     a, b = pair.models()
     config = pair.a.config(pair.checkpoint())
     swapped = a.view((0, 2, 1, *range(3, 8)))
@@ -150,7 +150,7 @@ def fails(*args: Any) -> Engine:
 
 
 def test_one_failing_engine_costs_only_its_row(
-    pair: Pair, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, settings: Effort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "mlx_lm", fails)
     results = measured(pair, settings)
@@ -163,7 +163,7 @@ def test_one_failing_engine_costs_only_its_row(
 
 
 def test_a_disagreeing_peer_is_reported(
-    pair: Pair, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, settings: Effort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = engines.mlx_lm
 
@@ -195,7 +195,7 @@ def test_agreement_ends_where_ours_ends() -> None:
 
 
 def test_engines_that_do_not_fit_run_one_after_another(
-    pair: Pair, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, settings: Effort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peers, "_fit_together", lambda *_: False)
     results = measured(pair, settings)
@@ -233,7 +233,7 @@ def test_attempts_stop_at_their_failure() -> None:
     assert released == [True]
 
 
-def test_memory_is_asked_for_before_loading(pair: Pair, settings: Settings) -> None:
+def test_memory_is_asked_for_before_loading(pair: Pair, settings: Effort) -> None:
     too_large = {"mlx-lm": Source(10**15, fails)}
     assert not peers._fit_together(pair, list(too_large.values()))
     attempts = peers._attempts(pair, 0, too_large, PROMPT, TOKENS, True)
@@ -247,7 +247,7 @@ def test_reads() -> None:
     assert engines.reads(tied | {"head.weight": 10}, "embed.", "head.") == 15
 
 
-def test_reasons_are_figures(pair: Pair, settings: Settings) -> None:
+def test_reasons_are_figures(pair: Pair, settings: Effort) -> None:
     results = measured(pair, settings)
     row = results["sides"]["a"]["engines"]["mlx-lm"]
     row["ratios"]["decode"] = {"median": 0.25, "low": 0.2, "high": 0.3}
@@ -280,7 +280,7 @@ def test_the_fastest_settings_are_taken(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_process_starts(
-    pair: Pair, settings: Settings, monkeypatch: pytest.MonkeyPatch, start: Start
+    pair: Pair, settings: Effort, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     asked: list[list[str]] = []
 

@@ -21,7 +21,7 @@ from bench.markdown import escape, safe
 from bench.pair import Pair, Side, open_pair, random_pair
 from bench.plots import LIGHT, drawn
 from bench.quality_report import _accuracy, _quantization
-from bench.suite import Settings
+from bench.suite import Effort
 from mlx_cerebrum import load
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.forward import Model
@@ -167,7 +167,7 @@ def test_more_bits_are_nearer(checkpoint: MakeCheckpoint, ids: list[int], tmp_pa
         for _ in keep(log_probs(model, window[:-1]), file):
             pass
     pair.release()
-    settings = Settings(work=tmp_path, say=lambda line: None)
+    settings = Effort(work=tmp_path, say=lambda line: None)
     found = quantized.measure(pair, [quantized.Reference(window, files)], settings)
     kl = {(one["side"], one["bits"]): one["kl"]["value"] for one in found["rows"]}
     for side in "ab":
@@ -196,7 +196,7 @@ def test_bits_the_source_has_already_are_not_measured(
     checkpoint: MakeCheckpoint, ids: list[int], tmp_path: Path
 ) -> None:
     path = checkpoint(hidden_size=128, head_dim=64, intermediate_size=256)
-    settings = Settings(work=tmp_path, say=lambda line: None)
+    settings = Effort(work=tmp_path, say=lambda line: None)
     dense = open_checkpoint(path)
     assert quantized.settled(dense, Packing(8, 64)) == ""
 
@@ -241,7 +241,7 @@ def test_rounding_alone_has_a_row(
     """On the CPU there is none: its products give the same bits in chunks of any length."""
     path, window = checkpoint(), ids[:200]
     files = quantized.files(tmp_path, 0)
-    settings = Settings(work=tmp_path, say=lambda line: None)
+    settings = Effort(work=tmp_path, say=lambda line: None)
     reference = quantized.Reference(window, files)
     steps: list[int] = []
     call = Model.__call__
@@ -300,7 +300,7 @@ def test_quota_is_refused_where_it_can_t_be_kept(
 ) -> None:
     path = checkpoint()
     pair = pair_of(path)
-    settings = Settings(work=tmp_path, text_tokens=8192)
+    settings = Effort(work=tmp_path, text_tokens=8192)
     assert quantized.quota(pair, settings, 2, 512) == (4, "")
     assert quantized.quota(pair_of(path, q_bits=4), settings, 2, 512)[0] == 0
     usage: Callable[[Path], Any] = lambda path: type("Usage", (), {"free": 5_000_000})  # noqa: E731
@@ -466,7 +466,7 @@ def test_the_suite(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     (tmp_path / "prose.txt").write_bytes(TEXT.read_bytes()[:700])
     (tmp_path / "short.txt").write_text("Too short.")
     texts = (tmp_path / "prose.txt", tmp_path / "short.txt")
-    settings = Settings(tmp_path / "work", texts=texts, text_tokens=256, say=lambda line: None)
+    settings = Effort(tmp_path / "work", texts=texts, text_tokens=256, say=lambda line: None)
     pair = pair_of(checkpoint())
     a, b = pair.models()
     results = json.loads(json.dumps(quality.measure(pair, settings), allow_nan=False))
@@ -523,7 +523,7 @@ def test_one_failing_task_costs_the_others_nothing(
     pair = pair_of(checkpoint())
     tokenizer = pair.tokenizer()
     assert tokenizer is not None
-    settings = Settings(tmp_path, say=lambda line: None)
+    settings = Effort(tmp_path, say=lambda line: None)
 
     def accuracy(*tasks: str) -> dict[str, Any]:
         return quality._accuracy(pair, tokenizer, replace(settings, tasks=tasks))
@@ -550,7 +550,7 @@ def test_what_can_t_be_measured_is_said(
     texts = (tmp_path / "prose.txt",)
     monkeypatch.setattr(harness, "installed", lambda: False)
     pair = pair_of(checkpoint(sliding_window=200), q_bits=8)
-    settings = Settings(tmp_path, texts=texts, text_tokens=64, say=lambda line: None)
+    settings = Effort(tmp_path, texts=texts, text_tokens=64, say=lambda line: None)
     results = quality.measure(pair, settings)
     page = "\n".join(quality.text(safe(results)))
     assert escape(harness.INSTALL) in page
@@ -564,7 +564,7 @@ def test_what_can_t_be_measured_is_said(
 
 def test_random_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="trained model"):
-        quality.measure(random_pair(), Settings(tmp_path))
+        quality.measure(random_pair(), Effort(tmp_path))
 
 
 def test_the_demo_s_two_sides(demo: Path, ids: list[int]) -> None:
