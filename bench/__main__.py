@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import cast
 
 from bench import machine, render, suite
-from bench.pair import Pair, open_pair, random_pair
+from bench.pair import Pair, open_pair
+from bench.random_model import RandomCheckpoint
 from bench.report import add_common, public
 from bench.suite import Effort, Results, Suite
 from mlx_cerebrum import cli, device
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.text import one_line, say, tell
+from mlx_cerebrum.weights.opening import ModelSpec
 
 # Those that measure in processes of their own come first, before this one holds weights.
 SUITES = ("memory", "peers", "speed", "context", "quality")
@@ -140,7 +142,9 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
     if args.random_7b:
         if args.model != "demo" or args.window is not None:
             raise RequestError("--random-7b is a model and a window of its own: drop the other")
-        pair = random_pair(args.plan_a, args.plan_b, args.q_bits)
+        random = RandomCheckpoint(Path("random-7b"))
+        spec = ModelSpec(random.path, q_bits=args.q_bits)
+        pair = Pair.of(random, spec, args.plan_a, args.plan_b)
     else:
         pair = open_pair(
             args.model, args.plan_a, args.plan_b, window=args.window, q_bits=args.q_bits

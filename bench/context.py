@@ -65,7 +65,7 @@ def measure(
     geometry: dict[str, Any] = NARROW,
 ) -> Results:
     """Lengths that a model has no positions for are left out."""
-    config = pair.a.config(pair.checkpoint(), pair.window)
+    config = pair.a.config
     model: Results = {"peers": {}, "peers_missing": {}, "lengths": [], "missing": None}
     try:
         model |= _model(pair, settings, _fitting(lengths, config))

@@ -95,7 +95,7 @@ class Copies:
     def _in_order(self) -> bool:
         """Whether this side runs the stored blocks as they are stored."""
         source = self.pair.checkpoint().config  # folded, it has an order of its own
-        config = self.side.config(self.pair.checkpoint())
+        config = self.side.config
         stored = tuple(range(config.num_hidden_layers))
         return all(c.layer_map == stored and c.residual_scales is None for c in (source, config))
 

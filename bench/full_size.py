@@ -40,7 +40,7 @@ def measure(pair: Pair, settings: Effort) -> Results:
     tokens = settings.tokens if gpu else _CPU_TOKENS
     storage = pair.storage()
     settings.say(f"one block alone, then {storage.nbytes / GB:.1f} GB of random weights")
-    config = pair.a.config(pair.checkpoint())
+    config = pair.a.config
     blocks = {name: _block(config, *kind) for name, kind in _kinds().items()}
     mx.clear_cache()
     held = mx.get_active_memory()

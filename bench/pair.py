@@ -1,11 +1,10 @@
 """The two models of a comparison: one set of weights, two orders of running its blocks."""
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bench.random_model import RandomCheckpoint
+from bench.report import public
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
@@ -22,18 +21,16 @@ _CARDS_BLOCKS = 32  # what the plans of the two Cerebrum models are written for
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two: a name for the tables, and its layer plan (None: the checkpoint's order)."""
+    """One of the two."""
 
-    name: str
-    plan: LayerPlan | None
+    name: str  # for the tables
+    plan: LayerPlan | None  # None: the checkpoint's own order
+    config: ModelConfig
 
-    def config(self, checkpoint: Checkpoint, window: int | None = None) -> ModelConfig:
-        return planned_config(checkpoint.config, self.plan, window)
-
-    def plan_file(self, folder: Path) -> Path:
+    def plan_file(self, folder: Path) -> Path | None:
         """The plan as a YAML file, for a process of its own."""
         if self.plan is None:
-            raise RequestError(f"{self.name} is the checkpoint's own order: it has no plan file")
+            return None
         path = folder / f"{self.name}.yml"
         path.write_text(self.plan.text, encoding="utf-8")
         return path
@@ -48,10 +45,25 @@ class Pair:
     b: Side
     _loaded: tuple[Model, Model] | None = field(default=None, repr=False)
 
-    @property
-    def model(self) -> str:
-        """As the user named it."""
-        return str(self.opened.spec.name)
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        plan_a: str | LayerPlan | None = None,
+        plan_b: str | LayerPlan | None = None,
+    ) -> "Pair":
+        """Of 32 blocks the default sides are the two Cerebrum models; else the model as it is,
+        and the model card's formula applied to it. Raises a CerebrumError for other plans than
+        the model can run."""
+        blocks = checkpoint.config.num_hidden_layers
+        if blocks == _CARDS_BLOCKS:
+            plan_a, plan_b = plan_a or "cerebrum-7b", plan_b or "cerebrum-12.25b"
+        plans = plan_a, formula(blocks) if plan_b is None else plan_b
+        a, b = (_side(checkpoint, plan, spec.window) for plan in plans)
+        if a.name == b.name:
+            raise RequestError(f"--plan-a and --plan-b are both {a.name}; give two different plans")
+        return cls(Opened.of(checkpoint, replace(spec, plan=a.plan)), a, b)
 
     @property
     def path(self) -> Path:
@@ -89,13 +101,24 @@ class Pair:
         except CerebrumError:
             return None
 
+    def flags(self, side: Side, folder: Path) -> list[str]:
+        """What makes `python -m mlx_cerebrum.generate` run a side; the plan goes into `folder`."""
+        packing = self.packing
+        given = {
+            "--model": self.path,
+            "--plan": side.plan_file(folder),
+            "--window": self.window,
+            "--q-bits": None if packing is None else packing.bits,
+        }
+        return [w for flag, v in given.items() if v is not None for w in (flag, str(v))]
+
     def models(self) -> tuple[Model, Model]:
         """Both models over one copy of the weights, loaded at the first call.
 
         Raises MemoryBudgetError where they don't fit.
         """
         if self._loaded is None:
-            first, other = self.opened.load(), self.b.config(self.checkpoint(), self.window)
+            first, other = self.opened.load(), self.b.config
             self._loaded = first, first.view(other.layer_map, other.residual_scales)
         return self._loaded
 
@@ -105,34 +128,26 @@ class Pair:
 
     def card(self) -> dict[str, Any]:
         """What the results say about the models."""
-        checkpoint = self.checkpoint()
-        sides = {}
-        for key, side in zip("ab", self.sides, strict=True):
-            config = side.config(checkpoint, self.window)
-            sides[key] = {
+        config, storage = self.a.config, self.storage()
+        sides = {
+            key: {
                 "name": side.name,
-                "positions": config.num_positions,
-                "executed_parameters": config.executed_parameters,
-                "layer_map": list(config.layer_map),
+                "positions": side.config.num_positions,
+                "executed_parameters": side.config.executed_parameters,
+                "layer_map": list(side.config.layer_map),
             }
-        config = (
-            checkpoint.config if self.window is None else self.a.config(checkpoint, self.window)
-        )
+            for key, side in zip("ab", self.sides, strict=True)
+        }
         return {
-            "model": shown(self.model),
+            "model": public(str(self.opened.spec.name)),
             "blocks": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
             "parameters": config.stored_parameters,
             "window": config.sliding_window,
-            "stored": config.quantization or checkpoint.weight_dtype,
-            "loaded": str(self.storage().dtype).rpartition(".")[2],
+            "stored": config.quantization or self.checkpoint().weight_dtype,
+            "loaded": str(storage.dtype).rpartition(".")[2],
             "q_bits": self.packing.bits if self.packing else None,
         } | sides
-
-
-def shown(model: str) -> str:
-    """A model's name for a report others read: a path's last part, a hub id whole."""
-    return Path(model).name if os.sep in model and Path(model).exists() else model
 
 
 def open_pair(
@@ -143,37 +158,15 @@ def open_pair(
     window: int | None = None,
     q_bits: int | None = None,
 ) -> Pair:
-    """The pair of `python -m bench`; raises a CerebrumError for plans the model can't run.
-
-    Of a model of 32 blocks the default sides are the two Cerebrum models; of another the model
-    as it is, and the model card's formula applied to it.
-    """
-    checkpoint = open_checkpoint(hub.resolve(model))
-    return _pair(checkpoint, ModelSpec(model, q_bits=q_bits, window=window), plan_a, plan_b)
+    """The pair over a named model; raises as `Pair.of` does."""
+    spec = ModelSpec(model, q_bits=q_bits, window=window)
+    return Pair.of(open_checkpoint(hub.resolve(model)), spec, plan_a, plan_b)
 
 
-def random_pair(
-    plan_a: str | None = None, plan_b: str | None = None, q_bits: int | None = None
-) -> Pair:
-    """The pair over random weights of the 7B's exact geometry, made in memory: no file."""
-    checkpoint = RandomCheckpoint(Path("random-7b"))
-    return _pair(checkpoint, ModelSpec(checkpoint.path, q_bits=q_bits), plan_a, plan_b)
-
-
-def _pair(checkpoint: Checkpoint, spec: ModelSpec, plan_a: str | None, plan_b: str | None) -> Pair:
-    a, b = _sides(checkpoint, plan_a, plan_b)
-    b.config(checkpoint, spec.window)  # a plan for other blocks is refused here
-    return Pair(Opened.of(checkpoint, replace(spec, plan=a.plan)), a, b)
-
-
-def _sides(checkpoint: Checkpoint, plan_a: str | None, plan_b: str | None) -> tuple[Side, Side]:
-    blocks = checkpoint.config.num_hidden_layers
-    cards = blocks == _CARDS_BLOCKS
-    a = _side(plan_a, LayerPlan.named("cerebrum-7b") if cards else None)
-    b = _side(plan_b, LayerPlan.named("cerebrum-12.25b") if cards else formula(blocks))
-    if a.name == b.name:
-        raise RequestError(f"--plan-a and --plan-b are both {a.name}; give two different plans")
-    return a, b
+def _side(checkpoint: Checkpoint, given: str | LayerPlan | None, window: int | None) -> Side:
+    plan = resolve(given) if isinstance(given, str) else given
+    config = planned_config(checkpoint.config, plan, window)
+    return Side("as it is" if plan is None else plan.name, plan, config)
 
 
 def formula(blocks: int) -> LayerPlan:
@@ -187,8 +180,3 @@ def formula(blocks: int) -> LayerPlan:
         raise RequestError(f"{blocks} blocks do not interleave; give --plan-b")
     wide = [half for half in halves if 8 * half >= blocks]
     return interleave(blocks, 2 * (wide[0] if wide else halves[-1]))
-
-
-def _side(given: str | None, default: LayerPlan | None) -> Side:
-    plan = default if given is None else resolve(given)
-    return Side("as it is" if plan is None else plan.name, plan)

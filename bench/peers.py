@@ -70,7 +70,7 @@ def _side(
     tunings: dict[bool, llama_cpp.Tuning],
 ) -> Results:
     side = pair.sides[index]
-    config = side.config(pair.checkpoint(), pair.window)
+    config = side.config
     with tempfile.TemporaryDirectory(dir=settings.work) as folder:
         copies = Copies(pair, side, Path(folder))
         context = len(prompt) + settings.tokens

@@ -114,7 +114,7 @@ def measure(
     """
     tokenizer = pair.tokenizer()
     if tokenizer is None:
-        raise RequestError(f"{pair.model} has no tokenizer, and plans are measured on text")
+        raise RequestError(f"{pair.path} has no tokenizer, and plans are measured on text")
     texts = settings.texts or TEXTS
     windows = read_windows(tokenizer, texts, settings.text_tokens, context)
     model = pair.models()[0]

@@ -23,9 +23,9 @@ import mlx.nn as nn
 
 from bench import machine
 from bench.graphs import VIEWS, Counts, at, count, count_as_on_metal, hollow, kernels, line
-from bench.pair import formula, shown
+from bench.pair import formula
 from bench.random_model import GEOMETRIES
-from bench.report import parser, publish, table
+from bench.report import parser, public, publish, table
 from bench.step_kinds import forget
 from bench.suite import Results
 from mlx_cerebrum import cli, device
@@ -186,7 +186,7 @@ def _run(args: argparse.Namespace) -> int:
     else:
         config = open_checkpoint(hub.resolve(args.model or "demo")).config
     results = measure(config, _positions(config), args.chunk, args.q_bits)
-    results = {"model": args.geometry or shown(args.model or "demo")} | results
+    results = {"model": args.geometry or public(args.model or "demo")} | results
     publish(args, "primitives", results, text(results))
     return 0
 

@@ -171,10 +171,9 @@ def load(pair: Pair, packing: Packing) -> tuple[Model, ...]:
     """Both sides over weights packed so. Raises MemoryBudgetError where they don't fit."""
     checkpoint = Repacked(pair.checkpoint(), packing)
     opened = Opened.of(checkpoint, pair.opened.spec)
-    storage, other = opened.storage, pair.b.config(checkpoint, pair.window)
+    storage = opened.storage
     require(storage.nbytes + storage.transient, f"loading {packing}", SMALLER)
-    first = opened.load()
-    return first, first.view(other.layer_map, other.residual_scales)
+    return Pair(opened, pair.a, pair.b).models()
 
 
 def against(

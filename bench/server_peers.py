@@ -148,7 +148,9 @@ def _llama_cpp(stack: ExitStack, copies: Copies, clients: int) -> Engine:
     words += ["--parallel", str(clients), "--context", str(_CONTEXT)]
     server = stack.enter_context(Process(words))
     said = json.loads(next(line for line in server.lines if line.startswith("{")))
-    return Engine(server.address, copies.pair.model, said["version"], said["settings"], server.pid)
+    return Engine(
+        server.address, copies.pair.path.name, said["version"], said["settings"], server.pid
+    )
 
 
 def measure(

@@ -136,12 +136,9 @@ def _start(pair: Pair, settings: Effort) -> dict[str, list[float]] | None:
     pair.release()
 
     def run(side: Side) -> float:
-        plan = [] if side.plan is None else ["--plan", str(side.plan_file(settings.work))]
-        window = [] if pair.window is None else ["--window", str(pair.window)]
-        bits = [] if pair.packing is None else ["--q-bits", str(pair.packing.bits)]
         asked = ["--prompt", QUESTION, "--raw", "--max-tokens", "1", "--quiet"]
-        model = ["mlx_cerebrum.generate", "--model", str(pair.path)]
-        return process.seconds([*model, *plan, *window, *bits, *asked])
+        flags = pair.flags(side, settings.work)
+        return process.seconds(["mlx_cerebrum.generate", *flags, *asked])
 
     sides = {side.name: partial(run, side) for side in pair.sides}
     return rounds(sides, settings.rounds, seconds=settings.seconds)

@@ -31,7 +31,6 @@ import mlx.core as mx
 
 from bench import machine
 from bench.memory import NARROW
-from bench.pair import shown
 from bench.random_model import GEOMETRIES, RandomCheckpoint
 from bench.report import Spread, parser, public, publish, table
 from bench.step_kinds import MOVING, WHOLE, Pass, Timing, decode_pass, prefill_pass, timed
@@ -127,7 +126,7 @@ def _open(args: argparse.Namespace) -> tuple[Model, str]:
     """The model and its name. Raises a CerebrumError for what can't be loaded or can't fit."""
     if args.geometry is not None and args.model is not None:
         raise RequestError("--geometry is a model of random weights: drop --model")
-    name = f"random, {args.geometry}" if args.geometry else shown(args.model or "demo")
+    name = f"random, {args.geometry}" if args.geometry else public(args.model or "demo")
     spec = ModelSpec(args.model or "demo", plan=args.plan, q_bits=args.q_bits, window=args.window)
     if args.geometry is not None:
         opened = Opened.of(RandomCheckpoint(Path(name), SHAPES[args.geometry]), spec)

@@ -123,7 +123,7 @@ def test_engines_say_what_generate_step_says(pair: Pair, settings: Effort) -> No
     for side, model in zip(pair.sides, pair.models(), strict=True):
         folder = settings.work / side.name
         folder.mkdir()
-        config = side.config(pair.checkpoint())
+        config = side.config
         directory = copies.Copies(pair, side, folder).directory()
         expected = list(generate_step(PROMPT, model, max_tokens=TOKENS))
         peer = engines.mlx_lm(directory, config, PROMPT, model)
@@ -138,7 +138,7 @@ def test_engines_say_what_generate_step_says(pair: Pair, settings: Effort) -> No
 
 def test_other_weights_are_seen(pair: Pair, settings: Effort) -> None:
     a, b = pair.models()
-    config = pair.a.config(pair.checkpoint())
+    config = pair.a.config
     swapped = a.view((0, 2, 1, *range(3, 8)))
     assert engines.mlx_lm(pair.path, config, PROMPT, a).same_weights is True
     for other in (swapped, b):

@@ -18,15 +18,16 @@ from conftest import MakeCheckpoint
 from bench import bootstrap, harness, quality, quantized, repetition, verdict, window_loss
 from bench.likelihood import Comparison, Values, compare, keep, kept, log_probs, losses, windows
 from bench.markdown import escape, safe
-from bench.pair import Pair, Side, open_pair, random_pair
+from bench.pair import Pair, open_pair
 from bench.plots import LIGHT, drawn
 from bench.quality_report import _accuracy, _quantization
+from bench.random_model import RandomCheckpoint
 from bench.suite import Effort
 from mlx_cerebrum import load
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import interleave
-from mlx_cerebrum.weights.opening import ModelSpec, open_checkpoint, open_model
+from mlx_cerebrum.weights.opening import ModelSpec, open_checkpoint
 from mlx_cerebrum.weights.quantize import Packing
 
 TEXT = Path(__file__).parents[2] / "bench" / "data" / "austen.txt"
@@ -153,10 +154,8 @@ def test_a_model_without_a_window_gets_one(checkpoint: MakeCheckpoint, ids: list
 
 
 def pair_of(path: Path, q_bits: int | None = None) -> Pair:
-    plan = interleave(8, 4)
-    return Pair(
-        open_model(ModelSpec(path, q_bits=q_bits)), Side("as it is", None), Side(plan.name, plan)
-    )
+    spec = ModelSpec(path, q_bits=q_bits)
+    return Pair.of(open_checkpoint(path), spec, plan_b=interleave(8, 4))
 
 
 def test_more_bits_are_nearer(checkpoint: MakeCheckpoint, ids: list[int], tmp_path: Path) -> None:
@@ -563,8 +562,9 @@ def test_what_can_t_be_measured_is_said(
 
 
 def test_random_weights_are_refused(tmp_path: Path) -> None:
+    pair = Pair.of(RandomCheckpoint(Path("random")), ModelSpec("random"))
     with pytest.raises(RequestError, match="trained model"):
-        quality.measure(random_pair(), Effort(tmp_path))
+        quality.measure(pair, Effort(tmp_path))
 
 
 def test_the_demo_s_two_sides(demo: Path, ids: list[int]) -> None:
