@@ -29,23 +29,31 @@ class Tuning:
     flash_attention: bool
 
 
+def serve(
+    path: Path, tuning: Tuning, exact: bool, context: int, slots: int = 1, port: int = 0
+) -> Any:
+    """Its server, listening until it is let go of; `slots` requests at once share `context`."""
+    library: Any = import_module("xllamacpp")  # 100 MB, needed here only
+    params = library.CommonParams()
+    params.model.path = str(path)
+    params.port, params.n_ctx, params.n_parallel = port, context, slots
+    params.n_gpu_layers = _GPU_LAYERS
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = tuning.threads
+    params.warmup, params.verbosity = False, -1
+    kind = library.ggml_type
+    cache = kind.GGML_TYPE_F32 if exact else kind.GGML_TYPE_F16
+    params.cache_type_k = params.cache_type_v = cache
+    flash = "ENABLED" if tuning.flash_attention else "DISABLED"
+    attention = getattr(library.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{flash}")
+    params.flash_attn_type = attention
+    return library.Server(params)
+
+
 class _Server:
     """A loaded file. Raises CerebrumError when it answers with an error."""
 
     def __init__(self, path: Path, tuning: Tuning, exact: bool, context: int) -> None:
-        library: Any = import_module("xllamacpp")  # 100 MB, needed here only
-        params = library.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, _GPU_LAYERS
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = tuning.threads
-        params.warmup, params.verbosity = False, -1
-        kind = library.ggml_type
-        cache = kind.GGML_TYPE_F32 if exact else kind.GGML_TYPE_F16
-        params.cache_type_k = params.cache_type_v = cache
-        flash = "ENABLED" if tuning.flash_attention else "DISABLED"
-        attention = getattr(library.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{flash}")
-        params.flash_attn_type = attention
-        self._server = library.Server(params)
+        self._server = serve(path, tuning, exact, context)
         self._said: dict[tuple[tuple[int, ...], int], tuple[str, list[int]]] = {}
 
     def ask(self, prompt: Sequence[int], max_tokens: int, **more: Any) -> dict[str, Any]:
@@ -77,6 +85,14 @@ def on_gpu() -> bool:
     return any("GPU" in device["type"].name for device in library.get_device_info())
 
 
+def settings(tuning: Tuning, exact: bool) -> str:
+    """What a reader must know of it."""
+    place = "all layers on the GPU" if on_gpu() else f"CPU, threads: {tuning.threads}"
+    flash = "on" if tuning.flash_attention else "off"
+    keys = "float32" if exact else "float16"
+    return f"{place}, flash attention {flash}, keys and values in {keys}"
+
+
 def tune(path: Path, exact: bool, sample: Sequence[int]) -> Tuning:
     """The fastest of: all cores or half of them; with flash attention or without."""
     sample, tokens = sample[:_SAMPLE], 8
@@ -104,12 +120,9 @@ def open_engine(
     version = required("xllamacpp", "bench")
     server = _Server(path, tuning, exact, context)
     sizes = {name: tensor.nbytes for name, tensor in GGUFFile.open(path).tensors.items()}
-    place = "all layers on the GPU" if on_gpu() else f"CPU, threads: {tuning.threads}"
-    flash = "on" if tuning.flash_attention else "off"
-    keys = "float32" if exact else "float16"
     return Engine(
         version=f"xllamacpp {version}",
-        settings=f"{place}, flash attention {flash}, keys and values in {keys}, greedy",
+        settings=f"{settings(tuning, exact)}, greedy",
         weights=sum(sizes.values()),
         reads=reads(sizes, "token_embd.", "output."),
         kv=config.kv_values_per_token() * (4 if exact else 2),
