@@ -12,7 +12,7 @@ full size in memory; ours runs B over the weights of A. What a token *reads* is 
 Read the ratios as ours over theirs: above 1 ours is faster, for every measure. Prefill is prompt
 tokens over the time to the first token, decode what comes after. A ratio below 1 is explained
 with figures: where the other reads fewer bytes a token, by these; else by where our time goes, in
-matrix products and beside them, which `bench.profile` measures for each side.
+matrix products and beside them, which `bench.step_profile` measures for each side.
 """
 
 import tempfile
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from bench import engines, llama_cpp, process, profile
+from bench import engines, llama_cpp, process, step_profile
 from bench.attempts import Attempt, Source, forget, in_turns, one_by_one, one_line
 from bench.copies import Copies, main_type, nbytes
 from bench.engines import Engine, prompt_ids, required
@@ -53,7 +53,7 @@ def measure(pair: Pair, settings: Effort, prompt_tokens: int = PROMPT_TOKENS) ->
         sides[key] = _side(pair, index, settings, prompt, tunings)
     settings.say("profile of our forward pass")
     for side, model in zip(sides.values(), pair.models(), strict=True):
-        side["profile"] = profile.measure(model, prompt, 2)
+        side["profile"] = step_profile.measure_short(model, prompt, 2)
     return {
         "prompt_tokens": len(prompt),
         "tokens": settings.tokens,

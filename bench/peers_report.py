@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from bench import profile
+from bench import step_profile
 from bench.plots import Picture, Theme, bars
 from bench.report import Spread, table
 from bench.suite import Results
@@ -23,7 +23,7 @@ def text(results: Results) -> list[str]:
     for side in results["sides"].values():
         parts += _side(side, results["float32"])
         parts.append(f"Where our time goes, each kind of operation alone, {side['name']}:")
-        parts += profile.text(side["profile"])
+        parts += step_profile.text_short(side["profile"])
     return [*parts, _settings(results)]
 
 

@@ -6,29 +6,37 @@ python -m bench.primitives --geometry cerebrum-7b   the 7B's and the 12.25B's; -
 Where weights are few, or bandwidth is large, launching kernels is what a step costs besides
 reading them, so their number is what is left to win. Counted are mlx-lm's model, ours with its
 projections as they are stored, ours as it is loaded, and that as one compiled function; as this
-backend gets it, and as Metal would. Nothing is computed and no weights are loaded
-(see bench/graphs.py). Every position is counted with a block of its own: one that runs twice
-adds the same, except that a compiled function has the views of its weights once.
+backend gets it, and as Metal would, which has one kernel each for RMSNorm, RoPE, attention and
+unpacking where the CPU backend composes them of others.
+
+Each primitive that computes is a kernel to launch. Those that only look at another's memory under
+other shapes and strides (`VIEWS`) launch nothing, unless no view can have the shape. A graph
+depends on shapes alone: nothing is computed, and every parameter is a zero stretched over its
+shape, which takes no memory. Every position is counted with a block of its own: one that runs
+twice adds the same, except that a compiled function has the views of its weights once.
 """
 
 import argparse
+import io
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
 
-from bench import machine
-from bench.graphs import VIEWS, Counts, at, count, count_as_on_metal, hollow, kernels, line
 from bench.pair import formula
 from bench.random_model import GEOMETRIES
-from bench.report import parser, public, publish, table
-from bench.step_kinds import forget
+from bench.report import parser, public, run, table
+from bench.step_profile import forget
 from bench.suite import Results
-from mlx_cerebrum import cli, device
+from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import greedy, prefill_step
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.config import ModelConfig
@@ -37,34 +45,105 @@ from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.loading import fuse_projections
 from mlx_cerebrum.weights.opening import open_checkpoint
-from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.quantize import AFFINE_BITS
 
+Counts = Counter[str]
 Caches = Sequence[Any]
 # A model, its caches and tokens [1, L] -> the arrays that running this pass evaluates.
 Step = Callable[[nn.Module, Caches, mx.array], Any]
-Make = Callable[[ModelConfig, int | None], nn.Module]  # shapes and bits -> a hollow model
+Make = Callable[[ModelConfig], nn.Module]
 
+# fmt: off
+VIEWS = frozenset([
+    "AsStrided", "Broadcast", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice", "Split",
+    "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",
+])
+# fmt: on
 _CONTEXT = 64  # tokens before a pass: any number that leaves the caches room for one more
-# The fewest that have a first and a last position which differ, and more; both are counted, and
-# all other numbers follow.
-_COUNTED = (2, 4)
+_CEREBRUM = 32  # blocks of both Cerebrum models
+_METAL_HEADS = (64, 128)  # widths that Metal's attention has, for one token and for a chunk
 
 
-def ours(config: ModelConfig, bits: int | None, *, fused: bool = True) -> nn.Module:
+def count(outputs: Any) -> Counts:
+    """Primitives by name behind unevaluated arrays, in whatever lists or tuples they are.
+
+    Elementwise operations compiled into one are one node, whose name lists them: "Compiled".
+    """
+    found: dict[str, Any] = dict(tree_flatten(outputs))
+    dot = io.StringIO()
+    mx.export_to_dot(dot, *(array for array in found.values() if isinstance(array, mx.array)))
+    names = re.findall(r'\[label ?= ?"([^"]+)", shape=rectangle\]', dot.getvalue())
+    return Counter("Compiled" if name.startswith("Compiled") else name for name in names)
+
+
+def count_as_on_metal(build: Callable[[], Any], head_dim: int) -> Counts:
+    """Primitives of the graph that `build` would make on Metal; what it makes here is no use.
+
+    What stands for Metal's kernels are primitives that no model here uses, that keep their input's
+    shape, and that mx.compile leaves alone.
+    """
+
+    def marker(run: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        def mark(x: mx.array, *rest: Any, **named: Any) -> mx.array:
+            others = [a for a in (*rest, *named.values()) if isinstance(a, mx.array)]
+            return run(mx.depends([x], others)[0] if others else x, axis=-1)
+
+        return mark
+
+    composed = mx.fast.scaled_dot_product_attention
+
+    def unpack(weight: mx.array, scales: mx.array, **named: Any) -> mx.array:
+        # Counted as Concatenate: a marker has no other shape than its input's.
+        others = [weight] if named["biases"] is None else [weight, named["biases"]]
+        return mx.concatenate(mx.depends([scales], others) * named["group_size"], axis=-1)
+
+    with (
+        mock.patch.object(device, "backend", return_value="metal"),
+        mock.patch.object(mx, "dequantize", unpack),
+        mock.patch.object(mx.fast, "rms_norm", marker(mx.cummax)),
+        mock.patch.object(mx.fast, "rope", marker(mx.cummin)),
+        mock.patch.object(mx.fast, "scaled_dot_product_attention") as attention,
+    ):
+        wide = head_dim in _METAL_HEADS
+        attention.side_effect = marker(mx.cumprod) if wide else composed
+        found = count(build())
+    del found["Depends"]  # holds a marker's other inputs, no more
+    names = {"CumMax": "RMSNorm", "CumMin": "RoPE", "CumProd": "ScaledDotProductAttention"}
+    return Counter({names.get(name, name): number for name, number in found.items()})
+
+
+def kernels(counts: Mapping[str, int]) -> int:
+    """Primitives that compute."""
+    return sum(n for name, n in counts.items() if name not in VIEWS)
+
+
+def ours(config: ModelConfig, *, fused: bool = True) -> nn.Module:
     """The model; `fused`: its projections joined, as the loader does."""
     model = Model(config)
     for block in model.model.layers if fused else ():
         fuse_projections(block)
-    return hollow(model, bits)
+    return model
 
 
-def mlx_lm(config: ModelConfig, bits: int | None) -> nn.Module:
+def mlx_lm(config: ModelConfig) -> nn.Module:
     """mlx-lm's model of the same shapes, with a layer for each position."""
     from mlx_lm.models.llama import Model as Peer
     from mlx_lm.models.llama import ModelArgs
 
     raw = asdict(config) | {"num_hidden_layers": config.num_positions, "model_type": "llama"}
-    return hollow(Peer(ModelArgs.from_dict(raw)), bits)
+    peer: nn.Module = Peer(ModelArgs.from_dict(raw))
+    return peer
+
+
+def hollow(model: nn.Module, bits: int | None = None) -> nn.Module:
+    """The model, packed to `bits`, its parameters zeros that take one number's memory each."""
+    if bits is not None:
+        nn.quantize(model, group_size=64, bits=bits)
+    model.update(
+        tree_map(lambda a: mx.broadcast_to(mx.zeros((), a.dtype), a.shape), model.parameters())
+    )
+    mx.eval(model.parameters())
+    return model
 
 
 def decode(model: nn.Module, cache: Caches, tokens: mx.array) -> Any:
@@ -88,22 +167,34 @@ def compiled(step: Step, model: nn.Module, cache: Caches, tokens: mx.array) -> A
 
 
 PASSES: dict[str, Step] = {"decode": decode, "prefill": prefill}
-SIDES: dict[str, tuple[Make, Callable[[Step], Step]]] = {
-    "mlx-lm": (mlx_lm, lambda step: step),
-    "ours, not fused": (partial(ours, fused=False), lambda step: step),
-    "ours": (ours, lambda step: step),
-    "ours, compiled": (ours, lambda step: partial(compiled, step)),
+SIDES: dict[str, tuple[Make, bool]] = {  # and whether it is compiled
+    "mlx-lm": (mlx_lm, False),
+    "ours, not fused": (partial(ours, fused=False), False),
+    "ours": (ours, False),
+    "ours, compiled": (ours, True),
 }
 
 
-def caches(model: nn.Module, config: ModelConfig) -> Caches:
-    """The model's own caches after `_CONTEXT` tokens."""
-    if isinstance(model, Model):
-        cache: Caches = model.make_cache()
-    else:
-        from mlx_lm.models.cache import make_prompt_cache
+def counted(
+    side: str, name: str, config: ModelConfig, length: int, backend: str, bits: int | None = None
+) -> Counts:
+    """Of one pass over `length` tokens. `backend` is this machine's, or "metal"."""
+    make, compile = SIDES[side]
+    step = partial(compiled, PASSES[name]) if compile else PASSES[name]
+    model = hollow(make(config), bits)
+    build = partial(step, model, _caches(model, config), mx.zeros((1, length), mx.int32))
+    forget()
+    here = backend == device.backend()
+    counts = count(build()) if here else count_as_on_metal(build, config.head_dim)
+    forget()  # the compiled function's are for no one else
+    return counts
 
-        cache = make_prompt_cache(model)
+
+def _caches(model: nn.Module, config: ModelConfig) -> Caches:
+    """The model's own caches after `_CONTEXT` tokens."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache: Caches = make_prompt_cache(model)  # ours too has a `make_cache`
     shape = (1, config.num_key_value_heads, _CONTEXT, config.head_dim)
     entries = mx.zeros(shape, model.model.norm.weight.dtype)
     for layer in cache:
@@ -112,97 +203,73 @@ def caches(model: nn.Module, config: ModelConfig) -> Caches:
     return cache
 
 
-def primitives(
-    make: Make, step: Step, config: ModelConfig, length: int, backend: str, bits: int | None = None
-) -> Counts:
-    """Of one pass over `length` tokens. `backend` is this machine's, or "metal"."""
-    model = make(config, bits)
-    run = partial(step, model, caches(model, config), mx.zeros((1, length), mx.int32))
-    here = backend == device.backend()
-    forget()
-    counts = count(run()) if here else count_as_on_metal(run, config.head_dim)
-    forget()  # the compiled function's are for no one else
-    return counts
-
-
 def measure(
     config: ModelConfig, positions: Sequence[int], chunk: int, bits: int | None = None
 ) -> Results:
-    """By backend, pass and side: primitives for each position, besides, and at `positions`."""
+    """By backend, pass and side: primitives for each position, besides, and at `positions`.
 
-    def side(make: Make, step: Step, length: int, backend: str) -> Results:
-        found = {}
-        for n in _COUNTED:
+    The fewest positions that have a first and a last which differ are two. What three have more is
+    what every position has, so all other numbers follow.
+    """
+
+    def side(label: str, name: str, backend: str) -> Results:
+        def at(n: int) -> Counts:
             shapes = replace(config, num_hidden_layers=n, layer_map=tuple(range(n)))
             shapes = replace(shapes, residual_scales=None)
-            found[n] = primitives(make, step, shapes, length, backend, bits)
-        per, besides = line(found)
-        every = {str(n): at(n, per, besides) for n in positions}
+            return counted(label, name, shapes, chunk if name == "prefill" else 1, backend, bits)
+
+        per, besides = at(3), at(2)
+        per.subtract(besides)
+        besides.subtract({key: 2 * n for key, n in per.items()})
         return {
-            "per_position": dict(per),
-            "besides": dict(besides),
-            "primitives": {n: counts.total() for n, counts in every.items()},
-            "kernels": {n: kernels(counts) for n, counts in every.items()},
+            "per_position": {key: n for key, n in per.items() if n},
+            "besides": {key: n for key, n in besides.items() if n},
+            "primitives": {str(n): besides.total() + n * per.total() for n in positions},
+            "kernels": {str(n): kernels(besides) + n * kernels(per) for n in positions},
         }
 
-    peer = machine.version("mlx-lm") is not None
-    backends = dict.fromkeys((device.backend(), "metal"))
     return {
         "chunk": chunk,
         "positions": list(positions),
         "backends": {
             backend: {
-                name: {
-                    label: side(make, how(step), chunk if step is prefill else 1, backend)
-                    for label, (make, how) in SIDES.items()
-                    if peer or make is not mlx_lm
-                }
-                for name, step in PASSES.items()
+                name: {label: side(label, name, backend) for label in SIDES} for name in PASSES
             }
-            for backend in backends
+            for backend in dict.fromkeys((device.backend(), "metal"))
         },
     }
 
 
 def main(argv: list[str] | None = None) -> int:
     p = parser("primitives", "Graph primitives of one decode step and of one prefill chunk.")
-    p.add_argument("--model", metavar="DIR|FILE.gguf|HUBID|demo", help="shapes (default: demo)")
-    p.add_argument("--geometry", choices=sorted(GEOMETRIES), help="named shapes instead")
-    p.add_argument("--q-bits", type=int, metavar="N", help="packed weights (default: dense ones)")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--model", metavar="DIR|FILE.gguf|HUBID|demo", help="shapes (default: demo)")
+    which.add_argument("--geometry", choices=sorted(GEOMETRIES), help="named shapes instead")
+    p.add_argument("--q-bits", type=int, choices=AFFINE_BITS, help="a weight (default: dense)")
     p.add_argument("--chunk", type=int, default=prefill_step(), metavar="N", help="of prefill")
-    args = p.parse_args(argv)
-    return cli.run(lambda: _run(args), args.debug)
+    return run(p, _measure, text, argv)
 
 
-def _run(args: argparse.Namespace) -> int:
-    if args.geometry is not None and args.model is not None:
-        raise RequestError("--geometry names shapes of its own: drop --model")
+def _measure(args: argparse.Namespace) -> Results:
     if args.chunk < 2:
         raise RequestError("--chunk must be at least 2: one token is a decode step")
-    if args.q_bits is not None:
-        Packing(args.q_bits, 64)  # refused here if MLX has none
     if args.geometry is not None:
         config = ModelConfig.from_dict(GEOMETRIES[args.geometry])
     else:
         config = open_checkpoint(hub.resolve(args.model or "demo")).config
-    results = measure(config, _positions(config), args.chunk, args.q_bits)
-    results = {"model": args.geometry or public(args.model or "demo")} | results
-    publish(args, "primitives", results, text(results))
-    return 0
-
-
-def _positions(config: ModelConfig) -> list[int]:
-    """The model's, those of the formula over its blocks, and the two Cerebrum models'."""
     blocks = config.num_hidden_layers
-    cerebrum = LayerPlan.named("cerebrum-12.25b").layer_map(32)
     merged = formula(blocks).layer_map(blocks) if blocks > 2 else ()
-    return sorted({config.num_positions, len(merged), 32, len(cerebrum)} - {0})
+    cerebrum = LayerPlan.named("cerebrum-12.25b").layer_map(_CEREBRUM)
+    positions = {config.num_positions, len(merged), _CEREBRUM, len(cerebrum)} - {0}
+    name = args.geometry or public(args.model or "demo")
+    return {"model": name} | measure(config, sorted(positions), args.chunk, args.q_bits)
 
 
 def text(results: Results) -> list[str]:
     """A table for each backend and pass, and the decode step's positions by name."""
     positions = [str(n) for n in results["positions"]]
     what = {"decode": "a decode step", "prefill": f"a prefill chunk of {results['chunk']}"}
+    header = ["a position", *(f"{n} positions" for n in positions)]
     parts = [
         f"Shapes of {results['model']}. Primitives, and in brackets those of them that compute:"
         " kernels to launch. A position is one layer's run; at so many positions, all of it."
@@ -214,21 +281,14 @@ def text(results: Results) -> list[str]:
                 per = found["per_position"]
                 every = [f"{found['primitives'][n]} ({found['kernels'][n]})" for n in positions]
                 rows.append([side, f"{sum(per.values())} ({kernels(per)})", *every])
-            header = ["a position", *(f"{n} positions" for n in positions)]
             parts.append(table([f"{what[name]}, {backend}", *header], rows))
-        parts.append(_named(f"a position of it, {backend}", passes["decode"]))
+        counts = {side: found["per_position"] for side, found in passes["decode"].items()}
+        names = sorted({name for per in counts.values() for name in per} - VIEWS)
+        rows = [[name, *(str(per.get(name, "")) for per in counts.values())] for name in names]
+        views = [str(sum(per.values()) - kernels(per)) for per in counts.values()]
+        title = f"a position of it, {backend}"
+        parts.append(table([title, *counts], [*rows, ["views", *views]]))
     return parts
-
-
-def _named(title: str, sides: Mapping[str, Results]) -> str:
-    counts = {side: found["per_position"] for side, found in sides.items()}
-    names = {name for found in counts.values() for name in found}
-    rows = [
-        [name, *(str(found.get(name, "")) for found in counts.values())]
-        for name in sorted(names - VIEWS)
-    ]
-    views = [sum(n for name, n in found.items() if name in VIEWS) for found in counts.values()]
-    return table([title, *counts], [*rows, ["views", *map(str, views)]])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import MakeCheckpoint
 
-from bench import bandwidth, copies, engines, llama_cpp, machine, peers, process, profile
+from bench import bandwidth, copies, engines, llama_cpp, machine, peers, process, step_profile
 from bench.attempts import Attempt, Source, in_turns, one_by_one
 from bench.engines import Engine, Run
 from bench.pair import Pair, Side, open_pair
@@ -301,7 +301,7 @@ def test_process_starts(
 
 def test_profile_counts_what_a_token_reads(pair: Pair) -> None:
     for model in pair.models():
-        results = profile.measure(model, PROMPT, 1)
+        results = step_profile.measure_short(model, PROMPT, 1)
         kinds = results["decode"]["kinds"]
         work = sum(k["seconds"] * k["rate"] for k in kinds.values() if k["rate"]) * GB
         assert work == pytest.approx(bandwidth.token_bytes(model, len(PROMPT)), rel=0.02)
@@ -312,4 +312,4 @@ def test_profile_counts_what_a_token_reads(pair: Pair) -> None:
         kinds = results["prefill"]["kinds"]
         work = sum(kinds[k]["seconds"] * kinds[k]["rate"] for k in ("qkv", "o", "mlp")) * 1e9
         assert 0.85 * blocks < work < blocks  # all but the last position's o and mlp
-        assert len(profile.text(results)) == 2
+        assert len(step_profile.text_short(results)) == 2

@@ -4,33 +4,17 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 from conftest import MakeCheckpoint
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny import tiny_config
 
-from bench import bandwidth, graphs, primitives, step_profile
+from bench import bandwidth, primitives, step_profile
 from bench.random_model import GEOMETRIES
-from bench.step_kinds import (
-    MOVING,
-    WHOLE,
-    Arrays,
-    Kind,
-    Pass,
-    Timing,
-    decode_pass,
-    filled,
-    forget,
-    pairs,
-    prefill_pass,
-)
-from bench.suite import Results
+from bench.step_profile import MOVING, WHOLE, Arrays, Kind, Pass, Timing, filled, forget
 from mlx_cerebrum import device, load
-from mlx_cerebrum.model.cache import causal_mask
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 
@@ -44,22 +28,8 @@ def model(checkpoint: MakeCheckpoint) -> Model:
     return load(path, window=WINDOW)[0]
 
 
-# --- what a kind is
-
-
-@given(
-    before=st.integers(0, 60),
-    length=st.integers(1, 40),
-    window=st.none() | st.integers(1, 50),
-)
-@settings(deadline=None, max_examples=40)
-def test_pairs_are_what_the_mask_leaves(before: int, length: int, window: int | None) -> None:
-    config = replace(TINY, sliding_window=window)
-    assert pairs(config, before, length) == mx.sum(causal_mask(length, before, window)).item()
-
-
 def computing(counts: Counter[str]) -> Counter[str]:
-    return Counter({name: n for name, n in counts.items() if name not in graphs.VIEWS})
+    return Counter({name: n for name, n in counts.items() if name not in primitives.VIEWS})
 
 
 def compared(found: Pass) -> tuple[Counter[str], Counter[str]]:
@@ -68,7 +38,7 @@ def compared(found: Pass) -> tuple[Counter[str], Counter[str]]:
     def counted(graph: Callable[[], Arrays]) -> Counter[str]:
         forget()
         arrays = graph()
-        counts = graphs.count(arrays)
+        counts = primitives.count(arrays)
         mx.eval(*arrays)  # else the next graph on these caches has this one in it
         return computing(counts)
 
@@ -79,13 +49,13 @@ def compared(found: Pass) -> tuple[Counter[str], Counter[str]]:
 @pytest.mark.parametrize("context", [5, WINDOW, 100])
 def test_the_kinds_of_a_decode_step_are_the_step(model: Model, context: int) -> None:
     """None of its primitives is left out, or counted twice."""
-    whole, kinds = compared(decode_pass(model, context))
+    whole, kinds = compared(Pass(model, context))
     assert kinds == whole
 
 
 @pytest.mark.parametrize("context", [0, 5, WINDOW, 100])
 def test_the_kinds_of_a_chunk_are_the_chunk(model: Model, context: int) -> None:
-    whole, kinds = compared(prefill_pass(model, context, 8))
+    whole, kinds = compared(Pass(model, context, 8))
     # The window's mask is made once for all positions; its time is part of the rest.
     past = context + 8 > WINDOW
     mask = {"Arange": 2, "LessEqual": 1, "Greater": 1, "Subtract": 1, "BitwiseAnd": 1}
@@ -93,24 +63,33 @@ def test_the_kinds_of_a_chunk_are_the_chunk(model: Model, context: int) -> None:
     assert kinds - whole == {}
 
 
+@pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"torch_dtype": "bfloat16"}])
+def test_other_models_are_told_apart_too(checkpoint: MakeCheckpoint, changes: Any) -> None:
+    model, _ = load(checkpoint(**changes), q_bits=4, dtype="float32")
+    whole, kinds = compared(Pass(model, 9))
+    assert kinds == whole
+
+
 def test_work_is_counted(model: Model) -> None:
     config, context = model.config, 100
-    kinds = decode_pass(model, context).kinds
-    weights = ("norms", "qkv", "attention", "o", "gate_up", "down", "head")
+    kinds = Pass(model, context).kinds
+    modules = ("norms", "qkv", "o", "gate_up", "down", "head")
+    entries = [array for _, inputs in kinds["attention"].calls for array in inputs[1:]]
     # A token reads the window's keys and values, its own among them.
-    expected = bandwidth.token_bytes(model, context)
-    assert sum(kinds[name].held for name in weights) == expected
+    read = sum(kinds[name].held for name in modules) + sum(array.nbytes for array in entries)
+    assert read == bandwidth.token_bytes(model, context)
     matrices = ("qkv", "o", "gate_up", "down")
-    norms = 2 * config.hidden_size
-    per_position = config.block_parameters - norms
+    per_position = config.block_parameters - 2 * config.hidden_size  # without its norms
     assert sum(kinds[n].flops for n in matrices) == 2 * per_position * config.num_positions
-    chunk = prefill_pass(model, context, 8).kinds
+    heads = config.num_attention_heads * config.head_dim
+    assert kinds["attention"].flops == 4 * heads * WINDOW * config.num_positions
+    chunk = Pass(model, context, 8).kinds
+    assert chunk["attention"].flops * 3 == 8 * kinds["attention"].flops * 2  # not for the last
     assert chunk["qkv"].flops == 8 * kinds["qkv"].flops
-    assert chunk["o"].flops * 3 == 8 * kinds["o"].flops * 2  # not for the last position
+    assert chunk["o"].flops * 3 == 8 * kinds["o"].flops * 2
     assert "head" not in chunk
     values = config.kv_values_per_token() * 4
-    # What is kept moves to a new buffer, and 8 tokens are written to it.
-    assert chunk["cache"].held == values * (WINDOW - 1 + 64) + values * 8 // 2
+    assert chunk["cache"].held == values * (WINDOW - 1 + 64)  # what is kept moves to a new buffer
     assert kinds["cache"].nbytes == values
 
 
@@ -118,13 +97,13 @@ def test_passes_leave_the_caches_as_they_were(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caches = filled(model, 100)
-    monkeypatch.setattr("bench.step_kinds.filled", lambda *_: caches)
+    monkeypatch.setattr(step_profile, "filled", lambda *_: caches)
     token = mx.array([[7]])
     before = model(token, caches)
     mx.eval(before)
     for layer in caches:
         layer.trim(1)
-    for found in (decode_pass(model, 100), prefill_pass(model, 100, 8)):
+    for found in (Pass(model, 100), Pass(model, 100, 8)):
         times = found.times(2)
         assert {len(times[name]) for name in (WHOLE, *found.kinds)} == {2}
         assert {layer.offset for layer in caches} == {100}
@@ -135,21 +114,18 @@ def test_passes_leave_the_caches_as_they_were(
             layer.trim(1)
 
 
-# --- the table
-
-
-def result(build: float, whole: float, kind: float) -> Results:
-    kinds = {name: Kind([], held=10**6, flops=2 * 10**6) for name in ("one", "two")}
-    times = {WHOLE: [Timing(build, whole - build)] * 3, MOVING: [Timing(0.0, 0.5)] * 3}
-    times |= {name: [Timing(9.0, kind)] * 3 for name in kinds}
-    return step_profile.summed(times, Pass(list, kinds, Kind([], 5)))
-
-
 @pytest.mark.parametrize(("kind", "rest"), [(0.002, 0.005), (0.005, -0.001)])
-def test_the_rest_is_what_is_left(kind: float, rest: float) -> None:
-    found = result(build=0.001, whole=0.010, kind=kind)
-    assert found["rest"] == pytest.approx(rest)
-    table = step_profile._table("a step", found)
+def test_the_rest_is_what_is_left(
+    kind: float, rest: float, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Pass(model, 1)
+    found.kinds = {name: Kind(held=10**6, flops=2 * 10**6) for name in ("one", "two")}
+    times = {WHOLE: [Timing(0.001, 0.009)] * 3, MOVING: [Timing(0.0, 0.5)] * 3}
+    times |= {name: [Timing(9.0, kind)] * 3 for name in found.kinds}
+    monkeypatch.setattr(found, "times", lambda *_: times)
+    results = found.measured(3)
+    assert results["rest"] == pytest.approx(rest)
+    table = step_profile._table("a step", results)
     rows = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in table.splitlines()}
     cells = {name: [cell.strip() for cell in row] for name, row in rows.items()}
     assert cells["the rest"][:2] == [f"{rest * 1e3:.2f}", f"{rest * 1e4:.1f}%"]
@@ -161,101 +137,35 @@ def test_the_rest_is_what_is_left(kind: float, rest: float) -> None:
     assert sum(map(float, parts)) == pytest.approx(10.0)
 
 
-def test_the_command(
-    checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "profile.json"
+def test_the_command(checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", str(checkpoint()), "--context", "20", "--chunk", "8", "--rounds", "1"]
-    words += ["--window", str(WINDOW), "--no-openblas", "--out", str(out)]
-    assert step_profile.main(words) == 0
+    assert step_profile.main([*words, "--window", str(WINDOW)]) == 0
     printed = capsys.readouterr().out
     for name in ("embedding", "gate_up", "argmax", "building the graph", "the rest"):
         assert f"| {name} " in printed
     results = json.loads(printed.splitlines()[-1])["results"]
-    document = json.loads(out.read_text())
-    assert document["results"] == results
-    assert str(tmp_path) not in out.read_text()
     assert (results["positions"], results["window"]) == (8, WINDOW)
     for name in ("decode", "prefill"):
         found = results[name]
         parts = sum(kind["seconds"]["median"] for kind in found["kinds"].values())
         whole = parts + found["build"]["median"] + found["rest"]
         assert whole == pytest.approx(found["whole"]["median"], rel=1e-3)
-
-
-def test_random_geometry(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(step_profile.SHAPES, "narrow", tiny_config())
-    words = ["--geometry", "narrow", "--plan", "cerebrum-12.25b", "--context", "60"]
-    assert step_profile.main([*words, "--chunk", "8", "--rounds", "1", "--no-openblas"]) == 0
-    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
-    assert (results["positions"], results["model"]) == (56, "random, narrow")
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--context", "0"], "at least 1"),
-        (["--geometry", "narrow", "--model", "demo"], "drop --model"),
-        (["--out", "no/such/folder.json"], "there is no such folder"),
-    ],
-)
-def test_bad_flags_are_one_line(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert step_profile.main([*words, "--no-openblas"]) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
+    assert step_profile.main(["--context", "0"]) == 2
+    assert "at least 1" in capsys.readouterr().err
 
 
 # --- primitives
-
-DOT = """digraph {
-{ rank=source; "A"; }
-{ 94568283734432 [label ="CumMax", shape=rectangle]; }
-"A" -> 94568283734432
-{ "label"; }
-{ 94568283863616 [label ="Add", shape=rectangle]; }
-{ 94568283863617 [label ="Add", shape=rectangle]; }
-{ 94568283835856 [label ="CompiledSigmoidMultiplyMultiply", shape=rectangle]; }
-{ rank=sink; "I"; }
-}
-"""
-
-
-def test_dot_is_parsed() -> None:
-    assert graphs.parse(DOT) == {"CumMax": 1, "Add": 2, "Compiled": 1}
-    assert graphs.parse("digraph {\n}\n") == {}
 
 
 def test_primitives_are_counted_once() -> None:
     x = mx.ones((2, 2))
     mx.eval(x)
     y = mx.exp(x)
-    assert graphs.count([y, {"z": (y @ y, 3)}]) == {"Exp": 1, "Matmul": 1}
-    assert graphs.kernels({"Exp": 2, "Transpose": 5, "Matmul": 1}) == 3
+    assert primitives.count([y, {"z": (y @ y, 3)}]) == {"Exp": 1, "Matmul": 1}
+    assert primitives.kernels({"Exp": 2, "Transpose": 5, "Matmul": 1}) == 3
 
 
-counts = st.dictionaries(st.sampled_from("abcd"), st.integers(1, 50)).map(Counter[str])
-
-
-@given(per=counts, besides=counts, few=st.integers(1, 5), more=st.integers(1, 5))
-def test_the_line_through_two_counts(
-    per: Counter[str], besides: Counter[str], few: int, more: int
-) -> None:
-    ends = {n: graphs.at(n, per, besides) for n in (few, few + more)}
-    assert graphs.line(ends) == (per, besides)
-    assert graphs.at(56, *graphs.line(ends)) == graphs.at(56, per, besides)
-
-
-def test_counts_on_no_line_are_refused() -> None:
-    with pytest.raises(ValueError, match="Add: 3 at 2 and 4 at 4"):
-        graphs.line({2: Counter(Add=3), 4: Counter(Add=4)})
-
-
-def test_any_number_of_positions_follows_from_two() -> None:
+def test_any_number_of_positions_follows_from_two_and_three() -> None:
     config = replace(TINY, num_hidden_layers=7, layer_map=tuple(range(7)))
     results = primitives.measure(config, [7], 8)
     assert set(results["backends"]) == {device.backend(), "metal"}
@@ -263,12 +173,10 @@ def test_any_number_of_positions_follows_from_two() -> None:
         for name, sides in passes.items():
             assert set(sides) == set(primitives.SIDES)
             for side, found in sides.items():
-                make, how = primitives.SIDES[side]
                 length = 8 if name == "prefill" else 1
-                step = how(primitives.PASSES[name])
-                counted = primitives.primitives(make, step, config, length, backend)
+                counted = primitives.counted(side, name, config, length, backend)
                 assert counted.total() == found["primitives"]["7"], (backend, name, side)
-                assert graphs.kernels(counted) == found["kernels"]["7"]
+                assert primitives.kernels(counted) == found["kernels"]["7"]
     text = "\n".join(primitives.text({"model": "tiny"} | results))
     assert "7 positions" in text
 
@@ -293,7 +201,7 @@ def test_on_metal_a_position_is_thirteen_kernels(bits: int | None) -> None:
         assert computing(Counter(sides[side]["per_position"])) == kernels
     apart = Counter(sides["ours, not fused"]["per_position"])
     assert computing(apart) == kernels | {product: 7, "RoPE": 2}
-    assert graphs.kernels(sides["mlx-lm"]["per_position"]) == graphs.kernels(apart)
+    assert primitives.kernels(sides["mlx-lm"]["per_position"]) == primitives.kernels(apart)
     assert all("Depends" not in found["per_position"] for found in sides.values())
     besides = computing(Counter(sides["ours"]["besides"]))
     gathers = 1 if bits is None else 3
@@ -309,7 +217,7 @@ def test_on_metal_a_position_is_thirteen_kernels(bits: int | None) -> None:
 def test_hollow_models_take_no_memory() -> None:
     config = ModelConfig.from_dict(GEOMETRIES["cerebrum-7b"])
     before = mx.get_active_memory()
-    model = primitives.ours(config, None)
+    model = primitives.hollow(primitives.ours(config))
     assert mx.get_active_memory() - before < 1e6
     assert model.lm_head.weight.shape == (config.vocab_size, config.hidden_size)
 
