@@ -2,6 +2,10 @@
 
 Products with one token's vector, rotary positions, attention over a prompt. On a GPU the modules
 here call MLX's kernels. Where Accelerate does the work (macOS), products and attention are MLX's.
+
+On two cores of an EPYC this took ours / mlx-lm, in tokens/s of float32 models, from 1.33 to 1.51
+for decoding a small one (50 MB), 1.00 to 2.08 a large one (2.6 GB), 1.04 to 1.39 for a prompt of
+2048 tokens, and 1.99 to 3.24 for one of 16384.
 """
 
 import math
