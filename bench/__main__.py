@@ -246,7 +246,7 @@ def joined(directory: Path, document: Results) -> Results:
         if directory.exists() and any(path.suffix != ".json" for path in directory.iterdir()):
             raise RequestError(f"{directory} is in use and holds no {suite.FILE}; name another")
         return document
-    before = suite.read(directory)
+    before = suite.read(directory / suite.FILE)
     for key in ("machine", "model"):
         found = [one.get(key, {}) | {"load_average": None} for one in (document, before)]
         if found[0] != found[1]:

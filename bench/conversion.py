@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace) -> int:
         "ratios": _ratios(rows),
         "cold": cold,
     }
-    publish(args, "conversion", results, _text(rows, results))
+    publish(args, "conversion", results, text(results))
     return 0
 
 
@@ -235,17 +235,17 @@ def _ratios(rows: dict[str, Cost]) -> dict[str, float]:
     return found
 
 
-def _text(rows: dict[str, Cost], results: dict[str, Any]) -> list[str]:
+def text(results: dict[str, Any]) -> list[str]:
     cells = [
         [
             name,
-            f"{cost.wall:.1f}",
-            f"{cost.cpu:.1f}",
-            f"{cost.peak_memory / GB:.2f}",
-            "" if cost.written is None else f"{cost.written / GB:.2f}",
-            f"{cost.result / GB:.2f}",
+            f"{cost['wall']:.1f}",
+            f"{cost['cpu']:.1f}",
+            f"{cost['peak_memory'] / GB:.2f}",
+            "" if cost["written"] is None else f"{cost['written'] / GB:.2f}",
+            f"{cost['result'] / GB:.2f}",
         ]
-        for name, cost in rows.items()
+        for name, cost in results["costs"].items()
     ]
     cold = results["cold"]
     header = ["", "wall s", "CPU s", "peak GB", "written GB", "result GB"]

@@ -1,97 +1,151 @@
-"""Figures in documents, filled in from results, so that the two can't disagree.
+"""Figures in documents, taken from results, so that the two can't disagree.
 
-Between the lines `<!-- figures: NAME -->` and `<!-- end -->` a document's text is made by the
-function NAME of `bench.blocks` from what lies in bench/results/. `python -m bench render
---figures` writes it anew; a test fails where it was not, and where a figure that can only have
-been measured stands outside such a block.
+Between `<!-- figures: RUN/NAME 1-3 5 -->` and `<!-- end -->` stand those paragraphs (without
+numbers: all) of what the bench NAME says of a run in bench/results/: a suite of its results.json,
+pictures last, or NAME.json, which a bench printed with `--json`. `index` is the table of all runs.
+`python -m bench render --figures` writes them anew; a test fails where that was not done, and where
+a figure that can only have been measured stands outside such a block.
 """
 
 import difflib
+import importlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from bench.blocks import BLOCKS
-from bench.runs import Runs
+from bench import suite
+from bench.report import table
+from bench.suite import Results, escaped, reading
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.model.memory import GB
 
 ROOT = Path(__file__).parent.parent
 INDEX = "bench/results/README.md"
 DOCUMENTS = ("README.md", "bench/README.md", INDEX)  # may have blocks
 GUARDED = (*DOCUMENTS, "CHANGELOG.md")  # may have no measured figure outside them
+_LENGTH = "512"  # the prompt whose prefill the index shows
 
-_OPEN = re.compile(r"^<!-- figures: *(.*?) *-->$", re.M)
-_BLOCK = re.compile(r"^<!-- figures: *(.*?) *-->\n(.*?)^<!-- end -->$", re.M | re.S)
+_OPEN = re.compile(r"^<!-- figures: .*$", re.M)
+_BLOCK = re.compile(r"^<!-- figures: (\S+)([\d -]*) -->\n(.*?)^<!-- end -->$", re.M | re.S)
 # What is no prose: code, comments, where links point to.
 _ASIDE = re.compile(r"^```.*?^```|`[^`\n]*`|<!--.*?-->|\]\([^)]*\)", re.M | re.S)
-_COUNTED = "two|three|four|five|six|seven|eight|nine|ten|twenty|a hundred"
 _UNITS = r"tokens/s|tok/s|tokens a second|[kMGT]i?B(?:/s)?|m?s|seconds?|minutes?|percent|x|times"
 _FIGURE = re.compile(
     rf"(?<![\w.])(?<![A-Za-z]-)\d[\d,]*(?:\.\d+)?(?: ?%| ?(?:{_UNITS})(?![\w-]))"
     r"|(?<![\w.])(?<![A-Za-z]-)\d+\.\d+(?!\w|\.\d|-[A-Za-z])"  # a decimal, but no version or name
-    rf"|\b(?:{_COUNTED}) times (?:as|faster|slower|the)\b"
-    r"|\b(?:half|a third|a quarter) of (?:the|our)\b",
-    re.I,
 )
 
 
-def filled(text: str, runs: Runs, where: str) -> str:
-    """The text with its blocks made from the results.
-
-    Raises RequestError for a block that no function makes, or that lacks its end or its results.
-    """
-    if len(_OPEN.findall(text)) != len(_BLOCK.findall(text)):
-        raise RequestError(f"{where}: a block of figures has no line <!-- end --> of its own")
-
-    def make(match: re.Match[str]) -> str:
-        name = match[1]
-        if name not in BLOCKS:
-            raise RequestError(
-                f"{where}: no figures are named {name!r}; there are {', '.join(BLOCKS)}"
-            )
-        try:
-            body = BLOCKS[name](runs)
-        except RequestError as error:
-            raise RequestError(f"{where}, figures {name}: {error}") from error
-        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise RequestError(
-                f"{where}, figures {name}: the results lack something:"
-                f" {type(error).__name__}: {error}"
-            ) from error
-        return f"<!-- figures: {name} -->\n\n{body}\n\n<!-- end -->"
-
-    return _BLOCK.sub(make, text)
-
-
-def rewrite(root: Path, only: str | None = None) -> list[Path]:
+def rewrite(names: Sequence[str], root: Path = ROOT) -> list[Path]:
     """Fill in the documents' blocks; returns the documents that changed."""
     changed = []
-    for path, text, wanted in _documents(root, only):
+    for name in names:
+        path = root / name
+        text = path.read_text(encoding="utf-8")
+        wanted = filled(text, name, root)
         if text != wanted:
             path.write_text(wanted, encoding="utf-8")
             changed.append(path)
     return changed
 
 
-def stale(root: Path) -> str:
+def stale(root: Path = ROOT) -> str:
     """Where documents and results disagree, as a diff; empty where they don't."""
     lines: list[str] = []
-    for path, text, wanted in _documents(root, None):
-        name = str(path.relative_to(root))
-        lines += difflib.unified_diff(
-            text.splitlines(), wanted.splitlines(), name, f"{name} as measured", lineterm=""
-        )
+    for name in DOCUMENTS:
+        text = (root / name).read_text(encoding="utf-8")
+        pair = text.splitlines(), filled(text, name, root).splitlines()
+        lines += difflib.unified_diff(*pair, name, f"{name} as measured", lineterm="")
     return "\n".join(lines)
 
 
-def _documents(root: Path, only: str | None) -> list[tuple[Path, str, str]]:
-    runs = Runs(root / "bench" / "results")
-    found = []
-    for name in (only,) if only else DOCUMENTS:
-        path = root / name
-        text = path.read_text(encoding="utf-8")
-        found.append((path, text, filled(text, runs, name)))
-    return found
+def filled(text: str, document: str, root: Path = ROOT) -> str:
+    """The text with its blocks made from the results.
+
+    Raises RequestError for a block without its end, its results or one of its paragraphs.
+    """
+    if len(_OPEN.findall(text)) != len(_BLOCK.findall(text)):
+        raise RequestError(f"{document}: a block of figures is not as it should be, or has no end")
+
+    def make(match: re.Match[str]) -> str:
+        what, numbers, _ = match.groups()
+        with reading(f"{document}, figures {what}{numbers}"):
+            if what == "index":
+                body = index(root / "bench" / "results")
+            else:
+                folder = "../" * (document.count("/")) + "bench/results"
+                found = _said(root / "bench" / "results" / what, f"{folder}/{Path(what).parent}/")
+                body = "\n\n".join(_chosen(found, numbers))
+        return f"<!-- figures: {what}{numbers} -->\n\n{body}\n\n<!-- end -->"
+
+    return _BLOCK.sub(make, text)
+
+
+def _said(path: Path, folder: str) -> list[str]:
+    """The paragraphs of RUN/NAME; pictures are in `folder`."""
+    single = path.with_name(f"{path.name}.json")
+    if single.exists():
+        found = escaped(suite.read(single, "bench", "results"))
+        paragraphs = _bench(found["bench"]).text(found["results"])
+    else:
+        found = escaped(suite.read(path.parent / suite.FILE, "suites", "machine"))
+        results, module = found["suites"][path.name], _bench(path.name)
+        drawn = module.plots(results, found["machine"])
+        paragraphs = module.text(results)
+        paragraphs += [picture.markdown(name, folder) for name, picture in drawn.items()]
+    return "\n\n".join(paragraphs).split("\n\n")
+
+
+def _bench(name: str) -> Any:
+    return importlib.import_module(f"bench.{name}")
+
+
+def _chosen(paragraphs: list[str], numbers: str) -> list[str]:
+    if not numbers:
+        return paragraphs
+    ends = [tuple(map(int, one.split("-"))) for one in numbers.split()]
+    return [paragraphs[k - 1] for end in ends for k in range(end[0], end[-1] + 1)]
+
+
+def index(folder: Path) -> str:
+    """A row for each run, by backend."""
+    rows = []
+    for path in sorted(folder.glob(f"*/{suite.FILE}")):
+        document = escaped(suite.read(path, "machine", "model", "suites"))
+        with reading(str(path)):
+            rows.append(_row(document, path.parent.name))
+    header = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [[row.get(column, "-") for column in header] for row in rows]
+    unit = "Decode at short context and prefill of a prompt of 512, tokens/s; share of"
+    return f"{table(header, cells)}\n\n{unit} the bandwidth measured on that machine."
+
+
+def _row(document: Results, run: str) -> dict[str, str]:
+    card, model, speed = document["machine"], document["model"], document["suites"].get("speed", {})
+    row = {
+        "run": f"[{run}]({run}/README.md)",
+        "processor": f"{card['processor']}, {card['cores']} cores",
+        "memory": f"{card['memory_bytes'] / GB:.0f} GB",
+        "system": card["os"],
+        "device": card["device"],
+        "mlx": card["mlx"],
+        "date": document["date"],
+        "model": model["model"],
+        "side A": model["a"]["name"],
+        "side B": model["b"]["name"],
+    }
+    if "sides" in speed:
+        a, b = (speed["sides"][name] for name in speed["names"])
+        row |= {
+            "decode A": f"{a['decode']['median']:.1f}",
+            "decode B": f"{b['decode']['median']:.1f}",
+            "B / A": f"{speed['ratios']['decode']['median']:.2f}",
+            "prefill A": f"{a['prefill'][_LENGTH]['median']:.0f}",
+            "prefill B": f"{b['prefill'][_LENGTH]['median']:.0f}",
+            "B of ceiling": f"{b['share']['measured']:.0%}",
+        }
+    return row
 
 
 def typed(text: str, allowed: Sequence[str] = ()) -> list[tuple[int, str]]:

@@ -84,6 +84,10 @@ class Picture:
     alt: str
     size: tuple[float, float] = (8.0, 4.5)
 
+    def markdown(self, name: str, folder: str = "") -> str:
+        """The picture as `save` wrote it to NAME.svg."""
+        return f'<img alt="{self.alt}" src="{folder}{name}.svg">'
+
 
 def save(picture: Picture, directory: Path, name: str) -> Path:
     """NAME.svg. Raises ImportError without matplotlib."""

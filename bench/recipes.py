@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 
 from bench import machine
-from bench.perplexity import TEXTS, lines, report, stored_bits
+from bench.perplexity import TEXTS, report, stored_bits
+from bench.perplexity import lines as text
 from bench.report import parser, publish
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError
@@ -54,11 +55,11 @@ def _run(args: argparse.Namespace) -> int:
         budget = stored_bits(open_checkpoint(made[args.mixed]))
         larger = f"plan at {budget:.2f}"
         made[larger] = convert(args, folder / larger, *plan, "--q-budget", str(budget))
-        texts = [Path(text) for text in args.text]
+        texts = [Path(file) for file in args.text]
         paths = [str(path) for path in made.values()]
         results = report(paths, None, texts, args.tokens, args.context)
         results = dict(zip(made, results.values(), strict=True))
-    publish(args, "recipes", results, lines(results))
+    publish(args, "recipes", results, text(results))
     return 0
 
 

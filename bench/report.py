@@ -21,6 +21,11 @@ from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.text import say
 
 T = TypeVar("T")
+CPU = (
+    "**MLX's CPU backend: these times and ratios of times say nothing about Metal.**"
+    " Bytes and ratios of bytes carry over."
+)
+_PLUMBING = ("json", "debug", "no_openblas")  # flags that change no result
 
 
 @dataclass(frozen=True)
@@ -151,28 +156,28 @@ def publish(
 
     The flags of the run go into the JSON: machine, settings and results are enough to repeat it.
     """
-    machine_card = machine.card()
-    plumbing = ("json", "debug", "no_openblas", "measure")
-    settings = {key: _public(value) for key, value in vars(args).items()}
+    card = machine.card()
     document = {
         "bench": bench,
-        "machine": machine_card,
-        "settings": {key: v for key, v in settings.items() if key not in plumbing},
+        "machine": card,
+        "settings": {k: _public(v) for k, v in vars(args).items() if k not in _PLUMBING},
         "results": results,
     }
     if not args.json:
-        say("\n\n".join([f"## {bench}", _card_text(machine_card), *text]) + "\n")
+        head = [f"## {bench}", table(["machine", ""], facts(card))]
+        say("\n\n".join([*head, *([CPU] if card["backend"] == "cpu" else []), *text]) + "\n")
     say(json.dumps(document, ensure_ascii=False))
 
 
-def _card_text(card: dict[str, Any]) -> str:
-    lines = [
-        f"{card['os']}, {card['processor']}, {card['cores']} cores,"
-        f" {card['memory_bytes'] / GB:.0f} GB; load average {card['load_average']} at the end",
-        f"mlx {card['mlx']} on {card['device']} (BLAS: {card['blas']}),"
-        f" mlx-lm {card['mlx_lm']}, mlx-cerebrum {card['mlx_cerebrum']},"
-        f" Python {card['python']}",
+def facts(card: Mapping[str, Any]) -> list[list[str]]:
+    """The machine card, for a table."""
+    return [
+        ["processor", f"{card['processor']}, {card['cores']} cores"],
+        ["memory", f"{card['memory_bytes'] / GB:.0f} GB"],
+        ["system", card["os"]],
+        ["mlx", f"{card['mlx']} on {card['device']} ({card['backend']}; BLAS: {card['blas']})"],
+        ["mlx-cerebrum", card["mlx_cerebrum"]],
+        ["mlx-lm", card["mlx_lm"] or "not installed"],
+        ["Python", card["python"]],
+        ["load average", str(card["load_average"])],
     ]
-    if card["backend"] == "cpu":
-        lines.append("MLX's CPU backend: these times and ratios say nothing about Metal.")
-    return "\n".join(lines)

@@ -20,10 +20,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from bench import bootstrap, machine, speculation_report
+from bench import bootstrap, machine
 from bench.chat_prompts import GROUNDED, OPEN
 from bench.pair import open_pair
 from bench.report import parser, publish, rounds
+from bench.speculation_report import text
 from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.decoding.draft_models import draft_model
@@ -76,7 +77,7 @@ def _run(args: argparse.Namespace) -> int:
         only = pair.names["ab".index(args.only)]
         models = {only: models[only]}
     found = {name: _measure(model, ids, args) for name, model in models.items()}
-    publish(args, "speculation", found, speculation_report.text(found))
+    publish(args, "speculation", found, text(found))
     return 0
 
 

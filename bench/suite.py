@@ -5,8 +5,12 @@ tables and plots are made from that data alone, so that `results.json` is the re
 rest can be drawn again.
 """
 
+import contextlib
+import getpass
 import json
-from collections.abc import Callable
+import platform
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,7 +43,7 @@ class Effort:
 class Suite(Protocol):
     """The interface of speed, memory, context, peers, quality and plans."""
 
-    def measure(self, pair: Pair, settings: Effort) -> Results:
+    def measure(self, pair: Pair, effort: Effort) -> Results:
         """Raises a CerebrumError for a pair it can't measure."""
 
     def text(self, results: Results) -> list[str]:
@@ -49,15 +53,14 @@ class Suite(Protocol):
         """What to draw, by file name without its ending."""
 
 
-def read(directory: Path) -> Results:
-    """A run's document. Raises RequestError for a directory without one."""
-    path = directory / FILE
+def read(path: Path, *keys: str) -> Results:
+    """A JSON object with these keys. Raises RequestError for anything else."""
     try:
         document: Results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"{path} can't be read as results: {error}") from None
-    if not isinstance(document, dict) or "suites" not in document:
-        raise RequestError(f"{path} is not a results file of python -m bench")
+    if not isinstance(document, dict) or not all(key in document for key in keys):
+        raise RequestError(f"{path} has no results: {', '.join(keys)}")
     return document
 
 
@@ -66,3 +69,46 @@ def write(directory: Path, document: Results) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / FILE, directory / f".{FILE}.partial") as file:
         file.write(f"{json.dumps(document, indent=1, ensure_ascii=False)}\n".encode())
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Inside, results that are not as we write them raise RequestError, one line."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise RequestError(f"{what} can't be read: {type(error).__name__}: {error}") from error
+
+
+def escaped(value: Any) -> Any:
+    """Plain data whose strings, keys too, are one line and no markup, also in a table's cell.
+
+    Results come from anyone who sends them.
+    """
+    if isinstance(value, str):
+        return re.sub(r'[<>&"|[\]\\`~#$]', lambda c: f"&#{ord(c[0])};", " ".join(value.split()))
+    if isinstance(value, dict):
+        return {escaped(str(key)): escaped(one) for key, one in value.items()}
+    return [escaped(one) for one in value] if isinstance(value, list) else value
+
+
+def private(value: Any) -> list[str]:
+    """Strings of plain data that name a path, this machine or its user: nobody else's business."""
+    if isinstance(value, dict):
+        return [found for pair in value.items() for one in pair for found in private(one)]
+    if isinstance(value, list):
+        return [found for one in value for found in private(one)]
+    if not isinstance(value, str):
+        return []
+    names = {platform.node(), platform.node().partition(".")[0], getpass.getuser()} - {"", "root"}
+    # A path begins a word; "tokens/s" and "ours / theirs" are none.
+    path = r"""(?:^|[\s'"=(,:])(?:~?/[\w.-]+/|~/\w|\.\./|[A-Za-z]:\\)"""
+    marks = [path, *(rf"(?<!\w){re.escape(name)}(?!\w)" for name in names)]
+    return [value] if any(re.search(mark, value) for mark in marks) else []

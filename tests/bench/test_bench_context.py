@@ -15,11 +15,10 @@ from tiny import tiny_config
 
 from bench import context, context_sides, machine, plots
 from bench.copies import Copies
-from bench.markdown import escape, safe
 from bench.memory import NARROW
 from bench.pair import open_pair
 from bench.random_model import RandomCheckpoint
-from bench.suite import Effort
+from bench.suite import Effort, escaped
 from mlx_cerebrum.decoding.decode import prefill, prefill_step
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.cache import WindowedKVCache
@@ -271,8 +270,8 @@ def test_names_of_others_stay_text(results: Results) -> None:
     """Names are keys here: escaped, they must still find what they name."""
     a, hostile = results["names"][0], "``` <b> | [x](http://y)"
     renamed = json.loads(json.dumps(results).replace(a, hostile))
-    said = "\n".join(context.text(safe(renamed)))
-    assert f"ours / mlx-lm, {escape(hostile)}" in said
+    said = "\n".join(context.text(escaped(renamed)))
+    assert f"ours / mlx-lm, {escaped(hostile)}" in said
     assert hostile not in said
     assert not {"<", "`", "["} & set(said)
 

@@ -281,7 +281,7 @@ def test_a_sweep_end_to_end(
     assert "positions" in printed.err
     assert "the 12.25B's formula (s1-w1-r6)" in printed.out
     assert " of 13; by chance alone about 2.5% of them, 0.3, would be." in printed.out
-    document = suite.read(out)
+    document = suite.read(out / suite.FILE)
     results = document["suites"]["plans"]
     assert results["tokens"] == 60
     assert results == json.loads(printed.out.splitlines()[-1])["suites"]["plans"]

@@ -17,12 +17,11 @@ from conftest import MakeCheckpoint
 
 from bench import bootstrap, harness, quality, quantized, repetition, verdict, window_loss
 from bench.likelihood import Comparison, Values, compare, keep, kept, log_probs, losses, windows
-from bench.markdown import escape, safe
 from bench.pair import Pair, open_pair
 from bench.plots import LIGHT, drawn
 from bench.quality_report import _accuracy, _quantization
 from bench.random_model import RandomCheckpoint
-from bench.suite import Effort
+from bench.suite import Effort, escaped
 from mlx_cerebrum import load
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.forward import Model
@@ -492,10 +491,10 @@ def test_the_suite(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
 
     kinds = [one["kind"] for one in results["verdict"]]
     assert kinds == 5 * ["perplexity"] + 2 * ["repetition"] + ["accuracy"]
-    page = "\n".join(quality.text(safe(results)))
+    page = "\n".join(quality.text(escaped(results)))
     # A file written by an older rule follows this one.
     older = [{**one, "better": "b"} for one in results["verdict"]]
-    assert quality.text(safe(results | {"verdict": older})) == quality.text(safe(results))
+    assert quality.text(escaped(results | {"verdict": older})) == quality.text(escaped(results))
     assert results["quantization"]["noise"] == []
     assert "| perplexity, prose, sliding 64" in page
     assert "More layers (12 positions against 8)" in page
@@ -551,8 +550,8 @@ def test_what_can_t_be_measured_is_said(
     pair = pair_of(checkpoint(sliding_window=200), q_bits=8)
     settings = Effort(tmp_path, texts=texts, text_tokens=64, say=lambda line: None)
     results = quality.measure(pair, settings)
-    page = "\n".join(quality.text(safe(results)))
-    assert escape(harness.INSTALL) in page
+    page = "\n".join(quality.text(escaped(results)))
+    assert escaped(harness.INSTALL) in page
     assert "leave out --q-bits" in page
     assert "Beyond the sliding window: not measured." in page
     assert "Repetition: not measured" in page
