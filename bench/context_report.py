@@ -155,23 +155,27 @@ def plots(results: Results, machine: Results) -> dict[str, Picture]:
     model = _series(itself["lengths"], names, lambda side: Spread.read(side["decode"]))
     x = "tokens of context"
     return {
-        "context": Picture(
-            lambda figure, theme: curves(
-                figure, theme, pace, x=x, y="tokens/s", title="Decode over the context"
-            ),
+        "context": curves(
+            pace,
             "Decode pace over the context, ours with the window and mlx-lm without.",
+            x=x,
+            y="tokens/s",
+            title="Decode over the context",
         ),
-        "context-kv": Picture(
-            lambda figure, theme: curves(
-                figure, theme, kv, x=x, y="MB", title="Keys and values held", log_y=True
-            ),
+        "context-kv": curves(
+            kv,
             "Bytes of keys and values over the context, ours with the window and mlx-lm without.",
+            x=x,
+            y="MB",
+            title="Keys and values held",
+            log_y=True,
         ),
-        "context-model": Picture(
-            lambda figure, theme: curves(
-                figure, theme, model, x=x, y="tokens/s", title="Decode over the context, this model"
-            ),
+        "context-model": curves(
+            model,
             f"Decode pace of {', '.join(names)} over the context.",
+            x=x,
+            y="tokens/s",
+            title="Decode over the context, this model",
         ),
     }
 

@@ -122,16 +122,16 @@ def plots(results: Results, machine: Results) -> dict[str, Picture]:
     for row in results["full_size"]["rows"]:
         full.setdefault(_precision(row), {})[row["form"]] = row["peak"] / GB
     return {
-        "memory": Picture(
-            lambda figure, theme: bars(
-                figure, theme, measured, y="MB", title="Peak memory of a small model, measured"
-            ),
+        "memory": bars(
+            measured,
             "Peak memory folded and unrolled, in each precision, of a small random model.",
+            y="MB",
+            title="Peak memory of a small model, measured",
         ),
-        "memory-full-size": Picture(
-            lambda figure, theme: bars(
-                figure, theme, full, y="GB", title="Peak memory of the 12.25B, predicted"
-            ),
+        "memory-full-size": bars(
+            full,
             "Predicted peak memory of the 12.25B at full size, folded and unrolled.",
+            y="GB",
+            title="Peak memory of the 12.25B, predicted",
         ),
     }

@@ -1,10 +1,9 @@
 """The peers' results as tables, sentences and pictures."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from bench import step_profile
-from bench.plots import Picture, Theme, bars
+from bench.plots import Picture, bars
 from bench.report import Spread, table
 from bench.suite import Results
 from mlx_cerebrum.model.memory import GB
@@ -180,10 +179,9 @@ def _picture(results: Results, phase: str) -> Picture:
             groups.setdefault(name, {})[side["name"]] = row[phase]["median"]
     names = " and ".join(side["name"] for side in results["sides"].values())
 
-    def draw(figure: Any, theme: Theme) -> None:
-        bars(figure, theme, groups, y="tokens/s", title=f"{PHASES[phase]} by engine")
-
-    return Picture(
-        draw,
+    return bars(
+        groups,
         f"{PHASES[phase]} pace of {', '.join(groups)}, each running {names}.",
+        y="tokens/s",
+        title=f"{PHASES[phase]} by engine",
     )

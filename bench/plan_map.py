@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bench.plan_table import labels, short, shown
-from bench.plots import Picture, Theme
+from bench.plots import COLOURS, FAINT, PAPER, Picture
 from bench.suite import Results
 
 if TYPE_CHECKING:
@@ -35,13 +35,13 @@ def pictures(results: Results) -> dict[str, Picture]:
     )
     return {
         "plans-perplexity": Picture(
-            lambda figure, theme: _draw(figure, theme, results, "perplexity"),
+            lambda figure: _draw(figure, results, "perplexity"),
             f"Map of perplexity {alt} {short(own['perplexity'])}, with writes scaled by sqrt(1/2)"
             f" {short(scaled['perplexity'])}, the base {short(base)}.",
             size,
         ),
         "plans-agreement": Picture(
-            lambda figure, theme: _draw(figure, theme, results, "agreement"),
+            lambda figure: _draw(figure, results, "agreement"),
             f"Map of agreement with the base's best token {alt} {own['agreement']:.0%}, with writes"
             f" scaled by sqrt(1/2) {scaled['agreement']:.0%}.",
             size,
@@ -49,7 +49,7 @@ def pictures(results: Results) -> dict[str, Picture]:
     }
 
 
-def _draw(figure: "Figure", theme: Theme, results: Results, what: str) -> None:
+def _draw(figure: "Figure", results: Results, what: str) -> None:
     """A panel for each number of repeats (across) and scale (down); bright is near the base."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm, Normalize
@@ -73,24 +73,23 @@ def _draw(figure: "Figure", theme: Theme, results: Results, what: str) -> None:
         for panel, repeats in zip(row, grid["repeats"], strict=True):
             plans = [p for p in results["plans"] if p.get("repeats") == repeats]
             plans = [p for p in plans if p["scale"] == scale]
-            _panel(panel, theme, grid, plans, lambda p: p[what], colours, text)
+            _panel(panel, grid, plans, lambda p: p[what], colours, text)
             stretches = "1 stretch" if repeats == 1 else f"{repeats} stretches"
             writes = "unscaled" if scale == 1 else f"scaled by {shown(scale)}"
-            panel.set_title(f"{stretches} run twice, {writes}", color=theme.ink, fontsize=9.5)
-    _mark(figure, theme, results, panels)
+            panel.set_title(f"{stretches} run twice, {writes}", fontsize=9.5)
+    _mark(figure, results, panels)
     for panel in panels[-1]:
-        panel.set_xlabel("first block that runs twice", color=theme.ink, fontsize=9.5)
+        panel.set_xlabel("first block that runs twice", fontsize=9.5)
     for panel in panels[:, 0]:
-        panel.set_ylabel("blocks a stretch", color=theme.ink, fontsize=9.5)
+        panel.set_ylabel("blocks a stretch", fontsize=9.5)
     name = "perplexity" if what == "perplexity" else "same best token as the base"
     figure.suptitle(
         f"{name[0].upper()}{name[1:]}, {len(values)} plans over {results['blocks']} blocks",
-        color=theme.ink,
         fontsize=12,
         fontweight="bold",
     )
     bar = figure.colorbar(colours, ax=panels, extend=beyond, pad=0.02, aspect=25)
-    _label_bar(bar, theme, base if what == "perplexity" else None)
+    _label_bar(bar, base if what == "perplexity" else None)
 
 
 def _cell_inches(grid: Results) -> float:
@@ -104,7 +103,6 @@ def _percent(share: float) -> str:
 
 def _panel(
     panel: "Axes",
-    theme: Theme,
     grid: Results,
     plans: Sequence[Results],
     value: Callable[[Results], float],
@@ -114,14 +112,14 @@ def _panel(
     """One start-by-width map. What no model of this size can run stays hatched."""
     import numpy as np
 
-    panel.patch.set(facecolor=theme.paper, edgecolor=theme.faint, hatch="////", linewidth=0)
+    panel.patch.set(facecolor=PAPER, edgecolor=FAINT, hatch="////", linewidth=0)
     cells = np.full((len(grid["widths"]), len(grid["starts"])), np.nan)
     for plan in plans:
         if plan["start"] in grid["starts"] and plan["width"] in grid["widths"]:
             place = grid["widths"].index(plan["width"]), grid["starts"].index(plan["start"])
             cells[place] = value(plan)
     panel.pcolormesh(
-        np.ma.masked_invalid(cells), cmap=colours.cmap, norm=colours.norm, edgecolor=theme.paper
+        np.ma.masked_invalid(cells), cmap=colours.cmap, norm=colours.norm, edgecolor=PAPER
     )
     if _cell_inches(grid) >= _READABLE:
         for (y, x), cell in np.ndenumerate(cells):
@@ -135,12 +133,12 @@ def _panel(
     for axis, values in ((panel.xaxis, grid["starts"]), (panel.yaxis, grid["widths"])):
         every = -(-len(values) // 16)
         axis.set_ticks([k + 0.5 for k in range(0, len(values), every)], values[::every])
-    panel.tick_params(colors=theme.ink, length=0, labelsize=8.5)
+    panel.tick_params(length=0, labelsize=8.5)
     for spine in panel.spines.values():
-        spine.set(visible=True, color=theme.faint)
+        spine.set(visible=True, color=FAINT)
 
 
-def _mark(figure: "Figure", theme: Theme, results: Results, panels: Any) -> None:
+def _mark(figure: "Figure", results: Results, panels: Any) -> None:
     """A marker of its own on the card's plan and on its scaled variant, where they are cells."""
     grid = results["grid"]
     for index, (name, label) in enumerate(zip(results["card"], labels(results), strict=False)):
@@ -153,7 +151,7 @@ def _mark(figure: "Figure", theme: Theme, results: Results, panels: Any) -> None
             *((x + 0.82, y + 0.76) if _cell_inches(grid) >= _READABLE else (x + 0.5, y + 0.5)),
             marker="*D"[index],
             markersize=(11, 6.5)[index],
-            color=theme.colours[1],
+            color=COLOURS[1],
             markeredgecolor="#ffffff",
             markeredgewidth=0.8,
             linestyle="none",
@@ -163,21 +161,20 @@ def _mark(figure: "Figure", theme: Theme, results: Results, panels: Any) -> None
     figure.legend(
         loc="outside lower center",
         ncols=2,
-        labelcolor=theme.ink,
         fontsize=9,
     )
 
 
-def _label_bar(bar: Any, theme: Theme, base: float | None) -> None:
-    """The colour bar in the theme's ink, with a line where the base stands."""
-    bar.ax.tick_params(colors=theme.ink, which="both", labelsize=8.5)
-    bar.outline.set_edgecolor(theme.faint)
+def _label_bar(bar: Any, base: float | None) -> None:
+    """The colour bar, with a line where the base stands."""
+    bar.ax.tick_params(which="both", labelsize=8.5)
+    bar.outline.set_edgecolor(FAINT)
     if base is not None:
         low, high = bar.mappable.norm.vmin, bar.mappable.norm.vmax
         round_ones = [step * 10.0**k for k in range(7) for step in (1, 1.5, 2, 3, 5, 7)]
         steps = [x for x in round_ones if low <= x <= high and abs(math.log(x / base)) > 0.1]
         bar.ax.set_yticks([base, *steps], [f"base {short(base)}", *map(short, steps)])
         bar.ax.set_yticks([], minor=True)
-        bar.ax.axhline(base, color=theme.colours[1], linewidth=3)
+        bar.ax.axhline(base, color=COLOURS[1], linewidth=3)
     else:
         bar.ax.set_yticks([k / 5 for k in range(6)], [f"{20 * k}%" for k in range(6)])

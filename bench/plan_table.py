@@ -4,8 +4,8 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from bench.axes import number
 from bench.plan_family import SQRT_HALF
+from bench.plots import number
 from bench.report import table
 from bench.suite import Results
 

@@ -3,10 +3,9 @@
 import math
 from typing import Any
 
-from bench import plots as pictures
 from bench import verdict
 from bench.bootstrap import Interval
-from bench.plots import Picture, Theme
+from bench.plots import Picture, curves, intervals
 from bench.report import Spread, table
 from bench.suite import Results
 
@@ -179,12 +178,9 @@ def _differences(rows: list[Any], a: str, b: str, unit: str, scale: float) -> Pi
         shown.append((_label(one), value, low, high))
     title = f"{b} minus {a}"
 
-    def draw(figure: Any, theme: Theme) -> None:
-        pictures.intervals(figure, theme, shown, x=unit, title=title)
-
     each = "; ".join(f"{label} {value:+.2f}" for label, value, _, _ in shown)
     alt = f"{title} in {unit.partition(';')[0]}, with 95% intervals: {each}."
-    return Picture(draw, alt, (8.0, 1.5 + 0.4 * len(rows)))
+    return intervals(shown, alt, x=unit, title=title)
 
 
 def _label(one: Any) -> str:
@@ -207,25 +203,21 @@ def _by_distance(found: Results, names: dict[str, str]) -> Picture:
             series[f"{name}, {form} window"] = points
     window = found["window"]
 
-    def draw(figure: Any, theme: Theme) -> None:
-        plot = pictures.curves(
-            figure,
-            theme,
-            series,
-            x="token of the text",
-            y=NATS,
-            title="Loss by distance from the start",
-            log_x=False,
-        )
-        plot.axvline(window, color=theme.faint, linewidth=1.5, linestyle="--")
-
     past = " ".join(
         f"Past {window} tokens the window changes {name}'s loss by"
         f" {_past(found[side], window):+.3f} {NATS}."
         for side, name in names.items()
     )
     alt = f"Loss by token position with a window of {window} tokens and without. {past}"
-    return Picture(draw, alt)
+    return curves(
+        series,
+        alt,
+        x="token of the text",
+        y=NATS,
+        title="Loss by distance from the start",
+        log_x=False,
+        line=window,
+    )
 
 
 def _past(bins: list[Any], window: int) -> float:

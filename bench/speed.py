@@ -27,8 +27,9 @@ import mlx.core as mx
 from bench import bandwidth, process
 from bench.engines import prompt_ids
 from bench.pair import Pair, Side
-from bench.plots import Picture, curves, roofline
+from bench.plots import Picture, curves
 from bench.report import Spread, ratio, rounds, table
+from bench.roofline import roofline
 from bench.suite import Effort, Results
 from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.model.forward import Model
@@ -247,21 +248,16 @@ def plots(results: Results, machine: Results) -> dict[str, Picture]:
         for name in (a, b)
     }
     return {
-        "speed-prefill": Picture(
-            lambda figure, theme: curves(
-                figure,
-                theme,
-                prefill,
-                x="prompt tokens",
-                y="tokens/s",
-                title="Prefill: prompt tokens read a second",
-            ),
+        "speed-prefill": curves(
+            prefill,
             f"Prefill pace of {a} and {b} over the prompt's length.",
+            x="prompt tokens",
+            y="tokens/s",
+            title="Prefill: prompt tokens read a second",
         ),
-        "speed-roofline": Picture(
-            lambda figure, theme: roofline(
-                figure, theme, ceilings, points, title="Decode under the bandwidth's roof"
-            ),
+        "speed-roofline": roofline(
+            ceilings,
+            points,
             f"Decode pace of {a} and {b} against bytes read a token, under the bandwidth's limit.",
         ),
     }

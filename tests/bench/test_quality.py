@@ -18,7 +18,7 @@ from conftest import MakeCheckpoint
 from bench import bootstrap, harness, quality, quantized, repetition, verdict, window_loss
 from bench.likelihood import Comparison, Values, compare, keep, kept, log_probs, losses, windows
 from bench.pair import Pair, open_pair
-from bench.plots import LIGHT, drawn
+from bench.plots import drawn
 from bench.quality_report import _accuracy, _quantization
 from bench.random_model import RandomCheckpoint
 from bench.suite import Effort, escaped
@@ -502,7 +502,7 @@ def test_the_suite(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     pictures = quality.plots(results, {})
     assert list(pictures) == ["quality-perplexity", "quality-answers", "quality-window"]
     for picture in pictures.values():
-        assert drawn(picture, LIGHT).axes
+        assert drawn(picture).axes
 
 
 @pytest.mark.usefixtures("small")
