@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 from typing import Any
 
 import mlx.core as mx
@@ -57,7 +56,7 @@ def published(chip: str) -> tuple[float, ...] | None:
     return PUBLISHED.get(found[0]) if found else None
 
 
-def measured(dtype: mx.Dtype = mx.float32) -> dict[str, float]:
+def measured(dtype: mx.Dtype) -> dict[str, float]:
     """GB/s of a copy (bytes read and written) and of matrix-vector products (bytes read).
 
     The fastest seen, over widths that models have: it is a ceiling that is asked for.
@@ -65,39 +64,26 @@ def measured(dtype: mx.Dtype = mx.float32) -> dict[str, float]:
     size = min(_COPY_BYTES, available_bytes() // 8)
     source = mx.zeros(size // 4, mx.float32) + 1.0
     mx.eval(source)
-    # A kernel that only moves: MLX may alias a copy.
-    copy = min(times_of(lambda: mx.eval(-source), _ROUNDS))
+    copy = min(times_of(lambda: -source))  # a kernel that only moves: MLX may alias a copy
     reads = []
     for columns in _WIDTHS:
         matrix = mx.zeros((size // dtype.size // columns, columns), dtype) + 1
         vector = mx.ones((1, columns), dtype)
         mx.eval(matrix, vector)
-        product = partial(_multiply, vector, matrix)
-        reads.append(matrix.nbytes / min(times_of(product, _ROUNDS)))
-        del matrix, product
+        # As a linear layer multiplies: `[1, in]` by the transpose of `[out, in]`.
+        reads.append(matrix.nbytes / min(times_of(partial(multiply, vector, matrix))))
     mx.clear_cache()
     return {"copy": 2 * source.nbytes / copy / GB, "matvec": max(reads) / GB}
 
 
-def _multiply(vector: mx.array, matrix: mx.array) -> None:
-    """As a linear layer multiplies: `[1, in]` by the transpose of `[out, in]`."""
-    mx.eval(multiply(vector, matrix))
-
-
-def times_of(run: Callable[[], None], count: int) -> list[float]:
-    """Seconds of `count` runs, after one to warm up."""
-    run()
+def times_of(make: Callable[[], mx.array], count: int = _ROUNDS) -> list[float]:
+    """Seconds that computing what `make` makes took, each time, after once to warm up."""
     took = []
-    for _ in range(count):
+    for _ in range(1 + count):
         started = time.perf_counter()
-        run()
+        mx.eval(make())
         took.append(time.perf_counter() - started)
-    return took
-
-
-def seconds_of(run: Callable[[], None], count: int = _ROUNDS) -> float:
-    """The median of `times_of`."""
-    return median(times_of(run, count))
+    return took[1:]
 
 
 def token_bytes(model: Model, context: int = 0) -> int:
@@ -106,9 +92,9 @@ def token_bytes(model: Model, context: int = 0) -> int:
     `context` counts the tokens before it. Of the embedding it reads a row, which is left out.
     """
     config, norm = model.config, model.model.norm.weight
-    weights = bytes_read(model) + norm.nbytes
-    visible = context if config.sliding_window is None else min(context, config.sliding_window)
-    return weights + config.kv_values_per_token() * norm.dtype.size * visible
+    visible = min(context, config.sliding_window or context)
+    entries = config.kv_values_per_token() * norm.dtype.size * visible
+    return bytes_read(model) + norm.nbytes + entries
 
 
 def card(dtype: mx.Dtype) -> dict[str, Any]:

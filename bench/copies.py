@@ -22,15 +22,19 @@ _KINDS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 
 @dataclass
 class Copies:
-    """The files of `side` in `folder`."""
+    """The files of `side` in `folder`. Writing one raises CerebrumError."""
 
     pair: Pair
     side: Side
     folder: Path
 
-    def __post_init__(self) -> None:
-        self._storage: Storage = self.pair.storage()
-        self._quantized = self.pair.checkpoint().config.quantization is not None
+    @property
+    def _storage(self) -> Storage:
+        return self.pair.storage()
+
+    @property
+    def _quantized(self) -> bool:
+        return self.pair.checkpoint().config.quantization is not None
 
     @property
     def dense(self) -> bool:
@@ -49,55 +53,46 @@ class Copies:
         return path if self._quantized and path.suffix == ".gguf" and self._in_order() else None
 
     def directory(self) -> Path:
-        """Unrolled, in the dtype and the bits that ours computes with. Raises CerebrumError."""
-        if self._readable():
+        """Unrolled, in the dtype and the bits that ours computes with.
+
+        The model's own directory, where that is what the others would read.
+        """
+        dtype = str(self._storage.dtype).rpartition(".")[2]
+        packed = self._quantized and not self._storage.dequantize  # as it is stored, and stays
+        packing, checkpoint = self.pair.packing, self.pair.checkpoint()
+        as_stored = packed or (not self._quantized and FLOATS[checkpoint.weight_dtype] == dtype)
+        changed = packing is not None or self.pair.window is not None or not self._in_order()
+        if as_stored and not changed and self.pair.path.is_dir():
             return self.pair.path
-        path = self.folder / "unrolled"
-        if path.exists():
-            return path
         form = ["--layout", "unrolled", "--no-verify"]
-        packing = self.pair.packing
-        if self._quantized and self._storage.dequantize:
-            form.append("--dequantize")
-        if not self._quantized or self._storage.dequantize:
-            form += ["--dtype", self._dtype]
+        form += [] if packed else ["--dtype", dtype]
+        form += ["--dequantize"] if self._quantized and not packed else []
         if packing is not None:
             form += ["-q", "--q-bits", str(packing.bits), "--q-group-size", str(packing.group_size)]
-        return self._convert(path, form)
+        return self._converted("unrolled", form)
 
     def gguf(self, kind: str) -> Path:
-        """Unrolled, its matrices in `kind`. Raises CerebrumError."""
-        path = self.folder / f"{kind}.gguf"
-        return path if path.exists() else self._convert(path, ["--gguf", kind])
+        """Unrolled, its matrices in `kind`."""
+        return self._converted(f"{kind}.gguf", ["--gguf", kind])
 
-    @property
-    def _dtype(self) -> str:
-        return str(self._storage.dtype).rpartition(".")[2]
-
-    def _convert(self, path: Path, form: list[str]) -> Path:
-        plan = self.side.plan
-        order = [] if plan is None else ["--plan", str(self.side.plan_file(self.folder))]
-        window = self.pair.window
-        width = [] if window is None else ["--window", str(window)]
-        source = ["--hf-path", str(self.pair.path), "--mlx-path", str(path), "--quiet"]
-        process.seconds(["convert", *source, *order, *width, *form])
+    def _converted(self, name: str, form: list[str]) -> Path:
+        path = self.folder / name
+        given = {
+            "--hf-path": self.pair.path,
+            "--mlx-path": path,
+            "--plan": self.side.plan_file(self.folder),
+            "--window": self.pair.window,
+        }
+        words = [w for flag, v in given.items() if v is not None for w in (flag, str(v))]
+        if not path.exists():
+            process.seconds(["convert", "--quiet", *words, *form])
         return path
-
-    def _readable(self) -> bool:
-        """Whether the model's own directory is what the others read, so that none is written."""
-        checkpoint, changed = self.pair.checkpoint(), self.pair.packing or self.pair.window
-        if changed is not None or not self.pair.path.is_dir() or not self._in_order():
-            return False
-        if self._quantized:
-            return not self._storage.dequantize
-        return FLOATS[checkpoint.weight_dtype] == self._dtype
 
     def _in_order(self) -> bool:
         """Whether this side runs the stored blocks as they are stored."""
-        source = self.pair.checkpoint().config  # folded, it has an order of its own
-        config = self.side.config
-        stored = tuple(range(config.num_hidden_layers))
-        return all(c.layer_map == stored and c.residual_scales is None for c in (source, config))
+        configs = self.pair.checkpoint().config, self.side.config  # folded, it has its own order
+        stored = tuple(range(configs[0].num_hidden_layers))
+        return all(c.layer_map == stored and c.residual_scales is None for c in configs)
 
 
 def main_type(path: Path) -> str:

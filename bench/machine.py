@@ -8,6 +8,7 @@ every MLX engine up alike, and what is compared is then the engines' own work.
 import ctypes
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -15,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import psutil
 
-from mlx_cerebrum import device
+from mlx_cerebrum import __version__, device
 
 _PRELOADED = "MLX_CEREBRUM_BENCH_BLAS"  # set after one attempt, so that there is never a second
 # Debian and Ubuntu, Fedora, Arch. Each exports BLAS under the names MLX was linked against.
 _OPENBLAS = (
-    "/usr/lib/*/openblas-pthread/libblas.so.3",
-    "/usr/lib64/libopenblas.so.0",
-    "/usr/lib/libopenblas.so.0",
+    "usr/lib/*/openblas-pthread/libblas.so.3",
+    "usr/lib64/libopenblas.so.0",
+    "usr/lib/libopenblas.so.0",
 )
 
 
@@ -33,20 +35,13 @@ def use_openblas(wanted: bool) -> None:
     Only the CPU backend on Linux needs it; child processes inherit it. Does not return when
     it starts over, so call it before any work.
     """
-    if not wanted or sys.platform != "linux" or device.backend() != "cpu" or blas() == "OpenBLAS":
+    if not wanted or blas() != "reference" or _PRELOADED in os.environ:
         return
-    found = openblas()
-    if found is None or _PRELOADED in os.environ:
-        return
-    preload = [str(found), *filter(None, [os.environ.get("LD_PRELOAD")])]
-    environment = os.environ | {"LD_PRELOAD": ":".join(preload), _PRELOADED: "1"}
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-
-
-def openblas() -> Path | None:
-    """The installed OpenBLAS, if any."""
-    root = Path("/")
-    return next((p for g in _OPENBLAS for p in sorted(root.glob(g[1:]))), None)
+    found = [path for pattern in _OPENBLAS for path in sorted(Path("/").glob(pattern))]
+    if found:
+        preload = [str(found[0]), *filter(None, [os.environ.get("LD_PRELOAD")])]
+        environment = os.environ | {"LD_PRELOAD": ":".join(preload), _PRELOADED: "1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def blas() -> str:
@@ -65,43 +60,35 @@ def card() -> dict[str, Any]:
     return {
         "os": platform.platform(terse=True),
         "processor": processor(),
-        "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
         "backend": device.backend(),
         "device": chip() if device.backend() != "cpu" else "cpu",
         "blas": blas(),
-        "load_average": round(os.getloadavg()[0], 2),
+        "load_average": round(psutil.getloadavg()[0], 2),
         "python": platform.python_version(),
         "mlx": version("mlx"),
         "mlx_lm": version("mlx-lm"),
-        "mlx_cerebrum": version("mlx-cerebrum"),
+        "mlx_cerebrum": __version__,
     }
 
 
 def version(package: str) -> str | None:
+    """Of an installed package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        if package == "mlx-cerebrum":  # run from a checkout
-            from mlx_cerebrum import __version__
-
-            return __version__
         return None
 
 
 def commit() -> str | None:
     """What is checked out, with a + where files of it were changed; None outside of git."""
-    folder = Path(__file__).parent
-    said = []
-    for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno", "--", "."]):
-        try:
-            done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
-        except OSError:
-            return None
-        if done.returncode != 0:
-            return None
-        said.append(done.stdout.strip())
-    return said[0] + ("+" if said[1] else "")
+    words = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def chip() -> str:
@@ -110,14 +97,9 @@ def chip() -> str:
 
 
 def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    """The CPU's name."""
     if sys.platform == "darwin":
         command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-        if found:
-            return found
-    return platform.processor() or platform.machine()
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    named = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return named[1] if named else platform.machine()

@@ -9,7 +9,7 @@ from bench.suite import Results
 from mlx_cerebrum.model.memory import GB
 
 OURS = "mlx-cerebrum"
-_MATRICES = ("qkv", "o", "mlp", "head")
+_MATRICES = ("qkv", "o", "gate_up", "down", "mlp", "head")  # mlp: both, in older runs
 PHASES = {"prefill": "Prefill", "decode": "Decode"}
 
 

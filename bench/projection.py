@@ -21,16 +21,13 @@ CHIPS = tuple(chip for chip in PUBLISHED if chip.startswith("Apple"))
 
 def project(configs: dict[str, ModelConfig]) -> Results:
     """Of each model and precision: bytes a token, and the roof in tokens/s of each chip."""
-    found: Results = {"known": list(KNOWN), "models": {}}
+    models: Results = {}
     for name, config in configs.items():
         for kind, bits in BITS.items():
             nbytes = int(parameters_read(config) * bits / 8)
-            roofs = {chip: [value * GB / nbytes for value in PUBLISHED[chip]] for chip in CHIPS}
-            found["models"][f"{name}, {kind}"] = {
-                "bytes_per_token": nbytes,
-                "roof": roofs,
-            }
-    return found
+            roofs = {chip: [gbs * GB / nbytes for gbs in PUBLISHED[chip]] for chip in CHIPS}
+            models[f"{name}, {kind}"] = {"bytes_per_token": nbytes, "roof": roofs}
+    return {"known": list(KNOWN), "models": models}
 
 
 def parameters_read(config: ModelConfig) -> int:
@@ -41,27 +38,23 @@ def parameters_read(config: ModelConfig) -> int:
 
 
 def text(found: Results) -> list[str]:
-    models = found["models"]
-    header = ["chip", "GB/s", *models]
-    rows = []
-    for chip in CHIPS:
-        gbs = "/".join(f"{value:g}" for value in PUBLISHED[chip])
-        rows.append([chip, gbs, *(_cell(models[m]["roof"][chip], found["known"]) for m in models)])
+    models, (least, most) = found["models"], found["known"]
+
+    def cell(roof: float) -> str:
+        paces = (f"{v:.1f}" if v < 10 else f"{v:.0f}" for v in (roof, roof * least, roof * most))
+        return "{} ({}-{})".format(*paces)
+
+    rows = [
+        [chip, "/".join(f"{gbs:g}" for gbs in PUBLISHED[chip])]
+        + [cell(max(model["roof"][chip])) for model in models.values()]
+        for chip in CHIPS
+    ]
     read = ", ".join(f"{name} {one['bytes_per_token'] / GB:.2f} GB" for name, one in models.items())
     return [
         "**A projection, not a measurement**: decode tokens/s at short context, the roof"
         " (published bandwidth / bytes read a token) and, in brackets,"
-        f" {found['known'][0]:.0%} to {found['known'][1]:.0%} of it, as engines are known to reach,"
+        f" {least:.0%} to {most:.0%} of it, as engines are known to reach,"
         " large chips less. Of two GPUs by one name the larger. Read a token:"
         f" {read}.",
-        table(header, rows),
+        table(["chip", "GB/s", *models], rows),
     ]
-
-
-def _cell(roofs: list[float], known: list[float]) -> str:
-    roof = max(roofs)
-    return f"{_pace(roof)} ({_pace(roof * known[0])}-{_pace(roof * known[1])})"
-
-
-def _pace(value: float) -> str:
-    return f"{value:.1f}" if value < 10 else f"{value:.0f}"

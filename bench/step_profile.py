@@ -4,27 +4,25 @@ python -m bench.step_profile                                 the demo model
 python -m bench.step_profile --plan PLAN --context 2048      positions of a plan, longer ago
 python -m bench.step_profile --model DIR --context 16384     random weights of bench.random_model
 
-The whole pass and each of its kinds run in turns, after a warm-up, and medians are compared. What
-the kinds are is read from the model as it runs once: a kind is all calls of one name, run again
-alone, each after the one before it, with that position's own weights, keys and values. Inputs are
-those of the first position. So its time is what it costs where nothing else interferes.
+The whole pass and each of its kinds run in turns, after a warm-up, and medians are compared. A
+kind is all calls of one name that the model makes in the pass: run again alone, each after the one
+before it, with that position's own weights, keys and values, and the first position's inputs. So
+its time is what it costs where nothing else interferes.
 
-The whole is timed in two parts: *building* its graph in Python, when nothing is computed yet, and
-evaluating that. A generation on a GPU builds a step while the one before it runs; here the two do
-not overlap. What is left is the *rest*: the kernels' scheduling where it costs more in a long
-graph than in short ones, masks, buffers given back. It is below zero where the kinds apart cost
-more than together; each of them waits once for its result, which the table states.
+The whole is timed in two parts: *building* its graph in Python, and evaluating that. A generation
+on a GPU builds a step while the one before it runs; here the two do not overlap. What is left is
+the *rest*: scheduling where it costs more in a long graph than in short ones, masks, buffers given
+back. It is below zero where the kinds apart cost more than together; each of them waits once for
+its result, which is stated.
 
 Bytes are those read at least: weights, keys and values, and the inputs. FLOPs are those the
-result asks for, each exp or root as one; what a kernel computes beside it, and masks away, counts
-as time only.
+result asks for, each exp or root as one; what a kernel computes beside it counts as time only.
 """
 
 import argparse
 import math
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -48,30 +46,24 @@ from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.memory import GB, Workload, require
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 
-# The kind of a call, by the last word of its module's path, or by its function's name.
+# Kinds in their order, and what they are the calls of: modules by the last word of their path,
+# functions by their name. The sums of the residual stream are neither.
 KINDS = {
-    "embed_tokens": "embedding",
-    "input_layernorm": "norms",
-    "post_attention_layernorm": "norms",
-    "norm": "norms",
-    "q_proj": "qkv",
-    "k_proj": "qkv",
-    "v_proj": "qkv",
-    "qkv_proj": "qkv",
-    "rope": "rope",
-    "update_and_fetch": "cache",
-    "attend": "attention",
-    "o_proj": "o",
-    "gate_proj": "gate_up",
-    "up_proj": "gate_up",
-    "gate_up_proj": "gate_up",
-    "swiglu": "activation",
-    "down_proj": "down",
-    "add": "residual sums",
-    "lm_head": "head",
-    "as_linear": "head",
-    "greedy": "argmax",
+    "embedding": ("embed_tokens",),
+    "norms": ("input_layernorm", "post_attention_layernorm", "norm"),
+    "qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    "rope": ("rope",),
+    "cache": ("update_and_fetch",),
+    "attention": ("attend",),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj", "gate_up_proj"),
+    "activation": ("swiglu",),
+    "down": ("down_proj",),
+    "residual sums": (),
+    "head": ("lm_head", "as_linear"),
+    "argmax": ("greedy",),
 }
+_KIND_OF = {word: kind for kind, words in KINDS.items() for word in words}
 # Of each number that goes in, and key that it meets. Of a matrix product two for each output.
 _FLOPS = {"embedding": 0, "cache": 0, "argmax": 1}
 _FLOPS |= {"norms": 4, "rope": 3, "attention": 4, "activation": 6}
@@ -148,7 +140,7 @@ class Pass:
         window = model.config.sliding_window
         seen = mx.sum(causal_mask(self.length, context, window)).item()  # keys, by all queries
         self.seen = cast(int, seen)
-        self.kinds = {name: Kind() for name in KINDS.values()}
+        self.kinds = {name: Kind() for name in KINDS}
         self.moving = Kind()  # the caches to new buffers: of decoding's steps one in many does
         self._inputs: dict[Any, list[mx.array]] = {}  # by kind and shapes
         forget()
@@ -259,7 +251,7 @@ def _listen(model: Model, run: Callable[[], Arrays], heard: Callable[..., None])
 
             others = [... if isinstance(arg, mx.array) else arg for arg in args]
             made = real(*args, **named)
-            heard(KINDS[words[id(args[0])] if name == "__call__" else name], again, args, made)
+            heard(_KIND_OF[words[id(args[0])] if name == "__call__" else name], again, args, made)
             return made
 
         return call
@@ -293,13 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--context", type=int, default=512, metavar="N", help="before (default: 512)")
     p.add_argument("--chunk", type=int, default=prefill_step(), metavar="N", help="of prefill")
     p.add_argument("--rounds", type=int, default=9, metavar="N", help="of each (default: 9)")
-    p.add_argument(
-        "--seconds",
-        type=float,
-        default=60.0,
-        metavar="S",
-        help="after which no new round of a pass begins (default: 60)",
-    )
+    p.add_argument("--seconds", type=float, default=60.0, metavar="S", help="a pass (default: 60)")
     return run(p, _measure, text, argv)
 
 
@@ -381,9 +367,6 @@ def _table(title: str, found: Results) -> str:
 # Prefill uses every matrix for a whole chunk. A kind that is rated as high as the machine goes
 # can't be made faster, only smaller.
 _UNITS = {"decode": "GB/s", "prefill": "GFLOP/s"}
-_RATED = ("qkv", "attention", "o", "mlp", "head")
-_JOINED = {"rope": "rope, cache", "cache": "rope, cache", "argmax": "head", "residual sums": REST}
-_JOINED |= dict.fromkeys(("gate_up", "activation", "down"), "mlp")
 
 
 def measure_short(model: Model, prompt: Sequence[int], count: int = 3) -> Results:
@@ -392,25 +375,19 @@ def measure_short(model: Model, prompt: Sequence[int], count: int = 3) -> Result
     return {
         "context": len(prompt),
         "chunk": chunk,
-        "prefill": _joined(Pass(model, 0, chunk).measured(count), "flops"),
-        "decode": _joined(Pass(model, len(prompt) - 1).measured(3 * count), "bytes"),
+        "prefill": _rated(Pass(model, 0, chunk).measured(count), "flops"),
+        "decode": _rated(Pass(model, len(prompt) - 1).measured(3 * count), "bytes"),
     }
 
 
-def _joined(found: Results, work: str) -> Results:
-    """Kinds joined to those that a reader knows from the model's picture, rated by one figure."""
-    total = found["whole"]["median"]
-    seconds, done = defaultdict[str, float](float), defaultdict[str, float](float)
-    for part, kind in found["kinds"].items():
-        name = _JOINED.get(part, part)
-        seconds[name] += kind["seconds"]["median"]
-        done[name] += kind[work]
-    seconds[REST] += total - sum(seconds.values())
-    kinds = {
-        name: {"seconds": took, "rate": done[name] / GB / took if name in _RATED else None}
-        for name, took in seconds.items()
-    }
-    return {"total": total, "kinds": kinds}
+def _rated(found: Results, work: str) -> Results:
+    """Each kind's seconds and the `work` it does in one; building the graph is in the rest."""
+    kinds: Results = {}
+    for name, kind in found["kinds"].items():
+        seconds = kind["seconds"]["median"]
+        kinds[name] = {"seconds": seconds, "rate": kind[work] / GB / seconds}
+    kinds[REST] = {"seconds": found["rest"] + found["build"]["median"], "rate": None}
+    return {"total": found["whole"]["median"], "kinds": kinds}
 
 
 def text_short(results: Results) -> list[str]:

@@ -106,7 +106,7 @@ def test_bandwidth_is_measured() -> None:
 
 def test_bandwidth_counts_every_byte_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kernel takes a second here: what is left is the bytes."""
-    monkeypatch.setattr(bandwidth, "times_of", lambda run, count: [1.0] * count)
+    monkeypatch.setattr(bandwidth, "times_of", lambda make: [1.0])
     monkeypatch.setattr(bandwidth, "_COPY_BYTES", 8192 * 4 * 100)
     found = bandwidth.measured(mx.float32)
     assert found == {"copy": 2 * 8192 * 400 / 1e9, "matvec": 8192 * 400 / 1e9}
