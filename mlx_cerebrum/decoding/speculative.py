@@ -9,7 +9,9 @@ with any drafter or none. Where a guess is certain (n-grams), it is the rejectio
 `p(guess)` is the chance to keep it, and what replaces it follows `p` without it.
 
 Rows computed together are rounded differently from rows computed alone. So where the two best
-logits are equal but for the last bits, the other token can win.
+logits are equal but for the last bits, the other token can win. On a CPU it won for none of 480
+tokens of the demo, computed alone and 8 together: in float32 no logit moved by more than 7e-5, in
+bfloat16 none at all. A GPU's 16 bits were not measured.
 """
 
 import time
