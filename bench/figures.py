@@ -8,11 +8,9 @@ a figure that can only have been measured stands outside such a block.
 """
 
 import difflib
-import importlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bench import suite
 from bench.report import table
@@ -87,18 +85,14 @@ def _said(path: Path, folder: str) -> list[str]:
     single = path.with_name(f"{path.name}.json")
     if single.exists():
         found = escaped(suite.read(single, "bench", "results"))
-        paragraphs = _bench(found["bench"]).text(found["results"])
+        paragraphs = suite.module(found["bench"]).text(found["results"])
     else:
         found = escaped(suite.read(path.parent / suite.FILE, "suites", "machine"))
-        results, module = found["suites"][path.name], _bench(path.name)
+        results, module = found["suites"][path.name], suite.module(path.name)
         drawn = module.plots(results, found["machine"])
         paragraphs = module.text(results)
         paragraphs += [picture.markdown(name, folder) for name, picture in drawn.items()]
     return "\n\n".join(paragraphs).split("\n\n")
-
-
-def _bench(name: str) -> Any:
-    return importlib.import_module(f"bench.{name}")
 
 
 def _chosen(paragraphs: list[str], numbers: str) -> list[str]:

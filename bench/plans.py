@@ -23,7 +23,6 @@ figure flatters it: measure it again on another.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -33,7 +32,6 @@ from pathlib import Path
 import mlx.core as mx
 
 from bench import machine, render, suite
-from bench.__main__ import joined, new_document, record
 from bench.pair import Pair, open_pair
 from bench.perplexity import TEXTS, compare, perplexity
 from bench.plan_family import SQRT_HALF, Cell, Grid, card, grids, other_ways, scale
@@ -248,9 +246,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
     if any(lists) and not args.sweep:
         raise RequestError("--starts, --widths, --repeats and --scales are for --sweep")
     sweep = grids(blocks, *lists) if args.sweep else []
-    document = new_document(["python", "-m", "bench", "plans", *words], pair)
-    if args.out is not None:
-        document = joined(args.out, document)
+    document = suite.begun(["python", "-m", "bench", "plans", *words], pair, args.out)
     with tempfile.TemporaryDirectory() as folder:
         settings = Effort(
             work=Path(folder),
@@ -261,14 +257,10 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
         )
         with limits():
             results = measure(pair, settings, context=args.context, sweep=sweep, plans=plans)
-    record(document, "plans", results, results["seconds"])
+    suite.record(document, "plans", results, results["seconds"])
+    render.publish(document, args.out, only_json=args.json)
     if args.out is not None:
-        suite.write(args.out, document)
         write_plans(args.out / "plans", results)
-    page = render.report(document, args.out)
-    if not args.json:
-        say(page)
-    say(json.dumps(document, ensure_ascii=False))
     return 0
 
 

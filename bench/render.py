@@ -5,9 +5,8 @@ python -m bench render --index     the table of all runs, in bench/results/READM
 python -m bench render --figures   that, and the figures in README.md and bench/README.md
 """
 
-import importlib
+import json
 from pathlib import Path
-from typing import Any
 
 from bench import figures, plots, suite
 from bench.report import CPU, facts, table
@@ -58,6 +57,16 @@ def _run(directories: list[Path], index: bool, all_figures: bool) -> int:
         for path in figures.rewrite(figures.DOCUMENTS if all_figures else [figures.INDEX]):
             say(str(path))
     return 0
+
+
+def publish(document: Results, directory: Path | None, only_json: bool) -> None:
+    """Write what was measured, and its page, into the directory; and print both."""
+    if directory is not None:
+        suite.write(directory, document)
+    page = report(document, directory)
+    if not only_json:
+        say(page)
+    say(json.dumps(document, ensure_ascii=False))
 
 
 def report(document: Results, directory: Path | None = None) -> str:
@@ -119,7 +128,7 @@ def _section(name: str, results: Results, machine: Results, directory: Path | No
     title = f"## {name.replace('_', ' ').capitalize()}"
     if "not_measured" in results:
         return [title, f"Not measured: {results['not_measured']}"]
-    module: Any = importlib.import_module(f"bench.{name}")
+    module = suite.module(name)
     return [
         title,
         module.__doc__.splitlines()[0],

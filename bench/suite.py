@@ -6,17 +6,22 @@ rest can be drawn again.
 """
 
 import contextlib
+import datetime
 import getpass
+import importlib
 import json
 import platform
 import re
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from bench import machine
 from bench.pair import Pair
 from bench.plots import Picture
+from bench.report import public
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.files.replacing import replacing
 
@@ -51,6 +56,54 @@ class Suite(Protocol):
 
     def plots(self, results: Results, machine: Results) -> dict[str, Picture]:
         """What to draw, by file name without its ending."""
+
+
+def module(name: str) -> Any:
+    """The suite or bench by that name."""
+    return importlib.import_module(f"bench.{name}")
+
+
+def begun(command: Sequence[str], pair: Pair, directory: Path | None) -> Results:
+    """The document to measure into, with what `directory` has of this machine and model already.
+
+    It names no path of this machine. Raises RequestError where the directory holds results of
+    another machine or model, which a table must not mix, or other files.
+    """
+    document: Results = {
+        "schema": 1,
+        "command": shlex.join(public(word) for word in command),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": machine.card(),
+        "model": pair.card(),
+        "seconds": {},
+        "runs": {},
+        "suites": {},
+    }
+    if directory is None or not directory.exists():
+        return document
+    if not (directory / FILE).exists():
+        # What single benches printed with --json may lie there already.
+        if any(path.suffix != ".json" for path in directory.iterdir()):
+            raise RequestError(f"{directory} is in use and holds no {FILE}; name another")
+        return document
+    kept = ("seconds", "runs", "suites")
+    before = read(directory / FILE, "machine", "model", *kept)
+    for key in ("machine", "model"):
+        found = [one[key] | {"load_average": None} for one in (document, before)]
+        if found[0] != found[1]:
+            raise RequestError(f"{directory} holds results of another {key}; name another --out")
+    return document | {key: before[key] for key in kept}
+
+
+def record(document: Results, name: str, results: Results, seconds: float) -> None:
+    """Put a suite's results into the document, with what made them."""
+    document["suites"][name] = results
+    document["seconds"][name] = round(seconds, 1)
+    document["runs"][name] = {
+        "command": document["command"],
+        "date": document["date"],
+        "commit": machine.commit(),
+    }
 
 
 def read(path: Path, *keys: str) -> Results:

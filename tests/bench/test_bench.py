@@ -9,8 +9,8 @@ import pytest
 from conftest import MakeCheckpoint, parameters
 from tiny import tiny_config
 
-from bench import bandwidth, full_size, machine, pair, process, projection, report, speed, suite
-from bench.__main__ import joined, main
+from bench import bandwidth, full_size, pair, process, projection, report, speed, suite
+from bench.__main__ import main
 from bench.random_model import RandomCheckpoint, write_random
 from mlx_cerebrum.errors import PlanError, RequestError
 from mlx_cerebrum.model.config import ModelConfig
@@ -256,19 +256,22 @@ def test_projections_follow_from_bytes() -> None:
     assert projection.KNOWN[0] < 120.5 / roof < projection.KNOWN[1]
 
 
-def test_results_of_two_machines_do_not_mix(tmp_path: Path) -> None:
-    document = {"machine": machine.card(), "model": {"model": "m"}, "suites": {}, "seconds": {}}
-    assert joined(tmp_path / "new", document) is document
-    suite.write(tmp_path / "out", document | {"suites": {"speed": {"x": 1}}})
-    later = document | {"machine": document["machine"] | {"load_average": 9.0}}
-    assert joined(tmp_path / "out", later)["suites"] == {"speed": {"x": 1}}
+def test_results_of_two_machines_do_not_mix(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Of one they do, whatever else it runs."""
+    this, out = pair.open_pair(str(checkpoint())), tmp_path / "out"
+    document = suite.begun(["bench"], this, out)
+    suite.record(document, "speed", {"x": 1}, 0.5)
+    document["machine"]["load_average"] = 9.0
+    suite.write(out, document)
+    assert suite.begun(["bench"], this, out)["suites"] == {"speed": {"x": 1}}
     for key in ("machine", "model"):
+        suite.write(out, document | {key: document[key] | {"new": 1}})
         with pytest.raises(RequestError, match=f"another {key}"):
-            joined(tmp_path / "out", document | {key: {"model": "other"}})
+            suite.begun(["bench"], this, out)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine.txt").touch()
     with pytest.raises(RequestError, match="in use"):
-        joined(tmp_path / "used", document)
+        suite.begun(["bench"], this, tmp_path / "used")
 
 
 @pytest.mark.parametrize(

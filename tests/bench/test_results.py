@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import figures, pair, render, suite
-from bench.__main__ import new_document
 from bench.report import CPU
 from bench.suite import Results
 from mlx_cerebrum.errors import RequestError
@@ -197,7 +196,7 @@ def test_a_document_names_no_host_user_or_path(
     monkeypatch.setattr("getpass.getuser", lambda: "jane")
     path = str(checkpoint("jane/model"))
     words = ["python", "-m", "bench", "--model", path]
-    assert suite.private(new_document(words, pair.open_pair(path))) == []
+    assert suite.private(suite.begun(words, pair.open_pair(path), None)) == []
     for leak in (
         "/Users/someone/models/7b",
         "--model=/home/x/7b",
