@@ -17,7 +17,6 @@ from bench.report import Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 PAPER, INK = "#fefefe", "#1f2328"
@@ -124,6 +123,8 @@ def curves(
     """
 
     def draw(figure: "Figure") -> None:
+        from matplotlib.ticker import LogLocator
+
         plot = figure.add_subplot(title=title, xlabel=x, ylabel=y)
         plot.grid()
         for index, (name, points) in enumerate(series.items()):
@@ -143,7 +144,10 @@ def curves(
             plot.set_xticks(places, [tokens(place) for place in places])
             plot.set_xticks([], minor=True)
         if log_y:
-            log_scale(plot, "y")
+            plot.set_yscale("log")
+            plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            plot.yaxis.set_major_formatter(_number)
+            plot.set_yticks([], minor=True)
         else:
             plot.set_ylim(bottom=min(0.0, plot.get_ylim()[0]))
             plot.yaxis.set_major_formatter(_number)
@@ -244,17 +248,6 @@ def _number(value: float, place: float) -> str:
 def tokens(value: float) -> str:
     """A number of tokens: 512, 2k for 2048."""
     return f"{value / 1024:g}k" if value >= 1024 and value % 1024 == 0 else f"{value:g}"
-
-
-def log_scale(plot: "Axes", which: str) -> None:
-    """Plain numbers on a logarithmic axis, "x" or "y"."""
-    from matplotlib.ticker import LogLocator
-
-    axis: Axis = getattr(plot, f"{which}axis")
-    plot.set(**{f"{which}scale": "log"})
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(_number)
-    axis.set_ticks([], minor=True)
 
 
 def legend(figure: "Figure", plot: "Axes") -> None:

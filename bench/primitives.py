@@ -1,7 +1,7 @@
 """How many graph primitives one decode step and one prefill chunk are made of.
 
 python -m bench.primitives                          the demo model's shapes
-python -m bench.primitives --geometry cerebrum-7b   the 7B's and the 12.25B's; --q-bits 4
+python -m bench.primitives --model DIR --q-bits 4   another's, packed
 
 Where weights are few, or bandwidth is large, launching kernels is what a step costs besides
 reading them, so their number is what is left to win. Counted are mlx-lm's model, ours with its
@@ -32,7 +32,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from bench.pair import formula
-from bench.random_model import GEOMETRIES
 from bench.report import parser, public, run, table
 from bench.step_profile import forget
 from bench.suite import Results
@@ -41,7 +40,6 @@ from mlx_cerebrum.decoding.decode import greedy, prefill_step
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.loading import fuse_projections
 from mlx_cerebrum.weights.opening import open_checkpoint
@@ -49,9 +47,6 @@ from mlx_cerebrum.weights.quantize import AFFINE_BITS
 
 Counts = Counter[str]
 Caches = Sequence[Any]
-# A model, its caches and tokens [1, L] -> the arrays that running this pass evaluates.
-Step = Callable[[nn.Module, Caches, mx.array], Any]
-Make = Callable[[ModelConfig], nn.Module]
 
 # fmt: off
 VIEWS = frozenset([
@@ -60,7 +55,7 @@ VIEWS = frozenset([
 ])
 # fmt: on
 _CONTEXT = 64  # tokens before a pass: any number that leaves the caches room for one more
-_CEREBRUM = 32  # blocks of both Cerebrum models
+_CEREBRUM = (32, 56)  # positions of the 7B and the 12.25B
 _METAL_HEADS = (64, 128)  # widths that Metal's attention has, for one token and for a chunk
 
 
@@ -90,22 +85,21 @@ def count_as_on_metal(build: Callable[[], Any], head_dim: int) -> Counts:
 
         return mark
 
-    composed = mx.fast.scaled_dot_product_attention
-
     def unpack(weight: mx.array, scales: mx.array, **named: Any) -> mx.array:
         # Counted as Concatenate: a marker has no other shape than its input's.
         others = [weight] if named["biases"] is None else [weight, named["biases"]]
         return mx.concatenate(mx.depends([scales], others) * named["group_size"], axis=-1)
 
+    attend = mx.fast.scaled_dot_product_attention
+    if head_dim in _METAL_HEADS:
+        attend = marker(mx.cumprod)
     with (
         mock.patch.object(device, "backend", return_value="metal"),
         mock.patch.object(mx, "dequantize", unpack),
         mock.patch.object(mx.fast, "rms_norm", marker(mx.cummax)),
         mock.patch.object(mx.fast, "rope", marker(mx.cummin)),
-        mock.patch.object(mx.fast, "scaled_dot_product_attention") as attention,
+        mock.patch.object(mx.fast, "scaled_dot_product_attention", attend),
     ):
-        wide = head_dim in _METAL_HEADS
-        attention.side_effect = marker(mx.cumprod) if wide else composed
         found = count(build())
     del found["Depends"]  # holds a marker's other inputs, no more
     names = {"CumMax": "RMSNorm", "CumMin": "RoPE", "CumProd": "ScaledDotProductAttention"}
@@ -146,16 +140,13 @@ def hollow(model: nn.Module, bits: int | None = None) -> nn.Module:
     return model
 
 
-def decode(model: nn.Module, cache: Caches, tokens: mx.array) -> Any:
-    return greedy(model(tokens, cache)[:, -1])
+def step(model: nn.Module, cache: Caches, tokens: mx.array) -> Any:
+    """What running `tokens [1, L]` evaluates: one is decoded, more are a prompt's chunk."""
+    logits = model(tokens, cache)
+    return greedy(logits[:, -1]) if tokens.shape[1] == 1 else [layer.state for layer in cache]
 
 
-def prefill(model: nn.Module, cache: Caches, tokens: mx.array) -> Any:
-    model(tokens, cache)
-    return [layer.state for layer in cache]
-
-
-def compiled(step: Step, model: nn.Module, cache: Caches, tokens: mx.array) -> Any:
+def compiled(model: nn.Module, cache: Caches, tokens: mx.array) -> Any:
     """`step` as one compiled function of the tokens and of every cache's arrays."""
 
     def run(tokens: mx.array, held: list[tuple[mx.array, mx.array]]) -> Any:
@@ -166,23 +157,21 @@ def compiled(step: Step, model: nn.Module, cache: Caches, tokens: mx.array) -> A
     return mx.compile(run)(tokens, [(layer.keys, layer.values) for layer in cache])
 
 
-PASSES: dict[str, Step] = {"decode": decode, "prefill": prefill}
-SIDES: dict[str, tuple[Make, bool]] = {  # and whether it is compiled
-    "mlx-lm": (mlx_lm, False),
-    "ours, not fused": (partial(ours, fused=False), False),
-    "ours": (ours, False),
-    "ours, compiled": (ours, True),
+SIDES: dict[str, tuple[Callable[[ModelConfig], nn.Module], Callable[..., Any]]] = {
+    "mlx-lm": (mlx_lm, step),
+    "ours, not fused": (partial(ours, fused=False), step),
+    "ours": (ours, step),
+    "ours, compiled": (ours, compiled),
 }
 
 
 def counted(
-    side: str, name: str, config: ModelConfig, length: int, backend: str, bits: int | None = None
+    side: str, config: ModelConfig, length: int, backend: str, bits: int | None = None
 ) -> Counts:
     """Of one pass over `length` tokens. `backend` is this machine's, or "metal"."""
-    make, compile = SIDES[side]
-    step = partial(compiled, PASSES[name]) if compile else PASSES[name]
+    make, how = SIDES[side]
     model = hollow(make(config), bits)
-    build = partial(step, model, _caches(model, config), mx.zeros((1, length), mx.int32))
+    build = partial(how, model, _caches(model, config), mx.zeros((1, length), mx.int32))
     forget()
     here = backend == device.backend()
     counts = count(build()) if here else count_as_on_metal(build, config.head_dim)
@@ -212,11 +201,10 @@ def measure(
     what every position has, so all other numbers follow.
     """
 
-    def side(label: str, name: str, backend: str) -> Results:
+    def side(label: str, length: int, backend: str) -> Results:
         def at(n: int) -> Counts:
             shapes = replace(config, num_hidden_layers=n, layer_map=tuple(range(n)))
-            shapes = replace(shapes, residual_scales=None)
-            return counted(label, name, shapes, chunk if name == "prefill" else 1, backend, bits)
+            return counted(label, replace(shapes, residual_scales=None), length, backend, bits)
 
         per, besides = at(3), at(2)
         per.subtract(besides)
@@ -233,7 +221,8 @@ def measure(
         "positions": list(positions),
         "backends": {
             backend: {
-                name: {label: side(label, name, backend) for label in SIDES} for name in PASSES
+                name: {label: side(label, length, backend) for label in SIDES}
+                for name, length in {"decode": 1, "prefill": chunk}.items()
             }
             for backend in dict.fromkeys((device.backend(), "metal"))
         },
@@ -242,9 +231,7 @@ def measure(
 
 def main(argv: list[str] | None = None) -> int:
     p = parser("primitives", "Graph primitives of one decode step and of one prefill chunk.")
-    which = p.add_mutually_exclusive_group()
-    which.add_argument("--model", metavar="DIR|FILE.gguf|HUBID|demo", help="shapes (default: demo)")
-    which.add_argument("--geometry", choices=sorted(GEOMETRIES), help="named shapes instead")
+    p.add_argument("--model", metavar="DIR|FILE.gguf|HUBID|demo", help="shapes (default: demo)")
     p.add_argument("--q-bits", type=int, choices=AFFINE_BITS, help="a weight (default: dense)")
     p.add_argument("--chunk", type=int, default=prefill_step(), metavar="N", help="of prefill")
     return run(p, _measure, text, argv)
@@ -253,16 +240,12 @@ def main(argv: list[str] | None = None) -> int:
 def _measure(args: argparse.Namespace) -> Results:
     if args.chunk < 2:
         raise RequestError("--chunk must be at least 2: one token is a decode step")
-    if args.geometry is not None:
-        config = ModelConfig.from_dict(GEOMETRIES[args.geometry])
-    else:
-        config = open_checkpoint(hub.resolve(args.model or "demo")).config
+    name = args.model or "demo"
+    config = open_checkpoint(hub.resolve(name)).config
     blocks = config.num_hidden_layers
     merged = formula(blocks).layer_map(blocks) if blocks > 2 else ()
-    cerebrum = LayerPlan.named("cerebrum-12.25b").layer_map(_CEREBRUM)
-    positions = {config.num_positions, len(merged), _CEREBRUM, len(cerebrum)} - {0}
-    name = args.geometry or public(args.model or "demo")
-    return {"model": name} | measure(config, sorted(positions), args.chunk, args.q_bits)
+    positions = {config.num_positions, len(merged), *_CEREBRUM} - {0}
+    return {"model": public(name)} | measure(config, sorted(positions), args.chunk, args.q_bits)
 
 
 def text(results: Results) -> list[str]:

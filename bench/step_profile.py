@@ -147,6 +147,7 @@ class Pass:
         made = _listen(model, self.graph, self._heard)
         self.kinds = {name: kind for name, kind in self.kinds.items() if kind.calls}
         mx.eval(made, [inputs for kind in self.kinds.values() for _, inputs in kind.calls])
+        self._inputs.clear()  # one looks at a cache's buffer
 
     def graph(self) -> Arrays:
         if self.chunk:
@@ -293,25 +294,20 @@ def _measure(args: argparse.Namespace) -> Results:
     """Raises a CerebrumError for what can't be loaded or can't fit."""
     if min(args.context, args.chunk, args.rounds) < 1 or args.seconds < 0:
         raise RequestError("--context, --chunk and --rounds must be at least 1, --seconds 0")
-    name = args.model or "demo"
+    name, context, chunk = args.model or "demo", args.context, args.chunk
     spec = ModelSpec(name, plan=args.plan, q_bits=args.q_bits, window=args.window)
     with limits():
         model = open_model(spec).load()
-        tokens = args.context + args.chunk + 1
-        request = Workload(model.config, model.dtype.size, tokens, 1, args.chunk)
-        require(_COPIES * request.bytes, f"a context of {args.context} tokens", "make it shorter")
-        found = measure(model, args.context, args.chunk, args.rounds, args.seconds)
-    return {"model": public(name), "plan": args.plan} | found
-
-
-def measure(
-    model: Model, context: int, chunk: int, count: int = 9, seconds: float = 60.0
-) -> Results:
-    """One decode step and one prefill chunk of `chunk` tokens, each after `context` tokens."""
-    nothing = mx.zeros(1)
-    mx.eval(nothing)
-    waits = [timed(lambda: [nothing + 1]).evaluate for _ in range(50)]
-    results: Results = {
+        request = Workload(model.config, model.dtype.size, context + chunk + 1, 1, chunk)
+        require(_COPIES * request.bytes, f"a context of {context} tokens", "make it shorter")
+        nothing = mx.zeros(1)
+        mx.eval(nothing)
+        waits = [timed(lambda: [nothing + 1]).evaluate for _ in range(50)]
+        decode = Pass(model, context).measured(3 * args.rounds, args.seconds)
+        prefill = Pass(model, context, chunk).measured(args.rounds, args.seconds)
+    return {
+        "model": public(name),
+        "plan": args.plan,
         "positions": model.config.num_positions,
         "hidden_size": model.config.hidden_size,
         "window": model.config.sliding_window,
@@ -319,10 +315,9 @@ def measure(
         "context": context,
         "chunk": chunk,
         "wait": Spread.of(waits).as_json(),  # evaluating one addition of one number
-        "decode": Pass(model, context).measured(3 * count, seconds),
+        "decode": decode,
+        "prefill": prefill,
     }
-    mx.clear_cache()
-    return results | {"prefill": Pass(model, context, chunk).measured(count, seconds)}
 
 
 def text(results: Results) -> list[str]:

@@ -174,7 +174,7 @@ def test_any_number_of_positions_follows_from_two_and_three() -> None:
             assert set(sides) == set(primitives.SIDES)
             for side, found in sides.items():
                 length = 8 if name == "prefill" else 1
-                counted = primitives.counted(side, name, config, length, backend)
+                counted = primitives.counted(side, config, length, backend)
                 assert counted.total() == found["primitives"]["7"], (backend, name, side)
                 assert primitives.kernels(counted) == found["kernels"]["7"]
     text = "\n".join(primitives.text({"model": "tiny"} | results))
