@@ -120,7 +120,7 @@ def run(
     text: Callable[[dict[str, Any]], Sequence[str]],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """A bench from its command line, of `parser`, to its exit code."""
+    """A bench from its command line, of `parser`, to its exit code: 1 where a criterion failed."""
     args = p.parse_args(argv)
     if argv is None:  # else the process is a test's, and not ours to start over
         machine.use_openblas(not args.no_openblas)
@@ -128,7 +128,7 @@ def run(
     def measured() -> int:
         results = measure(args)
         publish(args, p.prog.removeprefix("bench."), results, text(results))
-        return 0
+        return int(any(one["passed"] is False for one in results.get("criteria", ())))
 
     return cli.run(measured, args.debug)
 

@@ -17,45 +17,42 @@ import argparse
 import json
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import machine
+from bench import llama_cpp
 from bench.attempts import one_line
 from bench.chat_prompts import GROUNDED, OPEN
 from bench.copies import Copies
 from bench.engines import PROSE, required
 from bench.pair import open_pair
 from bench.peers_report import OURS
-from bench.report import Spread, parser, publish, ratio, rounds
-from bench.server_answers import Heard, Question, hear
-from bench.server_client import Address, ask, get
+from bench.report import Spread, parser, ratio, rounds, run, table
+from bench.server_client import Question, ask, get
 from bench.server_mix import chat, user
-from bench.server_peers_report import text
-from bench.server_process import Process, free_port, resident
-from mlx_cerebrum import cli
+from bench.server_process import Served, serving
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.text import tell
 
 _SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 _CONTEXT = 1024  # tokens a request may take where a server wants to know
 _WORDS = 120  # of prose in every other question
+_TUNING = range(1000, 1128)  # token ids that llama.cpp's settings are tried on
 
 
 @dataclass(frozen=True)
-class Engine:
-    """A server that is up: where, what it calls the model, what a reader must know of it."""
+class Contender:
+    """A server that is up, what it calls the model, and what a reader must know of it."""
 
-    address: Address
+    server: Served
     model: str
     version: str
     settings: str
-    pid: int
 
 
 @dataclass(frozen=True)
@@ -69,123 +66,93 @@ class Round:
     tokens: dict[str, int]  # prompt, completion, cached
 
 
-def flags() -> cli.ArgumentParser:
+def main(argv: list[str] | None = None) -> int:
     p = parser("server_peers", "The local server's throughput beside mlx-lm's and llama.cpp's.")
     p.add_argument("--model", default="demo", help="what to serve (default: demo)")
     p.add_argument("--clients", type=int, default=8, help="questions at once (default: 8)")
     p.add_argument("--rounds", type=int, default=5, help="rounds in turns (default: 5)")
     p.add_argument("--max-tokens", type=int, default=64, help="tokens an answer (default: 64)")
-    p.add_argument(
-        "--only",
-        action="append",
-        choices=("mlx-lm", "llama.cpp"),
-        help="beside this one alone (default: both)",
-    )
-    return p
+    return run(p, measure, text, argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = flags().parse_args(argv)
-    machine.use_openblas(not args.no_openblas)
-    return cli.run(lambda: _run(args), args.debug)
-
-
-def _run(args: argparse.Namespace) -> int:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     if min(args.clients, args.rounds) < 1 or not 2 <= args.max_tokens <= _CONTEXT // 2:
         raise RequestError(
             f"--clients and --rounds must be at least 1, --max-tokens 2 to {_CONTEXT // 2}"
         )
     with ExitStack() as stack:
-        engines = servers(stack, args.model, args.clients, args.only or ["mlx-lm", "llama.cpp"])
-        found = measure(engines, args.clients, args.rounds, args.max_tokens)
-    publish(args, "server_peers", found, text(found))
-    return 0
+        up = servers(stack, args.model, args.clients)
+        return compare(up, args.clients, args.rounds, args.max_tokens)
 
 
-def servers(
-    stack: ExitStack, model: str, clients: int, peers: Sequence[str]
-) -> dict[str, Engine | str]:
+def servers(stack: ExitStack, model: str, clients: int) -> dict[str, Contender | str]:
     """Ours and its peers, each up; or the one line why a peer is not."""
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     pair = open_pair(model)
-    copies = Copies(pair, pair.a, folder)
-    starts: dict[str, Callable[[], Engine]] = {
-        "mlx-lm": lambda: _mlx_lm(stack, copies, clients),
-        "llama.cpp": lambda: _llama_cpp(stack, copies, clients),
-    }
-    found: dict[str, Engine | str] = {OURS: _ours(stack, model, clients)}
-    for name in peers:
+    copies = Copies(pair, pair.a, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+
+    def start(*words: str) -> Served:
+        return stack.enter_context(serving(words))
+
+    def ours() -> Contender:
+        batch = max(8, clients)  # 8: its default
+        server = start("mlx_cerebrum.server", "--model", model, "--batch", str(batch))
+        name = json.loads(get(server.address, "/v1/models"))["data"][0]["id"]
+        version = required("mlx-cerebrum", "bench")
+        return Contender(server, name, version, f"batches of up to {batch}")
+
+    def mlx_lm() -> Contender:
+        version, batch = required("mlx-lm", "bench"), max(32, clients)  # 32: its default
+        words = ["mlx_lm", "server", "--model", str(copies.directory()), "--log-level", "WARNING"]
+        server = start(*words, "--decode-concurrency", str(batch))
+        return Contender(server, "default_model", version, f"batches of up to {batch}")
+
+    def llama() -> Contender:
+        if copies.kind != "F32":
+            raise RequestError(f"its server is started in F32 here; ours computes in {copies.kind}")
+        version, path = required("xllamacpp", "bench"), copies.gguf("F32")
+        tuning = llama_cpp.tune(path, True, list(_TUNING))
+        words = ["bench.server_llama", str(path), "--threads", str(tuning.threads)]
+        words += ["--flash-attention", str(int(tuning.flash_attention))]
+        server = start(*words, "--slots", str(clients), "--context", str(clients * _CONTEXT))
+        settings = f"{clients} slots, {llama_cpp.settings(tuning, exact=True)}"
+        return Contender(server, model, f"xllamacpp {version}", settings)
+
+    up: dict[str, Contender | str] = {OURS: ours()}
+    for name, peer in {"mlx-lm": mlx_lm, "llama.cpp": llama}.items():
         tell(f"{name}: writing its weights, starting it")
         try:
-            found[name] = starts[name]()
+            up[name] = peer()
         except Exception as error:
-            found[name] = one_line(error)
-    return found
+            up[name] = one_line(error)
+    return up
 
 
-def _ours(stack: ExitStack, model: str, clients: int) -> Engine:
-    batch = max(8, clients)  # 8: its default
-    words = ["mlx_cerebrum.server", "--model", model, "--port", "0", "--batch", str(batch)]
-    server = stack.enter_context(Process(words))
-    name = json.loads(get(server.address, "/v1/models"))["data"][0]["id"]
-    version = machine.version("mlx-cerebrum") or ""
-    return Engine(server.address, name, version, f"batches of up to {batch}", server.pid)
-
-
-def _mlx_lm(stack: ExitStack, copies: Copies, clients: int) -> Engine:
-    version, port, batch = required("mlx-lm", "bench"), free_port(), max(32, clients)
-    words = ["mlx_lm", "server", "--model", str(copies.directory()), "--port", str(port)]
-    words += ["--decode-concurrency", str(batch), "--log-level", "WARNING"]  # 32: its default
-    server = stack.enter_context(Process(words, port=port))
-    settings = f"batches of up to {batch}"
-    return Engine(server.address, "default_model", version, settings, server.pid)
-
-
-def _llama_cpp(stack: ExitStack, copies: Copies, clients: int) -> Engine:
-    if copies.kind != "F32":
-        raise RequestError(f"its server is started in F32 here; ours computes in {copies.kind}")
-    words = ["bench.server_llama", str(copies.gguf("F32"))]
-    words += ["--parallel", str(clients), "--context", str(_CONTEXT)]
-    server = stack.enter_context(Process(words))
-    said = json.loads(next(line for line in server.lines if line.startswith("{")))
-    return Engine(
-        server.address, copies.pair.path.name, said["version"], said["settings"], server.pid
-    )
-
-
-def measure(
-    engines: dict[str, Engine | str], clients: int, count: int, max_tokens: int
+def compare(
+    up: dict[str, Contender | str], clients: int, number: int, max_tokens: int
 ) -> dict[str, Any]:
     """All of them in turns, `clients` questions at once and one alone."""
-    up = {name: engine for name, engine in engines.items() if isinstance(engine, Engine)}
     found: dict[str, Any] = {
-        name: {"failure": engine} if isinstance(engine, str) else {
-            "version": engine.version, "settings": engine.settings
-        }
-        for name, engine in engines.items()
-    }  # fmt: skip
+        name: {"failure": one}
+        if isinstance(one, str)
+        else {"version": one.version, "settings": one.settings}
+        for name, one in up.items()
+    }
+    contenders = {name: one for name, one in up.items() if isinstance(one, Contender)}
     for kind, many in (("together", clients), ("alone", 1)):
-        tell(f"{kind}: {', '.join(up)}")
-        sides = {name: _Turns(engine, many, max_tokens).run for name, engine in up.items()}
-        runs = rounds(sides, count)
+        tell(f"{kind}: {', '.join(contenders)}")
+        sides = {name: _side(one, many, number, max_tokens) for name, one in contenders.items()}
+        runs = rounds(sides, number)
         for name, done in runs.items():
-            found[name][kind] = _row(done, None if name == OURS else runs[OURS])
-    for name, engine in up.items():
-        found[name]["resident"] = resident(engine.pid)
-    return {"clients": clients, "rounds": count, "max_tokens": max_tokens, "engines": found}
+            found[name][kind] = _row(done, runs[OURS] if name != OURS else None)
+    for name, one in contenders.items():
+        found[name]["resident"] = one.server.rss()
+    return {"clients": clients, "rounds": number, "max_tokens": max_tokens, "engines": found}
 
 
-class _Turns:
-    """One server's rounds: the questions of round k are the same for every server."""
-
-    def __init__(self, engine: Engine, many: int, max_tokens: int) -> None:
-        self._engine, self._many, self._max_tokens = engine, many, max_tokens
-        self._round = 0
-
-    def run(self) -> Round:
-        asked = questions(self._engine.model, self._round, self._many, self._max_tokens)
-        self._round += 1
-        return at_once(self._engine.address, asked)
+def _side(one: Contender, many: int, number: int, max_tokens: int) -> Callable[[], Round]:
+    """Runs its next round at every call; round k has the same questions for every server."""
+    asked = iter([questions(one.model, k, many, max_tokens) for k in range(number + 1)])
+    return lambda: at_once(one.server.address, next(asked))
 
 
 def questions(model: str, number: int, many: int, max_tokens: int) -> list[Question]:
@@ -205,60 +172,81 @@ def questions(model: str, number: int, many: int, max_tokens: int) -> list[Quest
     return found
 
 
-def at_once(address: Address, asked: Sequence[Question]) -> Round:
+def at_once(address: str, asked: Sequence[Question]) -> Round:
     """Ask all together. Raises CerebrumError where an answer is none."""
-    replies: dict[int, Any] = {}
-
-    def one(place: int) -> None:
-        replies[place] = ask(address, asked[place].path, asked[place].body)
-
-    places = range(len(asked))
-    threads = [threading.Thread(target=one, args=(place,), daemon=True) for place in places]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    heard: list[Heard] = []
-    for place, question in enumerate(asked):
-        answer = hear(question, replies[place])
-        if answer.usage is None or answer.first is None:
-            raise CerebrumError(f"no answer to measure: {'; '.join(answer.faults) or 'no text'}")
-        heard.append(answer)
-    began = min(reply.asked for reply in replies.values())
-    ended = max(reply.events[-1][0] for reply in replies.values())
-    all_go = max(answer.first or 0.0 for answer in heard)
-    later = sum(when > all_go for answer in heard for when in answer.choices[0].times)
-    tokens = {
-        key: sum(answer.usage_of(f"{key}_tokens") for answer in heard)
-        for key in ("prompt", "completion")
-    }
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda question: ask(address, question), asked))
+    for heard in answers:
+        if heard.usage is None or heard.first is None:
+            raise CerebrumError(f"no answer to measure: {'; '.join(heard.faults) or 'no text'}")
+    times = [heard.choices[0].times for heard in answers]
+    tokens = {key: sum(heard.tokens[key] for heard in answers) for key in answers[0].tokens}
+    ended = max(pieces[-1] for pieces in times)
+    all_go = max(pieces[0] for pieces in times)
+    later = sum(when > all_go for pieces in times for when in pieces)
     return Round(
-        [answer.choices[0].text for answer in heard],
-        tokens["completion"] / (ended - began),
-        [(answer.first or 0.0) - replies[place].asked for place, answer in enumerate(heard)],
-        later / (ended - all_go) if later else 0.0,
-        tokens | {"cached": sum(answer.cached for answer in heard)},
+        texts=[heard.choices[0].text for heard in answers],
+        pace=tokens["completion"] / (ended - min(heard.sent for heard in answers)),
+        firsts=[pieces[0] - heard.sent for pieces, heard in zip(times, answers, strict=True)],
+        going=later / (ended - all_go) if later else 0.0,
+        tokens=tokens,
     )
 
 
 def _row(done: Sequence[Round], ours: Sequence[Round] | None) -> dict[str, Any]:
-    paces = [one.pace for one in done]
-    row: dict[str, Any] = {
-        "pace": Spread.of(paces).as_json(),
-        "first": Spread.of([median(one.firsts) for one in done]).as_json(),
-        "last": Spread.of([max(one.firsts) for one in done]).as_json(),
-        "going": Spread.of([one.going for one in done]).as_json(),
+    measured = {
+        "pace": [one.pace for one in done],
+        "first": [median(one.firsts) for one in done],
+        "last": [max(one.firsts) for one in done],
+        "going": [one.going for one in done],
     }
+    row: dict[str, Any] = {name: Spread.of(values).as_json() for name, values in measured.items()}
     row |= {f"{key}_tokens": sum(one.tokens[key] for one in done) for key in done[0].tokens}
     if ours is not None:
-        pairs = [
-            (a, b)
-            for mine, theirs in zip(ours, done, strict=True)
-            for a, b in zip(mine.texts, theirs.texts, strict=True)
-        ]
-        row["ratio"] = ratio([one.pace for one in ours], paces).as_json()
-        row |= {"same": sum(a == b for a, b in pairs), "compared": len(pairs)}
+        texts = [[text for one in side for text in one.texts] for side in (ours, done)]
+        row["ratio"] = ratio([one.pace for one in ours], measured["pace"]).as_json()
+        row["same"] = sum(a == b for a, b in zip(*texts, strict=True))
+        row["compared"] = len(texts[0])
     return row
+
+
+def text(found: dict[str, Any]) -> list[str]:
+    engines = found["engines"]
+    measured = {name: one for name, one in engines.items() if "failure" not in one}
+    notes = [
+        f"- {name}: {one['version']}; {one['settings']}; {one['resident'] / 1e6:.0f} MB resident"
+        " at the end"
+        for name, one in measured.items()
+    ]
+    failures = [f"- {name}: {one['failure']}" for name, one in engines.items() if "failure" in one]
+    return [
+        f"{found['clients']} questions at once, and one alone, {found['max_tokens']} tokens an"
+        f" answer at most; rounds in turns: {found['rounds']}; every round has questions of its"
+        " own. All tokens of the answers over the time from the first request to the last token,"
+        " and once all have begun pieces of text a second; median (lowest-highest). Ratios are"
+        " ours over theirs, round by round: above 1 ours is faster.",
+        *_paces(measured, "together", f"{found['clients']} at once"),
+        *_paces(measured, "alone", "one alone"),
+        "\n".join(notes + failures),
+    ]
+
+
+def _paces(measured: dict[str, Any], kind: str, label: str) -> list[str]:
+    columns = {"pace": 1, "ratio": 2, "first": 2, "last": 2, "going": 1}  # digits
+    header = [label, "tokens/s", "ours/its", "first text, s", "the last one's, s", "once all go"]
+    rows, counts = [], []
+    for name, one in measured.items():
+        it = one[kind]
+        spreads = [
+            Spread(**it[key]).text(digits) if key in it else "" for key, digits in columns.items()
+        ]
+        rows.append([name, *spreads, f"{it['same']} of {it['compared']}" if "same" in it else ""])
+        counts.append(
+            f"{name} {it['prompt_tokens']}, {it['cached_tokens']} of them cached, and"
+            f" {it['completion_tokens']}"
+        )
+    counted = f"Tokens of prompts and answers: {'; '.join(counts)}."
+    return [table([*header, "same texts"], rows), counted]
 
 
 if __name__ == "__main__":

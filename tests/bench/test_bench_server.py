@@ -3,16 +3,17 @@
 import asyncio
 import hashlib
 import json
-import os
 import random
 import re
+import socket
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import uvicorn
 from conftest import MakeCheckpoint
@@ -21,39 +22,31 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from bench import (
-    server_findings,
-    server_load,
-    server_load_report,
-    server_mix,
-    server_peers,
-    server_peers_report,
-    server_process,
-)
+from bench import server_client, server_findings, server_load, server_mix, server_peers
 from bench.peers_report import OURS
-from bench.server_answers import CHAT, COMPLETIONS, Question, hear
-from bench.server_client import Address, Manner, Reply, ask, get
-from bench.server_clients import Load, first_difference, refusal_fault
+from bench.server_client import CHAT, COMPLETIONS, Heard, Question, ask, get
 from bench.server_mix import KINDS, Mix, chat, fixed_set, nonsense, user
-from mlx_cerebrum.errors import CerebrumError, RequestError
+from bench.server_process import serving
+from mlx_cerebrum.errors import CerebrumError
 
 MODELS = ("small", "large")
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "its", "paw.")
 
 
 class StandIn:
-    """An OpenAI-compatible server whose answers follow from the question.
+    """An OpenAI-compatible server whose answers follow from the question; in this process, with
+    the face of a `Served`.
 
-    `wrong` names what it does wrong: "no end", "tokens", "500", "leak" (a client that leaves
-    keeps its place), "company" (another text while others are asking), "takes nonsense".
+    `wrong` names what it does wrong: "no end", "tokens", "500", "busy", "leak" (a client that
+    leaves keeps its place), "company" (another text while others are asking), "takes nonsense".
     """
 
     def __init__(self, *wrong: str) -> None:
         self.wrong = set(wrong)
         self.active = self.asked = 0
+        self.process = psutil.Process()
         app = Starlette(
             routes=[
-                Route("/health", lambda _: PlainTextResponse("ok")),
                 Route("/v1/models", self._models),
                 Route("/metrics", self._metrics),
                 Route(CHAT, self._answer, methods=["POST"]),
@@ -76,26 +69,25 @@ class StandIn:
         self._thread.join()
 
     @property
-    def address(self) -> Address:
-        return Address("127.0.0.1", self._server.servers[0].sockets[0].getsockname()[1])
+    def address(self) -> str:
+        return f"127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.address.port}"
+    def rss(self) -> int:
+        return self.process.memory_info().rss
+
+    def check(self) -> None:
+        pass
+
+    def stop(self) -> int:
+        return 0
 
     def _models(self, _: Request) -> Response:
         return JSONResponse({"data": [{"id": name} for name in MODELS]})
 
     def _metrics(self, _: Request) -> Response:
-        lines = ["# TYPE cerebrum_queued gauge", "cerebrum_queued 0"]
-        lines += [f"cerebrum_active {self.active}", "cerebrum_prefix_cache_bytes 5e+06"]
-        lines += [
-            "cerebrum_generated_tokens_total 50",
-            "cerebrum_kv_bytes 0.0",
-            'x_total{how="stop"} 3',
-            'x_total{how="length"} 4',
-        ]
-        return PlainTextResponse("\n".join(lines))
+        values = {"queued": 0, "active": self.active, "prefix_cache_bytes": 5e6}
+        lines = [f"cerebrum_{name} {value}\n" for name, value in values.items()]
+        return PlainTextResponse("".join([*lines, "cerebrum_generated_tokens_total 50\n"]))
 
     async def _answer(self, request: Request) -> Response:
         raw = await request.body()
@@ -108,7 +100,7 @@ class StandIn:
             error = {"message": "that is no request", "type": "invalid_request_error"}
             return JSONResponse({"error": error}, 400)
         self.asked += 1
-        if "500" in self.wrong and self.asked % 5 == 0:
+        if "500" in self.wrong and self.asked % 5 == 0 and self.asked > len(fixed_set(MODELS)):
             return PlainTextResponse("oh", 500)
         if "busy" in self.wrong and self.active and self.asked % 5 == 0:
             return JSONResponse({"error": {}}, 429, headers={"Retry-After": "0.1"})
@@ -116,9 +108,9 @@ class StandIn:
             words = [["quite", "other", "words"], words[1:]][self.asked % 2]
         about = {"id": f"{self.asked}", "model": body["model"]}
         chat = request.url.path == CHAT
-        prompt = words_in(body)
         choices = [answer(words, body) for _ in range(body.get("n", 1))]
         said = sum(len(words) for words, _ in choices) + ("tokens" in self.wrong)
+        prompt = words_in(body)
         usage = {
             "prompt_tokens": prompt,
             "completion_tokens": said,
@@ -213,11 +205,7 @@ def question(**more: Any) -> Question:
     return chat("small", user("Tell me about cats"), 8, **more)
 
 
-def heard(server: StandIn, asked: Question) -> list[str]:
-    return hear(asked, ask(server.address, asked.path, asked.body), count).faults
-
-
-# An answer and what is wrong with it
+# A request and what is wrong with its answer
 
 
 @pytest.mark.parametrize(
@@ -233,25 +221,59 @@ def heard(server: StandIn, asked: Question) -> list[str]:
     ],
 )
 def test_a_right_answer_has_no_fault(server: StandIn, more: dict[str, Any]) -> None:
-    assert heard(server, question(**more)) == []
+    assert ask(server.address, question(**more), count).faults == []
     body = question(**more).body
     body = body | {"prompt": body.pop("messages")[0]["content"]}
-    assert heard(server, Question(body, COMPLETIONS)) == []
+    assert ask(server.address, Question(body, COMPLETIONS), count).faults == []
 
 
 def test_an_answers_parts(server: StandIn) -> None:
     asked = question(stream=True)
-    reply = ask(server.address, asked.path, asked.body)
-    found = hear(asked, reply, count)
-    words = words_of(asked.body, CHAT)[:8]
-    assert found.choices[0].text == joined(words)
-    assert found.choices[0].finish == "length"
-    assert found.usage_of("completion_tokens") == 8
-    assert found.cached == 2
-    assert found.first is not None
-    assert reply.asked < found.first < reply.finished
-    assert len(found.gaps) == 7
-    assert all(gap > 0 for gap in found.gaps)
+    heard = ask(server.address, asked, count)
+    choice = heard.choices[0]
+    assert choice.text == joined(words_of(asked.body, CHAT)[:8])
+    assert choice.finish == "length"
+    assert heard.tokens == {"prompt": 4, "completion": 8, "cached": 2}
+    assert heard.first == choice.times[0]
+    assert choice.times == sorted({heard.sent, *choice.times})[1:]
+    assert len(choice.times) == 8
+
+
+def raw_server(data: bytes, *, then: float = 0.0) -> tuple[str, threading.Thread]:
+    """Sends these bytes to the first client, whatever it asks, and closes."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with listening, listening.accept()[0] as client:
+            asked = client.recv(65536)
+            while not asked.endswith(b"}"):  # else closing would say that it was not read
+                asked += client.recv(65536)
+            client.sendall(data)
+            threading.Event().wait(then)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    return f"127.0.0.1:{listening.getsockname()[1]}", thread
+
+
+def answered(data: bytes, asked: Question) -> Heard:
+    address, thread = raw_server(data)
+    heard = ask(address, asked, count)
+    thread.join()
+    return heard
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+DONE, LAST = "data: [DONE]\n\n", b"0\r\n\r\n"
+
+
+def chunk(text: str) -> bytes:
+    return f"{len(text):x}\r\n{text}\r\n".encode()
+
+
+def whole(body: Any, status: int = 200) -> bytes:
+    text = json.dumps(body)
+    return f"HTTP/1.1 {status} X\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode()
 
 
 def event(**more: Any) -> dict[str, Any]:
@@ -262,233 +284,142 @@ def piece(text: str, finish: str | None = None) -> dict[str, Any]:
     return event(choices=[{"index": 0, "delta": {"content": text}, "finish_reason": finish}])
 
 
-USAGE = event(usage={"prompt_tokens": 4, "completion_tokens": 8, "total_tokens": 12})
-RIGHT = [piece("The"), piece(" cat", "length"), USAGE]
+def usage(prompt: int, said: int, total: int) -> dict[str, Any]:
+    counts = {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": total}
+    return event(usage=counts)
+
+
+TEXT = [piece("The"), piece(" cat", "length")]
+RIGHT = [*TEXT, usage(4, 8, 12)]
+
+
+def events(found: list[Any]) -> str:
+    return "".join(f"data: {json.dumps(one)}\n\n" for one in found)
+
+
+def stream(*found: Any) -> bytes:
+    return HEAD + chunk(events(list(found)) + DONE) + LAST
+
+
+SAID = events(RIGHT)
 
 
 @pytest.mark.parametrize(
-    ("events", "ended", "said"),
+    ("data", "said"),
     [
-        (RIGHT, False, "no [DONE]"),
-        (RIGHT[:2], True, "no usage"),
-        (RIGHT[:1] + RIGHT[2:], True, "finish reasons [None]"),
-        ([piece("The", "stop"), *RIGHT[1:]], True, "more after a finish reason"),
-        ([*RIGHT[:2], event(usage=USAGE["usage"] | {"prompt_tokens": 5})], True, "not 4"),
-        ([*RIGHT[:2], event(usage=USAGE["usage"] | {"total_tokens": 11})], True, "are not 11"),
-        (
-            [
-                *RIGHT[:2],
-                event(usage=USAGE["usage"] | {"completion_tokens": 7, "total_tokens": 11}),
-            ],
-            True,
-            "7 tokens for finish reasons ['length']",
-        ),
-        (
-            [
-                *RIGHT[:2],
-                event(usage=USAGE["usage"] | {"completion_tokens": 9, "total_tokens": 13}),
-            ],
-            True,
-            "9 tokens for finish reasons ['length']",
-        ),
-        ([piece("XYZ"), *RIGHT], True, "past a stop string"),
-        ([*RIGHT, {"error": {"message": "no"}}], True, "error in the stream"),
-        ([piece("The") | {"id": "2"}, *RIGHT], True, "several answers"),
-        ([one | {"model": "large"} for one in RIGHT], True, "another model"),
-        ([{"id": 1}], True, "misshapen: KeyError"),
-        ([[]], True, "misshapen"),
-        ([event(choices=[{"index": 1, "delta": {}}])], True, "misshapen: IndexError"),
+        (stream(*RIGHT), ""),
+        (HEAD + chunk(f": x\n\n{SAID[:9]}") + chunk(SAID[9:] + DONE) + LAST, ""),
+        (stream(*TEXT), "no usage"),
+        (stream(RIGHT[0], RIGHT[2]), "finish reasons [None]"),
+        (stream(piece("The", "stop"), *RIGHT[1:]), "more after a finish reason"),
+        (stream(*TEXT, usage(5, 8, 13)), "5 prompt tokens, not 4"),
+        (stream(*TEXT, usage(4, 8, 11)), "are not 11"),
+        (stream(*TEXT, usage(4, 7, 11)), "7 tokens for finish reasons ['length']"),
+        (stream(*TEXT, usage(4, 9, 13)), "9 tokens for finish reasons ['length']"),
+        (stream(piece("XYZ"), *RIGHT), "past a stop string"),
+        (stream(*RIGHT, {"error": {"message": "no"}}), "error in the stream"),
+        (stream(piece("The") | {"id": "2"}, *RIGHT), "several answers"),
+        (stream(*(one | {"model": "large"} for one in RIGHT)), "another model"),
+        (stream({"id": 1}), "misshapen: KeyError"),
+        (stream([]), "misshapen"),
+        (stream(event(choices=[{"index": 1, "delta": {}}])), "misshapen: IndexError"),
+        (HEAD + chunk(SAID) + LAST, "no [DONE]"),
+        (HEAD + chunk(SAID + DONE), "IncompleteRead"),  # no last chunk
+        (HEAD + chunk(SAID) + b"40\r\ndata: [D", "IncompleteRead"),
+        (HEAD + chunk(SAID + DONE[:-1]) + LAST, "no [DONE]"),
+        (HEAD + chunk(f"{SAID}Hello\n\n{DONE}") + LAST, "is no event"),
+        (HEAD + chunk(f"{SAID}{DONE}data: 1\n\n") + LAST, "after the last"),
+        (b"", "RemoteDisconnected"),
+        (b"nonsense\r\n\r\n", "BadStatusLine"),
+        (whole("oh", 500), 'status 500 for b\'{"model": "small"'),
+        (whole({}), "a stream of type text/plain"),
     ],
 )
-def test_a_wrong_stream_is_seen(events: list[Any], ended: bool, said: str) -> None:
-    asked = question(stream=True, stop=["XYZ"])
-    reply = Reply(status=200, kind="text/event-stream", ended=ended)
-    reply.events = [(float(when), one) for when, one in enumerate(events)]
-    assert said in "; ".join(hear(asked, reply, count).faults)
-
-
-def test_a_right_stream_is_let_through() -> None:
-    reply = Reply(status=200, ended=True, events=[(0.0, one) for one in RIGHT])
-    assert hear(question(stream=True), reply, count).faults == []
+def test_a_wrong_stream_is_seen(data: bytes, said: str) -> None:
+    heard = answered(data, question(stream=True, stop=["XYZ"]))
+    assert bool(heard.faults) == bool(said), heard.faults
+    assert said in "; ".join(heard.faults)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"choices": []}, "0 choices for n=1"),
+        ({}, ""),
+        ({"choices": []}, "[None]"),
         ({"model": "large"}, "another model"),
-        ({"usage": None}, "misshapen"),
+        ({"usage": None}, "no usage"),
     ],
 )
 def test_a_wrong_whole_answer_is_seen(change: dict[str, Any], said: str) -> None:
     choice = {"index": 0, "message": {"content": "The"}, "finish_reason": "length"}
-    body = {"model": "small", "choices": [choice], "usage": USAGE["usage"]}
-    assert hear(question(), Reply(status=200, body=body), count).faults == []
-    assert said in "; ".join(hear(question(), Reply(status=200, body=body | change)).faults)
+    heard = answered(whole(RIGHT[2] | {"choices": [choice]} | change), question())
+    assert bool(heard.faults) == bool(said)
+    assert said in "; ".join(heard.faults)
 
 
-def test_a_failed_request_is_a_fault() -> None:
-    assert hear(question(), Reply(status=500, body="oh")).faults == ["status 500: oh"]
-    assert hear(question(), Reply(status=200, broken="silent")).faults == ["silent"]
-
-
-# The client
-
-
-def raw_server(data: bytes, *, then: float = 0.0) -> tuple[Address, threading.Thread]:
-    """Sends these bytes to the first client, whatever it asks, and closes."""
-    import socket
-
-    listening = socket.create_server(("127.0.0.1", 0))
-    closing = threading.Event()
-
-    def serve() -> None:
-        with listening, listening.accept()[0] as client:
-            asked = client.recv(65536)
-            while not asked.endswith(b"{}"):  # else closing would say that it was not read
-                asked += client.recv(65536)
-            client.sendall(data)
-            closing.wait(then)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    return Address("127.0.0.1", listening.getsockname()[1]), thread
-
-
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-
-
-def chunk(text: str) -> bytes:
-    return f"{len(text):x}\r\n{text}\r\n".encode()
-
-
-@pytest.mark.parametrize(
-    ("data", "broken", "ended"),
-    [
-        (HEAD + chunk('data: {"a": 1}\n\n') + chunk("data: [DONE]\n\n") + b"0\r\n\r\n", None, True),
-        (
-            HEAD + chunk(": x\n\nda") + chunk('ta:{"a":\ndata: 1}\r\n\r\n') + b"0\r\n\r\n",
-            None,
-            False,
-        ),
-        (HEAD + chunk('data: {"a": 1}\n\n'), "IncompleteRead", False),  # no last chunk
-        (HEAD + chunk('data: {"a": 1}\n\n') + b"40\r\ndata: [D", "IncompleteRead", False),
-        (HEAD + chunk('data: {"a": 1}\n\ndata: [DONE]\n') + b"0\r\n\r\n", "within an event", False),
-        (HEAD + chunk('data: {"a": 1}\n\nHello\n\n') + b"0\r\n\r\n", "is no line", False),
-        (
-            HEAD + chunk('data: {"a": 1}\n\ndata: [DONE]\n\ndata: 1\n\n') + b"0\r\n\r\n",
-            "after [DONE]",
-            True,
-        ),
-        (b"", "RemoteDisconnected", False),
-        (b"nonsense\r\n\r\n", "BadStatusLine", False),
-    ],
-)
-def test_what_a_stream_lacks_is_seen(data: bytes, broken: str | None, ended: bool) -> None:
-    address, thread = raw_server(data)
-    reply = ask(address, CHAT, {})
-    thread.join()
-    assert (reply.broken is None) == (broken is None), reply.broken
-    assert (broken or "") in (reply.broken or "")
-    assert reply.ended == ended
-    if data.startswith(HEAD):
-        assert [one for _, one in reply.events] == [{"a": 1}]
-
-
-def test_silence_ends_the_wait() -> None:
+def test_silence_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_client, "_SILENCE", 0.05)
     address, thread = raw_server(HEAD, then=0.3)
-    assert "silent for 0 s" in (ask(address, CHAT, {}, Manner(timeout=0.05)).broken or "")
+    assert ask(address, question()).faults == ["silent for 0 s"]
     thread.join()
 
 
-def test_nobody_there_is_a_broken_reply() -> None:
-    reply = ask(Address("127.0.0.1", server_process.free_port()), CHAT, {})
-    assert "ConnectionRefusedError" in (reply.broken or "")
+def test_nobody_there_is_a_fault() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    assert "ConnectionRefusedError" in ask(address, question()).faults[0]
+    with pytest.raises(CerebrumError, match="GET /: ConnectionRefusedError"):
+        get(address, "/")
 
 
-def test_leaving_after_some_events(server: StandIn) -> None:
-    asked = question(stream=True).body | {"max_tokens": 200}
-    reply = ask(server.address, CHAT, asked, Manner(leave_after=3))
-    assert reply.left
-    assert reply.broken is None
-    assert len(reply.events) == 3
-    reply = ask(server.address, CHAT, asked, Manner(leave_within=0.05))
-    assert reply.left
-    assert not reply.ended
+def test_leaving(server: StandIn) -> None:
+    asked = chat("small", user("Hello"), 200, stream=True)
+    heard = ask(server.address, replace(asked, leave_after=3))
+    assert heard.left
+    assert heard.faults == []
+    assert len(heard.choices[0].times) == 3
+    heard = ask(server.address, replace(asked, leave_within=0.05))
+    assert heard.left
+    assert heard.choices[0].finish is None
 
 
-@pytest.mark.parametrize("url", ["localhost:80", "https://localhost", "http://", "http://a:99999"])
-def test_an_address_is_http(url: str) -> None:
-    with pytest.raises(RequestError, match="give http://HOST:PORT"):
-        Address.of(url)
-    assert Address.of("http://127.0.0.1:8080/") == Address("127.0.0.1", 8080)
-
-
-def test_a_get_that_fails_says_so(server: StandIn) -> None:
-    with pytest.raises(CerebrumError, match="GET /no: status 404"):
-        get(server.address, "/no")
+def test_a_refusal_says_why(server: StandIn) -> None:
+    for asked in nonsense("small"):
+        assert ask(server.address, asked).faults == [], asked.data[:80]
+    asked = Question({}, malformed=b"{}")
+    right = {"error": {"message": "no", "type": "invalid_request_error"}}
+    assert answered(whole(right, 400), asked).faults == []
+    for wrong in ({"error": {"message": 1, "type": "a"}}, {"error": "no"}, {}, None):
+        assert answered(whole(wrong, 400), asked).faults
+    for status in (200, 500):
+        assert f"status {status} for b'{{}}'" in answered(whole(right, status), asked).faults[0]
 
 
 # The mix
 
 
-def test_the_mix_is_drawn_from_its_seed() -> None:
-    def drawn(seed: int) -> list[Any]:
+def test_the_mix_is_drawn_from_its_seed_and_has_of_everything() -> None:
+    def drawn(seed: int) -> list[Question]:
         mix = Mix(MODELS, fixed_set(MODELS), seed)
-        draws: list[Callable[[], Any]]
-        draws = [mix.kind, mix.streaming, mix.whole, mix.completion, mix.conversation]
-        draws += [mix.leaving, mix.slow, mix.malformed, mix.fixed]
-        return [draw() for draw in draws for _ in range(20)]
+        return [mix.draw() for _ in range(1000)]
 
-    assert drawn(1) == drawn(1)
-    assert drawn(1) != drawn(2)
-
-
-def test_the_mix_has_of_everything() -> None:
-    mix = Mix(MODELS, fixed_set(MODELS), 0)
-    asked = [mix.streaming() for _ in range(300)]
-    assert {mix.kind() for _ in range(500)} == set(KINDS)
-    assert {one.body["model"] for one in asked} == set(MODELS)
-    assert {one.n for one in asked} == {1, 2}
-    assert any(one.stop for one in asked)
-    assert any("seed" in one.body for one in asked)
-    lengths = [len(one.body["messages"][0]["content"].split()) for one in asked]
+    asked = drawn(1)
+    assert asked == drawn(1)
+    assert asked != drawn(2)
+    assert {one.kind for one in asked} == set(KINDS)
+    streams = [one for one in asked if one.kind == "streaming"]
+    assert {one.body["model"] for one in streams} == set(MODELS)
+    assert {one.n for one in streams} == {1, 2}
+    for key in ("stop", "seed", "logprobs"):
+        assert any(key in one.body for one in streams)
+    prompts = [one.body["messages"][0]["content"] for one in streams]
+    lengths = [len(prompt.split()) for prompt in prompts]
     assert min(lengths) < 10
     assert max(lengths) > 900
-    assert len({one.body["messages"][0]["content"] for one in asked}) > 290
-
-
-def test_every_nonsense_is_refused(server: StandIn) -> None:
-    good = question().body
-    assert heard(server, question()) == []
-    for path, body in nonsense(good):
-        assert refusal_fault(ask(server.address, path, body)) is None, body[:80]
-
-
-def test_a_refusal_says_why() -> None:
-    body = {"error": {"message": "no", "type": "invalid_request_error"}}
-    assert refusal_fault(Reply(status=400, body=body)) is None
-    for wrong in (None, "no", {}, {"error": "no"}, {"error": {"message": 1, "type": "a"}}):
-        assert "without" in (refusal_fault(Reply(status=400, body=wrong)) or "")
-    assert refusal_fault(Reply(status=500, body=body)) == "status 500"
-    assert refusal_fault(Reply(status=200, body=body)) == "status 200"
-    assert refusal_fault(Reply(broken="closed")) == "closed"
-
-
-def test_where_texts_differ() -> None:
-    assert first_difference(["abc"], ["abd"]) == 2
-    assert first_difference(["abc"], ["ab"]) == 2
-    assert first_difference(["abc", "x"], ["abc", "y"]) == 0
+    assert len(set(prompts)) > 0.95 * len(prompts)
 
 
 # The load
-
-
-def load(server: StandIn, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, Any]:
-    words = ["--url", server.url, "--pid", str(os.getpid()), "--clients", "6", "--json"]
-    code = server_load.main([*words, "--minutes", "0.02", "--no-openblas", *more])
-    return code, json.loads(capsys.readouterr().out)
-
 
 COUNTER = server_load.counter
 
@@ -502,18 +433,29 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_load, "counter", lambda model: count)
 
 
+@pytest.fixture
+def load(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, Any]]:
+    def run(*wrong: str) -> tuple[int, Any]:
+        with StandIn(*wrong) as server:
+            monkeypatch.setattr(server_load, "serving", lambda words: nullcontext(server))
+            code = server_load.main(["--clients", "6", "--minutes", "0.02", "--json"])
+        out = capsys.readouterr()
+        return code, json.loads(out.out)["results"] if code < 2 else out.err
+
+    return run
+
+
 def passed(found: dict[str, Any]) -> dict[str, bool | None]:
     return {one["name"]: one["passed"] for one in found["criteria"]}
 
 
-def test_a_right_server_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    with StandIn("busy") as server:
-        code, document = load(server, capsys)
-    found = document["results"]
+def test_a_right_server_passes(load: Callable[..., tuple[int, Any]]) -> None:
+    code, found = load("busy")
     assert code == 0
-    assert document["bench"] == "server_load"
     assert found["errors"] == {}
-    assert set(passed(found).values()) == {True, None}  # too short for a slope; not ours to stop
+    assert set(passed(found).values()) == {True, None}  # too short for a slope
     assert found["busy"] > 0
     assert sum(found["requests"].values()) > 30
     assert found["fixed"]["same"] > 0
@@ -521,65 +463,46 @@ def test_a_right_server_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["tokens"]["cached"] > 0
     assert found["first"]["all"]["max"] >= found["first"]["all"]["median"] > 0
     assert found["memory"]["slope"] is None
-    assert found["metrics"]["cerebrum_active"] == 0
-    assert found["metrics"]["x_total"] == 7
-    assert found["memory"]["said"][0]["prefix_cache_bytes"] == 5e6
-    assert "NO" not in "\n".join(server_load_report.text(found))
+    assert "NO" not in "\n".join(server_findings.text(found))
 
 
 def test_a_wrong_server_fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, load: Callable[..., tuple[int, Any]]
 ) -> None:
-    settle = server_load.settle
-    monkeypatch.setattr(server_load, "settle", lambda at, pid, had: settle(at, pid, had, 0.3))
-    with StandIn("leak", "company", "takes nonsense") as server:
-        code, document = load(server, capsys)
-    found, checks = document["results"], passed(document["results"])
+    monkeypatch.setattr(server_load, "_PATIENCE", 0.3)
+    code, found = load("leak", "company", "takes nonsense", "500")
     assert code == 1
-    assert checks["nothing queued or decoded a second after all had left"] is False
-    assert checks["malformed bodies were refused, each with its error"] is False
-    assert checks["polite clients saw no error"] is True
+    assert passed(found)["nothing queued or decoded a second after all had left"] is False
+    assert passed(found)["malformed bodies were refused, each with its error"] is False
+    assert passed(found)["polite clients saw no error"] is False
+    assert any(fault.startswith("status 500 for") for fault in found["errors"]["streaming"])
     assert found["fixed"]["differing"]
-    text = "\n".join(server_load_report.text(found))
-    assert "malformed" in text
-    assert "still queued" in text
-    assert "came out as another text (" in text
+    text = "\n".join(server_findings.text(found))
+    assert re.search(r"- malformed, \d+ x: status 200 for", text)
+    assert re.search(r"to another text +\| \d+ of \d+ to \w+.*, from character 0 on", text)
 
 
 @pytest.mark.parametrize(("wrong", "said"), [("no end", "no [DONE]"), ("tokens", "usage: ")])
 def test_a_question_alone_must_be_right(
-    wrong: str, said: str, capsys: pytest.CaptureFixture[str]
+    wrong: str, said: str, load: Callable[..., tuple[int, Any]]
 ) -> None:
-    with StandIn(wrong) as server:
-        args = ["--url", server.url, "--no-openblas", "--minutes", "0.02"]
-        assert server_load.main(args) == 2
-    error = capsys.readouterr().err
+    code, error = load(wrong)
+    assert code == 2
     assert "asked alone" in error
     assert said in error
 
 
-def test_an_error_under_load_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    with StandIn() as server, pytest.MonkeyPatch.context() as patch:
-        run = Load.run
+def test_a_server_that_dies_ends_the_load(
+    monkeypatch: pytest.MonkeyPatch, load: Callable[..., tuple[int, Any]]
+) -> None:
+    def check(self: StandIn) -> None:
+        if self.asked > len(fixed_set(MODELS)) + 10:
+            raise CerebrumError("it ended with code 1")
 
-        def broken(self: Load, clients: int) -> None:
-            server.wrong.add("500")
-            run(self, clients)
-            server.wrong.clear()
-
-        patch.setattr(Load, "run", broken)
-        code, document = load(server, capsys)
-    assert code == 1
-    assert passed(document["results"])["polite clients saw no error"] is False
-    assert "status 500: None" in str(document["results"]["errors"])
-
-
-def test_a_server_that_dies_ends_the_load(server: StandIn) -> None:
-    nobody = Address("127.0.0.1", server_process.free_port())
-    found = Load(nobody, MODELS, fixed_set(MODELS), {}, None, time.monotonic() + 60)
-    found.run(3)
-    assert 0 < found.tally.requests.total() < 20
-    assert "ConnectionRefused" in str(found.tally.faults)
+    monkeypatch.setattr(StandIn, "check", check)
+    code, error = load()
+    assert code == 2
+    assert error.endswith("error: it ended with code 1\n")
 
 
 @pytest.mark.long
@@ -589,7 +512,7 @@ def test_the_real_server_under_load(
     """All of it, in a process of its own, on a tiny model of random weights."""
     monkeypatch.setattr(server_load, "counter", COUNTER)
     path = checkpoint(sliding_window=64, max_position_embeddings=16384)
-    words = ["--model", str(path), "--clients", "4", "--minutes", "0.05", "--no-openblas", "--json"]
+    words = ["--model", str(path), "--clients", "4", "--minutes", "0.05", "--json"]
     code = server_load.main(words)
     document = json.loads(capsys.readouterr().out)
     found = document["results"]
@@ -599,26 +522,6 @@ def test_the_real_server_under_load(
     assert found["models"] == ["source"]
     assert found["stopped"]["exit_code"] == 0
     assert sum(found["requests"].values()) >= 4
-    assert found["memory"]["said"]
-
-
-@pytest.mark.parametrize(
-    "words",
-    [["--clients", "0"], ["--minutes", "0"], ["--pid", "7"], ["--url", "here"]],
-)
-def test_wrong_flags_are_a_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert server_load.main([*words, "--no-openblas"]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_the_slope_of_memory() -> None:
-    grows = [(float(second), 1_000_000_000 + 50_000 * second) for second in range(300)]
-    assert server_process.slope(grows) == pytest.approx(3.0)
-    assert server_process.slope(grows[:50]) is None
-    assert server_process.slope([]) is None
-    # Answers take memory and give it back; below them it grows.
-    swings = [(s, size + 90_000_000 * (s % 40 > 20)) for s, size in grows]
-    assert server_process.slope(server_process.floors(swings)) == pytest.approx(3.0, abs=0.01)
 
 
 @pytest.mark.parametrize("leak", [0.0, 40.0])
@@ -627,30 +530,25 @@ def test_a_slope_is_known_as_well_as_its_load_swings(leak: float) -> None:
     chance = random.Random(3)
     height = [chance.uniform(-150e6, 150e6) for _ in range(31)]
     samples = [(float(s), int(2e9 + height[s // 20] + leak * 1e6 * s / 60)) for s in range(600)]
-    lies = server_process.slope_range(samples)
-    assert lies is not None
-    low, high = lies
+    found = server_findings.memory([*samples, (601.0, 0)], 600)  # after the load: no part of it
+    low, high = found["slope_range"]
     assert low < leak < high
+    assert low < found["slope"] < high
     assert 2 < high - low < 40
     assert (low > 1) == bool(leak)
-    assert server_process.slope_range(samples[:150]) is None
+    assert found["end"] == 0
+    assert server_findings.memory(samples, 150)["slope"] is None
 
 
-def test_a_slope_that_is_too_rough_says_nothing() -> None:
-    rough = FINE | {"memory": FINE_MEMORY | {"slope": 1.0, "slope_range": [-5, 7]}}
-    said = {one["name"]: one["passed"] for one in server_findings.criteria(rough)}
-    assert said["memory grew by less than 1 MB a minute"] is None
-    assert said["at rest it held less than 1 MB more for a minute of load"] is True
-
-
-FINE_MEMORY = {"slope": 0.9, "at_rest": {"before": 900_000_000, "after": 909_000_000}}
+RESTED = {"before": 900_000_000, "after": 909_000_000}
+STEADY = {"slope": 0.0, "slope_range": [-0.9, 0.9], "at_rest": RESTED}
 FINE: dict[str, Any] = {
     "errors": {},
     "requests": {"streaming": 9},
     "settled": {"seconds": 0.1, "queued": 0.0, "active": 0.0},
     "handles": {"before": {"open_files": 7}, "after": {"open_files": 8}},
     "seconds": 600.0,
-    "memory": FINE_MEMORY,
+    "memory": STEADY,
     "stopped": {"exit_code": 0},
 }
 
@@ -659,13 +557,9 @@ FINE: dict[str, Any] = {
     ("change", "failed"),
     [
         ({}, ""),
-        ({"memory": {"slope": None}}, ""),
-        ({"memory": {"slope": 1.0, "slope_range": [-5, 7]}}, "memory grew"),  # rest was not seen
-        ({"memory": FINE_MEMORY | {"slope": 1.0, "slope_range": [-5, 7]}}, ""),
-        ({"memory": FINE_MEMORY | {"slope": 1.5, "slope_range": [1, 2]}}, "memory grew"),
-        ({"memory": {"slope": 1.0}}, "memory grew"),
-        ({"memory": {"slope": 0.9, "at_rest": {"before": None, "after": None}}}, ""),
-        ({"memory": {"slope": 0.9, "at_rest": {"before": 0, "after": 10_000_000}}}, "at rest"),
+        ({"memory": STEADY | {"slope_range": [-5, 7]}}, ""),  # too rough to say
+        ({"memory": STEADY | {"slope_range": [1, 2]}}, "memory grew"),
+        ({"memory": STEADY | {"at_rest": {"before": 0, "after": 10_000_000}}}, "at rest"),
         ({"errors": {"streaming": {"silent": 1}}}, "polite clients"),
         ({"errors": {"slow reader": {"silent": 1}}}, "polite clients"),
         ({"requests": {"malformed": 9}}, "polite clients"),
@@ -682,60 +576,11 @@ def test_what_must_hold(
     change: dict[str, Any], failed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_findings, "SETTLE", 1.0)
-    checks = server_findings.criteria(FINE | change)
-    wrong = [one["name"] for one in checks if one["passed"] is False]
+    wrong = [
+        one["name"] for one in server_findings.criteria(FINE | change) if one["passed"] is False
+    ]
     assert len(wrong) == bool(failed)
     assert "".join(wrong).startswith(failed)
-
-
-def test_a_servers_own_count_of_tokens() -> None:
-    said = [(10.0 * n, {"cerebrum_generated_tokens_total": 30.0 * n}) for n in range(4)]
-    assert server_findings.generated(said, 30) == 3
-    assert server_findings.generated([*said[:3], (30.0, said[0][1])], 25) == 3
-    assert server_findings.generated(said, 5) is None
-
-
-def test_a_server_that_says_no_figures_is_told(server: StandIn) -> None:
-    with pytest.raises(CerebrumError, match="no cerebrum_speed"):
-        server_findings.gauge(server_process.metrics(server.address), "speed")
-
-
-def test_slopes_are_of_the_load_from_minute_2(server: StandIn) -> None:
-    watch = server_process.Watch(os.getpid(), server.address)
-    watch.samples = [(float(s), 10**9 if 120 <= s <= 300 else 0) for s in range(400)]
-    found = server_findings.memory(watch, 300)
-    assert found["slope"] == found["floor_slope"] == pytest.approx(0)
-    assert found["peak"] == 10**9
-    assert server_findings.memory(watch, 400)["slope"] < -100
-
-
-def test_a_leak_shows_beside_keys_and_values_that_come_and_go(server: StandIn) -> None:
-    watch = server_process.Watch(os.getpid(), server.address)
-    held = {s: (s * 7919 % 300) * 10**6 for s in range(0, 600, 10)}
-    none = dict.fromkeys(("cerebrum_queued", "cerebrum_active"), 0.0)
-    watch.said = [
-        (float(s), none | {"cerebrum_kv_bytes": kv, "cerebrum_prefix_cache_bytes": 5e6})
-        for s, kv in held.items()
-    ]
-    leak = 2 * 10**6 / 60  # bytes a second
-    watch.samples = [(s + 0.2, 10**9 + int(held[s - s % 10] + leak * s)) for s in range(0, 600, 1)]
-    assert server_findings.memory(watch, 600)["rest_slope"] == pytest.approx(2, abs=0.1)
-
-
-def test_what_a_process_has() -> None:
-    size = server_process.resident(os.getpid())
-    assert size is not None
-    assert 10_000_000 < size < 100_000_000_000
-    by_ps = server_process._resident_by_ps(os.getpid())
-    assert by_ps is not None
-    assert size / 2 < by_ps < size * 2
-    assert server_process._resident_by_ps(2**22 + 1) is None
-    if Path("/proc/self").exists():
-        with Path(os.devnull).open() as _:
-            more = server_process.handles(os.getpid())["open_files"]
-        fewer = server_process.handles(os.getpid())["open_files"]
-        assert more is not None
-        assert fewer == more - 1
 
 
 SERVES = """
@@ -746,44 +591,44 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
 
-server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-print("loading", file=sys.stderr)
-print(f"it listens at http://127.0.0.1:{server.server_port} (Ctrl-C ends it)")
-server.serve_forever()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
 """
 
 
 def test_a_server_is_started_and_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "serves.py").write_text(SERVES)
-    (tmp_path / "fails.py").write_text("raise SystemExit('error: no such model')")
+    (tmp_path / "fails.py").write_text("print('loading'); raise SystemExit('error: no such model')")
     monkeypatch.chdir(tmp_path)
-    with server_process.Process(["serves"]) as server:
+    with serving(["serves"]) as server:
         assert get(server.address, "/health") == ""
-        assert server_process.resident(server.pid)
-        assert server.stop() == -15  # of this server, which does not handle the signal
-    with pytest.raises(CerebrumError, match="python -m fails does not serve: no such model"):
-        server_process.Process(["fails"])
-    assert server_process.resident(server.pid) is None
-    with pytest.raises(CerebrumError, match="serves ended with code -15: "):
+        assert 1e6 < server.rss() < 1e9
         server.check()
+        assert server.stop() == -15  # of this server, which does not handle the signal
+        with pytest.raises(CerebrumError, match="python -m serves ended with code -15: "):
+            server.check()
+    with (
+        pytest.raises(CerebrumError, match="python -m fails ended with code 1: no such model"),
+        serving(["fails"]),
+    ):
+        pass
 
 
 # Beside its peers
 
 
-def engine(server: StandIn, settings: str = "its defaults") -> server_peers.Engine:
-    return server_peers.Engine(server.address, "small", "1.0", settings, os.getpid())
+def contender(server: Any, version: str = "1.0") -> server_peers.Contender:
+    return server_peers.Contender(server, "small", version, "its defaults")
 
 
 def test_peers_are_asked_the_same(server: StandIn) -> None:
     with StandIn("company") as other:
-        engines: dict[str, server_peers.Engine | str] = {
-            OURS: engine(server),
-            "same": replace(engine(server), version="2.0"),
-            "other": engine(other),
+        up: dict[str, server_peers.Contender | str] = {
+            OURS: contender(server),
+            "same": contender(server, "2.0"),
+            "other": contender(other),
             "absent": "not installed",
         }
-        found = server_peers.measure(engines, 4, 2, 8)
+        found = server_peers.compare(up, 4, 2, 8)
     assert json.loads(json.dumps(found)) == found
     rows = found["engines"]
     assert rows["absent"] == {"failure": "not installed"}
@@ -796,7 +641,7 @@ def test_peers_are_asked_the_same(server: StandIn) -> None:
     assert ours["first"]["median"] <= ours["last"]["median"]
     assert ours["going"]["low"] > 0
     assert rows["same"]["together"]["ratio"]["low"] > 0
-    text = "\n".join(server_peers_report.text(found))
+    text = "\n".join(server_peers.text(found))
     assert "| 4 at once" in text
     assert "- absent: not installed" in text
     assert re.search(r"- same: 2.0; its defaults; \d+ MB resident at the end", text)
@@ -813,3 +658,18 @@ def test_an_answer_that_is_none_ends_the_bench() -> None:
     asked = [Question({"model": "none", "stream": True, "max_tokens": 3}, CHAT)]
     with StandIn("takes nonsense") as server, pytest.raises(CerebrumError, match="no answer"):
         server_peers.at_once(server.address, asked)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["server_load", "--clients", "0"],
+        ["server_load", "--minutes", "0"],
+        ["server_peers", "--rounds", "0"],
+        ["server_peers", "--max-tokens", "1"],
+    ],
+)
+def test_wrong_flags_are_a_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    bench = {"server_load": server_load, "server_peers": server_peers}[words[0]]
+    assert bench.main(words[1:]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
