@@ -2,9 +2,9 @@
 
 The sample is drawn again, with replacement, some thousands of times; the middle 95% of the means
 are the interval (Efron's percentile interval). Tokens that follow each other are not independent:
-a hard passage is hard for many tokens. So blocks of consecutive tokens are drawn, not tokens, and
-an interval is as narrow as the blocks are many. Two models are compared token by token (question
-by question): what is hard for both cancels, and only their difference has an interval.
+a hard passage is hard for many tokens. So blocks of consecutive tokens are drawn, not tokens.
+Two models are compared token by token (question by question): what is hard for both cancels, and
+only their difference has an interval.
 
 A difference that few questions make is not trusted either, whatever its interval: as long as fewer
 than 6 tell the two apart, a fair coin would favour one side as clearly once in 16 times (sign test,
@@ -15,22 +15,21 @@ Few blocks give a percentile interval that is too narrow by sqrt(1 - 1/blocks) (
 arXiv 1411.5279, "narrowness bias"); it is widened by that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import comb
+from math import comb, inf
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-LEVEL = 0.95
 RESAMPLES = 4000
 FEWEST = 8  # blocks; from fewer no interval says much
 DIFFERENT = 6  # of them, at least, before a difference counts as shown
 TOKENS = 32  # consecutive tokens in a block
 UNLIKELY = 0.05  # a sign test below this shows a difference
 
-Values = Sequence[float] | npt.NDArray[np.float64]
+Values = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Interval:
     value: float
     low: float
     high: float
-    blocks: int
-    nonzero: int
+    blocks: float
+    nonzero: float
 
     @property
     def enough(self) -> bool:
@@ -57,10 +56,8 @@ class Interval:
         return {key: float(f"{value:.5g}") for key, value in asdict(self).items()}
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> "Interval":
-        return cls(
-            found["value"], found["low"], found["high"], int(found["blocks"]), int(found["nonzero"])
-        )
+    def from_json(cls, found: Mapping[str, Any]) -> "Interval":
+        return cls(**found)
 
     def text(self, digits: int = 3, sign: bool = False, scale: float = 1.0) -> str:
         form = f"{'+' if sign else ''}.{digits}f"
@@ -68,12 +65,13 @@ class Interval:
         return f"{value} ({low} to {high})" if self.enough else f"{value} (too few to say)"
 
 
-def interval(*parts: Values, block: int = 1, seed: int = 0) -> Interval:
+def interval(*parts: npt.ArrayLike, block: int = 1) -> Interval:
     """The mean of all values, each of `parts` cut into blocks of its own.
 
     A part's last block may be shorter. Raises ValueError for no value at all.
     """
-    blocks = [np.asarray(part[k : k + block]) for part in parts for k in range(0, len(part), block)]
+    arrays = [np.asarray(part, dtype=np.float64) for part in parts]
+    blocks = [part[k : k + block] for part in arrays for k in range(0, len(part), block)]
     if not blocks:
         raise ValueError("no values to take the mean of")
     sums = np.array([each.sum() for each in blocks])
@@ -82,21 +80,27 @@ def interval(*parts: Values, block: int = 1, seed: int = 0) -> Interval:
     nonzero = int(np.count_nonzero(sums))
     if len(blocks) == 1:
         return Interval(mean, mean, mean, 1, nonzero)
-    random = np.random.default_rng(seed)
-    drawn = random.integers(0, len(blocks), (RESAMPLES, len(blocks)))
+    drawn = np.random.default_rng(0).integers(0, len(blocks), (RESAMPLES, len(blocks)))
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
     wider = (len(blocks) / (len(blocks) - 1)) ** 0.5
-    low, high = (mean + wider * float(end - mean) for end in (low, high))
-    return Interval(mean, low, high, len(blocks), nonzero)
+    low, high = mean + wider * (np.quantile(means, [0.025, 0.975]) - mean)
+    return Interval(mean, float(low), float(high), len(blocks), nonzero)
 
 
-def paired(a: Values, b: Values, *, block: int = 1, seed: int = 0) -> Interval:
+def paired(a: Sequence[float] | Values, b: Sequence[float] | Values, block: int = 1) -> Interval:
     """The mean of b - a, value by value. Raises ValueError for unequal lengths."""
-    if len(a) != len(b):
-        raise ValueError(f"{len(a)} values can't be paired with {len(b)}")
-    return interval(np.asarray(b) - np.asarray(a), block=block, seed=seed)
+    return interval(np.subtract(b, a), block=block)
+
+
+def standard_error(values: Values) -> float:
+    """Of their mean: from the means of blocks of 32, from the values where they are under 64.
+
+    A shorter last block weighs less.
+    """
+    block = TOKENS if len(values) >= 2 * TOKENS else 1
+    off = np.add.reduceat(values - values.mean(), range(0, len(values), block))
+    n = len(off)
+    return float((np.square(off).sum() * n / (n - 1)) ** 0.5) / len(values) if n > 1 else inf
 
 
 def sign_test(a: int, b: int) -> float:

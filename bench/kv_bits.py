@@ -20,18 +20,17 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 
-from bench.bootstrap import Interval
+from bench.bootstrap import Interval, Values
 from bench.engines import prompt_ids
-from bench.likelihood import compare, figures, windows
-from bench.pair import Pair, open_pair
-from bench.perplexity import TEXTS, read, split
+from bench.likelihood import TEXTS, Ids, compare, figures, log_probs, strided, text_ids
+from bench.pair import open_pair
 from bench.report import Spread, parser, ratio, rounds, run, table
+from bench.suite import Results
 from mlx_cerebrum.decoding.decode import generate_step, prefill, prefill_step
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.cache import WindowedKVCache
@@ -60,24 +59,16 @@ def main(argv: list[str] | None = None) -> int:
     return run(p, _measure, text, argv)
 
 
-def _measure(args: argparse.Namespace) -> dict[str, Any]:
+def _measure(args: argparse.Namespace) -> Results:
+    """Both sides' figures by name. Raises a CerebrumError for a model that can't be measured."""
     if min([args.tokens, *args.prompts]) < 1:
         raise RequestError("--tokens and --prompts must be at least 1")
     pair = open_pair(args.model, None, args.plan, window=args.window)
-    return measure(pair, args.tokens, args.prompts)
-
-
-def measure(pair: Pair, tokens: int, prompts: Sequence[int]) -> dict[str, Any]:
-    """Both sides' figures by name. Raises RequestError for a model that can't be measured."""
-    config, tokenizer = pair.checkpoint().config, pair.tokenizer()
+    config, tokenizer = pair.checkpoint().config, pair.opened.tokenizer
     check_kv_bits(config, KV_BITS[0])
-    if tokenizer is None:
-        raise RequestError("kv_bits needs a trained model: this one has no tokenizer")
-    chosen: list[list[int]] = []
-    for file in TEXTS:  # windows that do not overlap
-        count = max(1, tokens // len(TEXTS) // CONTEXT)
-        chosen += windows(*split(tokenizer, read(file)), CONTEXT, 2 * count - 1)[::2]
-    lengths = sorted({min(n, config.max_position_embeddings - DECODED) for n in prompts})
+    tokens = args.tokens // len(TEXTS)
+    chosen = [w for file in TEXTS for w in strided(*text_ids(tokenizer, file), CONTEXT, tokens)]
+    lengths = sorted({min(n, config.max_position_embeddings - DECODED) for n in args.prompts})
     prompt = prompt_ids(pair.checkpoint(), max(lengths, default=0))
     return {
         name: {
@@ -89,24 +80,15 @@ def measure(pair: Pair, tokens: int, prompts: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def quality(model: Model, chosen: Sequence[Sequence[int]]) -> dict[str, Any]:
+def quality(model: Model, chosen: list[Ids]) -> Results:
     """By form: packed entries against dense ones (see likelihood.figures)."""
-    packed = {form: bits for form, bits in FORMS.items() if bits}
-    found: dict[str, list[Any]] = {form: [] for form in packed}
+    found: dict[str, list[Values]] = {form: [] for form, bits in FORMS.items() if bits}
     for window in chosen:
-        dense = list(log_probs(model, window[:-1], None))
-        for form, bits in packed.items():
-            found[form].append(compare(dense, log_probs(model, window[:-1], bits), window))
+        dense = list(log_probs(model, window[:-1]))
+        for form, each in found.items():
+            packed = log_probs(model, window[:-1], model.make_cache(FORMS[form]))
+            each.append(compare(dense, packed, window))
     return {form: figures(each) for form, each in found.items()}
-
-
-def log_probs(model: Model, ids: Sequence[int], bits: int | None) -> Iterator[mx.array]:
-    """As likelihood.log_probs, with entries of `bits`."""
-    cache = model.make_cache(bits)
-    for first in range(0, len(ids), prefill_step()):
-        tokens = mx.array(list(ids[first : first + prefill_step()]), dtype=mx.int32)
-        logits = model(tokens[None], cache)[0].astype(mx.float32)
-        yield logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def token_bytes(model: Model, bits: int | None) -> float:
@@ -148,7 +130,7 @@ def _decode(model: Model, cache: Sequence[WindowedKVCache], prompt: Sequence[int
     return (DECODED - 1) / took
 
 
-def text(results: dict[str, Any]) -> list[str]:
+def text(results: Results) -> list[str]:
     """A table of quality and one of paces."""
     header = ["entries", "perplexity", "more nats a token", "KL", "same token", "bytes a token"]
     rows, speeds, tokens = [], [], 0

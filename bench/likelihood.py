@@ -9,136 +9,139 @@ A text is cut into windows of C tokens, and there are two ways to score it:
   closer to what a model says of a long text. (transformers' documentation calls it a strided
   sliding window.)
 
-Every second sliding window is a strided one, so both come from one pass.
-
-Log-probabilities pass through as chunks `[n, V]`, so that those of a whole window are never in
-memory; those a later model is compared with go to a file.
+Every second sliding window is a strided one, so both come from one pass. Log-probabilities pass
+through as chunks `[n, V]`, so that those of a long window are never in memory.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from bench import bootstrap
+from bench.bootstrap import Values
 from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.errors import CerebrumError, RequestError
+from mlx_cerebrum.model.cache import Cache
 from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
-Values = npt.NDArray[np.float64]
+Ids = list[int]
 Chunks = Iterable[mx.array]  # log-probabilities [n, V] in float32, in the text's order
+# Not those that `convert --calibrate` is meant to be given.
+TEXTS = tuple(Path(__file__).parent / "data" / name for name in ("austen.txt", "newton.txt"))
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two models on the tokens of one window, in the order of the text.
+def text_ids(tokenizer: Tokenizer, file: Path) -> tuple[Ids, Ids]:
+    """What the tokenizer begins a text with (BOS, or nothing), and the file's own ids.
 
-    a, b: negative log-likelihoods, nats. kl: KL(a || b) of the next token's distribution, nats.
-    agrees: 1 where both have the same most likely token.
+    Raises RequestError for a file that is no UTF-8 text.
     """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{file} can't be read as UTF-8 text: {error}") from None
+    start = tokenizer.encode("")
+    return start, tokenizer.encode(text)[len(start) :]
 
-    a: Values
-    b: Values
-    kl: Values
-    agrees: Values
 
-
-def windows(start: Sequence[int], ids: Sequence[int], context: int, count: int) -> list[list[int]]:
+def windows(start: Ids, ids: Ids, context: int, count: int) -> list[Ids]:
     """At most `count` whole windows of `context` tokens, each half a window after the last.
 
-    `start` is what a text begins with (BOS, or nothing); every window does. It counts as context,
-    and the text's own tokens are a whole number of halves. Raises RequestError for a context that
-    leaves no token to score.
+    `start` is what a text begins with; every window does. It counts as context, and the text's own
+    tokens are a whole number of halves. Raises RequestError for a context that leaves no token to
+    score.
     """
     half = (context - len(start)) // 2
     if half < 1:
         raise RequestError(f"a context of {context} tokens leaves none to score")
     firsts = range(0, len(ids) - 2 * half + 1, half)[:count]
-    return [[*start, *ids[first : first + 2 * half]] for first in firsts]
+    return [start + ids[first : first + 2 * half] for first in firsts]
 
 
-def log_probs(model: Model, ids: Sequence[int], step: int | None = None) -> Iterator[mx.array]:
-    """Of what follows each of `ids`: `[n, V]`, float32, for `step` of them at a time."""
-    cache, step = model.make_cache(), prefill_step(step)
+def strided(start: Ids, ids: Ids, context: int, tokens: int) -> list[Ids]:
+    """Windows that don't overlap and score `tokens` together, or as many as the text has.
+
+    Raises RequestError for a text shorter than one window.
+    """
+    scored = len(start) + (context - len(start)) // 2 * 2 - 1
+    count = max(1, -(-tokens // max(1, scored)))
+    found = windows(start, ids, context, 2 * count - 1)[::2]
+    if not found:
+        raise RequestError(
+            f"a text has {len(ids)} tokens, a window {context}: give a longer text or a smaller"
+            " --context"
+        )
+    return found
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def log_probs(
+    model: Model, ids: Sequence[int], cache: Sequence[Cache] | None = None
+) -> Iterator[mx.array]:
+    """Of what follows each of `ids`: `[n, V]`, float32, in chunks. `cache` has seen what is before
+    them."""
+    cache, step = model.make_cache() if cache is None else cache, prefill_step()
     for first in range(0, len(ids), step):
         tokens = mx.array(list(ids[first : first + step]), dtype=mx.int32)
-        logits = model(tokens[None], cache)[0].astype(mx.float32)
-        yield logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        yield log_softmax(model(tokens[None], cache)[0])
+        mx.clear_cache()
 
 
 def losses(model: Model, window: Sequence[int]) -> Values:
     """Negative log-likelihoods, nats, of all tokens of `window` but its first."""
-    found = [
-        np.array(_loss(chunk, targets), dtype=np.float64)
-        for chunk, targets in _with_targets(log_probs(model, window[:-1]), window)
-    ]
-    return _finite(np.concatenate(found))
+    chunks = with_targets(log_probs(model, window[:-1]), window[1:])
+    return _finite(np.concatenate([np.array(loss(*each), dtype=np.float64) for each in chunks]))
 
 
-def compare(a: Chunks, b: Chunks, window: Sequence[int]) -> Comparison:
-    """Of two models' log-probabilities on the same window (see `log_probs`)."""
-    found = []
-    for ours, (theirs, targets) in zip(a, _with_targets(b, window), strict=True):
-        kl = (mx.exp(ours) * (ours - theirs)).sum(axis=-1)
-        agrees = (ours.argmax(axis=-1) == theirs.argmax(axis=-1)).astype(mx.float32)
-        rows = mx.stack([_loss(ours, targets), _loss(theirs, targets), kl, agrees])
-        found.append(np.array(rows, dtype=np.float64))
-        mx.clear_cache()
-    return Comparison(*_finite(np.concatenate(found, axis=1)))
+def compare(a: Chunks, b: Chunks, window: Sequence[int]) -> Values:
+    """Two models on the tokens of one window (see `compared`), `[4, tokens]`."""
+    chunks = zip(a, with_targets(b, window[1:]), strict=True)
+    return _finite(np.concatenate([compared(ours, *theirs) for ours, theirs in chunks], axis=1))
 
 
-def keep(chunks: Chunks, file: Path) -> Iterator[mx.array]:
-    """Hand the chunks on, and write them to `file`, 4 bytes a number.
-
-    Half precision would round them by up to 0.008 nats, and the demo model in 8 bits is only
-    0.002 away from itself (KL, measured).
-    """
-    with file.open("wb") as out:
-        for chunk in chunks:
-            out.write(np.asarray(chunk).data)
-            yield chunk
+def compared(a: mx.array, b: mx.array, targets: mx.array) -> Values:
+    """Of log-probabilities `[n, V]`, `[4, n]`: a's loss and b's in nats, KL(a || b) of the next
+    token's distribution, and 1 where both have the same most likely token."""
+    kl = (mx.exp(a) * (a - b)).sum(axis=-1)
+    agrees = (a.argmax(axis=-1) == b.argmax(axis=-1)).astype(mx.float32)
+    rows = mx.stack([loss(a, targets), loss(b, targets), kl, agrees])
+    return np.array(rows, dtype=np.float64)
 
 
-def kept(file: Path, vocab_size: int, step: int | None = None) -> Iterator[mx.array]:
-    """What `keep` wrote, in chunks of `step`, as they are asked for."""
-    step = prefill_step(step)
-    stored = np.memmap(file, np.float32, "r").reshape(-1, vocab_size)
-    for first in range(0, len(stored), step):
-        yield mx.array(stored[first : first + step])
+def figures(found: Sequence[Values]) -> dict[str, Any]:
+    """Of what `compare` gave for each window: losses of both, b's minus a's, KL and agreement."""
+    a, b, kl, agrees = zip(*found, strict=True)
+    more = [theirs - ours for ours, theirs in zip(a, b, strict=True)]
 
-
-def figures(found: Sequence[Comparison]) -> dict[str, Any]:
-    """Losses of both, b's minus a's, KL and agreement: each with its interval."""
-
-    def over(name: str) -> dict[str, float]:
-        parts = [getattr(each, name) for each in found]
+    def over(parts: Sequence[Values]) -> dict[str, float]:
         return bootstrap.interval(*parts, block=bootstrap.TOKENS).as_json()
 
-    more = [each.b - each.a for each in found]
     return {
-        "tokens": sum(each.a.size for each in found),
-        "loss_a": over("a")["value"],
-        "loss_b": over("b")["value"],
-        "difference": bootstrap.interval(*more, block=bootstrap.TOKENS).as_json(),
-        "kl": over("kl"),
-        "agreement": over("agrees"),
+        "tokens": sum(map(len, a)),
+        "loss_a": over(a)["value"],
+        "loss_b": over(b)["value"],
+        "difference": over(more),
+        "kl": over(kl),
+        "agreement": over(agrees),
     }
 
 
-def _with_targets(chunks: Chunks, window: Sequence[int]) -> Iterator[tuple[mx.array, mx.array]]:
+def with_targets(chunks: Chunks, ids: Sequence[int]) -> Iterator[tuple[mx.array, mx.array]]:
     """Each chunk with the ids `[n]` that do follow."""
-    at = 1
+    at = 0
     for chunk in chunks:
-        yield chunk, mx.array(list(window[at : at + chunk.shape[0]]), dtype=mx.int32)
-        at += chunk.shape[0]
-        mx.clear_cache()
+        yield chunk, mx.array(list(ids[at : at + len(chunk)]), dtype=mx.int32)
+        at += len(chunk)
 
 
-def _loss(chunk: mx.array, targets: mx.array) -> mx.array:
+def loss(chunk: mx.array, targets: mx.array) -> mx.array:
     return -mx.take_along_axis(chunk, targets[:, None], axis=-1)[:, 0]
 
 

@@ -18,17 +18,15 @@ of the first copy, which this family leaves alone: it changes more than a write.
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 from bench.pair import formula
-from bench.trie import Path, path
-from mlx_cerebrum.errors import PlanError, RequestError
+from mlx_cerebrum.errors import PlanError
 from mlx_cerebrum.plan.layer_plan import LayerPlan
 
 SQRT_HALF = math.sqrt(0.5)
-_COLUMNS = 5  # starts of the coarsest grid: fewer are no map
+_COLUMNS = 5  # starts of a map, unless others are asked for
 _NAME = re.compile(r"s(\d{1,4})-w(\d{1,4})-r(\d{1,4})(?:-x(.+))?")
 
 
@@ -75,46 +73,38 @@ class Cell:
     def fits(self, blocks: int) -> bool:
         return self.start >= 0 and self.width > 0 and self.repeats > 0 and self.end <= blocks
 
-    def path(self, blocks: int) -> Path:
-        """Its steps over `blocks` blocks. Raises PlanError where it needs more."""
-        runs = list(self._runs(blocks))
-        layer_map = [block for first, last, _ in runs for block in range(first, last)]
-        scales = [(x, x) for first, last, x in runs for _ in range(first, last)]
-        return path(layer_map, scales)
-
     def plan(self, blocks: int) -> LayerPlan:
-        """The same as mergekit YAML. Raises PlanError where it needs more blocks."""
-        slices: list[tuple[int, int, float]] = []
-        for first, last, scale in self._runs(blocks):
-            if slices and slices[-1][1:] == (first, scale):  # goes on where the last one ended
-                first = slices.pop()[0]
-            slices.append((first, last, scale))
+        """As mergekit YAML. Raises PlanError where it needs more blocks."""
+        if not self.fits(blocks):
+            raise PlanError(f"{self.name} needs {self.end} blocks; the model has {blocks}")
+        runs = [(0, self.start, 1.0)]
+        for first in range(self.start, self.end, self.width):
+            runs += 2 * [(first, first + self.width, self.scale)]
         lines = [
             f"# Blocks {self.start} to {self.end - 1} of {blocks} run twice, in stretches of"
             f" {self.width}: {blocks + self.width * self.repeats} positions.",
             "merge_method: passthrough",
             "slices:",
         ]
-        for first, last, scale in slices:
+        for first, last, factor in _joined([*runs, (self.end, blocks, 1.0)]):
             lines += ["- sources:", "  - model: source", f"    layer_range: [{first}, {last}]"]
-            if scale != 1:
+            if factor != 1:
                 lines += ["    parameters:", "      scale:"]
                 for name in ("o_proj", "down_proj"):
-                    lines += [f"      - filter: {name}", f"        value: {scale!r}"]
+                    lines += [f"      - filter: {name}", f"        value: {factor!r}"]
                 lines += ["      - value: 1.0"]
         return LayerPlan.from_text("\n".join(lines) + "\n", f"{self.name}.yml")
 
-    def _runs(self, blocks: int) -> Iterator[tuple[int, int, float]]:
-        """Half-open ranges of blocks in the order they run, each with its scale."""
-        if not self.fits(blocks):
-            raise PlanError(f"{self.name} needs {self.end} blocks; the model has {blocks}")
-        if self.start:
-            yield 0, self.start, 1.0
-        for first in range(self.start, self.end, self.width):
-            yield first, first + self.width, self.scale
-            yield first, first + self.width, self.scale
-        if self.end < blocks:
-            yield self.end, blocks, 1.0
+
+def _joined(runs: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    """Ranges of blocks with their scales, where one goes on as the last ended made one."""
+    found: list[tuple[int, int, float]] = []
+    for first, last, factor in runs:
+        if found and found[-1][1:] == (first, factor):
+            first = found.pop()[0]
+        if first < last:
+            found.append((first, last, factor))
+    return found
 
 
 def card(blocks: int, scale: float = 1.0) -> Cell:
@@ -134,54 +124,15 @@ def other_ways(cell: Cell) -> tuple[Cell, Cell]:
     return replace(cell, width=1, repeats=blocks), replace(cell, width=blocks, repeats=1)
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The lists whose combinations are tried, as far as the blocks allow."""
+def grid(blocks: int) -> dict[str, list[float]]:
+    """The lists whose combinations a sweep tries; the card's plan is one of them.
 
-    starts: tuple[int, ...]
-    widths: tuple[int, ...]
-    repeats: tuple[int, ...]
-    scales: tuple[float, ...]
-
-    def cells(self, blocks: int) -> list[Cell]:
-        cells = (
-            Cell(*each) for each in product(self.starts, self.widths, self.repeats, self.scales)
-        )
-        return [cell for cell in cells if cell.fits(blocks)]
-
-
-def grids(
-    blocks: int,
-    starts: Sequence[int] = (),
-    widths: Sequence[int] = (),
-    repeats: Sequence[int] = (),
-    scales: Sequence[float] = (),
-) -> list[Grid]:
-    """Grids from the finest to the coarsest; a list that is given stands, the others are chosen.
-
-    All have the card's plan as a cell unless a list given leaves it out. Only the starts get
-    sparser: what a few blocks more or less do shows well between them. Raises RequestError for
-    lists that no plan of so many blocks fits.
+    Only the starts are sparse: what a few blocks more or less do shows well between them.
     """
-    own = card(blocks)
-    spaced = [
-        [start for start in range(blocks) if (start - own.start) % step == 0]
-        for step in range(1, -(-blocks // _COLUMNS) + 1)
-    ]
-    found = [
-        Grid(
-            _ascending(each),
-            _ascending(widths or [1, 2, own.width, 2 * own.width]),
-            _ascending(repeats or [1, own.repeats]),
-            tuple(dict.fromkeys(scales or [1.0, SQRT_HALF])),
-        )
-        for each in ([starts] if starts else spaced)
-    ]
-    found = [grid for grid in found if grid.cells(blocks)]
-    if not found:
-        raise RequestError(f"no plan of these lists fits a model of {blocks} blocks")
-    return found
-
-
-def _ascending(values: Sequence[int]) -> tuple[int, ...]:
-    return tuple(sorted(set(values)))
+    own, step = card(blocks), -(-blocks // _COLUMNS)
+    return {
+        "starts": list(range(own.start % step, blocks, step)),
+        "widths": sorted({1, 2, own.width, 2 * own.width}),
+        "repeats": sorted({1, own.repeats}),
+        "scales": [1.0, SQRT_HALF],
+    }

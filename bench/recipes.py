@@ -1,9 +1,8 @@
 """What a recipe's bits buy: perplexity dense, uniform, mixed and by plan, at equal sizes.
 
 Every side is a directory that `python -m convert` writes, so what is measured is what a user gets.
-`plan` runs twice by default: in the bits of `uniform`, and in those of `mixed_4_6`. With
-`--calibrate TEXT` it uses a table measured on this model under this plan; without, the one that
-comes with the package.
+`plan` runs twice: in the bits of `uniform`, and in those of `--mixed`. With `--calibrate TEXT` it
+uses a table measured on this model under this plan; without, the one that comes with the package.
 """
 
 import argparse
@@ -12,11 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import machine
-from bench.perplexity import TEXTS, report, stored_bits
-from bench.perplexity import lines as text
-from bench.report import parser, publish
-from mlx_cerebrum import cli
+from bench import perplexity
+from bench.perplexity import text as text
+from bench.report import parser, run
+from bench.suite import Results
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.opening import open_checkpoint
@@ -29,42 +27,33 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--calibrate", metavar="FILE", help="text (or table) for the recipe plan")
     p.add_argument("--q-bits", type=int, default=4, metavar="N", help="of uniform (default: 4)")
     p.add_argument("--mixed", default="mixed_4_6", metavar="NAME", help="default: mixed_4_6")
-    p.add_argument(
-        "--text", nargs="+", default=[str(t) for t in TEXTS], metavar="FILE", help="UTF-8 text"
-    )
-    p.add_argument("--tokens", type=int, default=4096, metavar="N", help="of each (default: 4096)")
-    p.add_argument("--context", type=int, default=512, metavar="N", help="a window (default: 512)")
-    args = p.parse_args(argv)
-    machine.use_openblas(not args.no_openblas)
-    return cli.run(lambda: _run(args), args.debug)
+    perplexity.add_text(p)
+    return run(p, _measure, text, argv)
 
 
-def _run(args: argparse.Namespace) -> int:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        bits = ["--q-bits", str(args.q_bits)]
-        plan = ["-q", "--q-recipe", "plan"]
-        if args.calibrate:
-            plan += ["--calibrate", args.calibrate]
+def _measure(args: argparse.Namespace) -> Results:
+    plan = ["-q", "--q-recipe", "plan"]
+    plan += ["--calibrate", args.calibrate] if args.calibrate else []
+    bits = ["--q-bits", str(args.q_bits)]
+    with tempfile.TemporaryDirectory() as folder:
         made = {
-            "dense": convert(args, folder / "dense"),
-            "uniform": convert(args, folder / "uniform", "-q", *bits),
-            "plan": convert(args, folder / "plan", *plan, *bits),
-            args.mixed: convert(args, folder / args.mixed, "-q", "--q-recipe", args.mixed),
+            name: convert(args, Path(folder, name), *flags)
+            for name, flags in {
+                "dense": [],
+                "uniform": ["-q", *bits],
+                "plan": [*plan, *bits],
+                args.mixed: ["-q", "--q-recipe", args.mixed],
+            }.items()
         }
-        budget = stored_bits(open_checkpoint(made[args.mixed]))
+        budget = perplexity.stored_bits(open_checkpoint(Path(made[args.mixed])))
         larger = f"plan at {budget:.2f}"
-        made[larger] = convert(args, folder / larger, *plan, "--q-budget", str(budget))
-        texts = [Path(file) for file in args.text]
-        paths = [str(path) for path in made.values()]
-        results = report(paths, None, texts, args.tokens, args.context)
-        results = dict(zip(made, results.values(), strict=True))
-    publish(args, "recipes", results, text(results))
-    return 0
+        made[larger] = convert(args, Path(folder, larger), *plan, "--q-budget", str(budget))
+        found = perplexity.measure(list(made.values()), None, args)
+    return dict(zip(made, found.values(), strict=True))
 
 
-def convert(args: argparse.Namespace, path: Path, *flags: str) -> Path:
-    """Run the converter, in a process of its own: benches measure it as users start it.
+def convert(args: argparse.Namespace, path: Path, *flags: str) -> str:
+    """Run the converter into `path`, in a process of its own: as users start it.
 
     Raises CerebrumError with its message.
     """
@@ -77,7 +66,7 @@ def convert(args: argparse.Namespace, path: Path, *flags: str) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CerebrumError(done.stderr.strip().removeprefix("error: ") or "convert failed")
-    return path
+    return str(path)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """bench.bootstrap: intervals cover as often as they say, and blocks are what they are for."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bench import bootstrap
-from bench.bootstrap import Interval, Values, interval, paired, sign_test
+from bench.bootstrap import Interval, Values, interval, paired, sign_test, standard_error
 
 
 def coverage(draws: Sequence[Values], block: int) -> float:
@@ -17,19 +16,36 @@ def coverage(draws: Sequence[Values], block: int) -> float:
     return float(np.mean([one.low <= 0 <= one.high for one in found]))
 
 
+def alike(rows: int) -> list[Values]:
+    """Samples of mean 0 whose neighbours are alike over 8 values."""
+    noise = np.random.default_rng(2).standard_normal((rows, 1024))
+    return [np.convolve(row, np.ones(8), "valid") for row in noise]
+
+
 def test_an_interval_of_95_percent_covers_about_as_often() -> None:
     random = np.random.default_rng(1)
     for size in (16, 100):
-        draws = list(random.standard_normal((300, size)))
-        assert 0.90 < coverage(draws, 1) < 0.99
+        assert 0.90 < coverage(list(random.standard_normal((300, size))), 1) < 0.99
 
 
 def test_blocks_are_needed_where_neighbours_are_alike() -> None:
-    random = np.random.default_rng(2)
-    noise = random.standard_normal((200, 1024))
-    draws = [np.convolve(row, np.ones(8), "valid") for row in noise]  # alike over 8 tokens
+    draws = alike(200)
     assert coverage(draws[:40], 1) < 0.7
     assert 0.90 < coverage(draws, 32) < 0.99
+    # About one mean in 20 lies more than two standard errors away; by tokens, one in 2.
+    assert sum(abs(draw.mean()) > 2 * standard_error(draw) for draw in draws) < 30
+
+
+def test_the_standard_error_is_of_blocks() -> None:
+    random = np.random.default_rng(1)
+    hard = random.standard_normal(10)
+    error = standard_error(np.repeat(hard, 32))  # 10 values, however many tokens say them
+    assert error == pytest.approx(hard.std(ddof=1) / math.sqrt(10))
+    # A last token alone is a block that weighs a 320th of the others' sum.
+    assert standard_error(np.append(np.repeat(hard, 32), 5.0)) == pytest.approx(error, rel=0.1)
+    few = random.standard_normal(63)  # of fewer than 64, the tokens'
+    assert standard_error(few) == pytest.approx(few.std(ddof=1) / math.sqrt(63))
+    assert standard_error(few[:1]) == math.inf
 
 
 def test_the_interval_of_few_blocks_is_widened() -> None:
@@ -47,6 +63,8 @@ def test_parts_are_cut_into_blocks_of_their_own() -> None:
     assert interval(*parts, block=4).blocks == 4  # 4 + 1, twice: none has both
     assert interval(*parts, block=5).blocks == 2
     assert interval(*parts, block=4).value == 5.0  # a short block weighs less
+    with pytest.raises(ValueError, match="no values"):
+        interval([])
 
 
 def test_pairs_cancel_what_is_hard_for_both() -> None:
@@ -57,10 +75,6 @@ def test_pairs_cancel_what_is_hard_for_both() -> None:
     assert found.high - found.low < 0.1
     assert found.sign == 1
     assert paired(hard, hard) == Interval(0, 0, 0, 64, 0)
-    with pytest.raises(ValueError, match="paired"):
-        paired([1.0], [1.0, 2.0])
-    with pytest.raises(ValueError, match="no values"):
-        interval([])
 
 
 def test_few_that_differ_show_nothing() -> None:
@@ -80,30 +94,9 @@ def test_the_sign_test_is_a_coin_s(few: int) -> None:
         assert sign_test(few, many) == sign_test(many, few) == pytest.approx(as_clear)
 
 
-def test_the_interval_alone_says_too_much_of_few_outcomes() -> None:
-    for few, many in ((1, 7), (2, 9), (3, 11)):
-        found = paired([0.0] * 60, [1.0] * many + [-1.0] * few + [0.0] * (60 - few - many))
-        assert found.sign == 1
-        assert sign_test(few, many) > bootstrap.UNLIKELY
-    assert sign_test(0, 6) < bootstrap.UNLIKELY
-    assert sign_test(0, 0) == sign_test(500, 500) == 1
-    assert 0 <= sign_test(0, 5000) < 1e-300
-
-
 def test_json_and_back() -> None:
     found = paired([1.0, 2.0, 4.0], [2.0, 4.5, 4.0])
     assert Interval.from_json(found.as_json()).nonzero == 2
     assert Interval.from_json(found.as_json()).value == pytest.approx(found.value, rel=1e-4)
     assert interval([0.5] * 8).text(1, sign=True, scale=100) == "+50.0 (+50.0 to +50.0)"
     assert interval([0.5]).text() == "0.500 (too few to say)"
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40), st.integers(1, 9))
-def test_the_mean_lies_within(values: list[float], block: int) -> None:
-    found = interval(values, block=block)
-    assert found.value == pytest.approx(np.mean(values), abs=1e-6)
-    assert found.low <= found.value + 1e-9
-    assert found.high >= found.value - 1e-9
-    assert found.blocks == -(-len(values) // block)
-    assert found == interval(values, block=block)  # the same draws every time

@@ -5,7 +5,7 @@ import math
 import re
 import socket
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,11 +17,9 @@ from conftest import mistral_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import harness, harness_model, scoring
+from bench import harness
 from bench.data import make_arithmetic
-from bench.harness import evaluate
-from bench.harness_model import Adapter, cerebrum_lm
-from bench.scoring import Scorer
+from bench.harness import Adapter, cerebrum_lm, evaluate
 from mlx_cerebrum import load
 from mlx_cerebrum.decoding.stream import generate
 from mlx_cerebrum.errors import CerebrumError, RequestError
@@ -106,74 +104,38 @@ def random_pairs(model: Model, count: int = 24) -> list[tuple[list[int], list[in
 # ---- likelihoods and answers of token ids
 
 
-@pytest.mark.parametrize("batch", [1, 3, 32])
-@pytest.mark.parametrize("step", [7, 256])
-def test_scores_are_those_of_one_pair_at_a_time(
-    tiny: Loaded, batch: int, step: int, monkeypatch: pytest.MonkeyPatch
+def test_scores_are_those_of_one_forward_pass(
+    tiny: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, _ = tiny
-    monkeypatch.setattr(scoring, "BATCH", batch)
-    monkeypatch.setattr(scoring, "prefill_step", lambda: step)
+    model, tokenizer = tiny
     pairs = random_pairs(model)
     expected = [alone(model, *pair) for pair in pairs]
-    found = Scorer(model).score(pairs)
-    assert [flag for _, flag in found] == [flag for _, flag in expected]
-    assert 3 <= sum(flag for _, flag in found) < len(found)
-    assert np.allclose([x for x, _ in found], [x for x, _ in expected], atol=1e-4)
+    for step in (7, 256):
+        monkeypatch.setattr("bench.likelihood.prefill_step", lambda step=step: step)
+        adapter = Adapter(model, tokenizer)
+        found = [adapter._score(*pair) for pair in pairs]
+        assert [flag for _, flag in found] == [flag for _, flag in expected]
+        assert 3 <= sum(flag for _, flag in found) < len(found)
+        assert np.allclose([x for x, _ in found], [x for x, _ in expected], atol=1e-4)
+    assert adapter._score([5, 6], []) == (0.0, True)
 
 
 def test_a_context_is_rewound_past_what_the_window_keeps(tiny: Loaded) -> None:
-    model, _ = tiny
+    model, tokenizer = tiny
     random = np.random.default_rng(1)
     long = random.integers(3, 260, 350).tolist()
     # In order: a turn just before the end, then back to where the entries are long gone.
     contexts = [long, long[:-6] + long[:6], long[:5] + long[9:19], long, long[:2]]
-    pairs = [(context, random.integers(3, 260, 3).tolist()) for context in contexts]
-    expected = [alone(model, *pair)[0] for pair in pairs]
-    scorer = Scorer(model)
-    # One at a time, so that each rewinds the one before.
-    found = [scorer.score([pair])[0][0] for pair in pairs]
-    assert np.allclose(found, expected, atol=1e-4)
-
-
-def test_nothing_to_score_is_certain(tiny: Loaded) -> None:
-    assert Scorer(tiny[0]).score([([5, 6], []), ([5, 6], [])]) == [(0.0, True)] * 2
-
-
-@pytest.mark.parametrize("batch", [1, 32])
-def test_answers_are_those_of_one_prompt_at_a_time(
-    tiny: Loaded, batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, tokenizer = tiny
-    monkeypatch.setattr(scoring, "BATCH", batch)
-    prompts = [context for context, _ in random_pairs(model, 14)]
-    plain = [generate(model, tokenizer, prompt, max_tokens=8) for prompt in prompts]
-    # Stop strings that some answers reach early, some late, some never.
-    stop = tuple({text[k : k + 1] for k, text in enumerate(plain[:9]) if text[k : k + 1]})
-    expected = [generate(model, tokenizer, prompt, max_tokens=8, stop=stop) for prompt in prompts]
-    assert len({len(text) for text in expected}) > 3
-    assert Scorer(model).generate(prompts, tokenizer, stop, 8) == expected
-    assert Scorer(model).generate(prompts, tokenizer, (), 8) == plain
-
-
-def test_an_end_token_ends_one_answer_and_not_its_neighbours(tiny: Loaded) -> None:
-    model, tokenizer = tiny
-    prompts = [[9, 8, 7], [7, 8, 9], [30, 40, 50]]
-    tokens = []
-    ids = list(prompts[0])
-    for _ in range(5):
-        tokens.append(next_token(model, ids))
-        ids.append(tokens[-1])
-    tokenizer.eos_token_ids = frozenset({tokens[2]})
-    expected = [generate(model, tokenizer, prompt, max_tokens=6) for prompt in prompts]
-    assert expected[0] == tokenizer.decode(tokens[: tokens.index(tokens[2])])
-    assert Scorer(model).generate(prompts, tokenizer, (), 6) == expected
+    adapter = Adapter(model, tokenizer)
+    for context in contexts:
+        pair = context, random.integers(3, 260, 3).tolist()
+        assert adapter._score(*pair)[0] == pytest.approx(alone(model, *pair)[0], abs=1e-4)
 
 
 def test_a_shared_beginning_is_computed_once(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, _ = load(checkpoint(sliding_window=None), dtype="float32")
+    model, tokenizer = load(checkpoint(sliding_window=None), dtype="float32")
     seen: list[int] = []
     call = Model.__call__
 
@@ -184,8 +146,10 @@ def test_a_shared_beginning_is_computed_once(
     monkeypatch.setattr(Model, "__call__", counted)
     head = list(range(10, 110))
     questions = [head + [n] * (5 + n) for n in range(3, 9)]
-    pairs = [(question, [20 + k, 30]) for question in questions for k in range(4)]
-    Scorer(model).score(pairs)
+    adapter = Adapter(model, tokenizer)
+    for question in questions:
+        for k in range(4):
+            adapter._score(question, [20 + k, 30])
     # 100 in common once, what is left of each question but its last token, four choices of two.
     assert sum(seen) == 100 + sum(5 + n - 1 for n in range(3, 9)) + 6 * 4 * 2
 
@@ -213,14 +177,6 @@ def test_rendered_text_encodes_to_the_tokenizers_own_ids(
             assert adapter.encode(text) == tokenizer.encode(text)
 
     same()
-
-
-def test_there_is_one_bos(tiny: Loaded, mistral: Tokenizer) -> None:
-    for tokenizer in (tiny[1], mistral):
-        adapter = Adapter(tiny[0], tokenizer)
-        ids = adapter.encode(adapter.apply_chat_template(user("<s> What?")))
-        assert ids[0] == tokenizer.bos_token_id
-        assert tokenizer.bos_token_id not in ids[1:]
 
 
 def test_an_answer_begun_goes_on(tiny: Loaded, chatml: Loaded) -> None:
@@ -300,8 +256,7 @@ def test_what_is_too_long_loses_its_beginning_and_says_so(
     assert found[0][0] == pytest.approx(alone(model, ids[-33:-4], ids[-4:])[0], abs=1e-4)
     answer = lm.generate_until([request(text, {"max_gen_toks": 8})])
     assert answer == [generate(model, tokenizer, tokenizer.encode(text)[-24:], max_tokens=8)]
-    assert len(said) == 2
-    assert said[0].startswith("1 of 2 prompts are longer than the model's 32 positions")
+    assert said[0] == "the beginning of a prompt of 47 tokens is left out: 29 fit"
     with pytest.raises(RequestError, match="32 positions"):
         lm.generate_until([request(text, {"max_gen_toks": 32})])
     with pytest.raises(RequestError, match="32 positions"):
@@ -340,15 +295,6 @@ def test_the_templates_own_stop_ends_an_answer(tiny: Loaded) -> None:
 def test_samples_and_beams_are_refused(tiny: Loaded, wanted: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="greedy"):
         Adapter(*tiny).generate_until([request("a", wanted)])
-
-
-def test_the_harness_takes_it_for_one_of_its_own(tiny: Loaded) -> None:
-    from lm_eval.api.model import LM
-
-    lm = cerebrum_lm(*tiny)
-    assert isinstance(lm, LM)
-    assert (lm.rank, lm.world_size) == (0, 1)
-    assert lm.chat_template(True)
 
 
 # ---- the questions
@@ -417,14 +363,14 @@ def test_the_default_tasks(
     chatml: Loaded,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     model, tokenizer = chatml
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    before = listing(harness.TASKS.parent)
-    found = evaluate(model, tokenizer, limit=8, say=lambda line: pytest.fail(line))
+    before, said = listing(harness.TASKS.parent), list[str]()
+    found = evaluate(model, tokenizer, limit=8, say=said.append)
     written, chosen = expected_scores(model, tokenizer, 8)
     assert 0 < sum(chosen) < 8
     assert found == {
@@ -437,7 +383,7 @@ def test_the_default_tasks(
     assert evaluate(model, tokenizer, limit=8) == found
     assert listing(harness.TASKS.parent) == before
     assert listing(folder) == set()
-    assert capfd.readouterr() == ("", "")
+    assert capsys.readouterr().out == ""
 
 
 def write_task(folder: Path, name: str, **changes: Any) -> None:
@@ -477,7 +423,6 @@ def test_a_directory_of_local_tasks(tiny: Loaded, tmp_path: Path) -> None:
     ]
     # A pair (likelihood, words) is not a score.
     assert found == {"said": {"acc": [float(flag) for _, flag in flags]}, "told": {}}
-    assert set(evaluate(model, tokenizer, ["said"], folder, limit=1)) == {"said"}
 
 
 def refusal(run: Callable[[], object]) -> str:
@@ -499,6 +444,9 @@ def test_what_cannot_be_run_is_named(
     def run(*tasks: str, task_dir: Path | None = folder) -> str:
         return refusal(lambda: evaluate(model, tokenizer, tasks, task_dir, say=lambda _: None))
 
+    # Reading the harness's own thousands of task files takes ten seconds.
+    few = harness._manager
+    monkeypatch.setattr(harness, "_manager", lambda folders, everything=False: few(folders))
     from datasets import config
 
     monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
@@ -506,21 +454,7 @@ def test_what_cannot_be_run_is_named(
     assert run("far").startswith("task far can't be loaded: Couldn't reach 'nobody/nothing'")
     assert "task odd can't be loaded: Got invalid output_type 'guess'" in run("odd")
     assert "greedy" in run("drawn")
-    # Reading the harness's own thousands of task files takes ten seconds.
-    few = harness._manager
-    monkeypatch.setattr(harness, "_manager", lambda folders, everything=False: few(folders))
     assert "no task 'arc_chalenge'" in run("arc_chalenge", task_dir=None)
-    assert "not a directory" in run(task_dir=tmp_path / "missing")
+    assert "no task" in run(task_dir=tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     assert "no task" in run(task_dir=tmp_path / "empty")
-    monkeypatch.setattr(harness, "installed", lambda: False)
-    assert harness.INSTALL in run()
-
-
-def test_long_runs_tell_how_far_they_are(tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness_model, "SECONDS", 0.0)
-    monkeypatch.setattr(scoring, "BATCH", 2)
-    said: list[str] = []
-    requests: Sequence[Any] = [request("a", letter) for letter in "bcdef"]
-    Adapter(*tiny, said.append).loglikelihood(requests)
-    assert said == [f"{n} of 5 choices scored" for n in (2, 4, 5)]
