@@ -1,55 +1,47 @@
 """Bytes of weights, of keys and values, and at the peak: predicted, then measured.
 
-Whether a model fits is asked before anything is allocated, so the answer is a prediction, and a
-prediction nobody checks is a guess. Each configuration here is a process of its own. It predicts
-first, by the functions the runtime refuses requests with: the weights' bytes, the caches' bytes
-after a prompt and a few tokens, and the peak, which is the weights and `request_bytes`. Then it
-loads, generates, and reads MLX's counters (`mx.get_active_memory`, `mx.get_peak_memory`), never
-shapes. What loading peaks at is bounded rather than predicted: the loader asks for room for its
-largest part besides the model.
+Each configuration is a process of its own. It predicts first, by the functions that the runtime
+refuses requests with: bytes of the weights, of the caches after a prompt and a few tokens, and at
+the peak. Then it loads, generates, and reads MLX's counters (`mx.get_active_memory`,
+`mx.get_peak_memory`), never shapes. What loading peaks at is bounded rather than predicted: the
+loader asks for room for its largest part besides the model.
 
-The configurations: folded and unrolled, as stored and in 8 and 4 bits, and past a window (a
-small one, 256 tokens) that bounds the caches; all of random weights in a small geometry, as
-bytes do not depend on values. Then the model asked for, as each side runs it. The 12.25B runs
-32 stored blocks in 56 positions. Unrolled, as mergekit writes it, 24 of its 56 layers are
-second copies; folded, each block is in memory once, so the blocks should take 32/56 of the
-bytes. A second view of loaded weights (the 7B beside the 12.25B) should take nothing at all.
+The configurations: folded and unrolled, as stored and in 8 and 4 bits, and past a small window
+that bounds the caches; all of random weights in a small geometry, as bytes do not depend on
+values. Then the model asked for, as each side runs it. Folded, each of the 12.25B's 32 blocks is
+in memory once, so the blocks should take 32/56 of the unrolled one's bytes. A second view of
+loaded weights (the 7B beside the 12.25B) should take nothing at all.
 
 Full size is arithmetic by the same functions, marked as a prediction; nothing of it is written.
 """
 
-import argparse
-import json
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import mlx.core as mx
 
-from bench import process
-from bench.memory_report import plots as plots
-from bench.memory_report import text as text
 from bench.pair import Pair
+from bench.plots import Picture, bars
 from bench.random_model import GEOMETRIES, RandomCheckpoint, write_random
+from bench.report import columns
 from bench.suite import Effort, Results
-from mlx_cerebrum import cli, device
+from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import generate_step, prefill_step
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.model.config import ModelConfig
-from mlx_cerebrum.model.memory import Workload, require
-from mlx_cerebrum.plan.layer_plan import resolve
-from mlx_cerebrum.text import say
-from mlx_cerebrum.weights.opening import (
-    ModelSpec,
-    Opened,
-    open_model,
-    planned_config,
-)
+from mlx_cerebrum.model.memory import GB, Workload, require
+from mlx_cerebrum.plan.layer_plan import LayerPlan, resolve
+from mlx_cerebrum.weights.opening import ModelSpec, Opened, open_model, planned_config
 from mlx_cerebrum.weights.storage import SMALLER
 
+MB = 1e6
 PLAN = "cerebrum-12.25b"
 BITS = (None, 8, 4)  # None: as stored
 TOLERANCE = 0.05
@@ -67,102 +59,62 @@ _PROBE = (1, 17, 4242, 9, 31999, 500, 7, 7)  # token ids whose logits tell model
 _FULL_PROMPT, _FULL_TOKENS, _FULL_STEP = 8192, 256, 512  # fills the window twice, Metal's chunk
 
 
-@dataclass(frozen=True)
-class Case:
-    """One configuration, as a process of its own is asked to measure it."""
-
-    name: str
-    directory: Path
-    plan: str | None = None  # a name or a YAML file; None: the blocks' own order
-    view: str | None = None  # what a second view runs
-    bits: int | None = None
-    window: int | None = None
-
-    def arguments(self) -> list[str]:
-        flags = {
-            "--plan": self.plan,
-            "--view": self.view,
-            "--q-bits": self.bits,
-            "--window": self.window,
-        }
-        given = [[flag, str(value)] for flag, value in flags.items() if value is not None]
-        return ["bench.memory", str(self.directory), *(word for pair in given for word in pair)]
-
-
 def measure(
     pair: Pair,
-    settings: Effort,
+    effort: Effort,
     geometry: dict[str, Any] = NARROW,
     bits: Sequence[int | None] = BITS,
 ) -> Results:
     pair.release()  # what this process holds is lost to those that measure
-    settings.say("memory: writing a small random model, folded and unrolled")
-    blocks, layers = geometry["num_hidden_layers"], resolve(PLAN).layer_map(32)
-    stored, copied = settings.work / "stored", settings.work / "unrolled"
+    effort.say("memory: writing a small random model, folded and unrolled")
+    stored, copied = effort.work / "stored", effort.work / "unrolled"
     write_random(stored, geometry)
-    write_random(copied, geometry, layers=layers)
-    random = [_answer(case, settings) for case in _random_cases(stored, copied, bits)]
-    both = [row["measured"] for row in random[:2] if "measured" in row]
-    compared = len(both) == 2
+    write_random(copied, geometry, layers=resolve(PLAN).layer_map(32))
+    random = {}
+    for each in bits:
+        held = "as stored" if each is None else f"{each}-bit"
+        random[f"folded, {held}"] = ModelSpec(stored, plan=PLAN, q_bits=each)
+        random[f"unrolled, {held}"] = ModelSpec(copied, q_bits=each)
+    past = f"past a window of {SMALL_WINDOW}"
+    random[f"folded, {past}"] = ModelSpec(stored, plan=PLAN, window=SMALL_WINDOW)
+    random[f"unrolled, {past}"] = ModelSpec(copied, window=SMALL_WINDOW)
+    spec, (a, b) = replace(pair.opened.spec, name=pair.path), pair.sides
     return {
         "tolerance": TOLERANCE,
         "hidden_size": geometry["hidden_size"],
         "window": geometry["sliding_window"],
-        "small_window": SMALL_WINDOW,
-        "random": random,
-        "model": [_answer(case, settings) for case in _model_cases(pair, settings)],
-        "block_ratio": both[0]["blocks"] / both[1]["blocks"] if compared else None,
-        "expected_ratio": blocks / len(layers),
-        "same_logits": both[0]["logits"] == both[1]["logits"] if compared else None,
+        "random": [_answer(name, each, None, effort) for name, each in random.items()],
+        "model": [
+            _answer(side.name, replace(spec, plan=side.plan), other.plan, effort)
+            for side, other in ((a, b), (b, a))
+        ],
         "full_size": {
             "prompt": _FULL_PROMPT,
             "chunk": _FULL_STEP,
             "positions": GEOMETRIES["cerebrum-7b"]["max_position_embeddings"],
-            "rows": [row for each in BITS for row in _full_size(each)],
+            "rows": [_full_size(form, each) for each in BITS for form in ("folded", "unrolled")],
         },
     }
 
 
-def _random_cases(stored: Path, copied: Path, bits: Sequence[int | None]) -> Iterator[Case]:
-    for each in bits:
-        held = "as stored" if each is None else f"{each}-bit"
-        yield Case(f"folded, {held}", stored, PLAN, bits=each)
-        yield Case(f"unrolled, {held}", copied, bits=each)
-    past = f"past a window of {SMALL_WINDOW}"
-    yield Case(f"folded, {past}", stored, PLAN, window=SMALL_WINDOW)
-    yield Case(f"unrolled, {past}", copied, window=SMALL_WINDOW)
+def _answer(name: str, spec: ModelSpec, view: LayerPlan | None, effort: Effort) -> Results:
+    """What a process of its own found, or why it could not."""
+    effort.say(f"memory: {name}")
+    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        try:
+            return {"name": name} | alone.submit(inspect, spec, view).result()
+        except (CerebrumError, BrokenProcessPool) as error:  # refused, or killed
+            return {"name": name, "not_measured": str(error)}
 
 
-def _model_cases(pair: Pair, settings: Effort) -> Iterator[Case]:
-    """Each side of the pair, with the other as its second view."""
-    if isinstance(
-        pair.checkpoint(), RandomCheckpoint
-    ):  # made in memory: a process of its own can't open it
-        return
-    bits = None if pair.packing is None else pair.packing.bits
-    plans = [
-        None if side.plan is None else str(side.plan_file(settings.work)) for side in pair.sides
-    ]
-    for name, plan, view in zip(pair.names, plans, reversed(plans), strict=True):
-        yield Case(name, pair.path, plan, view, bits, pair.window)
+def inspect(spec: ModelSpec, view: LayerPlan | None) -> Results:
+    """Predict, load and generate, in a process that holds nothing yet; then view it as `view`.
 
-
-def _answer(case: Case, settings: Effort) -> Results:
-    """What the case's process found, or why it could not."""
-    settings.say(f"memory: {case.name}")
-    try:
-        found: Results = process.answer(case.arguments())
-    except CerebrumError as error:
-        return {"name": case.name, "not_measured": str(error)}
-    return {"name": case.name} | found
-
-
-def inspect(case: Case) -> Results:
-    """Predict, load and generate in this process. Raises a CerebrumError for what can't fit."""
-    spec = ModelSpec(case.directory, plan=case.plan, q_bits=case.bits, window=case.window)
+    Raises a CerebrumError for what can't fit.
+    """
     opened = open_model(spec)
     config, storage = opened.config, opened.storage
-    other = planned_config(opened.checkpoint.config, case.view, case.window)
+    other = planned_config(opened.checkpoint.config, view, spec.window)
     packed = not storage.dequantize and any(storage.packings.values())
     prompt = prompt_tokens(config, packed)
     request = Workload(config, storage.dtype.size, prompt, _TOKENS, prefill_step())
@@ -173,26 +125,24 @@ def inspect(case: Case) -> Results:
         "loading": storage.nbytes + storage.transient,
     }
     needed = max(predicted["peak"], predicted["loading"])
-    require(needed, f"{case.directory.name} with a prompt of {prompt}", SMALLER)
+    require(needed, f"{opened.checkpoint.path.name} with a prompt of {prompt}", SMALLER)
 
-    before = _active()
-    mx.reset_peak_memory()
     model = opened.load()
-    weights, loading = _active() - before, mx.get_peak_memory() - before
+    weights, loading = _active(), mx.get_peak_memory()
     mx.reset_peak_memory()
     cache = model.make_cache()
     ids = [1 + n % (config.vocab_size - 1) for n in range(prompt)]
     for _ in generate_step(ids, model, max_tokens=_TOKENS, cache=cache):
         pass
-    peak, kv = mx.get_peak_memory() - before, _active() - before - weights
+    peak, kv = mx.get_peak_memory(), _active() - weights
     cache.clear()
 
     probe = [[token % config.vocab_size for token in _PROBE]]
     logits = model(mx.array(probe))[0, -1, :8].tolist()
-    alone = _active() - before
-    view = model.view(other.layer_map, other.residual_scales)
-    mx.eval(view(mx.array(probe)))  # nothing more is made by running it, either
-    viewed = _active() - before
+    alone = _active()
+    second = model.view(other.layer_map, other.residual_scales)
+    mx.eval(second(mx.array(probe)))  # nothing more is made by running it, either
+    viewed = _active()
     model.model.layers.clear()
     return {
         "positions": config.num_positions,
@@ -208,7 +158,7 @@ def inspect(case: Case) -> Results:
             "peak": peak,
             "loading": loading,
             "view": viewed - alone,
-            "blocks": viewed - (_active() - before),
+            "blocks": viewed - _active(),
             "logits": logits,
         },
     }
@@ -227,47 +177,145 @@ def prompt_tokens(config: ModelConfig, packed: bool) -> int:
     return max(2, min(_PROMPT, max(16, affordable), config.max_position_embeddings - _TOKENS))
 
 
-def _full_size(bits: int | None) -> Iterator[Results]:
-    """The 7B's geometry, folded (either model) and unrolled (the 12.25B), by arithmetic."""
+def full_size(form: str, bits: int | None) -> Opened:
+    """The 12.25B in the 7B's geometry, "folded" or "unrolled", with no weight made."""
     raw = GEOMETRIES["cerebrum-7b"]
-    positions = len(resolve(PLAN).layer_map(raw["num_hidden_layers"]))
-    for form, layers in (("folded", raw["num_hidden_layers"]), ("unrolled", positions)):
-        checkpoint = RandomCheckpoint(Path(form), raw | {"num_hidden_layers": layers})
-        plan = PLAN if form == "folded" else None
-        spec = ModelSpec(form, plan=plan, q_bits=bits, dtype="bfloat16")
-        opened = Opened.of(checkpoint, spec)
-        config, weights = opened.config, opened.storage.nbytes
-        request = Workload(config, 2, _FULL_PROMPT, _FULL_TOKENS, _FULL_STEP)
-        with mock.patch.object(device, "backend", return_value="metal"):
-            needed = request.bytes
-        yield {
-            "form": form,
-            "bits": bits,
-            "weights": weights,
-            "kv": request.cache_bytes,
-            "peak": weights + needed,
-            "kv_no_window": config.kv_values_per_token() * 2 * config.max_position_embeddings,
-        }
+    folded = form == "folded"
+    layers = raw["num_hidden_layers"] if folded else len(resolve(PLAN).layer_map(32))
+    checkpoint = RandomCheckpoint(Path(form), raw | {"num_hidden_layers": layers})
+    plan = PLAN if folded else None
+    return Opened.of(checkpoint, ModelSpec(form, plan=plan, q_bits=bits, dtype="bfloat16"))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure one configuration, and print it as JSON: what each line of the suite starts."""
-    p = cli.ArgumentParser(prog="bench.memory", description="Predicted and measured bytes of DIR.")
-    p.add_argument("directory", type=Path, metavar="DIR", help="a checkpoint, or a GGUF file")
-    p.add_argument("--plan", metavar="NAME|FILE", help="lay its blocks out so")
-    p.add_argument("--view", metavar="NAME|FILE", help="a second view's plan (default: as stored)")
-    p.add_argument("--q-bits", type=int, metavar="N", help="pack dense weights while loading")
-    p.add_argument("--window", type=int, metavar="TOKENS", help="sliding window (0: none)")
-    p.add_debug()
-    args = p.parse_args(argv)
-    return cli.run(lambda: _print(args), args.debug)
+def on_metal(request: Workload) -> int:
+    """The bytes that a request takes there: no attention scores are held."""
+    with mock.patch.object(device, "backend", return_value="metal"):
+        return request.bytes
 
 
-def _print(args: argparse.Namespace) -> int:
-    case = Case("", args.directory, args.plan, args.view, args.q_bits, args.window)
-    say(json.dumps(inspect(case)))
-    return 0
+def _full_size(form: str, bits: int | None) -> Results:
+    opened = full_size(form, bits)
+    config, weights = opened.config, opened.storage.nbytes
+    request = Workload(config, 2, _FULL_PROMPT, _FULL_TOKENS, _FULL_STEP)
+    return {
+        "form": form,
+        "bits": bits,
+        "weights": weights,
+        "kv": request.cache_bytes,
+        "peak": weights + on_metal(request),
+        "kv_no_window": config.kv_values_per_token() * 2 * config.max_position_embeddings,
+    }
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def errors(row: Results) -> dict[str, float]:
+    """How far each prediction is off, as a share of what was measured."""
+    said = {"weights": "weights", "kv": "keys and values", "peak": "peak"}
+    return {n: row["predicted"][key] / row["measured"][key] - 1 for key, n in said.items()}
+
+
+def text(results: Results) -> list[str]:
+    everything = results["random"] + results["model"]
+    rows = [row for row in everything if "measured" in row]
+    tolerance, full = results["tolerance"], results["full_size"]
+
+    def within(row: Results) -> bool:
+        return all(abs(error) <= tolerance for error in errors(row).values())
+
+    def worst(row: Results) -> str:
+        name, error = max(errors(row).items(), key=lambda one: abs(one[1]))
+        return f"{error:+.1%} ({name})"
+
+    def both(row: Results, key: str) -> str:
+        return f"{row['predicted'][key] / MB:.1f} / {row['measured'][key] / MB:.1f}"
+
+    def gb(row: Results, key: str) -> str:
+        return f"{row[key] / GB:.2f}"
+
+    def loading(row: Results) -> bool:
+        return bool(row["measured"]["loading"] <= (1 + tolerance) * row["predicted"]["loading"])
+
+    view = max((row["measured"]["view"] for row in rows), default=0)
+    return [
+        f"Random weights of a small geometry (hidden size {results['hidden_size']}, a window of"
+        f" {results['window']} tokens unless a smaller is named), then the model itself. Each line"
+        " is a process of its own, read by MLX's counters.",
+        columns(
+            rows,
+            ("predicted / measured, MB", lambda row: row["name"]),
+            ("held in", lambda row: row["dtype"]),
+            ("prompt", lambda row: str(row["prompt"])),
+            ("weights", partial(both, key="weights")),
+            ("keys and values", partial(both, key="kv")),
+            ("peak", partial(both, key="peak")),
+            ("off by at most", worst),
+            (f"within {tolerance:.0%}", lambda row: "yes" if within(row) else "NO"),
+            ("loading, a bound", partial(both, key="loading")),
+        ),
+        f"{sum(map(within, rows))} of {len(rows)} configurations are predicted within"
+        f" {tolerance:.0%}; loading passes its bound by no more than that in"
+        f" {sum(map(loading, rows))}. A second view of the weights took {view} bytes at most.",
+        *_folding(rows),
+        *(
+            f"{row['name']}: not measured: {row['not_measured']}"
+            for row in everything
+            if row not in rows
+        ),
+        "The 7B's geometry at full size, GB: **predicted, not measured**, for a prompt of"
+        f" {full['prompt']} tokens in chunks of {full['chunk']} on Metal, which fills the window."
+        " Folded holds the 7B, the 12.25B or both, and the caches are the 12.25B's; unrolled is"
+        f" the 12.25B as mergekit writes it. Last, the caches of {full['positions']} tokens in an"
+        " engine that ignores the window.",
+        columns(
+            full["rows"],
+            ("", lambda row: f"{row['form']}, {_precision(row)}"),
+            ("weights", partial(gb, key="weights")),
+            ("keys and values", partial(gb, key="kv")),
+            ("peak", partial(gb, key="peak")),
+            ("keys and values, no window", partial(gb, key="kv_no_window")),
+        ),
+    ]
+
+
+def _folding(rows: Sequence[Results]) -> list[str]:
+    """Whether folding saves the second copies, and computes the same."""
+    found = [row for row in rows if row["name"] in ("folded, as stored", "unrolled, as stored")]
+    if len(found) < 2:
+        return []
+    (folded, unrolled), (few, many) = (
+        [row["measured"] for row in found],
+        [row["stored_blocks"] for row in found],
+    )
+    same = folded["logits"] == unrolled["logits"]
+    return [
+        f"Block bytes folded / unrolled: {folded['blocks'] / unrolled['blocks']:.4f} (expected"
+        f" {few / many:.4f}). Same model: {'yes, logits equal' if same else 'NO, logits differ'}."
+    ]
+
+
+def _precision(row: Results) -> str:
+    return "bfloat16" if row["bits"] is None else f"{row['bits']}-bit"
+
+
+def plots(results: Results, machine: Results) -> dict[str, Picture]:
+    measured: dict[str, dict[str, float]] = {}
+    for row in results["random"]:
+        if "measured" in row:
+            form, _, held = row["name"].partition(", ")
+            measured.setdefault(held, {})[form] = row["measured"]["peak"] / MB
+    full: dict[str, dict[str, float]] = {}
+    for row in results["full_size"]["rows"]:
+        full.setdefault(_precision(row), {})[row["form"]] = row["peak"] / GB
+    return {
+        "memory": bars(
+            measured,
+            "Peak memory folded and unrolled, in each precision, of a small random model.",
+            y="MB",
+            title="Peak memory of a small model, measured",
+        ),
+        "memory-full-size": bars(
+            full,
+            "Predicted peak memory of the 12.25B at full size, folded and unrolled.",
+            y="GB",
+            title="Peak memory of the 12.25B, predicted",
+        ),
+    }

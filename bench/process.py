@@ -1,12 +1,10 @@
-"""Processes of their own: for times from pressing return, and bytes that nothing else blurs."""
+"""Processes of their own: for times from pressing return."""
 
-import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from mlx_cerebrum.errors import CerebrumError
 
@@ -16,11 +14,6 @@ def seconds(arguments: Sequence[str]) -> float:
     started = time.perf_counter()
     output(arguments)
     return time.perf_counter() - started
-
-
-def answer(arguments: Sequence[str]) -> Any:
-    """What `python -m ...` printed as its last line, read as JSON. Raises as `output` does."""
-    return json.loads(output(arguments).splitlines()[-1])
 
 
 def output(arguments: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -95,6 +95,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([line(cells[0]), f"| {' | '.join(rule)} |", *map(line, cells[1:])])
+
+
+def columns(rows: Iterable[T], *of: tuple[str, Callable[[T], str]]) -> str:
+    """A table with a line for each of `rows`, from pairs of a heading and what is under it."""
+    return table([head for head, _ in of], [[cell(row) for _, cell in of] for row in rows])
 
 
 def parser(module: str, question: str) -> cli.ArgumentParser:

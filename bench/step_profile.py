@@ -34,7 +34,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from bench.context_sides import fill
+from bench.context import fill
 from bench.report import Spread, parser, public, rounds, run, table
 from bench.suite import Results
 from mlx_cerebrum.decoding.decode import greedy, prefill_step

@@ -1,6 +1,7 @@
 """python -m bench: its pair of models, the roofline's arithmetic, rounds, and the runner."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -123,21 +124,30 @@ def test_rounds_take_turns_and_end_in_time() -> None:
     assert {name: len(values) for name, values in found.items()} == {"a": 1, "b": 1}
 
 
-@pytest.mark.long
 def test_ratios_are_b_over_a(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B takes twice A's time everywhere, so it has half its pace."""
+    """B takes twice A's time everywhere, so it has half its pace.
+
+    Four times the length takes up to 16 times as long: 1.5 s, then 24 s, and so 384 s.
+    """
     pairs = pair.open_pair(str(checkpoint()))
 
     def twice(model: Model, *_: object) -> float:
         return 2.0 if model is pairs.models()[1] else 1.0
 
-    monkeypatch.setattr(speed, "_first", twice)
+    def first(model: Model, prompt: list[int]) -> float:
+        return twice(model) * 0.5 * (len(prompt) / 8) ** 2
+
+    ceiling = {"chip": "x", "published": None, "measured": {"copy": 1.0, "matvec": 2.0}}
+    monkeypatch.setattr(bandwidth, "card", lambda dtype: ceiling)
+    monkeypatch.setattr(speed, "_first", first)
     monkeypatch.setattr(speed, "_decode", lambda *call: 1 / twice(*call))
     monkeypatch.setattr(process, "seconds", lambda words: 2.0 if "--plan" in words else 1.0)
-    found = speed.measure(pairs, quick(tmp_path), (8,))
-    assert found["ratios"]["prefill"]["8"]["median"] == 0.5
+    effort = suite.Effort(tmp_path, tokens=3, seconds=5.0, say=lambda line: None)
+    found = speed.measure(pairs, effort, (8, 32, 128))
+    assert (found["lengths"], found["left_out"]) == ([8, 32], {"128": 384.0})
+    assert found["ratios"]["prefill"]["32"]["median"] == 0.5
     assert found["ratios"]["decode"]["median"] == 0.5
     assert found["ratios"]["start"]["median"] == 2.0
 
@@ -151,52 +161,22 @@ def test_speed_of_two_sides(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     side = found["sides"]["interleave-8-2"]
     assert side["prefill"]["16"]["median"] == pytest.approx(16 / side["ttft"]["16"]["median"], 0.6)
     best = max(found["bandwidth"]["measured"].values())
-    assert side["share"]["measured"] == pytest.approx(side["reached"] / best)
-    assert side["share"]["published"] is None
+    assert side["share"] == {"measured": pytest.approx(side["reached"] / best), "published": None}
     assert side["start"]["median"] > 0.1
-    text = "\n".join(speed.text(found))
-    assert "interleave-8-2 / as it is" in text
-    assert "prefill of 16" in text
     assert set(speed.plots(found, {})) == {"speed-prefill", "speed-roofline"}
-
-
-def test_the_chips_published_figure_is_shown() -> None:
-    spread = {"median": 10.0, "low": 9.0, "high": 11.0, "rounds": 3}
-    side = {
-        "prefill": {"8": spread},
-        "ttft": {"8": spread},
-        "decode": spread,
-        "start": None,
-        "bytes_per_token": 4_000_000_000,
-        "reached": 40.0,
-        "share": {"measured": 0.5, "published": 0.4},
-    }
-    results = {
-        "names": ["x", "y"],
-        "lengths": [8],
-        "left_out": {"8192": 600.0},
-        "tokens": 4,
-        "prompt_tokens": 8,
-        "bandwidth": {
-            "chip": "Apple M2",
-            "published": [100],
-            "measured": {"copy": 70.0, "matvec": 80.0},
-        },
-        "sides": {"x": side, "y": side},
-        "ratios": {"prefill": {"8": spread}, "decode": spread, "start": None},
-    }
-    text = "\n".join(speed.text(results))
-    assert "40%" in text
-    assert "Published: 100 GB/s" in text
+    text = "\n".join(speed.text(found))
+    assert "| interleave-8-2 / as it is |" in text
+    assert "| prefill of 16, tokens/s " in text
+    assert "share of the published" not in text
+    # On a chip whose bandwidth is published, of a model without text.
+    found["bandwidth"]["published"], found["left_out"] = [100], {"8192": 600.0}
+    for each in found["sides"].values():
+        each["share"]["published"], each["start"] = 0.4, None
+    found["ratios"]["start"] = None
+    text = "\n".join(speed.text(found))
+    assert re.search(r"share of the published 100 GB/s \|\s+40% \|", text)
     assert "process start" not in text
-    assert "8192 tokens, which would take both sides some 600 s" in text
-
-
-def test_long_prompts_are_left_out_where_they_take_minutes() -> None:
-    took = {n: 2 * n + 3 * n * n for n in (128, 512)}  # products and attention
-    assert speed._expected(took, 2048) == pytest.approx(2 * 2048 + 3 * 2048**2)
-    assert speed._expected({128: 1.0}, 512) == 0.0  # nothing to go by
-    assert speed._expected({128: 1.0, 512: 3.0}, 1024) == pytest.approx(6.0)
+    assert "8192 tokens, by estimate 600 s" in text
 
 
 def test_full_size_counts_bytes(tmp_path: Path) -> None:
@@ -211,10 +191,7 @@ def test_full_size_counts_bytes(tmp_path: Path) -> None:
     )
     norms = 4 * (2 * 32 + 1) * 64
     assert found["weights"]["loaded"] == pytest.approx(found["weights"]["predicted"] + norms, 0.02)
-    assert set(found["blocks"]) == {"bfloat16", "float32", "8-bit", "4-bit"}
-    text = "\n".join(full_size.text(found))
-    assert "say nothing about Metal" in text
-    assert "A projection, not a measurement" in text
+    assert "A projection, not a measurement" in "\n".join(full_size.text(found))
 
 
 def test_random_weights_are_the_same_twice_and_all_different(tmp_path: Path) -> None:
