@@ -70,12 +70,17 @@ class _Moved(Loader):
             "plan_yaml": "plan.yaml_places",
             "plan_show": "plan.show",
             "model_args": "flags",
+            **{
+                f"{room}template_{name}": f"tokenizer.jinja.{name}"
+                for room in ("", "tokenizer.")
+                for name in ("text", "values", "filters", "run")
+            },
         }
     )
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         package, _, old = name.partition(".")
-        if package != __name__ or "." in old:
+        if package != __name__ or ("." in old and old not in self.RENAMED):
             return None
         homes = [self.RENAMED[old]] if old in self.RENAMED else [f"{r}.{old}" for r in self.ROOMS]
         found = next((home for home in homes if find_spec(f"{__name__}.{home}")), None)

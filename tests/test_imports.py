@@ -159,6 +159,8 @@ from mlx_cerebrum.load import load
 from mlx_cerebrum.model import Model
 from mlx_cerebrum.plan import LayerPlan
 from mlx_cerebrum.sentencepiece_model import read_pieces
+from mlx_cerebrum.template_text import Budget
+from mlx_cerebrum.tokenizer.template_run import parse
 from mlx_cerebrum.tokenizer import Tokenizer
 import mlx_cerebrum.quantize, mlx_cerebrum
 import mlx_cerebrum.weights.quantize, mlx_cerebrum.weights.hub, mlx_cerebrum.weights.gguf_file
@@ -166,6 +168,7 @@ assert mlx_cerebrum.quantize is mlx_cerebrum.weights.quantize
 assert hub is mlx_cerebrum.weights.hub and hub.__spec__.name == hub.__name__
 assert GGUFFile is mlx_cerebrum.weights.gguf_file.GGUFFile
 assert load is mlx_cerebrum.load
+assert parse.__module__ == "mlx_cerebrum.tokenizer.jinja.run"
 try:
     import mlx_cerebrum.nothing
 except ModuleNotFoundError as error:

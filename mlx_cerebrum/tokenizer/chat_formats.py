@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import nodes
 
 from mlx_cerebrum.errors import TokenizerError
-from mlx_cerebrum.tokenizer.template_run import LONGEST, parse
+from mlx_cerebrum.tokenizer.jinja.run import LONGEST, parse, reason
 
 # The model card's text.
 DEFAULT_SYSTEM = (
@@ -157,10 +157,9 @@ def read_format(name: str | Path) -> ChatFormat:
     try:
         tree = parse(source)
     except Exception as error:  # whatever Jinja's parser raises
-        problem = " ".join(str(error).split())[:200] or type(error).__name__
         line = getattr(error, "lineno", None)
         where = path if line is None else f"{path}, line {line}"
-        raise TokenizerError(f"{where} is not a chat template: {problem}") from None
+        raise TokenizerError(f"{where} is not a chat template: {reason(error)}") from None
     if all(name.name != "messages" for name in tree.find_all(nodes.Name)):
         raise TokenizerError(f"{path} is not a chat template: it never looks at 'messages'")
     return own_format(source)

@@ -1,7 +1,7 @@
 """Conversations to prompts: a Jinja template's text and control tokens, told from a person's.
 
 A template writes control tokens as text (`<s>`, `<|im_end|>`), and so can a user. While a
-template runs, each character is known to be its own or somebody else's (see template_text), and
+template runs, each character is known to be its own or somebody else's (see jinja/text.py), and
 a control token is only what is spelled by the template's characters alone. Messages read as
 they are in the template, so that it finds the `</think>` of an earlier answer.
 
@@ -17,8 +17,8 @@ from typing import Any
 from jinja2 import nodes
 
 from mlx_cerebrum.errors import RequestError, TokenizerError
-from mlx_cerebrum.tokenizer.template_run import RefusalError, Run, parse
-from mlx_cerebrum.tokenizer.template_text import Budget, marks, own
+from mlx_cerebrum.tokenizer.jinja.run import RefusalError, Run, parse, reason
+from mlx_cerebrum.tokenizer.jinja.text import Budget, marks, own
 from mlx_cerebrum.tokenizer.vocabulary import AddedToken
 
 ROLES = ("system", "user", "assistant")
@@ -135,10 +135,10 @@ class ChatTemplate:
             text = Run(budget, variables).render(self._tree)
         except RefusalError as error:
             raise RequestError(
-                f"the chat template refuses these messages: {_line(error)}"
+                f"the chat template refuses these messages: {reason(error)}"
             ) from None
         except Exception as error:  # a template can raise anything Python can
-            raise TokenizerError(f"the chat template fails: {_line(error)}") from None
+            raise TokenizerError(f"the chat template fails: {reason(error)}") from None
         return self._segments(text)
 
     def _segments(self, text: str) -> list[Segment]:
@@ -168,9 +168,3 @@ class ChatTemplate:
             at = stop
         shown.append(text[at:])
         return "".join(shown)
-
-
-def _line(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return " ".join(str(error).split())[:300] or type(error).__name__

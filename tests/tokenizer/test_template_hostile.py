@@ -12,8 +12,8 @@ from hostile_templates import TEMPLATES
 
 from mlx_cerebrum.errors import TokenizerError
 from mlx_cerebrum.tokenizer import template
+from mlx_cerebrum.tokenizer.jinja.text import Budget, LimitError
 from mlx_cerebrum.tokenizer.template import ChatTemplate
-from mlx_cerebrum.tokenizer.template_text import Budget, LimitError
 
 ROOT = Path(__file__).parents[2]
 QUESTION = [{"role": "user", "content": "x"}]
