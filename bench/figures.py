@@ -9,7 +9,7 @@ a figure that can only have been measured stands outside such a block.
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench import suite
@@ -19,8 +19,7 @@ from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.memory import GB
 
 ROOT = Path(__file__).parent.parent
-INDEX = "bench/results/README.md"
-DOCUMENTS = ("README.md", "bench/README.md", INDEX)  # may have blocks
+DOCUMENTS = ("README.md", "bench/README.md", "bench/results/README.md")  # may have blocks
 GUARDED = (*DOCUMENTS, "CHANGELOG.md")  # may have no measured figure outside them
 _LENGTH = "512"  # the prompt whose prefill the index shows
 
@@ -35,30 +34,31 @@ _FIGURE = re.compile(
 )
 
 
-def rewrite(names: Sequence[str], root: Path = ROOT) -> list[Path]:
+def rewrite(root: Path = ROOT) -> list[str]:
     """Fill in the documents' blocks; returns the documents that changed."""
-    changed = []
-    for name in names:
-        path = root / name
-        text = path.read_text(encoding="utf-8")
-        wanted = filled(text, name, root)
-        if text != wanted:
-            path.write_text(wanted, encoding="utf-8")
-            changed.append(path)
-    return changed
+    changed = {name: wanted for name, text, wanted in _documents(root) if text != wanted}
+    for name, wanted in changed.items():
+        (root / name).write_text(wanted, encoding="utf-8")
+    return list(changed)
 
 
 def stale(root: Path = ROOT) -> str:
     """Where documents and results disagree, as a diff; empty where they don't."""
     lines: list[str] = []
-    for name in DOCUMENTS:
-        text = (root / name).read_text(encoding="utf-8")
-        pair = text.splitlines(), filled(text, name, root).splitlines()
+    for name, text, wanted in _documents(root):
+        pair = text.splitlines(), wanted.splitlines()
         lines += difflib.unified_diff(*pair, name, f"{name} as measured", lineterm="")
     return "\n".join(lines)
 
 
-def filled(text: str, document: str, root: Path = ROOT) -> str:
+def _documents(root: Path) -> Iterator[tuple[str, str, str]]:
+    """Each one's name, its text, and the text it should have."""
+    for name in DOCUMENTS:
+        text = (root / name).read_text(encoding="utf-8")
+        yield name, text, filled(text, name, root)
+
+
+def filled(text: str, document: str, root: Path) -> str:
     """The text with its blocks made from the results.
 
     Raises RequestError for a block without its end, its results or one of its paragraphs.

@@ -6,7 +6,6 @@ the results alone.
 """
 
 import io
-import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ DARK = {
     FAINT: "#30363d",
     **dict(zip(COLOURS, ("#58a6ff", "#f0883e", "#3fc9a8", "#e29ac9", "#9198a1"), strict=True)),
 }
-LINES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (1, 2)))
 _MARKERS = "os^Dv"
 _LABEL = 8.5  # points
 _STYLE: dict[str, Any] = {
@@ -42,26 +40,19 @@ _STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
-    "axes.titlesize": 12,
     "axes.titleweight": "bold",
     "errorbar.capsize": 3,
     "figure.constrained_layout.h_pad": 0.1,  # inches
     "figure.constrained_layout.w_pad": 0.1,
     "figure.facecolor": PAPER,
-    "font.size": 10,
     "grid.color": FAINT,
-    "grid.linewidth": 0.7,
-    "legend.fontsize": 9,
     "legend.frameon": False,
-    "lines.linewidth": 1.8,
     "lines.markeredgecolor": PAPER,
     "svg.fonttype": "none",  # text stays text; any sans-serif a reader has is no wider
     "text.color": INK,
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "xtick.color": INK,
-    "xtick.labelsize": 9,
     "ytick.color": INK,
-    "ytick.labelsize": 9,
 }
 
 
@@ -135,7 +126,6 @@ def curves(
                 yerr=whiskers(spreads),
                 marker=marker(index),
                 color=colour(index),
-                linestyle=LINES[index // len(COLOURS) % len(LINES)],
                 label=name,
             )
         if log_x:
@@ -171,10 +161,7 @@ def bars(groups: Mapping[str, Mapping[str, float]], alt: str, *, y: str, title: 
             places = [k + (index - (len(names) - 1) / 2) * width for k, _ in found]
             values = [value for _, value in found]
             bar = plot.bar(places, values, width * 0.92, color=colour(index), label=name)
-            upright = 90 if len(groups) * len(names) > 14 else 0
-            plot.bar_label(
-                bar, [*map(number, values)], padding=2, fontsize=_LABEL, rotation=upright
-            )
+            plot.bar_label(bar, [*map(number, values)], padding=2, fontsize=_LABEL)
         room = max(8, 80 // max(1, len(groups)))  # characters
         plot.set_xticks(range(len(groups)), [textwrap.fill(name, room) for name in groups])
         plot.tick_params(axis="x", length=0)
@@ -201,14 +188,9 @@ def intervals(
         for place, (_, value, low, high) in enumerate(rows):
             shown = low > 0 or high < 0
             hue = COLOURS[0 if shown else -1]
-            plot.plot([low, high], [place, place], color=hue, solid_capstyle="round")
-            plot.plot(
-                value,
-                place,
-                "o",
-                markerfacecolor=hue if shown else PAPER,
-                markeredgecolor=hue,
-            )
+            reach = [[value - low], [high - value]]
+            point = plot.errorbar(value, place, xerr=reach, marker="o", color=hue)[0]
+            point.set(markeredgecolor=hue, markerfacecolor=hue if shown else PAPER)
         plot.set_yticks(range(len(rows)), [textwrap.fill(label, 34) for label, *_ in rows])
         plot.set_ylim(len(rows) - 0.5, -0.5)
         plot.tick_params(axis="y", length=0)
@@ -231,14 +213,8 @@ def whiskers(spreads: Sequence[Spread]) -> list[list[float]]:
 
 
 def number(value: float) -> str:
-    """Three digits that matter, and never an exponent."""
-    if not math.isfinite(value):
-        return "-"
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
-    text = f"{value:.{max(0, digits)}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    """Three digits that matter."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _number(value: float, place: float) -> str:

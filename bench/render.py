@@ -1,15 +1,14 @@
 """The report of a run: a page of tables and pictures, made from its results.json alone.
 
 python -m bench render DIR         a run's README.md and pictures, again
-python -m bench render --index     the table of all runs, in bench/results/README.md
-python -m bench render --figures   that, and the figures in README.md and bench/README.md
+python -m bench render --figures   the table of all runs, and the figures in documents
 """
 
 import json
 from pathlib import Path
 
 from bench import figures, plots, suite
-from bench.report import CPU, facts, table
+from bench.report import machine_text, table
 from bench.suite import Results, escaped, reading
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import RequestError
@@ -30,10 +29,8 @@ def command_line() -> cli.ArgumentParser:
         prog="python -m bench render", description="Draw the pages of results again."
     )
     p.add_argument("directory", nargs="*", type=Path, metavar="DIR", help="a run's directory")
-    p.add_argument("--index", action="store_true", help="the table of all runs")
-    p.add_argument(
-        "--figures", action="store_true", help="the figures in README.md and bench/README.md too"
-    )
+    documents = ", ".join(figures.DOCUMENTS)
+    p.add_argument("--figures", action="store_true", help=f"the figures in {documents}")
     p.add_debug()
     return p
 
@@ -41,21 +38,20 @@ def command_line() -> cli.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     p = command_line()
     args = p.parse_args(argv)
-    if not (args.directory or args.index or args.figures):
-        p.error("name a run's directory, or give --index or --figures")
-    return cli.run(lambda: _run(args.directory, args.index, args.figures), args.debug)
+    if not (args.directory or args.figures):
+        p.error("name a run's directory, or give --figures")
+    return cli.run(lambda: _run(args.directory, args.figures), args.debug)
 
 
-def _run(directories: list[Path], index: bool, all_figures: bool) -> int:
+def _run(directories: list[Path], documents: bool) -> int:
     for directory in directories:
         document = suite.read(directory / suite.FILE, "schema", "machine", "model", "suites")
         report(document, directory)
         say(str(directory / PAGE))
         for found in suite.private(document):
             tell(f"before you send it: {suite.FILE} says {found!r}")
-    if index or all_figures:
-        for path in figures.rewrite(figures.DOCUMENTS if all_figures else [figures.INDEX]):
-            say(str(path))
+    for name in figures.rewrite() if documents else ():
+        say(name)
     return 0
 
 
@@ -108,8 +104,7 @@ def _head(document: Results) -> list[str]:
     return [
         f"# {a['name']} against {b['name']}",
         f"Made from `{suite.FILE}` by `python -m bench render`.",
-        table(["machine", ""], facts(card)),
-        *([CPU] if card["backend"] == "cpu" else []),
+        machine_text(card),
         f"Model: **{model['model']}**, {model['blocks']} blocks, {model['parameters']:,} parameters"
         f" stored as {stored}, loaded as {model['loaded']}{packed}; {window}. Both sides run over"
         " one copy of the weights.",

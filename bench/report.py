@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 from bench import machine
 from mlx_cerebrum import cli
-from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.text import say
 
 T = TypeVar("T")
@@ -169,20 +168,10 @@ def publish(
         "results": results,
     }
     if not args.json:
-        head = [f"## {bench}", table(["machine", ""], facts(card))]
-        say("\n\n".join([*head, *([CPU] if card["backend"] == "cpu" else []), *text]) + "\n")
+        say("\n\n".join([f"## {bench}", machine_text(card), *text]) + "\n")
     say(json.dumps(document, ensure_ascii=False))
 
 
-def facts(card: Mapping[str, Any]) -> list[list[str]]:
-    """The machine card, for a table."""
-    return [
-        ["processor", f"{card['processor']}, {card['cores']} cores"],
-        ["memory", f"{card['memory_bytes'] / GB:.0f} GB"],
-        ["system", card["os"]],
-        ["mlx", f"{card['mlx']} on {card['device']} ({card['backend']}; BLAS: {card['blas']})"],
-        ["mlx-cerebrum", card["mlx_cerebrum"]],
-        ["mlx-lm", card["mlx_lm"] or "not installed"],
-        ["Python", card["python"]],
-        ["load average", str(card["load_average"])],
-    ]
+def machine_text(card: Mapping[str, Any]) -> str:
+    rows = [[key.replace("_", " "), str(value)] for key, value in card.items()]
+    return table(["machine", ""], rows) + (f"\n\n{CPU}" if card["backend"] == "cpu" else "")

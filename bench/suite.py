@@ -1,8 +1,10 @@
 """What a suite is, and the file that the suites of one run share.
 
-A suite is a module that answers one question. Everything it finds is plain data, and the
-tables and plots are made from that data alone, so that `results.json` is the result and the
-rest can be drawn again.
+A suite is a module that answers one question, the first line of its docstring:
+measure(pair, effort) -> results, text(results) -> Markdown paragraphs and tables,
+plots(results, machine) -> pictures by file name. Everything it finds is plain data, and tables and
+pictures are made from that alone, so that `results.json` is the result and the rest can be drawn
+again.
 """
 
 import contextlib
@@ -16,11 +18,10 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from bench import machine
 from bench.pair import Pair
-from bench.plots import Picture
 from bench.report import public
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.files.replacing import replacing
@@ -43,19 +44,6 @@ class Effort:
     task_dir: Path | None = None  # more task files for it
     limit: int | None = None  # questions of each task; None: all of them
     say: Callable[[str], None] = print  # one line of progress, for a person
-
-
-class Suite(Protocol):
-    """The interface of speed, memory, context, peers, quality and plans."""
-
-    def measure(self, pair: Pair, effort: Effort) -> Results:
-        """Raises a CerebrumError for a pair it can't measure."""
-
-    def text(self, results: Results) -> list[str]:
-        """Markdown paragraphs and tables."""
-
-    def plots(self, results: Results, machine: Results) -> dict[str, Picture]:
-        """What to draw, by file name without its ending."""
 
 
 def module(name: str) -> Any:

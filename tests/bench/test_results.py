@@ -87,7 +87,7 @@ def filled(project: Path, *blocks: str) -> str:
     """README.md of these blocks, filled in."""
     text = "\n".join(f"<!-- figures: {block} -->\n<!-- end -->\n" for block in blocks)
     (project / "README.md").write_text(f"# Title\n\n{text}")
-    figures.rewrite(["README.md"], project)
+    figures.rewrite(project)
     return (project / "README.md").read_text()
 
 
@@ -98,7 +98,7 @@ def test_a_page_with_its_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[
     suite.write(tmp_path, document("speed"))
     assert render.main([str(tmp_path)]) == 0
     page = (tmp_path / "README.md").read_text()
-    for line in ("AMD EPYC, 2 cores |", "25 GB |", "## Speed", "| decode, tokens/s ", CPU):
+    for line in ("AMD EPYC |", "25276510208 |", "## Speed", "| decode, tokens/s ", CPU):
         assert line in page
     sources = re.findall(r'<img alt="[^"]+" src="([^"]*)"', page)
     assert len(sources) == 2
@@ -111,7 +111,7 @@ def test_a_page_with_its_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_on_a_gpu_nothing_is_said_of_the_cpu() -> None:
     found = document()
     found["machine"] |= {"backend": "metal", "device": "Apple M2 Max"}
-    assert "0.32.4 on Apple M2 Max (metal; BLAS: OpenBLAS)" in render.report(found)
+    assert " Apple M2 Max |" in render.report(found)
     assert CPU not in render.report(found)
 
 
@@ -250,7 +250,7 @@ def test_blocks_are_paragraphs_of_what_a_bench_says(project: Path) -> None:
     assert "Both models over one copy" not in text  # the first
     assert text.count("<img") == 1
     assert f'src="bench/results/{DEMO}/speed-roofline.svg"' in text
-    assert figures.rewrite(figures.DOCUMENTS, project) == []
+    assert figures.rewrite(project) == []
     assert figures.stale(project) == ""
     assert figures.typed(text) == []
 
