@@ -30,13 +30,13 @@ DARK = {
     FAINT: "#30363d",
     **dict(zip(COLOURS, ("#58a6ff", "#f0883e", "#3fc9a8", "#e29ac9", "#9198a1"), strict=True)),
 }
-_MARKERS = "os^Dv"
 _LABEL = 8.5  # points
 _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": FAINT,
     "axes.facecolor": PAPER,
     "axes.labelcolor": INK,
+    "axes.prop_cycle": f"cycler(color={list(COLOURS)}, marker={list('os^Dv')})",
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
@@ -118,16 +118,11 @@ def curves(
 
         plot = figure.add_subplot(title=title, xlabel=x, ylabel=y)
         plot.grid()
-        for index, (name, points) in enumerate(series.items()):
-            spreads = [spread for _, spread in points]
-            plot.errorbar(
-                [place for place, _ in points],
-                [spread.median for spread in spreads],
-                yerr=whiskers(spreads),
-                marker=marker(index),
-                color=colour(index),
-                label=name,
-            )
+        for name, points in series.items():
+            places = [place for place, _ in points]
+            middle = [s.median for _, s in points]
+            reach = [[s.median - s.low for _, s in points], [s.high - s.median for _, s in points]]
+            plot.errorbar(places, middle, yerr=reach, label=name)
         if log_x:
             places = sorted({place for points in series.values() for place, _ in points})
             plot.set_xscale("log")
@@ -160,7 +155,7 @@ def bars(groups: Mapping[str, Mapping[str, float]], alt: str, *, y: str, title: 
             found = [(k, group[name]) for k, group in enumerate(groups.values()) if name in group]
             places = [k + (index - (len(names) - 1) / 2) * width for k, _ in found]
             values = [value for _, value in found]
-            bar = plot.bar(places, values, width * 0.92, color=colour(index), label=name)
+            bar = plot.bar(places, values, width * 0.92, label=name)
             plot.bar_label(bar, [*map(number, values)], padding=2, fontsize=_LABEL)
         room = max(8, 80 // max(1, len(groups)))  # characters
         plot.set_xticks(range(len(groups)), [textwrap.fill(name, room) for name in groups])
@@ -197,19 +192,6 @@ def intervals(
         figure.supxlabel("hollow: the interval includes 0", fontsize=_LABEL, x=0.99, ha="right")
 
     return Picture(draw, alt, (8.0, 1.5 + 0.4 * len(rows)))
-
-
-def colour(index: int) -> str:
-    return COLOURS[index % len(COLOURS)]
-
-
-def marker(index: int) -> str:
-    return _MARKERS[index % len(_MARKERS)]
-
-
-def whiskers(spreads: Sequence[Spread]) -> list[list[float]]:
-    """From each median down to the lowest and up to the highest."""
-    return [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
 
 
 def number(value: float) -> str:
