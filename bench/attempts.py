@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from bench.engines import Engine, Run
+from bench.engines import Loaded, Run
 from bench.report import rounds
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError
@@ -20,7 +20,7 @@ class Source:
     """A peer's weights, ready to be loaded: what loading takes, and how."""
 
     nbytes: int
-    open: Callable[[Model | None], Engine]  # given ours, to compare weights with
+    open: Callable[[Model | None], Loaded]  # given ours, to compare weights with
     exact: bool = True  # the weights that ours computes with
 
 
@@ -28,11 +28,11 @@ class Source:
 class Attempt:
     """An engine that may fail at any point without taking the others along."""
 
-    open: Callable[[], Engine]
+    open: Callable[[], Loaded]
     prompt: list[int]
     tokens: int
     exact: bool = True
-    engine: Engine | None = None
+    engine: Loaded | None = None
     failure: str | None = None
     runs: list[Run] = field(default_factory=list)
 

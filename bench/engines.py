@@ -55,8 +55,8 @@ Generate = Callable[[Sequence[int], int], Run]  # prompt ids, tokens wanted
 
 
 @dataclass(frozen=True)
-class Engine:
-    """An engine with a model loaded, and what a reader must know to judge its figures."""
+class Loaded:
+    """An engine with a model, and what a reader must know to judge its figures."""
 
     version: str
     settings: str
@@ -87,7 +87,7 @@ def timed(steps: Iterator[int], prompt_tokens: int) -> Run:
     return Run(tokens, first - started, time.perf_counter() - first, prompt_tokens)
 
 
-def ours(model: Model) -> Engine:
+def ours(model: Model) -> Loaded:
     def generate(prompt: Sequence[int], max_tokens: int) -> Run:
         return timed(generate_step(prompt, model, max_tokens=max_tokens), len(prompt))
 
@@ -96,12 +96,12 @@ def ours(model: Model) -> Engine:
     kv = model.config.kv_values_per_token() * dtype.size
     settings = f"{_name(dtype)} activations, prefill in chunks of {prefill_step()}"
     version = machine.version("mlx-cerebrum") or ""
-    return Engine(version, settings, weights, bandwidth.token_bytes(model), kv, generate)
+    return Loaded(version, settings, weights, bandwidth.token_bytes(model), kv, generate)
 
 
 def mlx_lm(
     directory: Path, config: ModelConfig, sample: Sequence[int], reference: Model | None
-) -> Engine:
+) -> Loaded:
     """mlx-lm's own `generate_step`, greedy. Its weights are compared with those of `reference`.
 
     Prefill runs in the faster of its default chunks and ours, tried on `sample`.
@@ -111,31 +111,31 @@ def mlx_lm(
 
     model, _ = peer_load(directory)
 
-    def generate(prompt: Sequence[int], max_tokens: int, **chunks: int) -> Run:
-        steps = peer_step(mx.array(list(prompt)), model, max_tokens=max_tokens, **chunks)
-        return timed((int(token) for token, _ in steps), len(prompt))
+    def way(**chunks: int) -> Generate:
+        def generate(prompt: Sequence[int], max_tokens: int) -> Run:
+            steps = peer_step(mx.array(list(prompt)), model, max_tokens=max_tokens, **chunks)
+            return timed((int(token) for token, _ in steps), len(prompt))
 
-    generate(sample, 2)
-    chunks: dict[str, int] = {}
+        return generate
+
     step = prefill_step()
-    if len(sample) > step + 1:  # else both are one chunk
-        default, smaller = generate(sample, 1), generate(sample, 1, prefill_step_size=step)
-        chunks = {} if default.first <= smaller.first else {"prefill_step_size": step}
+    ways = {"its default chunks": way(), f"chunks of {step}": way(prefill_step_size=step)}
+    way()(sample, 2)  # to warm up
+    how = min(ways, key=lambda how: ways[how](sample, 1).first)
     sizes = _sizes(model)
     dtype = model.model.norm.weight.dtype
-    how = f"chunks of {step}, faster than its default" if chunks else "its default chunks"
-    return Engine(
+    return Loaded(
         version=machine.version("mlx-lm") or "",
         settings=f"{_name(dtype)} activations, prefill in {how}",
         weights=sum(sizes.values()),
-        reads=reads(sizes, "model.embed_tokens.", "lm_head."),
+        reads=reads(sizes),
         kv=config.kv_values_per_token() * dtype.size,
-        generate=lambda prompt, max_tokens: generate(prompt, max_tokens, **chunks),
+        generate=ways[how],
         same_weights=None if reference is None else same_weights(reference, model),
     )
 
 
-def transformers(directory: Path, config: ModelConfig, sample: Sequence[int]) -> Engine:
+def transformers(directory: Path, config: ModelConfig, sample: Sequence[int]) -> Loaded:
     """A plain loop over a transformers model's forward pass and its own cache, greedy.
 
     Attention is the faster of sdpa and eager, tried on `sample`.
@@ -165,31 +165,32 @@ def transformers(directory: Path, config: ModelConfig, sample: Sequence[int]) ->
     def generate(prompt: Sequence[int], max_tokens: int) -> Run:
         return timed(steps(prompt, max_tokens), len(prompt))
 
-    took = {}
-    for attention in ("sdpa", "eager"):
+    def took(attention: str) -> float:
         model.set_attn_implementation(attention)
         generate(sample[:8], 2)
         run = generate(sample[:128], 8)
-        took[attention] = run.first + run.rest
-    attention = min(took, key=lambda name: took[name])
+        return run.first + run.rest
+
+    attention = min(("sdpa", "eager"), key=took)
     model.set_attn_implementation(attention)
     sizes = {n: p.numel() * p.element_size() for n, p in model.named_parameters()}  # tied: once
     threads = f", threads: {torch.get_num_threads()}" if place == "cpu" else ""
     dtype = str(model.dtype).rpartition(".")[2]
-    return Engine(
+    return Loaded(
         version=version,
         settings=f"{dtype} on {place}{threads}, attention {attention}, a loop over forward passes",
         weights=sum(sizes.values()),
-        reads=reads(sizes, "model.embed_tokens.", "lm_head."),
+        reads=reads(sizes),
         kv=config.kv_values_per_token() * model.dtype.itemsize,
         generate=generate,
     )
 
 
-def reads(sizes: dict[str, int], embedding: str, head: str) -> int:
+def reads(sizes: dict[str, int]) -> int:
     """Bytes of tensors that a token reads: all but the embedding, unless it is the head too."""
-    untied = any(name.startswith(head) for name in sizes)
-    return sum(n for name, n in sizes.items() if not (untied and name.startswith(embedding)))
+    untied = any(name.startswith(("lm_head.", "output.")) for name in sizes)
+    unread = ("model.embed_tokens.", "token_embd.") if untied else ()
+    return sum(nbytes for name, nbytes in sizes.items() if not name.startswith(unread))
 
 
 def same_weights(model: Model, peer: nn.Module) -> bool:

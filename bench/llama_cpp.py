@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bench.engines import Engine, Run, reads, required
+from bench.engines import Loaded, Run, reads, required
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.weights.gguf_file import GGUFFile
@@ -104,27 +104,23 @@ def tune(path: Path, exact: bool, sample: Sequence[int]) -> Tuning:
         return float(spent["prompt_ms"] + spent["predicted_ms"])
 
     cores = os.cpu_count() or 1
-    tried = {Tuning(n, True): 0.0 for n in {cores, max(1, cores // 2)}}
-    tried = {tuning: took(tuning) for tuning in tried}
-    best = min(tried, key=lambda tuning: tried[tuning])
-    plain = Tuning(best.threads, False)
-    tried[plain] = took(plain)
-    return min(tried, key=lambda tuning: tried[tuning])
+    threads = {cores, max(1, cores // 2)}
+    return min((Tuning(n, flash) for n in threads for flash in (True, False)), key=took)
 
 
 def open_engine(
     path: Path, config: ModelConfig, tuning: Tuning, *, exact: bool, context: int
-) -> Engine:
+) -> Loaded:
     """`exact`: keys and values in float32, for arithmetic like ours in float32; else float16,
     its default. `context` is the most tokens it has to hold."""
     version = required("xllamacpp", "bench")
     server = _Server(path, tuning, exact, context)
     sizes = {name: tensor.nbytes for name, tensor in GGUFFile.open(path).tensors.items()}
-    return Engine(
+    return Loaded(
         version=f"xllamacpp {version}",
         settings=f"{settings(tuning, exact)}, greedy",
         weights=sum(sizes.values()),
-        reads=reads(sizes, "token_embd.", "output."),
+        reads=reads(sizes),
         kv=config.kv_values_per_token() * (4 if exact else 2),
         generate=server.generate,
     )

@@ -31,7 +31,7 @@ from bench.chat_prompts import GROUNDED, OPEN
 from bench.copies import Copies
 from bench.engines import PROSE, required
 from bench.pair import open_pair
-from bench.peers_report import OURS
+from bench.peers import OURS
 from bench.report import Spread, parser, ratio, rounds, run, table
 from bench.server_client import Question, ask, get
 from bench.server_mix import chat, user

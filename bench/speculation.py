@@ -15,30 +15,36 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from statistics import median
-from typing import Any
 
 import mlx.core as mx
 
-from bench import bootstrap, machine
+from bench import bootstrap
 from bench.chat_prompts import GROUNDED, OPEN
 from bench.pair import open_pair
-from bench.report import parser, publish, rounds
-from bench.speculation_report import text
-from mlx_cerebrum import cli
+from bench.projection import BITS, parameters_read
+from bench.random_model import GEOMETRIES
+from bench.report import parser, ratio, rounds, run, table
+from bench.suite import Results
 from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.decoding.draft_models import draft_model
-from mlx_cerebrum.decoding.policy import bytes_read
+from mlx_cerebrum.decoding.policy import MOST_DRAFTS, Costs, best_drafts, bytes_read, speedup
 from mlx_cerebrum.decoding.speculative import Speculation, speculation, speculative_step
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.text import tell
+from mlx_cerebrum.weights.opening import planned_config
 
-Run = dict[str, Any]
+ROWS = (1, 2, 4, 8, 16)  # of a target pass whose cost is measured
+# A row more of a target pass, in decode steps, on a GPU that is bound by bandwidth: assumed.
+METAL_ROWS = (0.1, 0.02)
+
 Drafting = Callable[[], Speculation | None]
 
 
-def flags() -> cli.ArgumentParser:
+def main(argv: list[str] | None = None) -> int:
     p = parser("speculation", "Plain decoding against each drafter, side by side.")
     p.add_argument("--model", default="demo", help="what to run (default: demo)")
     p.add_argument("--plan-a", help="the plan of the first model (default: its own)")
@@ -49,150 +55,225 @@ def flags() -> cli.ArgumentParser:
     p.add_argument("--draft-bits", type=int, default=4, help="of the packed drafter (default: 4)")
     p.add_argument("--tokens", type=int, default=64, help="tokens an answer (default: 64)")
     p.add_argument("--rounds", type=int, default=3, help="rounds a question (default: 3)")
-    p.add_argument("--only", choices=("a", "b"), help="measure one of the two (default: both)")
-    return p
+    return run(p, _measure, text, argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = flags().parse_args(argv)
-    machine.use_openblas(not args.no_openblas)
-    return cli.run(lambda: _run(args), args.debug)
-
-
-def _run(args: argparse.Namespace) -> int:
+def _measure(args: argparse.Namespace) -> Results:
     if args.rounds < 1 or args.tokens < 2:
         raise RequestError("--rounds must be at least 1 and --tokens at least 2")
     pair = open_pair(args.model, args.plan_a, args.plan_b, window=args.window)
     tokenizer = pair.tokenizer()
     if tokenizer is None:
         raise RequestError(f"{args.model} has no tokenizer; speculation is measured on text")
-    kinds = {"quoting": GROUNDED, "open": OPEN}
-    ids = {
+    prompts = {
         f"{kind}: {name}": tokenizer.apply_chat_template([{"role": "user", "content": question}])
-        for kind, questions in kinds.items()
+        for kind, questions in (("quoting", GROUNDED), ("open", OPEN))
         for name, question in questions.items()
     }
-    models = dict(zip(pair.names, pair.models(), strict=True))
-    if args.only:
-        only = pair.names["ab".index(args.only)]
-        models = {only: models[only]}
-    found = {name: _measure(model, ids, args) for name, model in models.items()}
-    publish(args, "speculation", found, text(found))
-    return 0
+    models = zip(pair.names, pair.models(), strict=True)
+    return {name: _of_model(model, prompts, args) for name, model in models}
 
 
-def _measure(model: Model, prompts: dict[str, list[int]], args: argparse.Namespace) -> Run:
-    packed = draft_model(model, bits=args.draft_bits)
+def _of_model(model: Model, prompts: dict[str, list[int]], args: argparse.Namespace) -> Results:
+    packed = f"{args.draft_bits}-bit"
+    drafters = {packed: draft_model(model, bits=args.draft_bits)}
     sides: dict[str, Drafting] = {
         "plain": lambda: None,
-        "ngram": lambda: speculation(model),
-        f"{args.draft_bits}-bit": lambda: speculation(model, [packed], ngrams=False),
+        "ngram": partial(speculation, model),
+        packed: partial(speculation, model, [drafters[packed]], ngrams=False),
     }
-    costs = {f"{args.draft_bits}-bit": bytes_read(packed) / bytes_read(model)}
     order = tuple(range(model.config.num_hidden_layers))
     if order != model.config.layer_map:
-        stored = model.view(order)
-        sides["stored order"] = lambda: speculation(model, [stored], ngrams=False)
-        costs["stored order"] = bytes_read(stored) / bytes_read(model)
-        sides["auto"] = lambda: speculation(model, [stored])
+        drafters["stored order"] = stored = model.view(order)
+        sides["stored order"] = partial(speculation, model, [stored], ngrams=False)
+        sides["auto"] = partial(speculation, model, [stored])
     else:
         sides["auto"] = sides.pop("ngram")  # all there is without another model's weights
-    answers: dict[str, Any] = {}
+    answers: dict[str, dict[str, list[Results]]] = {}
     for name, prompt in prompts.items():
         tell(f"{name}: {', '.join(sides)}")
-        runs = {side: _runner(model, prompt, make, args.tokens) for side, make in sides.items()}
+        runs = {side: partial(_answer, model, prompt, make, args) for side, make in sides.items()}
         answers[name] = rounds(runs, args.rounds, warm=False)
+    nbytes = bytes_read(model)
+    costs = {name: bytes_read(drafter) / nbytes for name, drafter in drafters.items()}
     return {
         "positions": model.config.num_positions,
-        "bytes_read": bytes_read(model),
+        "bytes_read": nbytes,
         "draft_cost": costs,
         "rows": _row_costs(model),
         "sides": {side: _side(answers, side, costs.get(side, 0.0)) for side in sides},
     }
 
 
-def _runner(model: Model, prompt: list[int], make: Drafting, tokens: int) -> Callable[[], Run]:
-    def run() -> Run:
-        drafting = make()
-        steps = (
-            generate_step(prompt, model, max_tokens=tokens)
-            if drafting is None
-            else speculative_step(prompt, model, drafting, max_tokens=tokens)
-        )
-        answer, started, first = [next(steps)], time.perf_counter(), 1
-        answer += list(steps)
-        seconds = time.perf_counter() - started
-        found: Run = {"tokens": answer, "pace": (len(answer) - first) / seconds}
-        if drafting is not None:
-            found["rounds"] = drafting.rounds
-        return found
-
-    return run
+def _answer(model: Model, prompt: list[int], make: Drafting, args: argparse.Namespace) -> Results:
+    drafting, most = make(), args.tokens
+    if drafting is None:
+        steps = generate_step(prompt, model, max_tokens=most)
+    else:
+        steps = speculative_step(prompt, model, drafting, max_tokens=most)
+    tokens, started = [next(steps)], time.perf_counter()
+    tokens += steps
+    pace = (len(tokens) - 1) / (time.perf_counter() - started)
+    return {"tokens": tokens, "pace": pace, "rounds": drafting.rounds if drafting else {}}
 
 
-def _side(answers: dict[str, dict[str, list[Run]]], side: str, draft: float) -> Run:
-    """One side's figures: pace over plain by question, histogram, equal tokens."""
-    ratios, passes = {}, Counter[tuple[str, int, int]]()
+def _side(answers: dict[str, dict[str, list[Results]]], side: str, draft: float) -> Results:
+    """One side's figures: pace over plain by question, equal tokens, and how its guesses went."""
+    ratios = {}
+    passes = Counter[tuple[str, int, int]]()  # (drafter, guesses made, held) -> how often
     equal = compared = 0
     for name, runs in answers.items():
         pairs = list(zip(runs[side], runs["plain"], strict=True))
-        ratios[name] = median([mine["pace"] / plain["pace"] for mine, plain in pairs])
+        ratios[name] = median(mine["pace"] / plain["pace"] for mine, plain in pairs)
         for mine, plain in pairs:
-            passes.update(mine.get("rounds", {}))
+            passes.update(mine["rounds"])
             compared += len(plain["tokens"])
             equal += sum(a == b for a, b in zip(mine["tokens"], plain["tokens"], strict=True))
-    found: Run = {"ratios": ratios, "equal": equal, "compared": compared}
-    for kind in ("quoting", "open", ""):
-        of_kind = [value for name, value in ratios.items() if name.startswith(kind)]
-        values = bootstrap.interval(of_kind)
-        found[kind or "all"] = {"mean": values.value, "low": values.low, "high": values.high}
+    found: Results = {"ratios": ratios, "equal": equal, "compared": compared}
+    for kind, begins in (("quoting", "quoting"), ("open", "open"), ("all", "")):
+        values = [value for name, value in ratios.items() if name.startswith(begins)]
+        mean = bootstrap.interval(values)
+        found[kind] = {"mean": mean.value, "low": mean.low, "high": mean.high}
     if passes:
-        found |= _guesses(passes, draft)
+        found |= _guesses(passes) | {"draft_cost": draft}
     return found
 
 
-def _guesses(passes: Counter[tuple[str, int, int]], draft: float) -> Run:
-    """Tokens a pass, agreement, and how many guesses of a round held, by how many were made."""
-    tokens = sum(count * (1 + held) for (_, _, held), count in passes.items())
+def _guesses(passes: Counter[tuple[str, int, int]]) -> Results:
+    """Tokens a pass, and of the passes that guess how much, and how often a guess held."""
     guessing = {key: count for key, count in passes.items() if key[1]}
-    trials = sum(count * (held + (held < made)) for (_, made, held), count in guessing.items())
-    hits = sum(count * held for (_, _, held), count in guessing.items())
-    histogram: dict[str, list[int]] = {}
-    for (_, made, held), count in guessing.items():
-        row = histogram.setdefault(str(made), [0] * (made + 1))
-        row[held] += count
+    number = sum(guessing.values())
+    made = sum(made * count for (_, made, _), count in guessing.items())
+    hits = sum(held * count for (_, _, held), count in guessing.items())
+    # A guess after the first miss was not tried.
+    misses = sum(count for (_, made, held), count in guessing.items() if held < made)
     return {
-        "tokens_per_pass": tokens / passes.total(),
-        "share_of_passes_that_guess": sum(guessing.values()) / passes.total(),
-        "agreement": hits / trials if trials else None,
-        "mean_drafts": sum(k[1] * c for k, c in guessing.items()) / max(sum(guessing.values()), 1),
-        "held_by_drafts": histogram,
-        "draft_cost": draft,
+        "tokens_per_pass": 1 + hits / passes.total(),
+        "share_of_passes_that_guess": number / passes.total(),
+        "agreement": hits / (hits + misses) if number else None,
+        "mean_drafts": made / max(number, 1),
     }
 
 
-def _row_costs(model: Model, lengths: tuple[int, ...] = (1, 2, 4, 8, 16)) -> dict[str, float]:
+def _row_costs(model: Model) -> dict[str, float]:
     """Seconds of a target pass of L rows over that of one, 64 tokens in."""
     cache = model.make_cache()
     mx.eval(model(mx.arange(64)[None], cache))
 
-    def passes(length: int) -> Callable[[], float]:
-        def run() -> float:
-            started = time.perf_counter()
-            mx.eval(mx.argmax(model(mx.arange(length)[None], cache), axis=-1))
-            seconds = time.perf_counter() - started
-            for layer_cache in cache:
-                layer_cache.trim(length)
-            return seconds
+    def seconds(length: int) -> float:
+        started = time.perf_counter()
+        mx.eval(mx.argmax(model(mx.arange(length)[None], cache), axis=-1))
+        took = time.perf_counter() - started
+        for layer_cache in cache:
+            layer_cache.trim(length)
+        return took
 
-        return run
+    found = rounds({str(length): partial(seconds, length) for length in ROWS}, 5)
+    return {length: ratio(took, found["1"]).median for length, took in found.items()}
 
-    found = rounds({str(length): passes(length) for length in lengths}, 5)
-    one = found["1"]
-    return {
-        length: median([a / b for a, b in zip(seconds, one, strict=True)])
-        for length, seconds in found.items()
+
+def text(results: Results) -> list[str]:
+    parts = [
+        "Decode pace over plain decoding's: the mean of each question's median over rounds in"
+        " turns, with its bootstrap interval over the questions; and as the cost model foretells it"
+        " from what the guesses and a target pass of several rows cost here."
+    ]
+    header = ["quoting", "open", "all ten", "foretold", "tokens a pass", "passes that guess"]
+    header += ["guesses each", "agreement", "same tokens"]
+    for name, model in results.items():
+        sides = [[side, *_cells(model, side)] for side in model["sides"] if side != "plain"]
+        rows = ", ".join(f"{length}: {cost:.2f}" for length, cost in model["rows"].items())
+        parts += [
+            table([f"{name}, {model['positions']} positions", *header], sides),
+            f"A target pass of L rows, over one of 1 row, here: {rows}.",
+        ]
+    return parts + metal(results)
+
+
+def _cells(model: Results, side: str) -> list[str]:
+    one = model["sides"][side]
+    paces = [one[kind] for kind in ("quoting", "open", "all")]
+    shown = [f"{pace['mean']:.2f} ({pace['low']:.2f}-{pace['high']:.2f})" for pace in paces]
+    guesses = [""] * 5
+    if one.get("agreement") is not None:
+        # auto's guesses come from several drafters, at several costs
+        several = side == "auto" and len(model["draft_cost"]) > 1
+        guesses = [
+            "" if several else f"{foretold(model, one):.2f}",
+            f"{one['tokens_per_pass']:.2f}",
+            f"{one['share_of_passes_that_guess']:.0%}",
+            f"{one['mean_drafts']:.1f}",
+            f"{one['agreement']:.0%}",
+        ]
+    return [*shown, *guesses, f"{one['equal']} of {one['compared']}"]
+
+
+def foretold(model: Results, one: Results) -> float:
+    """The cost model's speed-up of all passes: for the guesses made, with the rows' cost here."""
+    drafts = max(1, round(one["mean_drafts"]))
+    near = min(ROWS[1:], key=lambda length: abs(length - 1 - drafts))
+    costs = Costs(one["draft_cost"], max(0.0, (model["rows"][str(near)] - 1) / (near - 1)))
+    # Passes that guess yield g tokens each at cost c; plain ones 1 at 1.
+    gain = speedup(one["agreement"], drafts, costs)
+    cost = 1 + drafts * (costs.draft + costs.row)
+    share = one["share_of_passes_that_guess"]
+    return float((share * gain * cost + (1 - share)) / (share * cost + (1 - share)))
+
+
+def metal(results: Results) -> list[str]:
+    """For which precisions the 12.25B reaches the 7B's pace, from bytes: a projection."""
+    config = ModelConfig.from_dict(GEOMETRIES["cerebrum-7b"])
+    read = {
+        name: parameters_read(planned_config(config, plan, None))
+        for name, plan in (("7B", "cerebrum-7b"), ("12.25B", "cerebrum-12.25b"))
     }
+    needed = read["12.25B"] / read["7B"]
+    seen = {
+        round(one["agreement"], 2)
+        for model in results.values()
+        for side, one in model["sides"].items()
+        if side in model["draft_cost"] and one.get("agreement")
+    }
+    agreements = sorted(seen | {0.8, 0.9})
+    rows = []
+    for target, drafter, name in (
+        ("bf16", "bf16", "7B"),
+        ("bf16", "4-bit", "12.25B"),
+        ("bf16", "4-bit", "7B"),
+        ("8-bit", "4-bit", "12.25B"),
+        ("8-bit", "4-bit", "7B"),
+        ("4-bit", "4-bit", "7B"),
+    ):
+        draft = read[name] * BITS[drafter] / (read["12.25B"] * BITS[target])
+        gains = ["-".join(f"{_gain(a, draft, row):.2f}" for row in METAL_ROWS) for a in agreements]
+        reaches = " to ".join(
+            dict.fromkeys(_reaches(draft, needed, row) for row in METAL_ROWS[::-1])
+        )
+        rows.append([f"{target}, {name} {drafter}", f"{draft:.2f}", *gains, reaches])
+    header = [
+        "target, drafter",
+        "bytes drafted / read",
+        *(f"agreement {a:.0%}" for a in agreements),
+    ]
+    return [
+        "**A projection, not a measurement**: the 12.25B on a GPU bound by bandwidth, speed-up over"
+        " its own plain decoding, for a row's cost of"
+        f" {METAL_ROWS[0]:g} to {METAL_ROWS[1]:g} decode steps (assumed) and the best number of"
+        f" guesses. The chip does not matter: bytes are read at one pace. {needed:.2f} is the 7B's"
+        " own pace. Agreements are the demo model's above, and two more.",
+        table([*header, "agreement that reaches the 7B"], rows),
+    ]
+
+
+def _gain(agreement: float, draft: float, row: float) -> float:
+    return best_drafts(agreement, Costs(draft, row), MOST_DRAFTS)[1]
+
+
+def _reaches(draft: float, needed: float, row: float) -> str:
+    """The least agreement, in percent, whose gain is what is needed."""
+    enough = (a for a in range(50, 100) if _gain(a / 100, draft, row) >= needed)
+    least = next(enough, None)
+    return "none" if least is None else f"{least}%"
 
 
 if __name__ == "__main__":

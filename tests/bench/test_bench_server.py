@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from bench import server_client, server_findings, server_load, server_mix, server_peers
-from bench.peers_report import OURS
+from bench.peers import OURS
 from bench.server_client import CHAT, COMPLETIONS, Heard, Question, ask, get
 from bench.server_mix import KINDS, Mix, chat, fixed_set, nonsense, user
 from bench.server_process import serving

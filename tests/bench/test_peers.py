@@ -12,11 +12,12 @@ from conftest import MakeCheckpoint
 
 from bench import bandwidth, copies, engines, llama_cpp, machine, peers, process, step_profile
 from bench.attempts import Attempt, Source, in_turns, one_by_one
-from bench.engines import Engine, Run
-from bench.pair import Pair, Side, open_pair
+from bench.engines import Loaded, Run
+from bench.pair import Pair, open_pair
 from bench.suite import Effort, Results
 from convert.__main__ import main as convert
 from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.errors import MemoryBudgetError
 from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.weights.opening import load_tokenizer
 
@@ -24,16 +25,12 @@ PROMPT = [5 + (7 * i) % 200 for i in range(24)]
 TOKENS = 6
 
 
-Start = Callable[[Pair, Side, copies.Copies, Effort], Results]
-
-
-@pytest.fixture
-def start(_quick: Start) -> Start:
-    return _quick
+Start = Callable[[copies.Copies, Effort], Results]
+START: Start = peers._start
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Start:
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversions in this process; neither torch nor llama.cpp; no processes to time."""
 
     def run(arguments: Sequence[str]) -> float:
@@ -45,9 +42,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Start:
     absent = ("torch", "xllamacpp")
     monkeypatch.setattr(machine, "version", lambda p: None if p in absent else found(p))
     monkeypatch.setattr(process, "seconds", run)
-    start: Start = peers._start
     monkeypatch.setattr(peers, "_start", lambda *_: {"failure": "not asked for"})
-    return start
 
 
 @pytest.fixture
@@ -91,7 +86,7 @@ def test_every_engine_says_what_ours_says(
     for side, model in zip(results["sides"].values(), pair.models(), strict=True):
         rows = side["engines"]
         names = ["mlx-cerebrum", "mlx-lm", "transformers", "llama.cpp F32", "llama.cpp Q8_0"]
-        assert list(rows) == names
+        assert set(rows) == set(names)
         assert side["together"]
         assert side["rounds"] == 2
         assert "pip install 'mlx-cerebrum[oracle]'" in rows["transformers"]["failure"]
@@ -114,7 +109,7 @@ def test_every_engine_says_what_ours_says(
     assert a["mlx-cerebrum"]["weights"] == b["mlx-cerebrum"]["weights"]  # a view takes nothing
     assert a["mlx-lm"]["weights"] < b["mlx-lm"]["weights"]
     said = "\n".join(peers.text(results))
-    assert "its weights equal ours bit for bit" in said
+    assert "ours, bit for bit" in said
     assert "transformers: not measured: torch is not installed" in said
     assert set(peers.plots(results, {})) == {"peers-prefill", "peers-decode"}
 
@@ -145,7 +140,7 @@ def test_other_weights_are_seen(pair: Pair, settings: Effort) -> None:
         assert engines.mlx_lm(pair.path, config, PROMPT, other).same_weights is False
 
 
-def fails(*args: Any) -> Engine:
+def fails(*args: Any) -> Loaded:
     raise ValueError("no\nluck")
 
 
@@ -167,7 +162,7 @@ def test_a_disagreeing_peer_is_reported(
 ) -> None:
     load = engines.mlx_lm
 
-    def other(*args: Any) -> Engine:
+    def other(*args: Any) -> Loaded:
         engine = load(*args)
 
         def generate(prompt: Sequence[int], max_tokens: int) -> Run:
@@ -182,7 +177,6 @@ def test_a_disagreeing_peer_is_reported(
     assert (row["equal"], row["agreeing"], row["compared"]) == (False, 3, TOKENS)
     said = "\n".join(peers.text(results))
     assert f"NO, 3 of {TOKENS}" in said
-    assert "mlx-lm: says other tokens than ours on the same weights" in said
 
 
 def test_agreement_ends_where_ours_ends() -> None:
@@ -197,7 +191,7 @@ def test_agreement_ends_where_ours_ends() -> None:
 def test_engines_that_do_not_fit_run_one_after_another(
     pair: Pair, settings: Effort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers, "_fit_together", lambda *_: False)
+    monkeypatch.setattr(peers, "fits", lambda needed: False)
     results = measured(pair, settings)
     side = results["sides"]["b"]
     assert not side["together"]
@@ -209,14 +203,14 @@ def test_engines_that_do_not_fit_run_one_after_another(
 def test_attempts_stop_at_their_failure() -> None:
     calls: list[str] = []
 
-    def engine(name: str, lives: int) -> Engine:
+    def engine(name: str, lives: int) -> Loaded:
         def generate(prompt: Sequence[int], max_tokens: int) -> Run:
             calls.append(name)
             if calls.count(name) > lives:
                 raise OSError("gone")
             return Run([1, 2], 1.0, 1.0, len(prompt))
 
-        return Engine("1", "", 0, 0, 0, generate)
+        return Loaded("1", "", 0, 0, 0, generate)
 
     attempts = {
         name: Attempt(partial(engine, name, lives), PROMPT, 2)
@@ -233,36 +227,15 @@ def test_attempts_stop_at_their_failure() -> None:
     assert released == [True]
 
 
-def test_memory_is_asked_for_before_loading(pair: Pair, settings: Effort) -> None:
-    too_large = {"mlx-lm": Source(10**15, fails)}
-    assert not peers._fit_together(pair, list(too_large.values()))
-    attempts = peers._attempts(pair, 0, too_large, PROMPT, TOKENS, True)
-    attempts["mlx-lm"].start()
-    assert "loading it needs 1000000.00 GB" in str(attempts["mlx-lm"].failure)
+def test_memory_is_asked_for_before_loading(pair: Pair) -> None:
+    with pytest.raises(MemoryBudgetError, match=r"loading it needs 1000000\.00 GB"):
+        peers._load(Source(10**15, fails), pair, None)
 
 
 def test_reads() -> None:
-    tied = {"embed.weight": 10, "layers.0": 5}
-    assert engines.reads(tied, "embed.", "head.") == 15
-    assert engines.reads(tied | {"head.weight": 10}, "embed.", "head.") == 15
-
-
-def test_reasons_are_figures(pair: Pair, settings: Effort) -> None:
-    results = measured(pair, settings)
-    row = results["sides"]["a"]["engines"]["mlx-lm"]
-    row["ratios"]["decode"] = {"median": 0.25, "low": 0.2, "high": 0.3}
-    row["ratios"]["prefill"] = {"median": 0.9, "low": 0.8, "high": 1.1}
-    said = "\n".join(peers.text(results))
-    assert "Decode is 0.25 of mlx-lm's: over the whole of it ours reaches" in said
-    assert "Our matrix products alone reach" in said
-    assert "reads" not in said.partition("Decode is 0.25")[0].splitlines()[-1]  # the same bytes
-    row["token_bytes"] /= 4
-    fewer = "\n".join(peers.text(results))
-    assert "from bytes alone ours would decode at 0.25 of its pace" in fewer
-    assert "Prefill is 0.90 of mlx-lm's (up to 1.10: the rounds disagree)" in said
-    row["ratios"]["decode"]["median"] = row["ratios"]["prefill"]["median"] = 1.0
-    results["sides"].pop("b")
-    assert " is 0." not in "\n".join(peers.text(results))
+    tied = {"model.embed_tokens.weight": 10, "model.layers.0": 5}
+    assert engines.reads(tied) == 15
+    assert engines.reads(tied | {"lm_head.weight": 10}) == 15
 
 
 def test_the_fastest_settings_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,9 +252,7 @@ def test_the_fastest_settings_are_taken(monkeypatch: pytest.MonkeyPatch) -> None
     assert llama_cpp.tune(Path("x"), True, PROMPT) == llama_cpp.Tuning(4, False)
 
 
-def test_process_starts(
-    pair: Pair, settings: Effort, monkeypatch: pytest.MonkeyPatch, start: Start
-) -> None:
+def test_process_starts(pair: Pair, settings: Effort, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
     def seconds(arguments: Sequence[str]) -> float:
@@ -289,7 +260,7 @@ def test_process_starts(
         return {"convert": 0.1, "mlx_lm.generate": 3.0}.get(arguments[0], 2.0)
 
     monkeypatch.setattr(process, "seconds", seconds)
-    found = start(pair, pair.b, copies.Copies(pair, pair.b, settings.work), settings)
+    found = START(copies.Copies(pair, pair.b, settings.work), settings)
     assert found["rounds"] == 2
     assert found["seconds"]["mlx-lm"]["median"] == 3.0
     assert {name: each["median"] for name, each in found["ratios"].items()} == {
