@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -28,7 +27,7 @@ from bench.attempts import Attempt, Source, forget, in_turns, one_by_one, one_li
 from bench.copies import Copies, main_type, nbytes
 from bench.engines import Loaded, prompt_ids, required
 from bench.pair import Pair
-from bench.plots import Picture, Theme, bars
+from bench.plots import Picture, bars
 from bench.report import Spread, ratio, rounds, table
 from bench.suite import Effort, Results
 from mlx_cerebrum import device
@@ -38,7 +37,6 @@ from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import GB, fits, human, require
 
 OURS = "mlx-cerebrum"
-PHASES = {"prefill": "Prefill", "decode": "Decode"}
 PROMPT_TOKENS = 512
 QUESTION = "The capital of France is"
 _ROUNDS = 3  # at most: every round is as many generations as there are engines
@@ -327,17 +325,15 @@ def _start_text(start: Results) -> str:
 
 
 def plots(results: Results, machine: Results) -> dict[str, Picture]:
-    return {f"peers-{phase}": _picture(results, phase) for phase in PHASES}
-
-
-def _picture(results: Results, phase: str) -> Picture:
-    groups: dict[str, dict[str, float]] = defaultdict(dict)
-    for side in results["sides"].values():
-        for name, row in _measured(side).items():
-            groups[name][side["name"]] = row[phase]["median"]
-    sides = " and ".join(side["name"] for side in results["sides"].values())
-
-    def draw(figure: Any, theme: Theme) -> None:
-        bars(figure, theme, groups, y="tokens/s", title=f"{PHASES[phase]} by engine")
-
-    return Picture(draw, f"{PHASES[phase]} pace of {', '.join(groups)}, each running {sides}.")
+    sides = results["sides"].values()
+    pictures = {}
+    for phase in ("prefill", "decode"):
+        groups: dict[str, dict[str, float]] = defaultdict(dict)
+        for side in sides:
+            for name, row in _measured(side).items():
+                groups[name][side["name"]] = row[phase]["median"]
+        running = " and ".join(side["name"] for side in sides)
+        alt = f"{phase.title()} pace of {', '.join(groups)}, each running {running}."
+        title = f"{phase.title()} by engine"
+        pictures[f"peers-{phase}"] = bars(groups, alt, y="tokens/s", title=title)
+    return pictures

@@ -50,7 +50,12 @@ from mlx_cerebrum.text import say, tell
 __all__ = ["measure", "plots", "text"]
 
 CONTEXT = 256
-_LISTS: dict[str, Callable[[str], float]] = {"starts": int, "widths": int, "repeats": int, "scales": scale}
+_LISTS: dict[str, Callable[[str], float]] = {
+    "starts": int,
+    "widths": int,
+    "repeats": int,
+    "scales": scale,
+}
 
 
 def command_line() -> cli.ArgumentParser:
