@@ -11,28 +11,36 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cerebrum import cli  # isort: skip  # first: it quiets a Ctrl-C from here on
-from convert import arguments, fold
-from convert.destination import check_free, partial_of
-from convert.layout import Options
+from convert import fold
+from convert.calibrate import calibrate, read_text
+from convert.destination import JOURNAL, check_free, partial_of
+from convert.gguf_export import KINDS, export
+from convert.layout import DTYPES, LAYOUTS, Options
 from convert.pipeline import convert
-from convert.recipe import choose
+from convert.recipe import MIXED, RECIPES, choose
+from convert.report import show
 from convert.sensitivity import Sensitivity
-from convert.writer import JOURNAL
+from convert.upload import check_uploadable, upload
+from convert.verify import main as verify
 from mlx_cerebrum.errors import ConfigError
+from mlx_cerebrum.flags import add_plan_flag, add_revision_flag
+from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.text import say, tell
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
+from mlx_cerebrum.weights.quantize import AFFINE_BITS, AFFINE_GROUPS, DEFAULTS, Packing
+
+_NEEDS_Q = ("q_bits", "q_group_size", "q_mode", "q_recipe", "q_budget", "calibrate")
+_NOT_GGUF = ("quantize", "dtype", "dequantize", "mlx_lm_shim", "no_verify", "allow_nonfinite")
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["verify"]:
-        from convert.verify import main as verify
-
         return verify(argv[1:])
-    args = arguments.parser().parse_args(argv)
+    args = parser().parse_args(argv)
     return cli.run(lambda: _run(args), args.debug)
 
 
@@ -41,29 +49,31 @@ def _run(args: argparse.Namespace) -> int:
         destination: Path = args.mlx_path.expanduser()
     except RuntimeError as error:  # ~nosuchuser
         raise ConfigError(f"{args.mlx_path}: {error}") from None
-    options = arguments.options(args)
+    options = options_of(args)
     if not (destination / JOURNAL).exists():  # before a download
-        check_free(destination)
+        check_free(destination, "directory" if args.gguf is None else "file")
     if args.upload_repo is not None:
-        from convert.upload import check
-
-        check(args.upload_repo)
+        check_uploadable(args.upload_repo)
     checkpoint = open_checkpoint(hub.resolve(args.hf_path, args.revision))
     if args.gguf is not None:
-        written = _gguf(args, checkpoint, options, destination)
+        with progress("writing", not (args.quiet or args.json)) as report:
+            written = export(
+                checkpoint,
+                destination,
+                options.plan,
+                window=options.window,
+                kind=args.gguf,
+                progress=report,
+            )
     else:
         written = _directory(args, checkpoint, options, destination)
     if args.upload_repo is not None:
-        from convert.upload import upload
-
         quiet = args.quiet or args.json
         written["url"] = upload(destination, args.upload_repo, quiet=quiet)
     written |= {"path": str(args.mlx_path), "peak_memory": _peak_memory()}
     if args.json:
         say(json.dumps(written, ensure_ascii=False))
     elif not args.quiet:
-        from convert.report import show
-
         show(written)
     return 0
 
@@ -98,41 +108,167 @@ def _directory(
 def _calibrated(
     args: argparse.Namespace, checkpoint: Checkpoint, options: Options, shown: bool
 ) -> Sensitivity:
-    from convert.calibrate import calibrate
-
     if args.calibrate.suffix == ".json":  # what `python -m convert.calibrate --out` wrote
         return Sensitivity.load(args.calibrate.expanduser())
     if fold.predict(checkpoint).repeats:
         raise ConfigError(
             f"{checkpoint.path} repeats its layers: convert it folded, then calibrate"
         )
-    try:
-        text = args.calibrate.expanduser().read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{args.calibrate} is not UTF-8 text") from None
+    text = read_text(args.calibrate.expanduser())
     config = planned_config(checkpoint.config, options.plan, options.window)
     with progress("calibrating", shown, "matrices") as report:
         return calibrate(checkpoint, config, text, progress=report)
-
-
-def _gguf(
-    args: argparse.Namespace, checkpoint: Checkpoint, options: Options, destination: Path
-) -> dict[str, Any]:
-    from convert.gguf_export import export
-
-    config = planned_config(checkpoint.config, None, options.window)
-    if options.plan is not None:
-        config = config.with_map(options.plan.layer_map(config.num_hidden_layers))
-    with progress("writing", not (args.quiet or args.json)) as report:
-        return export(
-            checkpoint, config, options.plan, destination, kind=args.gguf, progress=report
-        )
 
 
 def _peak_memory() -> int:
     """The most this process held, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def parser() -> cli.ArgumentParser:
+    p = cli.ArgumentParser(
+        prog="python -m convert",
+        description="Write a checkpoint's blocks in the order of a plan: folded (each stored once,"
+        " for mlx_cerebrum) or unrolled (as mergekit would, for any tool). A stopped conversion"
+        " goes on where it was when the same command is run again.",
+        epilog="`python -m convert verify DIR` checks every byte of a directory or file.",
+    )
+    p.add_argument(
+        "--hf-path",
+        metavar="DIR|FILE.gguf|HUBID|demo",
+        default=hub.DEFAULT_REPO,
+        help=f"the source (default: {hub.DEFAULT_REPO})",
+    )
+    p.add_argument(
+        "--mlx-path", type=Path, required=True, metavar="PATH", help="output, must not exist yet"
+    )
+    add_revision_flag(p)
+    add_plan_flag(p, "the source's own order")
+    p.add_argument("--layout", choices=LAYOUTS, help="how to store it (default: folded)")
+    p.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="cast to (default: as stored; unrolled: the plan's dtype, as mergekit does)",
+    )
+    p.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="make a quantized source dense (float32, or --dtype)",
+    )
+    p.add_argument(
+        "--window",
+        type=int,
+        metavar="TOKENS",
+        help="sliding window to record, in tokens, 0 for none (default: the source's)",
+    )
+    _add_quantization(p.add_argument_group("quantization"))
+    _add_other_tools(p.add_argument_group("other tools"))
+    p.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="neither hash the source nor look for NaN and infinities (recorded in the output)",
+    )
+    p.add_argument(
+        "--allow-nonfinite", action="store_true", help="note NaN and infinities, don't refuse them"
+    )
+    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    p.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    p.add_debug()
+    return p
+
+
+def _add_quantization(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("-q", "--quantize", action="store_true", help="pack weights into fewer bits")
+    group.add_argument("--q-bits", type=int, choices=AFFINE_BITS, help="bits a weight (default: 4)")
+    group.add_argument(
+        "--q-group-size", type=int, choices=AFFINE_GROUPS, help="weights per group (default: 64)"
+    )
+    group.add_argument(
+        "--q-mode",
+        choices=tuple(DEFAULTS),
+        help="integers with a scale and a bias, or a float format, whose bits and group size are"
+        " fixed (default: affine)",
+    )
+    group.add_argument(
+        "--q-recipe",
+        choices=RECIPES,
+        help="which matrices get how many bits: all --q-bits; mlx-lm's mixtures; or `plan`, by how"
+        " often a block runs and how sensitive it is (default: uniform)",
+    )
+    group.add_argument(
+        "--q-budget",
+        type=float,
+        metavar="BITS",
+        help="bits a weight in all for the recipe plan (default: what uniform takes; 4.5 for 4-bit"
+        " groups of 64)",
+    )
+    group.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="TEXTFILE|TABLE.json",
+        help="measure this model's sensitivities on a text, with the whole model in memory, or"
+        " take a table measured before (default: the table of a small model)",
+    )
+
+
+def _add_other_tools(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--mlx-lm-shim",
+        action="store_true",
+        help="add a model file, so that stock mlx-lm runs a folded directory"
+        " (with --trust-remote-code)",
+    )
+    group.add_argument(
+        "--gguf",
+        choices=tuple(KINDS),
+        help="write one unrolled file for llama.cpp instead; --mlx-path names a .gguf",
+    )
+    group.add_argument(
+        "--upload-repo", metavar="HUBID", help="upload the finished directory to the hub"
+    )
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """What the flags mean. Raises ConfigError for ones that don't go together."""
+    if args.gguf is not None:
+        _refuse(args, _NOT_GGUF, "can't be combined with --gguf, whose kind decides")
+        if args.layout == "folded":
+            raise ConfigError("--layout folded: GGUF has no repeated layers; drop it")
+    if not args.quantize:
+        _refuse(args, _NEEDS_Q, "only means something with -q")
+    recipe = args.q_recipe or "uniform"
+    for name in ("q_budget", "calibrate"):
+        if recipe != "plan":
+            _refuse(args, (name,), "is for --q-recipe plan")
+    if recipe in MIXED:
+        _refuse(args, ("q_bits",), f"can't be combined with {recipe}, which has its own")
+    if args.q_budget is not None:
+        _refuse(args, ("q_bits",), "can't be combined with --q-budget, which says how many")
+    if args.no_verify:
+        _refuse(args, ("allow_nonfinite",), "notes what --no-verify does not look for")
+    mode = args.q_mode or "affine"
+    bits, group_size = DEFAULTS[mode]
+    packing = Packing(args.q_bits or bits, args.q_group_size or group_size, mode)
+    return Options(
+        plan=None if args.plan is None else resolve(args.plan),
+        layout=args.layout or "folded",
+        dtype=args.dtype,
+        packing=packing if args.quantize else None,
+        recipe=partial(choose, recipe, budget=args.q_budget),
+        dequantize=args.dequantize,
+        window=args.window,
+        verify=not args.no_verify,
+        allow_nonfinite=args.allow_nonfinite,
+        shim=args.mlx_lm_shim,
+    )
+
+
+def _refuse(args: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if getattr(args, name) not in (None, False):
+            flag = "-q" if name == "quantize" else f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} {why}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """The directory a conversion fills: a hidden one beside the destination, renamed when whole."""
 
 import contextlib
-import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,13 +17,91 @@ from typing import Any
 from convert.integrity import ReadError
 from convert.outputs import Output
 from convert.source import Source
-from convert.writer import JOURNAL, Journal
 from mlx_cerebrum import __version__, device
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.files import json_file
 from mlx_cerebrum.model.memory import human
 
+JOURNAL = ".conversion"
 _SLACK = 16_000_000  # config, tokenizer and headers
-_COPY = 64_000_000  # bytes the kernel is asked to copy at a time
+
+
+class Journal:
+    """Lines of `{"key": ..., "sha256": ...}` under one with the conversion's fingerprint.
+
+    `entries` are those of this fingerprint, `resumes` whether it was there before. The file is
+    locked while it is open; raises CheckpointError where another process has it.
+
+    create: make the file where there is none.
+    """
+
+    def __init__(self, directory: Path, fingerprint: str, create: bool = True) -> None:
+        busy = f"{directory} is being written by another conversion; wait for it or stop it"
+        try:
+            flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0)
+            self._file = os.fdopen(os.open(directory / JOURNAL, flags, 0o666), "a+b")
+        except FileNotFoundError:  # renamed by the one that was there first
+            raise CheckpointError(busy) from None
+        except OSError as error:
+            raise CheckpointError(
+                f"{directory} can't be written: {error.strerror}; name another destination"
+            ) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held, named = os.fstat(self._file.fileno()), (directory / JOURNAL).stat()
+            if (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino):
+                raise BlockingIOError  # what was locked has been removed or renamed meanwhile
+        except (BlockingIOError, FileNotFoundError):
+            self._file.close()
+            raise CheckpointError(busy) from None
+        if self._file.tell() and not self._ends_whole():
+            self._write(b"\n")  # a line cut short must not swallow the next
+        entries = self.read(directory)
+        self.resumes = bool(entries) and entries[0] == {"fingerprint": fingerprint}
+        if not self.resumes:
+            # Appended, not written over: at any moment the file says whose directory this is.
+            self._append({"fingerprint": fingerprint})
+            entries = []
+        self.entries = {entry["key"]: entry["sha256"] for entry in entries[1:]}
+
+    @staticmethod
+    def read(directory: Path) -> list[dict[str, str]]:
+        """The last fingerprint of a directory's journal and what follows it, whole lines only;
+        empty where there is no journal."""
+        try:
+            lines = (directory / JOURNAL).read_bytes().split(b"\n")
+        except OSError:
+            return []
+        entries: list[dict[str, str]] = []
+        for line in lines:
+            try:
+                entry = json_file.parse(line, JOURNAL, CheckpointError)
+            except CheckpointError:
+                continue
+            if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
+                continue
+            if entry.keys() == {"fingerprint"}:
+                entries = [entry]
+            elif entry.keys() == {"key", "sha256"} and entries:
+                entries.append(entry)
+        return entries
+
+    def add(self, key: str, sha256: str) -> None:
+        self._append({"key": key, "sha256": sha256})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _append(self, entry: dict[str, str]) -> None:
+        self._write(json.dumps(entry).encode() + b"\n")
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._file.flush()
+
+    def _ends_whole(self) -> bool:
+        self._file.seek(-1, os.SEEK_END)
+        return self._file.read(1) == b"\n"
 
 
 @dataclass(frozen=True)
@@ -45,10 +122,10 @@ def fingerprint(source: Source, outputs: Sequence[Output], *more: object) -> str
     return hashlib.sha256("\n".join(map(repr, said)).encode()).hexdigest()
 
 
-def check_free(destination: Path) -> None:
+def check_free(destination: Path, what: str = "directory") -> None:
     """Raise CheckpointError unless `destination` can be made where it is wanted."""
     if destination.exists() or destination.is_symlink():
-        raise CheckpointError(f"{destination} exists already; name a new directory, or remove it")
+        raise CheckpointError(f"{destination} exists already; name a new {what}, or remove it")
     if not destination.absolute().parent.is_dir():
         raise CheckpointError(f"{destination.absolute().parent} does not exist; make it first")
     try:
@@ -167,43 +244,3 @@ def _sync(path: Path) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def copy_file(source: Path, target: Path, progress: Callable[[int], None] | None = None) -> None:
-    """Copy a file the cheapest way there is: a clone that shares its blocks (APFS, and on Linux
-    btrfs and XFS through copy_file_range), else inside the kernel, else through a buffer.
-
-    progress: called with the bytes copied since the last call.
-    """
-    target.unlink(missing_ok=True)
-    size = source.stat().st_size
-    if sys.platform == "darwin" and _clone(source, target):
-        if progress is not None:
-            progress(size)
-        return
-    with source.open("rb", buffering=0) as read, target.open("wb", buffering=0) as write:
-        kernel = hasattr(os, "copy_file_range")
-        while True:
-            try:
-                if kernel:
-                    count = os.copy_file_range(read.fileno(), write.fileno(), _COPY)
-                else:
-                    count = write.write(read.read(_COPY // 8)) or 0
-            except OSError as error:
-                if not kernel or error.errno == errno.ENOSPC:
-                    raise
-                kernel = False  # across file systems, or one that can't
-                continue
-            if not count:
-                break
-            if progress is not None:
-                progress(count)
-        os.fsync(write.fileno())
-    if target.stat().st_size != size:
-        raise CheckpointError(f"{source} changed while it was copied; start again")
-
-
-def _clone(source: Path, target: Path) -> bool:
-    """macOS: `clonefile(2)`, which copies nothing until one of the two is changed."""
-    clonefile = ctypes.CDLL(None, use_errno=True).clonefile
-    return int(clonefile(os.fsencode(source), os.fsencode(target), 0)) == 0

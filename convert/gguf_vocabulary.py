@@ -45,8 +45,8 @@ _ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0
 _MODEL = "tokenizer.ggml.model"
 
 
-def tokenizer_metadata(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
-    """The metadata of the checkpoint's tokenizer, and notes a person should see.
+def tokenizer_metadata(checkpoint: Checkpoint, rows: int) -> tuple[dict[str, Any], list[str]]:
+    """The metadata of the checkpoint's tokenizer for `rows` tokens, and notes a person should see.
 
     Raises TokenizerError, one line, for one that GGUF can't express.
     """
@@ -58,7 +58,6 @@ def tokenizer_metadata(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str
         keys = checkpoint.file.metadata.items()
         return {key: value for key, value in keys if key.startswith("tokenizer.")}, notes
     files = TokenizerFiles.read(checkpoint.path)
-    rows = checkpoint.config.vocab_size
     if (checkpoint.path / "tokenizer.model").exists():
         vocabulary: Vocabulary
         vocabulary, metadata = _sentencepiece(checkpoint, files, rows)

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -69,6 +70,20 @@ def expected_sha256(file: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return etag if unedited and _SHA256.fullmatch(etag) else None
+
+
+def recorded_sha256(config: Mapping[str, Any]) -> dict[str, str]:
+    """What our converter wrote of the weight files into a config.json's provenance."""
+    provenance = config.get("provenance")
+    recorded = provenance.get("sha256") if isinstance(provenance, dict) else None
+    found = recorded.items() if isinstance(recorded, dict) else ()
+    return {file: sha256 for file, sha256 in found if isinstance(sha256, str)}
+
+
+def known_sha256(file: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The hashes that are known of a weight file, by who gave them: `provenance`, `hub`."""
+    known = {"provenance": recorded_sha256(config).get(file.name), "hub": expected_sha256(file)}
+    return {source: sha256 for source, sha256 in known.items() if sha256}
 
 
 def small_files(directory: Path) -> tuple[list[str], list[tuple[str, str, str]]]:

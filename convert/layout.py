@@ -1,26 +1,35 @@
-"""What a conversion will write, decided before a weight is read."""
+"""What a conversion will write, decided before a weight is read: its tensors and config.json."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from convert import fold, shim
-from convert.output_config import output_config
-from convert.outputs import Change, Output, folded, unrolled
+from convert import fold
+from convert.outputs import Change, Output, output_modules
 from convert.recipe import choose
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.model.config import ModelConfig
-from mlx_cerebrum.model.tensors import matrix_shapes
+from mlx_cerebrum.model.config import FORMAT_VERSION, ModelConfig
+from mlx_cerebrum.model.tensors import ATTENTION_OUT, MLP_OUT, matrix_shapes, module_path, place
 from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.weights.checkpoint import FLOAT_CODES, FLOATS, Checkpoint
 from mlx_cerebrum.weights.opening import planned_config
-from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.quantize import Packing, as_quantization
 from mlx_cerebrum.weights.safetensors_file import ITEM_BYTES
 
 LAYOUTS = ("folded", "unrolled")
 DTYPES = tuple(FLOAT_CODES)
+SHIM = "mlx_lm_model.py"  # the code for mlx-lm: here, and in the directory that carries it
+# Keys that an output has only if this run gives them, that name code, or that say again what
+# `sliding_window` says (mlx-lm fails on a list of layers that all slide).
+_DROPPED = (
+    "layer_types",
+    *("layer_map", "residual_scales", "format_version", "provenance"),
+    *("quantization", "quantization_config", "auto_map", "model_file"),
+)
 
 Recipe = Callable[..., dict[str, Packing]]  # convert.recipe.choose, its name and budget given
+UNIFORM: Recipe = partial(choose, "uniform")
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,16 @@ class Options:
     layout: str = "folded"
     dtype: str | None = None
     packing: Packing | None = None
-    recipe: Recipe | None = None
+    recipe: Recipe = UNIFORM
     dequantize: bool = False
     window: int | None = None
     verify: bool = True
     allow_nonfinite: bool = False
     shim: bool = False
+
+    @property
+    def is_folded(self) -> bool:
+        return self.layout == "folded"
 
 
 @dataclass(frozen=True)
@@ -68,58 +81,96 @@ class Layout:
 
 def lay_out(checkpoint: Checkpoint, options: Options, found: fold.Folding) -> Layout:
     """Decide every tensor of the output. Raises ConfigError or PlanError for what can't be."""
-    plan, dtype = options.plan, options.dtype
-    if dtype not in (None, *DTYPES):
-        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    is_folded = options.layout == "folded"
-    if options.dequantize and dtype is None and (is_folded or plan is None or plan.dtype is None):
-        dtype = "float32"  # what the packed integers mean, exactly; norms with them
-    quantized = checkpoint.config.quantization is not None and not options.dequantize
-    follows = plan if dtype is None and not is_folded and not quantized else None
+    plan = options.plan
     notes: list[str] = []
-    if plan is not None and dtype is None and follows is None:
-        planned, stored = plan.out_dtype or plan.dtype, FLOATS[checkpoint.weight_dtype]
-        if planned not in (None, stored):
-            kept = "a quantized source" if quantized else "folded"
-            notes.append(f"the plan says {planned}; {kept} keeps {stored} (see --dtype)")
-    first, last = (follows.dtype, follows.out_dtype) if follows else (dtype, None)
-    if options.packing is not None and first is None and follows is None:
-        stated = checkpoint.raw_config.get("torch_dtype")  # mlx-lm casts to it before it packs
-        first = stated if stated in DTYPES else None
+    first, last = _dtypes(checkpoint, options, notes)
     change = Change(options.dequantize, FLOAT_CODES.get(first or ""), FLOAT_CODES.get(last or ""))
-    if is_folded and plan is not None and plan.tokenizer_source:
-        tokens = checkpoint.tokenizer().vocab_size
-        if tokens < checkpoint.config.vocab_size:
+    rows = _rows(checkpoint, plan)
+    if options.is_folded:
+        if rows < checkpoint.config.vocab_size:
             notes.append("tokenizer_source cuts rows that have no token; folded keeps them")
-    if is_folded:
         config = planned_config(checkpoint.config, plan, options.window)
         blocks = len(set(found.block_of))
         layer_map = tuple(found.block_of[layer] for layer in config.layer_map)
         config = replace(config, num_hidden_layers=blocks, layer_map=layer_map)
-    else:  # any scale can be unrolled, so residual scales are not asked for
-        config = planned_config(checkpoint.config, None, options.window)
-        if plan is not None:
-            config = config.with_map(plan.layer_map(config.num_hidden_layers))
-            if plan.tokenizer_source:  # as mergekit: a row for each token, no more
-                tokens = checkpoint.tokenizer().vocab_size
-                change = replace(change, vocabulary=tokens)
-                config = replace(config, vocab_size=tokens)
-    if options.packing is not None:
-        written = last or first or FLOATS[checkpoint.weight_dtype]
-        bits = 8 * ITEM_BYTES[FLOAT_CODES[written]]
-        packings = _packings(checkpoint, config, options, found, bits, notes)
-        change = replace(change, packings=packings)
-    if is_folded:
-        outputs = folded(checkpoint, found.block_of, change)
     else:
-        outputs = unrolled(checkpoint, config, plan, change)
+        config = unrolled_config(checkpoint, plan, options.window)
+        change = replace(change, vocabulary=rows)
+    if options.packing is not None:
+        written = FLOAT_CODES[last or first or FLOATS[checkpoint.weight_dtype]]
+        packings = _packings(checkpoint, config, options, found, 8 * ITEM_BYTES[written], notes)
+        change = replace(change, packings=packings)
+    if options.is_folded:  # each block as it is first stored
+        layers = [found.block_of.index(block) for block in range(config.num_hidden_layers)]
+        outputs = output_modules(checkpoint, layers, change)
+    else:
+        # mergekit copies a head that a tied model stores in vain; mlx-lm's quantizing drops it.
+        spare = () if change.packings else sorted(checkpoint.spare)
+        scale = partial(tensor_scale, config, plan)
+        outputs = output_modules(checkpoint, config.layer_map, change, scale, spare)
     text = None if plan is None else plan.text
     if plan is None and found.repeats:
         text = fold.describe(config.layer_map, config.num_hidden_layers)[1]
-    raw = output_config(checkpoint.raw_config, config, options.layout, change, outputs)
-    if options.shim:
-        raw = shim.with_shim(raw)
+    raw = _output_config(checkpoint.raw_config, config, options, change, outputs)
     return Layout(config, outputs, raw, text, notes)
+
+
+def unrolled_config(
+    checkpoint: Checkpoint, plan: LayerPlan | None, window: int | None
+) -> ModelConfig:
+    """The model that is stored position by position, as mergekit would have it: with any scale,
+    so that residual scales are not asked for."""
+    config = planned_config(checkpoint.config, None, window)
+    if plan is not None:
+        config = config.with_map(plan.layer_map(config.num_hidden_layers))
+    return replace(config, vocab_size=_rows(checkpoint, plan))
+
+
+def tensor_scale(
+    config: ModelConfig, plan: LayerPlan | None, position: int | None, module: str
+) -> float | None:
+    """What an unrolled tensor is multiplied by: any scale of the plan's, without a plan the
+    source's own residual scales."""
+    if plan is not None:
+        return plan.tensor_scale(position, f"{module}.weight", config.num_hidden_layers)
+    inside = place(module)
+    if config.residual_scales is None or position is None or inside is None:
+        return None
+    attention, mlp = config.residual_scales[position]
+    return {ATTENTION_OUT: attention, MLP_OUT: mlp}.get(inside[1])
+
+
+def _rows(checkpoint: Checkpoint, plan: LayerPlan | None) -> int:
+    """Rows of the tables: where the plan makes the tokenizer anew, mergekit keeps those that have
+    a token."""
+    rows = checkpoint.config.vocab_size
+    if plan is None or not plan.tokenizer_source:
+        return rows
+    return min(rows, checkpoint.tokenizer().vocab_size)
+
+
+def _dtypes(
+    checkpoint: Checkpoint, options: Options, notes: list[str]
+) -> tuple[str | None, str | None]:
+    """What is cast to before scaling, and after; None leaves it."""
+    plan, dtype = options.plan, options.dtype
+    if dtype not in (None, *DTYPES):
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    follows = not options.is_folded and plan is not None and plan.dtype is not None
+    if options.dequantize and dtype is None and not follows:
+        dtype = "float32"  # what the packed integers mean, exactly; norms with them
+    quantized = checkpoint.config.quantization is not None and not options.dequantize
+    if dtype is None and plan is not None:
+        if not options.is_folded and not quantized:
+            return plan.dtype, plan.out_dtype
+        planned, stored = plan.out_dtype or plan.dtype, FLOATS[checkpoint.weight_dtype]
+        if planned not in (None, stored):
+            kept = "a quantized source" if quantized else "folded"
+            notes.append(f"the plan says {planned}; {kept} keeps {stored} (see --dtype)")
+    if dtype is None and options.packing is not None:
+        stated = checkpoint.raw_config.get("torch_dtype")  # mlx-lm casts to it before it packs
+        dtype = stated if stated in DTYPES else None
+    return dtype, None
 
 
 def _packings(
@@ -131,23 +182,72 @@ def _packings(
     notes: list[str],
 ) -> dict[str, Packing]:
     """How each of the source's matrices is packed; scales have `dense_bits` bits."""
-    assert options.packing is not None
-    if options.recipe is None:
-        chosen = choose("uniform", config, options.packing)
-    else:
-        unrolled = options.layout == "unrolled"
-        chosen = options.recipe(config, options.packing, unrolled=unrolled, dense_bits=dense_bits)
-    matrices = matrix_shapes(config)
+    chosen = options.recipe(
+        config, options.packing, unrolled=not options.is_folded, dense_bits=dense_bits
+    )
     if not chosen:
         raise ConfigError(f"no matrix of {checkpoint.path} divides into {options.packing}")
-    if dense := len(matrices) - len(chosen):
+    if dense := len(matrix_shapes(config)) - len(chosen):
         notes.append(f"{dense} matrices don't divide into {options.packing} and stay dense")
-    found_in: dict[str, Packing] = {}
+    packings = {}
     for module in matrix_shapes(checkpoint.config):
-        name = module
-        if module.startswith("model.layers."):
-            layer = int(module.split(".")[2])
-            name = module.replace(f"layers.{layer}.", f"layers.{found.block_of[layer]}.", 1)
+        inside = place(module)
+        name = module_path(found.block_of[inside[0]], inside[1]) if inside else module
         if name in chosen:
-            found_in[module] = chosen[name]
-    return found_in
+            packings[module] = chosen[name]
+    return packings
+
+
+def _output_config(
+    source: dict[str, Any],
+    config: ModelConfig,
+    options: Options,
+    change: Change,
+    outputs: list[Output],
+) -> dict[str, Any]:
+    """The output's config.json: the source's keys, what changed, and what tools would otherwise
+    guess (defaults differ by model type; mlx-lm takes a missing `tie_word_embeddings` as true,
+    and reads only a top-level `rope_theta`)."""
+    identity = config.layer_map == tuple(range(config.num_hidden_layers))
+    folds = options.is_folded and not (identity and config.residual_scales is None)
+    llama = config.model_type == "llama" and config.sliding_window is None
+    raw = {key: value for key, value in source.items() if key not in _DROPPED} | {
+        "model_type": "llama" if llama else "mistral",
+        "architectures": ["LlamaForCausalLM" if llama else "MistralForCausalLM"],
+        "num_hidden_layers": (
+            config.num_hidden_layers if options.is_folded else config.num_positions
+        ),
+        "vocab_size": config.vocab_size,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+    if not llama:
+        raw["sliding_window"] = config.sliding_window
+    if wanted := change.out_dtype or change.dtype:
+        key = "dtype" if "dtype" in raw else "torch_dtype"  # as the source spells it
+        raw = {k: v for k, v in raw.items() if k not in ("dtype", "torch_dtype")}
+        raw[key] = FLOATS[wanted]
+    packings = {output.name: output.packing for output in outputs if output.packing is not None}
+    if quantization := as_quantization(packings):
+        # mlx-lm writes both keys: its own, and the one transformers looks for.
+        raw["quantization"] = raw["quantization_config"] = quantization
+    if folds:
+        raw |= {
+            # A name no stock tool knows: it refuses, rather than run 32 positions in silence.
+            "model_type": "cerebrum",
+            "architectures": ["CerebrumForCausalLM"],
+            "format_version": FORMAT_VERSION,
+            "layer_map": list(config.layer_map),
+            "sliding_window": config.sliding_window,
+        }
+        if config.residual_scales is not None:
+            raw["residual_scales"] = [list(pair) for pair in config.residual_scales]
+    if options.shim and not folds:
+        raise ConfigError(
+            "--mlx-lm-shim is for a folded plan; this output is plain"
+            f" {raw['model_type']}, which mlx-lm knows: drop the flag"
+        )
+    return raw | ({"model_file": SHIM} if options.shim else {})

@@ -1,15 +1,21 @@
 """What a conversion writes: every output tensor, its size known before any is computed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
 import mlx.core as mx
 
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.model.config import ModelConfig
-from mlx_cerebrum.model.tensors import matrix_shapes, norm_paths
-from mlx_cerebrum.plan.layer_plan import LayerPlan
+from mlx_cerebrum.model.tensors import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    MATRICES,
+    NORMS,
+    matrix_shapes,
+    module_path,
+)
 from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint
 from mlx_cerebrum.weights.quantize import Packing
 from mlx_cerebrum.weights.safetensors_file import ITEM_BYTES
@@ -107,57 +113,26 @@ class Change:
         return Transform(unpack, self.dtype, self.out_dtype, self.packings.get(module))
 
 
-def folded(checkpoint: Checkpoint, block_of: tuple[int, ...], change: Change) -> list[Output]:
-    """Each different block once: stored layer `i` is block `block_of[i]`, kept at its first."""
-    first = {block: block_of.index(block) for block in set(block_of)}
-    found = []
-    for module in modules(checkpoint.config):
-        name = module
-        if module.startswith("model.layers."):
-            layer = int(module.split(".")[2])
-            if first[block_of[layer]] != layer:
-                continue
-            name = module.replace(f"layers.{layer}.", f"layers.{block_of[layer]}.", 1)
-        found.append(_output(checkpoint, module, name, None, change))
-    return found
-
-
-def unrolled(
-    checkpoint: Checkpoint, config: ModelConfig, plan: LayerPlan | None, change: Change
+def output_modules(
+    checkpoint: Checkpoint,
+    layers: Sequence[int],
+    change: Change,
+    scale: Callable[[int | None, str], float | None] = lambda position, module: None,
+    spare: Iterable[str] = (),
 ) -> list[Output]:
-    """One physical layer per position of `config.layer_map`, numbered as mergekit does.
+    """What is written: the tables, the final norm, and stored layer `layers[i]` as layer `i`.
 
-    Scales come from `plan` (any mergekit scale), else from the config's residual scales.
+    scale: what a module is multiplied by, in the layer `i` or outside (None).
+    spare: stored modules that the model never reads and that are written too.
     """
-    blocks: dict[int, list[str]] = {}
-    # mergekit copies a head that a tied model stores in vain; mlx-lm's quantizing drops it.
-    rest = [] if change.packings else sorted(checkpoint.spare)
-    for name in modules(config):
-        if name.startswith("model.layers."):
-            blocks.setdefault(int(name.split(".")[2]), []).append(name)
-        else:
-            rest.append(name)
-
-    def scale(position: int | None, source: str) -> float | None:
-        if plan is not None:
-            return plan.tensor_scale(position, f"{source}.weight", config.num_hidden_layers)
-        if config.residual_scales is None or position is None:
-            return None
-        attention, mlp = config.residual_scales[position]
-        return {"o_proj": attention, "down_proj": mlp}.get(source.rpartition(".")[2])
-
-    found = [_output(checkpoint, name, name, scale(None, name), change) for name in rest]
-    for position, block in enumerate(config.layer_map):
-        for source in blocks[block]:
-            name = source.replace(f"layers.{block}.", f"layers.{position}.", 1)
+    head = [] if checkpoint.config.tie_word_embeddings else [HEAD]
+    outside = [*spare, EMBEDDING, *head, FINAL_NORM]
+    found = [_output(checkpoint, name, name, scale(None, name), change) for name in outside]
+    for position, layer in enumerate(layers):
+        for kind in (*MATRICES, *NORMS):
+            source, name = module_path(layer, kind), module_path(position, kind)
             found.append(_output(checkpoint, source, name, scale(position, source), change))
     return found
-
-
-def modules(config: ModelConfig) -> list[str]:
-    """Module paths of the stored model: embedding, head and final norm, then the blocks."""
-    names = [*matrix_shapes(config), *norm_paths(config)]
-    return sorted(names, key=lambda n: int(n.split(".")[2]) if "layers." in n else -1)
 
 
 def _output(
@@ -168,15 +143,16 @@ def _output(
         part: (checkpoint.dtypes[own], checkpoint.shapes[own])
         for part, own in checkpoint.parts(source).items()
     }
-    held = None if change.dequantize else checkpoint.packing(source)
-    if scale is not None and held is not None:
+    held = checkpoint.packing(source)
+    if held is not None and change.dequantize:
+        matrices = matrix_shapes(checkpoint.config)
+        stored = {"weight": ("F32", matrices.get(source, matrices[EMBEDDING]))}  # or a spare head
+        held = None
+    if held is not None and scale is not None:
         raise ConfigError(
             f"{checkpoint.path}: {source} is quantized and can't be scaled; add --dequantize"
         )
-    if change.dequantize and checkpoint.packing(source) is not None:
-        tables = {"lm_head": matrix_shapes(checkpoint.config)["model.embed_tokens"]}
-        stored = {"weight": ("F32", (tables | matrix_shapes(checkpoint.config))[source])}
-    if change.vocabulary is not None and source in ("model.embed_tokens", "lm_head"):
+    if change.vocabulary is not None and source in (EMBEDDING, HEAD):
         rows = change.vocabulary
         stored = {part: (dtype, (rows, *shape[1:])) for part, (dtype, shape) in stored.items()}
     parts = {part: (transform.final(dtype), shape) for part, (dtype, shape) in stored.items()}

@@ -1,21 +1,23 @@
 """The conversion itself: decide what is written, stream it to disk, describe it, rename it."""
 
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from convert import fold, shim
+from convert import fold
 from convert.card import card, source_card
 from convert.copying import Copies, is_copy
 from convert.destination import fingerprint, new_directory, write_json
 from convert.engine import Checks, Progress, in_order, run
-from convert.layout import Layout, Options, lay_out
+from convert.layout import SHIM, Layout, Options, lay_out
 from convert.source import Source
 from convert.writer import Writer
 from mlx_cerebrum import __version__
 from mlx_cerebrum.errors import ConfigError
+from mlx_cerebrum.model.config import read_json
 from mlx_cerebrum.model.memory import Workload, human
 from mlx_cerebrum.model.tensors import BLOCK, module_path
 from mlx_cerebrum.weights.checkpoint import Checkpoint
@@ -52,8 +54,7 @@ def convert(
     started = time.perf_counter()
     _refuse(checkpoint, destination, options)
     load_tokenizer(checkpoint)  # a broken one is refused before anything is written
-    is_folded = options.layout == "folded"
-    found = fold.predict(checkpoint) if is_folded else fold.none(checkpoint.config)
+    found = fold.predict(checkpoint) if options.is_folded else fold.none(checkpoint.config)
     named = {"source": source, "revision": revision}
     while True:
         layout = lay_out(checkpoint, options, found)
@@ -97,7 +98,7 @@ def _attempt(
         Source(checkpoint, options.verify, hasher, options.dequantize) as source,
     ):
         outputs = in_order(source, layout.outputs)
-        ours = options.layout == "folded" or any(output.packing for output in outputs)
+        ours = options.is_folded or any(output.packing for output in outputs)
         form = {"format": "mlx" if ours else "pt"}  # pt: as mergekit writes it
         identity = fingerprint(source, outputs, form, options.allow_nonfinite)
         with new_directory(destination, identity, layout.nbytes) as partial:
@@ -141,13 +142,22 @@ def _attempt(
             checkpoint.tokenizer().save(partial.path)
             (partial.path / "README.md").write_text(card(raw, destination.name), encoding="utf-8")
             if options.shim:
-                shim.write(partial.path)
+                _write_shim(partial.path)
             write_json(partial.path / "config.json", raw)
             load_tokenizer(open_checkpoint(partial.path))  # what was written reads back
     if partial.replaced:
         done = human(partial.replaced)
         notes = [*notes, f"{done} of a stopped conversion, of something else, were given up"]
     return _summary(layout, options, hashes, notes, resumed)
+
+
+def _write_shim(directory: Path) -> None:
+    """Add the code that lets stock mlx-lm run the directory, whose tokenizer is there already."""
+    shutil.copyfile(Path(__file__).with_name(SHIM), directory / SHIM)
+    # mlx-lm's tokenizer is transformers', which does not know this model type and so would
+    # rebuild the tokenizer by its class's rules. This class takes tokenizer.json as it is.
+    file = directory / "tokenizer_config.json"
+    write_json(file, read_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _checking(layout: Layout, progress: Progress | None) -> Callable[[int], None] | None:
@@ -162,8 +172,7 @@ def _summary(
     """Sizes in bytes; `bits_per_weight` counts all bytes over all weights, as mlx-lm does, and
     `bits` has every quantized matrix; the cache is that of a full window, in 16 bits."""
     config = layout.config
-    is_folded = options.layout == "folded"
-    weights = config.stored_parameters if is_folded else config.executed_parameters
+    weights = config.stored_parameters if options.is_folded else config.executed_parameters
     tokens = min(config.sliding_window or 4096, config.max_position_embeddings)
     return {
         "layout": options.layout,

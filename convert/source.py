@@ -11,9 +11,9 @@ from typing import Self
 import mlx.core as mx
 import numpy as np
 
-from convert.integrity import PIECE, Bytes, HashedFile, expected_sha256, small_files
-from convert.outputs import modules
+from convert.integrity import PIECE, Bytes, HashedFile, known_sha256, small_files
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.model.tensors import module_shapes
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.safetensors_checkpoint import SafetensorsCheckpoint
 from mlx_cerebrum.weights.safetensors_file import CODES, ITEM_BYTES, read_header
@@ -21,6 +21,7 @@ from mlx_cerebrum.weights.safetensors_file import CODES, ITEM_BYTES, read_header
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
 Stamp = tuple[str, int, int, int, int, int]
 Stamps = dict[Path, Stamp]
+_WHOSE = {"provenance": "its provenance's", "hub": "the hub's"}
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 
@@ -58,7 +59,7 @@ class Source:
     ) -> None:
         self.checkpoint = checkpoint
         self._dense = checkpoint.repacked if dense else frozenset()
-        names = [*modules(checkpoint.config), *sorted(checkpoint.spare)]
+        names = [*module_shapes(checkpoint.config), *sorted(checkpoint.spare)]
         at = {name: checkpoint.extents(name)["weight"] for name in names}
         self.modules = sorted(names, key=lambda name: (at[name].path, at[name].offset))
         self.paths = sorted({e.path for n in names for e in checkpoint.extents(n).values()})
@@ -113,8 +114,6 @@ class Source:
         Raises CheckpointError for a file that is not what the hub sent, or what a conversion
         recorded when it wrote it.
         """
-        provenance = self.checkpoint.raw_config.get("provenance")
-        recorded = provenance.get("sha256") if isinstance(provenance, dict) else None
         hashes: dict[str, str] = {}
         if self._verify and self.checkpoint.path.is_dir():
             for name, actual, wanted in small_files(self.checkpoint.path)[1]:
@@ -127,14 +126,11 @@ class Source:
             if found is None:
                 continue
             hashes[path.name] = found
-            known = {"the hub's": expected_sha256(path)}
-            if isinstance(recorded, dict):
-                known["its provenance's"] = recorded.get(path.name)
-            for whose, expected in known.items():
-                if isinstance(expected, str) and expected != found:
+            for whose, known in known_sha256(path, self.checkpoint.raw_config).items():
+                if known != found:
                     raise CheckpointError(
-                        f"{path} is damaged: its SHA-256 is {found[:12]}..., {whose}"
-                        f" {expected[:12]}...; fetch or convert it again (--no-verify ignores this)"
+                        f"{path} is damaged: its SHA-256 is {found[:12]}..., {_WHOSE[whose]}"
+                        f" {known[:12]}...; fetch or convert it again (--no-verify ignores this)"
                     )
         check_stamps(self.stats)
         return hashes
@@ -158,7 +154,7 @@ def stamps(checkpoint: Checkpoint) -> Stamps:
 
     Raises CheckpointError where they are others already than when it was opened.
     """
-    names = [*modules(checkpoint.config), *sorted(checkpoint.spare)]
+    names = [*module_shapes(checkpoint.config), *sorted(checkpoint.spare)]
     found: Stamps = {}
     for path in sorted({e.path for n in names for e in checkpoint.extents(n).values()}):
         try:

@@ -19,7 +19,7 @@ from mlx_cerebrum.text import one_line
 _READ_ONLY = "read"  # what the hub calls the role of such tokens and members
 
 
-def check(repo_id: str) -> None:
+def check_uploadable(repo_id: str) -> None:
     """Ask the hub whether `upload` to `repo_id` can succeed, so that hours are not lost on it.
 
     Raises ConfigError for an id that is none, CheckpointError where there is no token, it may

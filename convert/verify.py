@@ -17,7 +17,15 @@ import numpy as np
 
 from convert import examine
 from convert.examine import Findings, Span
-from convert.integrity import PIECE, Bytes, HashedFile, expected_sha256, nonfinite, small_files
+from convert.integrity import (
+    PIECE,
+    Bytes,
+    HashedFile,
+    known_sha256,
+    nonfinite,
+    recorded_sha256,
+    small_files,
+)
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CheckpointError, cut
 from mlx_cerebrum.model.memory import human
@@ -87,15 +95,16 @@ def _read_all(
     found: Findings, progress: Callable[[int, int], None] | None
 ) -> dict[str, dict[str, Any]]:
     """Read every weight file once: hash it, compare, look at its values."""
-    recorded = _provenance_hashes(found)
+    for file in recorded_sha256(found.config):
+        if not (found.path / file).exists():
+            found.notes.append(f"{file} is missing, but config.json's provenance lists it")
     sizes = {file: _size(found.path / file) for file in found.spans}
     files: dict[str, dict[str, Any]] = {}
     odd: set[str] = set()
     with ThreadPoolExecutor(1) as executor:
         for file, spans in found.spans.items():
             before, actual = sum(entry["bytes"] for entry in files.values()), None
-            wanted = {"provenance": recorded.get(file), "hub": expected_sha256(found.path / file)}
-            wanted = {source: sha256 for source, sha256 in wanted.items() if sha256}
+            wanted = known_sha256(found.path / file, found.config)
             with (
                 found.catch(file),
                 HashedFile(found.path / file, executor=executor) as reader,
@@ -147,18 +156,6 @@ def _nonfinite(data: Bytes, kind: str) -> int:
         return nonfinite(data, kind)
     scales = data.reshape(-1, BLOCK_BYTES[kind])[:, slice(*_SCALES[kind])]
     return nonfinite(np.ascontiguousarray(scales).reshape(-1), "F16")
-
-
-def _provenance_hashes(found: Findings) -> dict[str, str]:
-    """What our converter recorded, by file."""
-    provenance = found.config.get("provenance")
-    recorded = provenance.get("sha256") if isinstance(provenance, dict) else None
-    if not isinstance(recorded, dict):
-        return {}
-    for file in recorded:
-        if not (found.path / file).exists():
-            found.notes.append(f"{file} is missing, but config.json's provenance lists it")
-    return {file: sha256 for file, sha256 in recorded.items() if isinstance(sha256, str)}
 
 
 def _small_files(found: Findings) -> None:

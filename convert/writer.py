@@ -6,9 +6,7 @@ both; the next one hashes what is there, believes it up to the last module whose
 and goes on from that byte.
 """
 
-import fcntl
 import hashlib
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,94 +14,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
+from convert.destination import Journal
 from convert.integrity import PIECE, Bytes
 from convert.outputs import Output
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.files import json_file
 from mlx_cerebrum.weights.safetensors_file import header_bytes
 
 MAX_SHARD_BYTES = 5_000_000_000  # the hub's and mergekit's default
-JOURNAL = ".conversion"
 _QUEUED = 4  # pieces that may wait to be hashed
 _FLUSH = 100_000_000  # bytes after which the disk is set to work, so that little is left at the end
-
-
-class Journal:
-    """Lines of `{"key": ..., "sha256": ...}` under one with the conversion's fingerprint.
-
-    `entries` are those of this fingerprint, `resumes` whether it was there before. The file is
-    locked while it is open; raises CheckpointError where another process has it.
-
-    create: make the file where there is none.
-    """
-
-    def __init__(self, directory: Path, fingerprint: str, create: bool = True) -> None:
-        busy = f"{directory} is being written by another conversion; wait for it or stop it"
-        try:
-            flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0)
-            self._file = os.fdopen(os.open(directory / JOURNAL, flags, 0o666), "a+b")
-        except FileNotFoundError:  # renamed by the one that was there first
-            raise CheckpointError(busy) from None
-        except OSError as error:
-            raise CheckpointError(
-                f"{directory} can't be written: {error.strerror}; name another destination"
-            ) from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held, named = os.fstat(self._file.fileno()), (directory / JOURNAL).stat()
-            if (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino):
-                raise BlockingIOError  # what was locked has been removed or renamed meanwhile
-        except (BlockingIOError, FileNotFoundError):
-            self._file.close()
-            raise CheckpointError(busy) from None
-        if self._file.tell() and not self._ends_whole():
-            self._write(b"\n")  # a line cut short must not swallow the next
-        entries = self.read(directory)
-        self.resumes = bool(entries) and entries[0] == {"fingerprint": fingerprint}
-        if not self.resumes:
-            # Appended, not written over: at any moment the file says whose directory this is.
-            self._append({"fingerprint": fingerprint})
-            entries = []
-        self.entries = {entry["key"]: entry["sha256"] for entry in entries[1:]}
-
-    @staticmethod
-    def read(directory: Path) -> list[dict[str, str]]:
-        """The last fingerprint of a directory's journal and what follows it, whole lines only;
-        empty where there is no journal."""
-        try:
-            lines = (directory / JOURNAL).read_bytes().split(b"\n")
-        except OSError:
-            return []
-        entries: list[dict[str, str]] = []
-        for line in lines:
-            try:
-                entry = json_file.parse(line, JOURNAL, CheckpointError)
-            except CheckpointError:
-                continue
-            if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
-                continue
-            if entry.keys() == {"fingerprint"}:
-                entries = [entry]
-            elif entry.keys() == {"key", "sha256"} and entries:
-                entries.append(entry)
-        return entries
-
-    def add(self, key: str, sha256: str) -> None:
-        self._append({"key": key, "sha256": sha256})
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _append(self, entry: dict[str, str]) -> None:
-        self._write(json.dumps(entry).encode() + b"\n")
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._file.flush()
-
-    def _ends_whole(self) -> bool:
-        self._file.seek(-1, os.SEEK_END)
-        return self._file.read(1) == b"\n"
 
 
 class Writer:

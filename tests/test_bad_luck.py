@@ -21,11 +21,11 @@ from safetensors.numpy import load_file, save_file
 
 from convert import copying, destination, pipeline, writer
 from convert.__main__ import main
-from convert.gguf_stream import new_file
+from convert.destination import JOURNAL
+from convert.gguf_export import new_file
 from convert.layout import Options
 from convert.pipeline import convert
 from convert.verify import verify
-from convert.writer import JOURNAL
 from mlx_cerebrum.errors import CerebrumError, CheckpointError
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.opening import open_checkpoint
@@ -235,7 +235,7 @@ def attempt(
     from convert.gguf_export import export
 
     file = source / "model-00002-of-00002.safetensors"
-    opened, copy = open_checkpoint(source), destination.copy_file
+    opened, copy = open_checkpoint(source), copying.copy_file
     changed = threading.Lock()  # files are copied by several threads; the first one changes it
 
     def progress(*_: Any) -> None:
@@ -248,7 +248,7 @@ def attempt(
 
     def run() -> None:
         if options is None:
-            export(opened, opened.config, None, out, kind="F16", progress=progress)
+            export(opened, out, kind="F16", progress=progress)
         else:
             convert(opened, out, options, progress=progress)
 
@@ -295,7 +295,7 @@ def test_a_source_that_changed_since_it_was_opened(
 
     def run() -> None:
         if options is None:
-            export(opened, opened.config, None, out)
+            export(opened, out)
         else:
             convert(opened, out, options)
 
@@ -444,7 +444,7 @@ def test_what_is_ours_alone_is_written_readable(
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (writer.Journal, "add"),
+        (destination.Journal, "add"),
         (pipeline, "write_json"),
         (pipeline, "card"),
         (Tokenizer, "save"),

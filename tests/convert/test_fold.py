@@ -194,9 +194,7 @@ def test_unlike_layers_are_left_alone(checkpoint: MakeCheckpoint) -> None:
 def test_a_gguf_merge_folds(tmp_path: Path) -> None:
     source = merged(tmp_path / "p", tuple(range(8)), unchanged)
     plan = LayerPlan.from_text(fold.describe(MAP, 8)[1])
-    checkpoint = open_checkpoint(source)
-    config = checkpoint.config.with_map(MAP)
-    export(checkpoint, config, plan, tmp_path / "m.gguf", kind="F32")
+    export(open_checkpoint(source), tmp_path / "m.gguf", plan, kind="F32")
     argv = ["--hf-path", str(tmp_path / "m.gguf"), "--mlx-path", str(tmp_path / "f"), "--quiet"]
     assert main(argv) == 0
     assert config_of(tmp_path / "f")["layer_map"] == list(MAP)

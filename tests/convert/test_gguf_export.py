@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config, tiny_weights
 
 from convert.__main__ import main as convert
-from convert.gguf_export import KINDS, export
-from convert.gguf_stream import paired
+from convert.gguf_export import KINDS, export, paired
 from convert.gguf_vocabulary import PROBES, tokenizer_metadata
 from mlx_cerebrum import load
 from mlx_cerebrum.decoding.decode import generate_step
@@ -49,12 +48,10 @@ RESIDUAL = SCALES.replace("filter: norm", "filter: o_proj").replace("q_proj", "d
 
 def write(source: Path, out: Path, plan: str | None = None, **options: Any) -> dict[str, Any]:
     """Export as the command line would; `plan` is YAML or a plan's name."""
-    checkpoint = open_checkpoint(source)
-    if plan is None:
-        return export(checkpoint, checkpoint.config, None, out, **options)
-    known = resolve(plan) if "\n" not in plan else LayerPlan.from_text(plan)
-    config = checkpoint.config.with_map(known.layer_map(checkpoint.config.num_hidden_layers))
-    return export(checkpoint, config, known, out, **options)
+    known = None
+    if plan is not None:
+        known = LayerPlan.from_text(plan) if "\n" in plan else resolve(plan)
+    return export(open_checkpoint(source), out, known, **options)
 
 
 def dense(path: Path) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
@@ -221,7 +218,7 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def test_sentencepiece_survives(mistral: Checkpoint, tmp_path: Path) -> None:
-    export(mistral, mistral.config, None, tmp_path / "out.gguf", kind="Q8_0")
+    export(mistral, tmp_path / "out.gguf", kind="Q8_0")
     before, after = mistral.tokenizer(), open_checkpoint(tmp_path / "out.gguf").tokenizer()
     for text in PROBES:
         assert after.encode(text) == before.encode(text)
@@ -238,7 +235,7 @@ def test_sentencepiece_survives(mistral: Checkpoint, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def mistral_pair(mistral: Checkpoint) -> tuple[Tokenizer, Tokenizer]:
-    return mistral.tokenizer(), Tokenizer.from_gguf(tokenizer_metadata(mistral)[0])
+    return mistral.tokenizer(), Tokenizer.from_gguf(tokenizer_metadata(mistral, 32064)[0])
 
 
 @given(st.text(st.sampled_from("ab e<>/s_▁\n\t éß漢🎉=019.,'")) | st.text())
@@ -260,7 +257,7 @@ def test_byte_level_is_what_the_demo_has(demo: Path, tmp_path: Path) -> None:
     (path / "tokenizer.json").unlink()
     (path / "tokenizer_config.json").unlink()
     open_checkpoint(demo).tokenizer().save(path)
-    found, notes = tokenizer_metadata(open_checkpoint(path))
+    found, notes = tokenizer_metadata(open_checkpoint(path), 49160)
     assert not notes
     assert found.pop("tokenizer.ggml.tokens")[49152:] == [f"[PAD{i}]" for i in range(49152, 49160)]
     assert found.pop("tokenizer.ggml.token_type")[:49152] == expected["tokenizer.ggml.token_type"]
@@ -271,7 +268,7 @@ def test_byte_level_is_what_the_demo_has(demo: Path, tmp_path: Path) -> None:
 
 def test_end_tokens_keep_their_roles(checkpoint: MakeCheckpoint) -> None:
     source = checkpoint(eos_token_id=[2, 7, 5, 9])
-    metadata, notes = tokenizer_metadata(open_checkpoint(source))
+    metadata, notes = tokenizer_metadata(open_checkpoint(source), 260)
     roles = [metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")]
     assert roles == [2, 5, 7]
     assert any("[9]" in note for note in notes)
@@ -451,7 +448,7 @@ def test_llama_cpp_says_what_we_say(demo: Path, tmp_path: Path) -> None:
 def test_llama_cpp_reads_sentencepiece_and_no_window(mistral: Checkpoint, tmp_path: Path) -> None:
     """A random model answers other ids with other ids: Mistral's vocabulary is read as ours."""
     out = tmp_path / "out.gguf"
-    export(mistral, mistral.config, None, out, kind="F32")
+    export(mistral, out, kind="F32")
     server = llama_cpp(out)
     model, tokenizer = load(out, dtype="float32", window=0)
     for text in PROBES[:5]:

@@ -16,11 +16,12 @@ import pytest
 from conftest import MakeCheckpoint
 from safetensors.numpy import load_file, save_file
 
-from convert import copying, destination, writer
+from convert import copying, writer
 from convert.__main__ import main
+from convert.destination import JOURNAL
 from convert.integrity import Bytes, ReadError
 from convert.verify import verify
-from convert.writer import JOURNAL, Writer
+from convert.writer import Writer
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,7 +82,7 @@ PHASES = [
     ("convert.writer.Writer._start", 1),  # before the first shard
     ("convert.writer.Writer.put", 2),
     ("convert.writer.Writer.put", 40),
-    ("convert.writer.Journal.add", 7),  # its bytes are there, the journal does not say so
+    ("convert.destination.Journal.add", 7),  # its bytes are there, the journal does not say so
     ("convert.writer.Writer._finish_shard", 2),  # whole, not yet synced
     ("convert.writer.Writer._start", 3),  # between two shards
     ("convert.pipeline.write_json", 1),  # all weights, no index
@@ -110,7 +111,7 @@ def test_killed_at_any_moment_it_resumes(
     puts.clear()
     (tmp_path / "again").mkdir()
     assert main([*flags, "--mlx-path", str(tmp_path / "again" / "x")]) == 0
-    if where.startswith(("convert.pipeline", "convert.destination", "pathlib")):
+    if where.startswith(("convert.pipeline", "convert.destination._sync", "pathlib")):
         assert resumed == 0  # all of it had been journalled
     elif count > 2:
         assert 0 < resumed < sum(puts)
@@ -339,7 +340,7 @@ def test_a_disk_that_fills_up(
     with monkeypatch.context() as patch:
         stop_after(patch, 50, full)
         copies = 0
-        copy = destination.copy_file
+        copy = copying.copy_file
 
         def failing(*args: Any) -> None:
             nonlocal copies
@@ -366,7 +367,7 @@ def test_copies_of_an_earlier_run_are_checked(
     source = checkpoint(shards=3)
     argv = ["--hf-path", str(source), "--mlx-path", str(tmp_path / "x"), "--quiet"]
     copied: list[str] = []
-    copy = destination.copy_file
+    copy = copying.copy_file
 
     def stopping(path: Path, target: Path, *rest: Any) -> None:
         if len(copied) == 2:
@@ -408,9 +409,9 @@ def test_copying_by_every_way(
             raise OSError(getattr(errno, fails), "no")
 
         monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
-    monkeypatch.setattr(destination, "_clone", lambda *_: False)
+    monkeypatch.setattr(copying, "_clone", lambda *_: False)
     seen: list[int] = []
-    destination.copy_file(tmp_path / "a", tmp_path / "b", seen.append)
+    copying.copy_file(tmp_path / "a", tmp_path / "b", seen.append)
     assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
     assert sum(seen) == 100_000
 

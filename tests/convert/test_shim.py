@@ -24,8 +24,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, load_prompt_cache, sav
 from mlx_lm.utils import get_total_parameters, load_tokenizer
 from mlx_lm.utils import load_model as mlx_lm_load
 
-from convert import shim
-from convert.layout import Options
+from convert.layout import SHIM, Options
 from convert.pipeline import convert
 from mlx_cerebrum import load
 from mlx_cerebrum.decoding.decode import generate_step
@@ -146,7 +145,7 @@ def test_mlx_lm_converts_it_with_bits_by_module(folded: Folded, tmp_path: Path) 
     assert model.model.layers[2].mlp.up_proj.bits == 4
     assert not hasattr(model.model.layers[3].mlp.up_proj, "bits")
     assert get_total_parameters(model) == load(path)[0].config.stored_parameters
-    assert (out / shim.NAME).read_bytes() == (path / shim.NAME).read_bytes()
+    assert (out / SHIM).read_bytes() == (path / SHIM).read_bytes()
     assert theirs(model) == ours(out)
 
 
@@ -258,7 +257,7 @@ def test_mlx_lm_server_with_requests_at_once_and_cached_prompts(folded: Folded) 
 
 
 def test_the_file_stands_alone(folded: Folded) -> None:
-    text = (folded() / shim.NAME).read_text()
+    text = (folded() / SHIM).read_text()
     assert "Apache-2.0" in text.splitlines()[0]
     roots = set()
     for node in ast.walk(ast.parse(text)):
@@ -273,11 +272,11 @@ def test_the_file_stands_alone(folded: Folded) -> None:
 def test_ours_never_runs_it(folded: Folded) -> None:
     path = folded()
     expected = ours(path, count=8)
-    (path / shim.NAME).write_text("raise SystemExit('the shim ran')\n")
+    (path / SHIM).write_text("raise SystemExit('the shim ran')\n")
     with pytest.raises(SystemExit, match="the shim ran"):
         stock(path)
     assert ours(path, count=8) == expected
-    (path / shim.NAME).unlink()
+    (path / SHIM).unlink()
     assert ours(path, count=8) == expected
 
 
@@ -300,7 +299,7 @@ def test_the_config_says_what_mlx_lm_would_guess(
     plan = resolve(str(plan_file()))
     convert(open_checkpoint(source), tmp_path / "f", Options(plan=plan, shim=True))
     written = read_json(tmp_path / "f" / "config.json")
-    assert written["model_file"] == shim.NAME
+    assert written["model_file"] == SHIM
     assert written["rms_norm_eps"] == 1e-6
     assert written["rope_theta"] == 5000.0
     assert written["sliding_window"] == 4096
@@ -309,8 +308,7 @@ def test_the_config_says_what_mlx_lm_would_guess(
     assert written["num_key_value_heads"] == 8
 
 
-def test_a_plain_directory_needs_no_shim(checkpoint: MakeCheckpoint) -> None:
-    raw = read_json(checkpoint() / "config.json")
+def test_a_plain_directory_needs_no_shim(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="plain mistral") as refused:
-        shim.with_shim(raw)
+        convert(open_checkpoint(checkpoint()), tmp_path / "f", Options(shim=True))
     assert "\n" not in str(refused.value)

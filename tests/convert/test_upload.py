@@ -15,7 +15,7 @@ from conftest import MakeCheckpoint
 from huggingface_hub import ModelCard, constants
 
 from convert.__main__ import main as convert
-from convert.upload import check, upload
+from convert.upload import check_uploadable, upload
 from mlx_cerebrum import __version__
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError
 
@@ -200,7 +200,7 @@ def test_upload(hub: StandIn, directory: Path, monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False, raising=False)
         hub.everything_regular = True
     before = own(directory)
-    check(REPO)
+    check_uploadable(REPO)
     assert hub.repos == {}  # asking makes nothing
     assert upload(directory, REPO, quiet=True) == f"{hub.address}/{REPO}"
     assert hub.repos == {REPO: before}
@@ -212,7 +212,7 @@ def test_upload(hub: StandIn, directory: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_private_repository_and_an_organization(hub: StandIn, directory: Path) -> None:
-    check("team/tiny")
+    check_uploadable("team/tiny")
     upload(directory, "team/tiny", private=True, quiet=True)
     assert hub.private["team/tiny"] in (True, "private")
     assert hub.repos["team/tiny"] == own(directory)
@@ -232,10 +232,10 @@ def test_what_a_broken_upload_left_is_not_sent_again(hub: StandIn, directory: Pa
 
 def test_a_repository_with_weights_is_left_alone(hub: StandIn) -> None:
     hub.repos[REPO] = {"README.md": b""}
-    check(REPO)
+    check_uploadable(REPO)
     hub.repos[REPO]["model-00001-of-00007.safetensors"] = b"old"
     with pytest.raises(CheckpointError, match=r"holds model-00001-of-00007\.safetensors already"):
-        check(REPO)
+        check_uploadable(REPO)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_repository_with_weights_is_left_alone(hub: StandIn) -> None:
 )  # fmt: skip
 def test_ids_that_are_none(hub: StandIn, repo: str) -> None:
     with pytest.raises(ConfigError, match="a hub id is like owner/name") as caught:
-        check(repo)
+        check_uploadable(repo)
     assert "\n" not in str(caught.value)
     assert not any(path.startswith("POST") for path in hub.paths)
 
@@ -261,29 +261,31 @@ def refusal(action: Callable[[], Any]) -> str:
 
 def test_no_token(hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    assert "needs a token: log in with `hf auth login`" in refusal(lambda: check(REPO))
+    assert "needs a token: log in with `hf auth login`" in refusal(lambda: check_uploadable(REPO))
     assert hub.paths == []
 
 
 def test_a_token_that_is_refused(hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    assert "the hub refused the token" in refusal(lambda: check(REPO))
+    assert "the hub refused the token" in refusal(lambda: check_uploadable(REPO))
 
 
 def test_a_token_that_can_only_read(hub: StandIn) -> None:
     hub.role = "read"
-    assert "the token can only read" in refusal(lambda: check(REPO))
+    assert "the token can only read" in refusal(lambda: check_uploadable(REPO))
 
 
 def test_someone_elses_repository(hub: StandIn) -> None:
-    assert "name a repository like someone/tiny" in refusal(lambda: check("other/tiny"))
+    assert "name a repository like someone/tiny" in refusal(lambda: check_uploadable("other/tiny"))
     hub.member = "read"
-    assert "someone's, who can't write to team/tiny" in refusal(lambda: check("team/tiny"))
+    assert "someone's, who can't write to team/tiny" in refusal(
+        lambda: check_uploadable("team/tiny")
+    )
 
 
 def test_a_fine_grained_token_without_write_access(hub: StandIn, directory: Path) -> None:
     hub.role = "fineGrained"
-    check(REPO)
+    check_uploadable(REPO)
     hub.refuse["POST /api/repos/create"] = 403
     said = refusal(lambda: upload(directory, REPO, quiet=True))
     assert "the token may not write there" in said
@@ -300,13 +302,13 @@ def test_a_hub_that_cannot_be_reached(
     hub: StandIn, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "can't be reached" in refusal(lambda: check(REPO))
+    assert "can't be reached" in refusal(lambda: check_uploadable(REPO))
     assert "is whole, upload it" in refusal(lambda: upload(directory, REPO, quiet=True))
 
 
 def test_a_hub_that_answers_nonsense(hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.refuse["GET /api/whoami-v2"] = 500
-    assert "the hub answered 500" in refusal(lambda: check(REPO))
+    assert "the hub answered 500" in refusal(lambda: check_uploadable(REPO))
 
 
 def test_only_a_directory_is_uploaded(hub: StandIn, tmp_path: Path) -> None:

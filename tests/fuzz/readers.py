@@ -20,9 +20,9 @@ import mlx.core as mx
 from conftest import byte_tokenizer, plan_yaml, write_checkpoint
 from tiny import tiny_config, tiny_weights
 
+from convert.destination import JOURNAL, Journal
 from convert.examine import directory as examine
 from convert.sensitivity import Sensitivity
-from convert.writer import JOURNAL, Journal
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_cache_file import load_prompt_cache, save_prompt_cache
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError

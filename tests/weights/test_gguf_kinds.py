@@ -412,7 +412,7 @@ def test_it_is_exported_from_what_is_stored(
     from convert.gguf_export import export
 
     source = open_checkpoint(model)
-    export(source, source.config, None, tmp_path / "out.gguf", kind="F32")
+    export(source, tmp_path / "out.gguf", kind="F32")
     back = open_checkpoint(tmp_path / "out.gguf")
     for module in ("lm_head", "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj"):
         assert mx.array_equal(back.dense(module), dense(module))
