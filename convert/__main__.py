@@ -1,9 +1,11 @@
 """`python -m convert`: a source checkpoint to a folded or unrolled MLX directory."""
 
 import argparse
+import io
 import json
 import resource
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -17,21 +19,22 @@ from convert.destination import JOURNAL, check_free, partial_of
 from convert.gguf_export import KINDS, export
 from convert.layout import DTYPES, LAYOUTS, Options
 from convert.pipeline import convert
-from convert.recipe import MIXED, RECIPES, choose
-from convert.report import show
-from convert.sensitivity import Sensitivity
+from convert.recipe import MIXED, RECIPES, Sensitivity, choose
 from convert.upload import check_uploadable, upload
 from convert.verify import main as verify
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.flags import add_plan_flag, add_revision_flag
+from mlx_cerebrum.model.memory import human
+from mlx_cerebrum.model.tensors import place
 from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.progress import progress
-from mlx_cerebrum.text import say, tell
+from mlx_cerebrum.text import one_line, say, tell
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
 from mlx_cerebrum.weights.quantize import AFFINE_BITS, AFFINE_GROUPS, DEFAULTS, Packing
 
+_MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128)  # GB of unified memory
 _NEEDS_Q = ("q_bits", "q_group_size", "q_mode", "q_recipe", "q_budget", "calibrate")
 _NOT_GGUF = ("quantize", "dtype", "dequantize", "mlx_lm_shim", "no_verify", "allow_nonfinite")
 
@@ -74,7 +77,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         say(json.dumps(written, ensure_ascii=False))
     elif not args.quiet:
-        show(written)
+        _show(written)
     return 0
 
 
@@ -118,6 +121,82 @@ def _calibrated(
     config = planned_config(checkpoint.config, options.plan, options.window)
     with progress("calibrating", shown, "matrices") as report:
         return calibrate(checkpoint, config, text, progress=report)
+
+
+def _show(written: dict[str, Any]) -> None:
+    """The table that closes a conversion."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for note in written["notes"]:
+        tell(f"note: {note}")
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for label, text in _lines(written):
+        table.add_row(label, one_line(text))
+    # Not a terminal: no line may be cut or wrapped.
+    width = None if sys.stdout.isatty() else 10_000
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=width, markup=False, highlight=False, emoji=False)
+    console.print(table)
+    say("\n".join(line.rstrip() for line in buffer.getvalue().splitlines()))
+
+
+def _lines(written: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Label and text of each row."""
+    yield "written", str(written["path"])
+    yield "layout", _layout(written)
+    yield "size", f"{human(written['bytes'])}, {written['bits_per_weight']:.2f} bits a weight"
+    yield from _bits(written.get("bits", {}))
+    hashes = written["sha256"]
+    for name, digest in ({"": hashes} if isinstance(hashes, str) else hashes).items():
+        yield "sha256", f"{digest[:16]}... {name}".strip()
+    if not hashes:
+        yield "sha256", "none: not verified"
+    if "seconds" in written:
+        text = f"{written['seconds']:.1f} s, {human(written['peak_memory'])} of memory"
+        if resumed := written["resumed_modules"]:
+            text += f"; {resumed} modules were there already"
+        yield "took", text
+    if "cache_bytes" in written:
+        needed = written["bytes"] + written["cache_bytes"]
+        mac = _smallest_mac(needed)
+        fits = "no Mac up to 128 GB" if mac is None else f"Macs with {mac} GB and more"
+        cache = f"{human(written['cache_bytes'])} of cache at {written['cache_tokens']} tokens"
+        yield "runs in", f"{human(needed)}, with {cache}: {fits}"
+    if "url" in written:
+        yield "uploaded", written["url"]
+
+
+def _layout(written: dict[str, Any]) -> str:
+    positions = written["positions"]
+    if "layout" not in written:
+        return f"GGUF, {positions} layers"
+    layers = written["layers"]
+    if layers == positions:
+        return f"{written['layout']}, {layers} layers"
+    return f"{written['layout']}, {layers} blocks in {positions} positions"
+
+
+def _bits(bits: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """Where widths are mixed: each kind of matrix, its bits layer by layer as digits."""
+    kinds: dict[str, dict[int, int]] = {}
+    for name, count in bits.items():
+        layer, kind = place(name) or (0, name)
+        kinds.setdefault(kind, {})[layer] = count
+    if len(set(bits.values())) > 1:
+        for kind, found in kinds.items():
+            digits = "".join(str(count) for _, count in sorted(found.items()))
+            yield f"bits of {kind.rpartition('.')[2]}", digits
+
+
+def _smallest_mac(needed: int) -> int | None:
+    """The least memory, in GB, of a Mac whose GPU may take `needed` bytes by default.
+
+    Metal's recommended working set is two thirds of the memory up to 32 GB, three quarters of
+    more (`sysctl iogpu.wired_limit_mb` raises it).
+    """
+    fits = (mac for mac in _MACS if needed <= mac * 2**30 * (2 / 3 if mac <= 32 else 3 / 4))
+    return next(fits, None)
 
 
 def _peak_memory() -> int:

@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from convert.sensitivity import Sensitivity
+from convert.recipe import Sensitivity
 from mlx_cerebrum import __version__, cli, device
 from mlx_cerebrum.errors import ConfigError, RequestError
 from mlx_cerebrum.model.cache import attention_mask

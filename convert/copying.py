@@ -10,10 +10,11 @@ from pathlib import Path
 from threading import Event
 
 from convert.destination import Partial
-from convert.engine import Checks, Progress, run
+from convert.engine import Checks, run
 from convert.integrity import HashedFile
 from convert.outputs import Output
 from convert.source import Source, check_stamps
+from convert.writer import Progress
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.weights.safetensors_checkpoint import SafetensorsCheckpoint
 from mlx_cerebrum.weights.safetensors_file import read_header

@@ -134,6 +134,16 @@ def check_free(destination: Path, what: str = "directory") -> None:
         raise CheckpointError(f"{destination.name!r} is not a UTF-8 name; choose another") from None
 
 
+def require_space(destination: Path, needed: int, smaller: str) -> None:
+    """Raise CheckpointError where fewer bytes are free; `smaller` says how to need fewer."""
+    free = shutil.disk_usage(destination.absolute().parent).free
+    if needed > free:
+        raise CheckpointError(
+            f"{destination} needs {human(needed)} of disk and {human(free)} are free;"
+            f" free some space, name another disk, or {smaller}"
+        )
+
+
 def partial_of(destination: Path) -> Path:
     """Where `destination` is put together."""
     return destination.absolute().parent / f".{destination.name}.partial"
@@ -169,7 +179,7 @@ def new_directory(destination: Path, identity: str, needed: int) -> Iterator[Par
         check_free(destination)  # the one that had the lock may have finished
         replaced = 0 if journal.resumes else _size(partial)
         _clear(partial, shards=not journal.entries)
-        _require_space(destination, partial, needed)
+        require_space(destination, needed - _size(partial) + _SLACK, "quantize (-q)")
         yield Partial(partial, journal, replaced)
         check_free(destination)
         for file in partial.iterdir():
@@ -216,16 +226,6 @@ def _clear(directory: Path, shards: bool = True) -> None:
             shutil.rmtree(file)
         elif file.name != JOURNAL and (shards or file.suffix != ".safetensors"):
             file.unlink()
-
-
-def _require_space(destination: Path, partial: Path, needed: int) -> None:
-    free = shutil.disk_usage(destination.absolute().parent).free
-    missing = needed - _size(partial) + _SLACK
-    if missing > free:
-        raise CheckpointError(
-            f"{destination} needs {human(missing)} of disk and {human(free)} are free;"
-            " free some space, name another disk, or quantize (-q)"
-        )
 
 
 def _size(directory: Path) -> int:

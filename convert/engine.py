@@ -6,11 +6,12 @@ does not depend on the model. Bytes reach the disk in one order, whatever finish
 """
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from threading import local
 
 import mlx.core as mx
@@ -18,15 +19,16 @@ import mlx.core as mx
 from convert.integrity import nonfinite
 from convert.outputs import Output, Spec
 from convert.source import Rows, Source
-from convert.writer import Writer
+from convert.writer import Progress, Writer
 from mlx_cerebrum import device
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.weights.checkpoint import FLOATS
 
 _AHEAD = 6  # pieces read while as many as there are workers are being transformed
 
-Progress = Callable[[int, int, str], None]  # bytes done, of all, what is being done
 Parts = dict[str, Rows]
+# A transformed piece: for each wanted scale its parts; how many values were not finite, by tensor.
+_Done = tuple[dict[float | None, Parts], dict[str, int]]
 
 
 @dataclass
@@ -36,16 +38,8 @@ class Checks:
     finite: bool = True  # look for NaN and infinities in what is read
     allow_nonfinite: bool = False
     digests_of: frozenset[str] = frozenset()  # modules to hash by themselves
-    nonfinite: dict[str, int] = field(default_factory=dict)  # tensor -> how many
+    nonfinite: Counter[str] = field(default_factory=Counter)  # tensor -> how many values
     digests: dict[str, bytes] = field(default_factory=dict)
-
-
-@dataclass
-class _Done:
-    """A transformed piece: for each wanted scale its parts; what was not finite, by tensor."""
-
-    by_scale: dict[float | None, Parts]
-    nonfinite: dict[str, int]
 
 
 class _Module:
@@ -89,10 +83,9 @@ def run(
     Outputs that the writer has already are not made again. Raises CheckpointError for values
     that are not finite, or that a cast or scale makes infinite, unless allowed.
     """
-    done = writer.done if writer is not None else 0
     limits = {output.source: output.specs[0].shape[0] for output in outputs}
     due: dict[str, list[Output]] = {}
-    for output in outputs[done:]:
+    for output in outputs[0 if writer is None else writer.done :]:
         due.setdefault(output.source, []).append(output)
     read = 0
     waiting: deque[Callable[[], None]] = deque()
@@ -110,15 +103,14 @@ def run(
                         for rows in piece.values():
                             digester.submit(digest.update, rows.data.data)
                     future = pool.submit(_transform, name, piece, module, checks)
-                    waiting.append(_taker(future, module, writer, checks))
+                    waiting.append(partial(_take, future, module, writer, checks))
                     read += sum(rows.data.nbytes for rows in piece.values())
                     del piece
                     if progress is not None:
-                        progress(
-                            min(read, source.nbytes), source.nbytes, name.removeprefix("model.")
-                        )
+                        done = min(read, source.nbytes)
+                        progress(done, source.nbytes, name.removeprefix("model."))
                 if module is not None and writer is not None:
-                    waiting.append(_finisher(module, writer))
+                    waiting.append(partial(module.finish, writer))
                 if digest is not None:
                     checks.digests[name] = digester.submit(digest.digest).result()
             while waiting:
@@ -134,21 +126,14 @@ def in_order(source: Source, outputs: Sequence[Output]) -> list[Output]:
     return sorted(outputs, key=lambda output: rank[output.source])
 
 
-def _taker(
-    future: "Future[_Done]", module: _Module | None, writer: Writer | None, checks: Checks
-) -> Callable[[], None]:
-    def take() -> None:
-        done = future.result()
-        for name, count in done.nonfinite.items():
-            checks.nonfinite[name] = checks.nonfinite.get(name, 0) + count
-        if module is not None and writer is not None:
-            module.take(done.by_scale, writer)
-
-    return take
-
-
-def _finisher(module: _Module, writer: Writer) -> Callable[[], None]:
-    return lambda: module.finish(writer)
+def _take(
+    future: Future[_Done], module: _Module | None, writer: Writer | None, checks: Checks
+) -> None:
+    """Wait for a transformed piece, and have it written."""
+    by_scale, found = future.result()
+    checks.nonfinite.update(found)
+    if module is not None and writer is not None:
+        module.take(by_scale, writer)
 
 
 def _transform(name: str, piece: Parts, module: _Module | None, checks: Checks) -> _Done:
@@ -166,7 +151,7 @@ def _transform(name: str, piece: Parts, module: _Module | None, checks: Checks) 
             made[output.scale] = _made(output, piece)
             if not found and made[output.scale] is not piece:
                 found |= _overflowed(name, output, piece, made[output.scale], checks)
-    return _Done(made, found)
+    return made, found
 
 
 def _made(output: Output, piece: Parts) -> Parts:

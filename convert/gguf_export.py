@@ -11,7 +11,6 @@ again unchanged is copied from the file being written.
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,14 +23,13 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from convert.destination import check_free
+from convert.destination import check_free, require_space
 from convert.gguf_vocabulary import tokenizer_metadata
 from convert.layout import tensor_scale, unrolled_config
 from convert.source import check_stamps, stamps
 from mlx_cerebrum.errors import CheckpointError, ConfigError
 from mlx_cerebrum.files.replacing import replacing
 from mlx_cerebrum.model.config import ModelConfig
-from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.model.tensors import (
     BLOCK,
     EMBEDDING,
@@ -60,7 +58,6 @@ _CHUNK = 1 << 22  # weights in float32 at a time: 16 MB
 _SLACK = 64_000_000  # the header: vocabulary, template, tensor table
 
 Floats = npt.NDArray[np.float32]
-Quantize = Callable[[Floats, str], npt.NDArray[Any]]  # rows, kind -> the same rows, stored
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ def export(
     with new_file(destination, total) as partial:
         _write_header(gguf, partial, config, kind, destination.stem, metadata, tensors)
         with partial.open("r+b") as file:
-            stream = Stream(file, _quantize(gguf), total, progress)
+            stream = Stream(file, gguf, total, progress)
             for tensor in tensors:
                 stream.append(checkpoint, tensor)
             stream.finish()
@@ -140,11 +137,6 @@ def _package() -> ModuleType:
         raise ConfigError("writing GGUF needs the gguf package: pip install gguf") from None
     module: ModuleType = gguf
     return module
-
-
-def _quantize(gguf: ModuleType) -> Callable[..., Any]:
-    kinds = {kind: gguf.GGMLQuantizationType[kind] for kind in KINDS}
-    return lambda rows, kind: gguf.quants.quantize(rows, kinds[kind])
 
 
 def _tensors(config: ModelConfig, plan: LayerPlan | None, kind: str) -> list[Tensor]:
@@ -231,12 +223,12 @@ class Stream:
     def __init__(
         self,
         file: BinaryIO,
-        quantize: Quantize,
+        gguf: ModuleType,
         total: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.file = file
-        self.quantize = quantize
+        self.gguf = gguf
         self.total = total
         self.progress = progress
         self.done = 0
@@ -276,7 +268,8 @@ class Stream:
             raise CheckpointError(
                 f"{place} reaches {largest:.5g}, too large for {tensor.kind}; write BF16 or F32"
             )
-        stored = np.ascontiguousarray(self.quantize(rows, tensor.kind))
+        kind = self.gguf.GGMLQuantizationType[tensor.kind]
+        stored: npt.NDArray[Any] = np.ascontiguousarray(self.gguf.quants.quantize(rows, kind))
         return stored.reshape(-1).view(np.uint8).data
 
     def _weights(self, data: bytes | memoryview) -> None:
@@ -327,14 +320,8 @@ def new_file(destination: Path, needed: int) -> Iterator[Path]:
     bytes are not free, and when the disk fails.
     """
     check_free(destination, "file")
-    parent = destination.absolute().parent
-    free = shutil.disk_usage(parent).free
-    if needed + _SLACK > free:
-        raise CheckpointError(
-            f"{destination} needs {human(needed)} of disk and {human(free)} are free;"
-            " free some space, name another disk, or write Q8_0"
-        )
-    partial = parent / f".{destination.stem}.partial.gguf"  # a suffix our reader takes
+    require_space(destination, needed + _SLACK, "write Q8_0")
+    partial = destination.with_name(f".{destination.stem}.partial.gguf")  # our reader's suffix
     try:
         with replacing(destination, partial):
             check_free(destination, "file")

@@ -106,12 +106,6 @@ class Change:
     packings: Mapping[str, Packing] = field(default_factory=dict)
     vocabulary: int | None = None
 
-    def of(self, checkpoint: Checkpoint, module: str) -> Transform:
-        """A matrix that is `repacked` comes unpacked where all are."""
-        unpacks = self.dequantize and module not in checkpoint.repacked
-        unpack = checkpoint.packing(module) if unpacks else None
-        return Transform(unpack, self.dtype, self.out_dtype, self.packings.get(module))
-
 
 def output_modules(
     checkpoint: Checkpoint,
@@ -138,29 +132,30 @@ def output_modules(
 def _output(
     checkpoint: Checkpoint, source: str, name: str, scale: float | None, change: Change
 ) -> Output:
-    transform = change.of(checkpoint, source)
+    packing, unpack = checkpoint.packing(source), None
     stored = {
         part: (checkpoint.dtypes[own], checkpoint.shapes[own])
         for part, own in checkpoint.parts(source).items()
     }
-    held = checkpoint.packing(source)
-    if held is not None and change.dequantize:
+    if packing is not None and change.dequantize:
         matrices = matrix_shapes(checkpoint.config)
         stored = {"weight": ("F32", matrices.get(source, matrices[EMBEDDING]))}  # or a spare head
-        held = None
-    if held is not None and scale is not None:
+        unpack = None if source in checkpoint.repacked else packing  # those come unpacked
+        packing = None
+    elif packing is not None and scale is not None:
         raise ConfigError(
             f"{checkpoint.path}: {source} is quantized and can't be scaled; add --dequantize"
         )
     if change.vocabulary is not None and source in (EMBEDDING, HEAD):
         rows = change.vocabulary
         stored = {part: (dtype, (rows, *shape[1:])) for part, (dtype, shape) in stored.items()}
+    pack = change.packings.get(source)
+    transform = Transform(unpack, change.dtype, change.out_dtype, pack)
     parts = {part: (transform.final(dtype), shape) for part, (dtype, shape) in stored.items()}
-    if transform.pack is not None:
-        held = transform.pack
+    if pack is not None:
         code, (rows, columns) = parts["weight"]
-        scales = code if held.mode == "affine" else "U8"
-        shapes = held.shapes(rows, columns)
+        scales = code if pack.mode == "affine" else "U8"
+        shapes = pack.shapes(rows, columns)
         parts = {part: ("U32" if part == "weight" else scales, shapes[part]) for part in shapes}
     specs = (Spec(f"{name}.{part}", dtype, shape) for part, (dtype, shape) in parts.items())
-    return Output(source, name, scale, transform, held, tuple(specs))
+    return Output(source, name, scale, transform, pack or packing, tuple(specs))

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from convert import fold
 from convert.card import card, source_card
 from convert.copying import Copies, is_copy
 from convert.destination import fingerprint, new_directory, write_json
-from convert.engine import Checks, Progress, in_order, run
+from convert.engine import Checks, in_order, run
 from convert.layout import SHIM, Layout, Options, lay_out
 from convert.source import Source
-from convert.writer import Writer
+from convert.writer import Progress, Writer
 from mlx_cerebrum import __version__
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.config import read_json
@@ -108,7 +107,7 @@ def _attempt(
                 hashes, weight_map, resumed = copies.hashes, copies.weight_map, copies.resumed
             else:
                 with Writer(partial.path, outputs, form, partial.journal) as writer:
-                    writer.resume(_checking(layout, progress))
+                    writer.resume(progress)
                     resumed = writer.done
                     run(source, outputs, writer, checks, progress)
                     read = source.finish()
@@ -158,12 +157,6 @@ def _write_shim(directory: Path) -> None:
     # rebuild the tokenizer by its class's rules. This class takes tokenizer.json as it is.
     file = directory / "tokenizer_config.json"
     write_json(file, read_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast"})
-
-
-def _checking(layout: Layout, progress: Progress | None) -> Callable[[int], None] | None:
-    if progress is None:
-        return None
-    return lambda done: progress(done, layout.nbytes, "(checking what is there)")
 
 
 def _summary(

@@ -4,22 +4,164 @@ A bit is worth more where a matrix is sensitive and where it is small; in a self
 its block runs more than once, since the block is stored once and its error made every time. The
 recipe `plan` spends a budget by that. Bits per weight means what mlx-lm means: all bytes stored
 (packed integers, their scales and biases, dense tensors) times 8 over all parameters.
+
+Sensitivities are a table measured on one model, the package's own on a small trained one. What
+carries it over to another model:
+
+- A matrix's effect does not depend on its size: rounding errors of a wider matrix average out
+  over as many more terms as it has, so the noise of its output, relative to the signal, stays.
+- Blocks are matched by relative depth (the middle of block `i` of `n` lies at `(i + 1/2) / n`),
+  between two of the table's blocks by their geometric mean: the figures span decades.
+- A block that runs `r` times where the table's ran once counts `r ** run_exponent` times as much.
+- A tied embedding serves as lookup and as head, so it counts as both together.
 """
 
 import heapq
 import itertools
+import json
+import math
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
-from convert.sensitivity import Sensitivity
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.model.config import ModelConfig
-from mlx_cerebrum.model.tensors import matrix_shapes
+from mlx_cerebrum.files.replacing import replacing
+from mlx_cerebrum.model.config import ModelConfig, read_json
+from mlx_cerebrum.model.tensors import (
+    EMBEDDING,
+    HEAD,
+    MATRICES,
+    matrix_shapes,
+    module_path,
+    place,
+)
 from mlx_cerebrum.weights.quantize import AFFINE_BITS, Packing
 
 # mlx-lm's mixtures: bits for most matrices, bits for the favoured ones.
 MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 RECIPES = ("uniform", *MIXED, "plan")
+# Running twice multiplied a matrix's figure by 2.2 (log2: 1.15; the median of the 28 in blocks 13
+# to 16 of the demo model, in its own order and in `demo-interleaved`; 1.9 to 2.5 for four in five).
+RUN_EXPONENT = 1.15
+_LEAST = 1e-9  # below what 1000 tokens in float32 can tell from nothing
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """One table. `blocks`: kind -> a figure for each stored block; `outer`: the two tables.
+
+    packing: what each matrix was put through when it was measured.
+    layer_map: the order the blocks ran in.
+    """
+
+    packing: Packing
+    layer_map: tuple[int, ...]
+    outer: Mapping[str, float]
+    blocks: Mapping[str, tuple[float, ...]]
+    run_exponent: float = RUN_EXPONENT
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        measured: Mapping[str, float],
+        config: ModelConfig,
+        packing: Packing,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> "Sensitivity":
+        """From figures by module path; a block that never runs has none and counts nothing."""
+        blocks = range(config.num_hidden_layers)
+        return cls(
+            packing,
+            config.layer_map,
+            {name: max(measured[name], 0.0) for name in (EMBEDDING, HEAD)},
+            {
+                kind: tuple(max(measured.get(module_path(i, kind), 0.0), 0.0) for i in blocks)
+                for kind in MATRICES
+            },
+            provenance=provenance or {},
+        )
+
+    def at(self, module: str, config: ModelConfig) -> float:
+        """The figure for a matrix of `config`'s model, carried over where that is another."""
+        if (inside := place(module)) is None:
+            both = module == EMBEDDING and config.tie_word_embeddings
+            return self.outer[module] + (self.outer[HEAD] if both else 0)
+        block, kind = inside
+        runs = config.layer_map.count(block)
+        if not runs:
+            return 0.0
+        depth = (block + 0.5) / config.num_hidden_layers * self.num_blocks - 0.5
+        low = min(max(math.floor(depth), 0), self.num_blocks - 1)
+        high = min(low + 1, self.num_blocks - 1)
+        share = min(max(depth - low, 0.0), 1.0)
+        near, far = (self._once(i, kind) for i in (low, high))
+        return float(math.exp((1 - share) * near + share * far) * runs**self.run_exponent)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks[MATRICES[0]])
+
+    def _once(self, block: int, kind: str) -> float:
+        """Log of the figure as if the block had run once."""
+        runs = max(self.layer_map.count(block), 1)
+        return math.log(max(self.blocks[kind][block], _LEAST) / runs**self.run_exponent)
+
+    @classmethod
+    def shipped(cls) -> "Sensitivity":
+        """The table that comes with the package."""
+        path = files("convert") / "data" / "sensitivity.json"
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), "sensitivity.json")
+
+    @classmethod
+    def load(cls, path: Path) -> "Sensitivity":
+        """A table that `save` wrote. Raises ConfigError, one line, for anything else."""
+        return cls.from_dict(read_json(path), str(path))
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: str) -> "Sensitivity":
+        """Raises ConfigError naming what is wrong."""
+        try:
+            table = cls(
+                Packing(raw["bits"], raw["group_size"]),
+                tuple(int(block) for block in raw["layer_map"]),
+                {name: float(raw["outer"][name]) for name in (EMBEDDING, HEAD)},
+                {kind: tuple(float(x) for x in raw["blocks"][kind]) for kind in MATRICES},
+                float(raw["run_exponent"]),
+                dict(raw["provenance"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ConfigError(f"{where} is not a sensitivity table: {error!r}") from None
+        figures = [*table.outer.values(), *(x for row in table.blocks.values() for x in row)]
+        if any(not math.isfinite(x) or x < 0 for x in [*figures, table.run_exponent]):
+            raise ConfigError(f"{where}: figures must be finite and not negative")
+        lengths = {len(row) for row in table.blocks.values()}
+        if len(lengths) > 1 or not table.num_blocks:
+            raise ConfigError(f"{where}: every kind needs one figure for each block")
+        if any(not 0 <= block < table.num_blocks for block in table.layer_map):
+            raise ConfigError(f"{where}: layer_map names blocks that have no figures")
+        return table
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "unit": "nats a token: KL divergence from the dense model, one matrix quantized alone",
+            "bits": self.packing.bits,
+            "group_size": self.packing.group_size,
+            "layer_map": list(self.layer_map),
+            "run_exponent": self.run_exponent,
+            "outer": {name: float(f"{x:.4g}") for name, x in self.outer.items()},
+            "blocks": {k: [float(f"{x:.4g}") for x in row] for k, row in self.blocks.items()},
+            "provenance": dict(self.provenance),
+        }
+
+    def save(self, path: Path) -> None:
+        text = json.dumps(self.as_dict(), indent=1)
+        rows = re.sub(r"\[[^][]*\]", lambda row: re.sub(r"\s+", " ", row[0]), text)
+        with replacing(path, path.with_name(f".{path.name}.partial")) as file:
+            file.write(f"{rows}\n".encode())
 
 
 def choose(
@@ -67,18 +209,6 @@ def choose(
     return _allocate(fitting, allowed, {name: found.at(name, config) for name in fitting}, size)
 
 
-def bits_per_weight(
-    config: ModelConfig,
-    packings: Mapping[str, Packing],
-    *,
-    unrolled: bool = False,
-    dense_bits: int = 16,
-) -> float:
-    """All bits stored, norms too, over all parameters."""
-    size = _Size(config, unrolled, dense_bits)
-    return size.bits(packings) / size.parameters
-
-
 def _favoured(name: str, blocks: int) -> bool:
     """Whether mlx-lm's mixtures give a matrix their higher bits (its convert.py, after llama.cpp).
 
@@ -86,11 +216,12 @@ def _favoured(name: str, blocks: int) -> bool:
     and the head. Blocks are the stored ones, whatever order and how often they run: a folded
     12.25B gets the mixture of the 7B it is made of.
     """
-    if name == "lm_head":
-        return True
-    if not name.endswith(("v_proj", "down_proj")):
+    if (inside := place(name)) is None:
+        return name == HEAD
+    block, kind = inside
+    if not kind.endswith(("v_proj", "down_proj")):
         return False
-    block, eighth = int(name.split(".")[2]), blocks // 8
+    eighth = blocks // 8
     return block < eighth or block >= 7 * blocks // 8 or (block - eighth) % 3 == 2
 
 
@@ -99,11 +230,10 @@ class _Size:
 
     def __init__(self, config: ModelConfig, unrolled: bool, dense_bits: int) -> None:
         self.dense_bits = dense_bits
-        runs = [config.layer_map.count(i) for i in range(config.num_hidden_layers)]
         self.weights: dict[str, int] = {}  # stored, of each matrix
         for name, (rows, columns) in matrix_shapes(config).items():
-            inside = name.startswith("model.layers.")
-            copies = runs[int(name.split(".")[2])] if unrolled and inside else 1
+            inside = place(name)
+            copies = config.layer_map.count(inside[0]) if unrolled and inside else 1
             self.weights[name] = rows * columns * copies
         self.parameters = config.executed_parameters if unrolled else config.stored_parameters
 
@@ -134,7 +264,7 @@ def _allocate(
     """
     group = next(iter(fitting.values())).group_size
     packings = [Packing(bits, group) for bits in AFFINE_BITS]
-    tables = [name for name in fitting if not name.startswith("model.layers.")]
+    tables = [name for name in fitting if place(name) is None]
     inner = [name for name in fitting if name not in tables]
     least = dict.fromkeys(fitting, packings[0])
     if size.bits(least) > allowed:

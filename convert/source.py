@@ -62,9 +62,9 @@ class Source:
         names = [*module_shapes(checkpoint.config), *sorted(checkpoint.spare)]
         at = {name: checkpoint.extents(name)["weight"] for name in names}
         self.modules = sorted(names, key=lambda name: (at[name].path, at[name].offset))
-        self.paths = sorted({e.path for n in names for e in checkpoint.extents(n).values()})
         self.nbytes = sum(e.nbytes for n in names for e in checkpoint.extents(n).values())
         self.stats = stamps(checkpoint)
+        self.paths = list(self.stats)
         self._verify, self._hasher = verify, hasher
         self._stored_as_is = isinstance(checkpoint, SafetensorsCheckpoint)
         self._files: dict[Path, HashedFile] = {}
@@ -186,12 +186,5 @@ def _changed(path: Path) -> CheckpointError:
 def _stat(path: Path) -> Stamp:
     """What tells that a file is another one, or was written to since: the change time can't be
     set back."""
-    found = path.stat()
-    return (
-        str(path.resolve()),
-        found.st_dev,
-        found.st_ino,
-        found.st_size,
-        found.st_mtime_ns,
-        found.st_ctime_ns,
-    )
+    s = path.stat()
+    return str(path.resolve()), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns

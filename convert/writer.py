@@ -24,6 +24,8 @@ MAX_SHARD_BYTES = 5_000_000_000  # the hub's and mergekit's default
 _QUEUED = 4  # pieces that may wait to be hashed
 _FLUSH = 100_000_000  # bytes after which the disk is set to work, so that little is left at the end
 
+Progress = Callable[[int, int, str], None]  # bytes done, of all, what is being done
+
 
 class Writer:
     """Appends modules, in the order of `outputs`, to numbered shards of at most
@@ -64,12 +66,9 @@ class Writer:
             spec.name: name for name, shard in named for output in shard for spec in output.specs
         }
 
-    def resume(self, progress: Callable[[int], None] | None = None) -> None:
-        """Find what an earlier run left whole: `done` modules. Cuts off the rest.
-
-        progress: called with the bytes checked so far.
-        """
-        checked = 0
+    def resume(self, progress: Progress | None = None) -> None:
+        """Find what an earlier run left whole: `done` modules. Cuts off the rest."""
+        checked, total = 0, sum(output.nbytes for shard in self.shards for output in shard)
         for number, (name, shard) in enumerate(zip(self.names, self.shards, strict=True)):
             path = self.directory / name
             if not path.exists():
@@ -89,7 +88,7 @@ class Writer:
                     good, end, whole = digest.copy(), stop, whole + 1
                     checked += output.nbytes
                     if progress is not None:
-                        progress(checked)
+                        progress(checked, total, "(checking what is there)")
             self.done += whole
             if whole < len(shard):
                 if whole:

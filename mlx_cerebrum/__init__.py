@@ -7,6 +7,7 @@ mlx_cerebrum.generate` imports its module once.
 import importlib
 import sys
 import types
+from collections.abc import Mapping
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -54,12 +55,13 @@ class _Package(types.ModuleType):
         return super().__getattribute__(name)
 
 
-class _Moved(Loader):
-    """Modules by the names they had before they lay in rooms: finds `mlx_cerebrum.hub` as
+class Moved(Loader):
+    """Modules by the names they had before they moved: finds `mlx_cerebrum.hub` as
     `mlx_cerebrum.weights.hub`, for programs that import it so. Asked when all else has failed."""
 
-    ROOMS = ("files", "model", "plan", "tokenizer", "weights", "decoding")
-    RENAMED = types.MappingProxyType(
+    PACKAGE = __name__
+    ROOMS: tuple[str, ...] = ("files", "model", "plan", "tokenizer", "weights", "decoding")
+    RENAMED: Mapping[str, str] = types.MappingProxyType(
         {
             "load": "weights.opening",
             "gguf": "weights.gguf_checkpoint",
@@ -80,11 +82,11 @@ class _Moved(Loader):
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         package, _, old = name.partition(".")
-        if package != __name__ or ("." in old and old not in self.RENAMED):
+        if package != self.PACKAGE or ("." in old and old not in self.RENAMED):
             return None
         homes = [self.RENAMED[old]] if old in self.RENAMED else [f"{r}.{old}" for r in self.ROOMS]
-        found = next((home for home in homes if find_spec(f"{__name__}.{home}")), None)
-        return None if found is None else ModuleSpec(name, self, origin=f"{__name__}.{found}")
+        found = next((home for home in homes if find_spec(f"{package}.{home}")), None)
+        return None if found is None else ModuleSpec(name, self, origin=f"{package}.{found}")
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:
         module = importlib.import_module(str(spec.origin))
@@ -99,4 +101,4 @@ class _Moved(Loader):
 
 
 sys.modules[__name__].__class__ = _Package
-sys.meta_path.append(_Moved())
+sys.meta_path.append(Moved())

@@ -162,6 +162,9 @@ from mlx_cerebrum.sentencepiece_model import read_pieces
 from mlx_cerebrum.template_text import Budget
 from mlx_cerebrum.tokenizer.template_run import parse
 from mlx_cerebrum.tokenizer import Tokenizer
+from convert.arguments import parser
+from convert.gguf_stream import new_file
+from convert.sensitivity import Sensitivity
 import mlx_cerebrum.quantize, mlx_cerebrum
 import mlx_cerebrum.weights.quantize, mlx_cerebrum.weights.hub, mlx_cerebrum.weights.gguf_file
 assert mlx_cerebrum.quantize is mlx_cerebrum.weights.quantize

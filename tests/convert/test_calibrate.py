@@ -10,7 +10,7 @@ from conftest import SMALL, MakeCheckpoint, write_checkpoint
 from tiny import tiny_config, tiny_weights
 
 from convert.calibrate import LENGTH, Probe, calibrate, calibration_bytes, main, sample
-from convert.sensitivity import Sensitivity
+from convert.recipe import Sensitivity
 from mlx_cerebrum.errors import ConfigError, MemoryBudgetError, RequestError
 from mlx_cerebrum.model import memory
 from mlx_cerebrum.model.forward import Model

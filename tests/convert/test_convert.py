@@ -15,7 +15,7 @@ from convert import writer
 from convert.__main__ import main
 from convert.layout import Options
 from convert.pipeline import convert
-from convert.sensitivity import Sensitivity
+from convert.recipe import Sensitivity
 from convert.verify import verify
 from mlx_cerebrum import load
 from mlx_cerebrum.decoding.decode import generate_step

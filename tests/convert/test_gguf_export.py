@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,20 @@ def test_byte_level_is_what_the_demo_has(demo: Path, tmp_path: Path) -> None:
     for key in ("model", "pre", "merges", "bos_token_id", "eos_token_id", "add_bos_token"):
         assert found[f"tokenizer.ggml.{key}"] == expected[f"tokenizer.ggml.{key}"], key
     assert found["tokenizer.chat_template"] == expected["tokenizer.chat_template"]
+
+
+def test_rows_that_mergekit_cuts_are_cut(
+    checkpoint: MakeCheckpoint, plan_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With `tokenizer_source` the tables keep a row for each token, as unrolled they do."""
+    plan = plan_file()
+    plan.write_text(plan.read_text() + "tokenizer_source: base\n")
+    flags = ["--hf-path", str(checkpoint(vocab_size=300)), "--plan", str(plan), "--quiet"]
+    unrolled, file = tmp_path / "unrolled", tmp_path / "out.gguf"
+    assert convert([*flags, "--layout", "unrolled", "--mlx-path", str(unrolled)]) == 0
+    assert convert([*flags, "--gguf", "F32", "--mlx-path", str(file)]) == 0
+    assert open_checkpoint(file).config.vocab_size == 259
+    assert_same(unrolled, file)
 
 
 def test_end_tokens_keep_their_roles(checkpoint: MakeCheckpoint) -> None:

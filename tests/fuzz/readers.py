@@ -22,7 +22,7 @@ from tiny import tiny_config, tiny_weights
 
 from convert.destination import JOURNAL, Journal
 from convert.examine import directory as examine
-from convert.sensitivity import Sensitivity
+from convert.recipe import Sensitivity
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_cache_file import load_prompt_cache, save_prompt_cache
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError
