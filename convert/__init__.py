@@ -10,7 +10,12 @@ class _Moved(Moved):
     PACKAGE = __name__
     ROOMS = ()
     RENAMED = types.MappingProxyType(
-        {"arguments": "__main__", "gguf_stream": "gguf_export", "sensitivity": "recipe"}
+        {
+            "arguments": "__main__",
+            "gguf_stream": "gguf_export",
+            "outputs": "layout",
+            "sensitivity": "recipe",
+        }
     )
 
 

@@ -312,6 +312,7 @@ def options_of(args: argparse.Namespace) -> Options:
     """What the flags mean. Raises ConfigError for ones that don't go together."""
     if args.gguf is not None:
         _refuse(args, _NOT_GGUF, "can't be combined with --gguf, whose kind decides")
+        _refuse(args, ("upload_repo",), "is for directories, and --gguf writes a file")
         if args.layout == "folded":
             raise ConfigError("--layout folded: GGUF has no repeated layers; drop it")
     if not args.quantize:

@@ -42,7 +42,6 @@ from mlx_cerebrum.weights.quantize import Packing
 from mlx_cerebrum.weights.storage import DTYPES, Storage
 
 LENGTH = 256  # tokens a sequence
-Progress = Callable[[int, int], None]  # matrices measured, of all
 
 
 def sample(tokenizer: Tokenizer, text: str, tokens: int) -> mx.array:
@@ -146,13 +145,14 @@ def calibrate(
     *,
     packing: Packing | None = None,
     tokens: int = 1024,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Sensitivity:
     """Measure `checkpoint` as `config` (its own, or one with a plan's map) runs it.
 
     packing: what a matrix is put through (default: 4 bits in groups of 64). The figures are
     scaled to other widths, so it should lie in the midst of those that will be chosen.
     tokens: about how many of `text` are read.
+    progress: called with how many matrices are measured, and how many there are.
 
     The whole model is held dense, in float32 where that fits, else in the stored 16 bits.
     Raises MemoryBudgetError with the bytes needed, RequestError for too short a text.
@@ -225,7 +225,7 @@ def _unfuse(model: Model) -> None:
                     continue
                 joined, row = block[parent][fused], 0
                 for name in names:
-                    rows = shapes[f"model.layers.{i}.{parent}.{name}"][0]
+                    rows = shapes[module_path(i, f"{parent}.{name}")][0]
                     part = type(joined)(1, 1, bias=False)
                     part.weight = joined.weight[row : row + rows]
                     block[parent][name] = part

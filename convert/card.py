@@ -81,9 +81,7 @@ def card(config: dict[str, Any], name: str) -> str:
 
 def _front_matter(config: dict[str, Any], model: ModelConfig, repo: str | None) -> str:
     provenance = config["provenance"]
-    inherited = provenance.get("source_card")
-    inherited = inherited if isinstance(inherited, dict) else {}
-    inherited = _KNOWN.get(repo or "", {}) | inherited
+    inherited = _KNOWN.get(repo or "", {}) | provenance.get("source_card", {})
     merged = _is_merge(config, model)
     tags = ["mlx", "mlx-cerebrum"]
     tags += ["merge"] if merged and "merge" not in inherited.get("tags", ()) else []
@@ -94,7 +92,7 @@ def _front_matter(config: dict[str, Any], model: ModelConfig, repo: str | None) 
             front["base_model_relation"] = "merge"
         elif model.quantization is not None:
             front["base_model_relation"] = "quantized"
-    front |= {key: inherited[key] for key in _INHERITED if _is_text(inherited.get(key))}
+    front |= {key: inherited[key] for key in _INHERITED if key in inherited}
     front |= {
         "library_name": "mlx",
         "pipeline_tag": "text-generation",

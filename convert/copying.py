@@ -1,4 +1,4 @@
-"""Folded output of which nothing changes: the source's files themselves, copied by the system."""
+"""Where no tensor changes the output is the source's files themselves, copied by the system."""
 
 import ctypes
 import errno
@@ -12,7 +12,7 @@ from threading import Event
 from convert.destination import Partial
 from convert.engine import Checks, run
 from convert.integrity import HashedFile
-from convert.outputs import Output
+from convert.layout import Output
 from convert.source import Source, check_stamps
 from convert.writer import Progress
 from mlx_cerebrum.errors import CheckpointError

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.integrity import ReadError
-from convert.outputs import Output
+from convert.layout import Output
 from convert.source import Source
 from mlx_cerebrum import __version__, device
 from mlx_cerebrum.errors import CheckpointError

@@ -17,7 +17,7 @@ from threading import local
 import mlx.core as mx
 
 from convert.integrity import nonfinite
-from convert.outputs import Output, Spec
+from convert.layout import Output, Spec
 from convert.source import Rows, Source
 from convert.writer import Progress, Writer
 from mlx_cerebrum import device

@@ -6,7 +6,7 @@ give the source's ids on texts that tell tokenizers apart; else the export is re
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mlx_cerebrum.errors import TokenizerError
@@ -58,13 +58,9 @@ def tokenizer_metadata(checkpoint: Checkpoint, rows: int) -> tuple[dict[str, Any
         keys = checkpoint.file.metadata.items()
         return {key: value for key, value in keys if key.startswith("tokenizer.")}, notes
     files = TokenizerFiles.read(checkpoint.path)
-    if (checkpoint.path / "tokenizer.model").exists():
-        vocabulary: Vocabulary
-        vocabulary, metadata = _sentencepiece(checkpoint, files, rows)
-        candidates: Iterator[dict[str, Any]] = iter([metadata])
-    else:
-        vocabulary, metadata, pre_tokenizers = _byte_level(checkpoint, files, rows)
-        candidates = (metadata | {"tokenizer.ggml.pre": name} for name in pre_tokenizers)
+    sentencepiece = (checkpoint.path / "tokenizer.model").exists()
+    read = _sentencepiece if sentencepiece else _byte_level
+    vocabulary, candidates = read(checkpoint, files, rows)
     common = _special(tokenizer, vocabulary, files, notes, rows)
     for found in candidates:
         read_back = Tokenizer.from_gguf(found | common)
@@ -116,7 +112,8 @@ def _special(
 
 def _sentencepiece(
     checkpoint: Checkpoint, files: TokenizerFiles, rows: int
-) -> tuple[Vocabulary, dict[str, Any]]:
+) -> tuple[Vocabulary, list[dict[str, Any]]]:
+    """The vocabulary and its metadata."""
     file = checkpoint.path / "tokenizer.model"
     model = read_bytes(file)
     vocabulary = SentencePieceVocabulary(model, str(file), files.added_tokens)
@@ -127,7 +124,7 @@ def _sentencepiece(
             pieces[token.id] = (token.content, _ADDED_SCORE, kind)
     entries = [pieces.get(i) or (_padding(i), _PADDING_SCORE, UNUSED) for i in range(rows)]
     first = vocabulary.content(next(iter(vocabulary.encode("a")), -1)) or ""
-    return vocabulary, {
+    metadata = {
         _MODEL: "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.tokens": [text for text, _, _ in entries],
@@ -135,12 +132,13 @@ def _sentencepiece(
         "tokenizer.ggml.token_type": [kind for _, _, kind in entries],
         "tokenizer.ggml.add_space_prefix": first.startswith(SPACE_MARK),
     }
+    return vocabulary, [metadata]
 
 
 def _byte_level(
     checkpoint: Checkpoint, files: TokenizerFiles, rows: int
-) -> tuple[Vocabulary, dict[str, Any], list[str]]:
-    """The vocabulary, its metadata, and names of pre-tokenizers, the likeliest first."""
+) -> tuple[Vocabulary, list[dict[str, Any]]]:
+    """The vocabulary and its metadata with each pre-tokenizer, the likeliest first."""
     file = checkpoint.path / "tokenizer.json"
     raw = with_added(parse(read_text(file), str(file)), files.added_tokens, files.has_decoder)
     vocabulary = TokenizersVocabulary(raw, str(file), files.control_tokens)
@@ -169,7 +167,7 @@ def _byte_level(
     names = [name for name in PRE_TOKENIZERS if name != "default"]
     own = raw["pre_tokenizer"]
     names.sort(key=lambda name: json.loads(PRE_TOKENIZERS[name]().__getstate__()) != own)
-    return vocabulary, metadata, names
+    return vocabulary, [metadata | {"tokenizer.ggml.pre": name} for name in names]
 
 
 def _padding(token: int) -> str:

@@ -1,16 +1,29 @@
 """What a conversion will write, decided before a weight is read: its tensors and config.json."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from typing import Any
 
+import mlx.core as mx
+
 from convert import fold
-from convert.outputs import Change, Output, output_modules
 from convert.recipe import choose
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.config import FORMAT_VERSION, ModelConfig
-from mlx_cerebrum.model.tensors import ATTENTION_OUT, MLP_OUT, matrix_shapes, module_path, place
+from mlx_cerebrum.model.tensors import (
+    ATTENTION_OUT,
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    MATRICES,
+    MLP_OUT,
+    NORMS,
+    matrix_shapes,
+    module_path,
+    place,
+)
 from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.weights.checkpoint import FLOAT_CODES, FLOATS, Checkpoint
 from mlx_cerebrum.weights.opening import planned_config
@@ -27,6 +40,8 @@ _DROPPED = (
     *("layer_map", "residual_scales", "format_version", "provenance"),
     *("quantization", "quantization_config", "auto_map", "model_file"),
 )
+_MX: dict[str, mx.Dtype] = {code: getattr(mx, name) for code, name in FLOATS.items()}
+_FLOAT_DTYPES = tuple(_MX.values())
 
 Recipe = Callable[..., dict[str, Packing]]  # convert.recipe.choose, its name and budget given
 UNIFORM: Recipe = partial(choose, "uniform")
@@ -62,6 +77,89 @@ class Options:
     @property
     def is_folded(self) -> bool:
         return self.layout == "folded"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One tensor of the output; `dtype` is safetensors' name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What happens to one module's arrays on the way, in mergekit's order and with its
+    rounding: packed ones made dense (float32), cast to `dtype`, scaled, cast to `out_dtype`,
+    then packed. None: not done. Every step works row by row."""
+
+    unpack: Packing | None = None
+    dtype: str | None = None
+    out_dtype: str | None = None
+    pack: Packing | None = None
+
+    def final(self, stored: str) -> str:
+        """The dtype that a tensor stored as `stored` ends up with, before packing."""
+        return (self.out_dtype or self.dtype or stored) if stored in FLOATS else stored
+
+    def keeps(self, stored: Iterable[str], scale: float | None) -> bool:
+        """Whether arrays stored with these dtypes come out as the bytes they were."""
+        if self.unpack or self.pack or scale is not None:
+            return False
+        wanted = {dtype for dtype in (self.dtype, self.out_dtype) if dtype is not None}
+        return all(wanted <= {code} for code in stored if code in FLOATS)
+
+    def dense(self, arrays: dict[str, mx.array], scale: float | None) -> dict[str, mx.array]:
+        """All but packing. Runs on the CPU: a GPU may take subnormal numbers for zero."""
+        if self.unpack is not None:
+            arrays = {"weight": self.unpack.dequantize(arrays, mx.float32)}
+        return {part: self._cast(array, scale) for part, array in arrays.items()}
+
+    def packed(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The last step. Runs where mlx-lm would run it, on the default device."""
+        return arrays if self.pack is None else self.pack.quantize(arrays["weight"])
+
+    def _cast(self, array: mx.array, scale: float | None) -> mx.array:
+        if array.dtype not in _FLOAT_DTYPES:  # packed integers, 8-bit scales
+            return array
+        if self.dtype is not None:
+            array = array.astype(_MX[self.dtype])
+        if scale is not None:
+            array = (array.astype(mx.float32) * mx.array(scale, mx.float32)).astype(array.dtype)
+        return array if self.out_dtype is None else array.astype(_MX[self.out_dtype])
+
+
+@dataclass(frozen=True)
+class Output:
+    """One module of the output: `source`'s arrays, transformed, under `name`."""
+
+    source: str
+    name: str
+    scale: float | None
+    transform: Transform
+    packing: Packing | None  # how it ends up being held
+    specs: tuple[Spec, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is asked of all weights; `packings` by the source's module paths, `vocabulary` the
+    rows that are kept of the embedding and the head."""
+
+    dequantize: bool = False
+    dtype: str | None = None
+    out_dtype: str | None = None
+    packings: Mapping[str, Packing] = field(default_factory=dict)
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -102,12 +200,12 @@ def lay_out(checkpoint: Checkpoint, options: Options, found: fold.Folding) -> La
         change = replace(change, packings=packings)
     if options.is_folded:  # each block as it is first stored
         layers = [found.block_of.index(block) for block in range(config.num_hidden_layers)]
-        outputs = output_modules(checkpoint, layers, change)
+        outputs = _output_modules(checkpoint, layers, change)
     else:
         # mergekit copies a head that a tied model stores in vain; mlx-lm's quantizing drops it.
         spare = () if change.packings else sorted(checkpoint.spare)
         scale = partial(tensor_scale, config, plan)
-        outputs = output_modules(checkpoint, config.layer_map, change, scale, spare)
+        outputs = _output_modules(checkpoint, config.layer_map, change, scale, spare)
     text = None if plan is None else plan.text
     if plan is None and found.repeats:
         text = fold.describe(config.layer_map, config.num_hidden_layers)[1]
@@ -196,6 +294,60 @@ def _packings(
         if name in chosen:
             packings[module] = chosen[name]
     return packings
+
+
+def _output_modules(
+    checkpoint: Checkpoint,
+    layers: Sequence[int],
+    change: Change,
+    scale: Callable[[int | None, str], float | None] = lambda position, module: None,
+    spare: Iterable[str] = (),
+) -> list[Output]:
+    """What is written: the tables, the final norm, and stored layer `layers[i]` as layer `i`.
+
+    scale: what a module is multiplied by, in the layer `i` or outside (None).
+    spare: stored modules that the model never reads and that are written too.
+    """
+    head = [] if checkpoint.config.tie_word_embeddings else [HEAD]
+    outside = [*spare, EMBEDDING, *head, FINAL_NORM]
+    found = [_output(checkpoint, name, name, scale(None, name), change) for name in outside]
+    for position, layer in enumerate(layers):
+        for kind in (*MATRICES, *NORMS):
+            source, name = module_path(layer, kind), module_path(position, kind)
+            found.append(_output(checkpoint, source, name, scale(position, source), change))
+    return found
+
+
+def _output(
+    checkpoint: Checkpoint, source: str, name: str, scale: float | None, change: Change
+) -> Output:
+    packing, unpack = checkpoint.packing(source), None
+    stored = {
+        part: (checkpoint.dtypes[own], checkpoint.shapes[own])
+        for part, own in checkpoint.parts(source).items()
+    }
+    if packing is not None and change.dequantize:
+        matrices = matrix_shapes(checkpoint.config)
+        stored = {"weight": ("F32", matrices.get(source, matrices[EMBEDDING]))}  # or a spare head
+        unpack = None if source in checkpoint.repacked else packing  # those come unpacked
+        packing = None
+    elif packing is not None and scale is not None:
+        raise ConfigError(
+            f"{checkpoint.path}: {source} is quantized and can't be scaled; add --dequantize"
+        )
+    if change.vocabulary is not None and source in (EMBEDDING, HEAD):
+        rows = change.vocabulary
+        stored = {part: (dtype, (rows, *shape[1:])) for part, (dtype, shape) in stored.items()}
+    pack = change.packings.get(source)
+    transform = Transform(unpack, change.dtype, change.out_dtype, pack)
+    parts = {part: (transform.final(dtype), shape) for part, (dtype, shape) in stored.items()}
+    if pack is not None:
+        code, (rows, columns) = parts["weight"]
+        scales = code if pack.mode == "affine" else "U8"
+        shapes = pack.shapes(rows, columns)
+        parts = {part: ("U32" if part == "weight" else scales, shapes[part]) for part in shapes}
+    specs = (Spec(f"{name}.{part}", dtype, shape) for part, (dtype, shape) in parts.items())
+    return Output(source, name, scale, transform, pack or packing, tuple(specs))
 
 
 def _output_config(

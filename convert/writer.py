@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from convert.destination import Journal
 from convert.integrity import PIECE, Bytes
-from convert.outputs import Output
+from convert.layout import Output
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.weights.safetensors_file import header_bytes
 

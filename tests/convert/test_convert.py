@@ -394,6 +394,7 @@ def test_never_overwrites(
         (["--revision", "main"], "--revision"),
         (["--bogus"], "--bogus"),
         (["--layout", "flat"], "--layout"),
+        (["--gguf", "F16", "--upload-repo", "a/b"], "--upload-repo is for directories"),
     ],
 )
 def test_wrong_flags(
