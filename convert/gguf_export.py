@@ -47,9 +47,8 @@ from mlx_cerebrum.weights.opening import open_checkpoint
 
 # What weights can be stored as, with llama.cpp's name for a file of them.
 KINDS = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
-
 _MAX_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS
-ALIGNMENT = 32  # GGUF's default
+_ALIGNMENT = 32  # GGUF's default
 # A kind holds magnitudes below this: the least that would round to infinity (of Q8_0, a block's
 # scale in float16).
 _LIMITS = {"F32": inf, "F16": 65520.0, "BF16": 3.3961775292304957e38, "Q8_0": 127 * 65520.0}
@@ -116,7 +115,7 @@ def export(
             stream = Stream(file, gguf, total, progress)
             for tensor in tensors:
                 stream.append(checkpoint, tensor)
-            stream.finish()
+            stream.align()
         check_stamps(before)
         open_checkpoint(partial)  # what was written reads back: names, shapes, sizes
         size = partial.stat().st_size
@@ -237,7 +236,7 @@ class Stream:
 
     def append(self, checkpoint: Checkpoint, tensor: Tensor) -> None:
         """Write one tensor, from the source or, where it was written before, from there."""
-        self._align()
+        self.align()
         start = self.file.tell()
         before = self.starts.setdefault((tensor.module, tensor.scale), start)
         if before == start:
@@ -249,12 +248,6 @@ class Stream:
         end = before + tensor.nbytes
         for at in range(before, end, 4 * _CHUNK):
             self._weights(os.pread(self.file.fileno(), min(4 * _CHUNK, end - at), at))
-
-    def finish(self) -> None:
-        """Everything on disk."""
-        self._align()
-        self.file.flush()
-        os.fsync(self.file.fileno())
 
     def _encode(self, rows: Floats, tensor: Tensor, place: str) -> memoryview:
         """Rows as the file stores them. Raises CheckpointError for what it can't hold."""
@@ -278,8 +271,9 @@ class Stream:
         if self.progress is not None:
             self.progress(self.done, self.total)
 
-    def _align(self) -> None:
-        self._put(bytes(-self.file.tell() % ALIGNMENT))
+    def align(self) -> None:
+        """Fill up to where a tensor may begin, or the file end."""
+        self._put(bytes(-self.file.tell() % _ALIGNMENT))
 
     def _put(self, data: bytes | memoryview) -> None:
         self.file.write(data)
