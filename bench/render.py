@@ -18,10 +18,7 @@ SCHEMA = 1
 # In the order of the page. A document can name no other module.
 SUITES = ("speed", "memory", "full_size", "context", "peers", "quality", "plans")
 PAGE = "README.md"
-NO_PICTURES = (
-    "No pictures: matplotlib is not installed (`pip install matplotlib`, then"
-    " `python -m bench render DIR`)."
-)
+NO_PICTURES = "No pictures: `pip install matplotlib`, then `python -m bench render DIR`."
 
 
 def command_line() -> cli.ArgumentParser:
@@ -75,12 +72,10 @@ def report(document: Results, directory: Path | None = None) -> str:
     document = escaped(document)
     with reading("machine or model of the results"):
         parts = _head(document)
-        sections = [
-            (name, document["suites"][name]) for name in SUITES if name in document["suites"]
-        ]
-    for name, results in sections:
+    for name in SUITES:
         with reading(f"suite {name}"):
-            parts += _section(name, results, document["machine"], directory)
+            if name in document["suites"]:
+                parts += _section(name, document, directory)
     page = "\n\n".join(parts) + "\n"
     if directory is not None:
         (directory / PAGE).write_text(page, encoding="utf-8")
@@ -119,17 +114,14 @@ def _head(document: Results) -> list[str]:
     ]
 
 
-def _section(name: str, results: Results, machine: Results, directory: Path | None) -> list[str]:
-    title = f"## {name.replace('_', ' ').capitalize()}"
+def _section(name: str, document: Results, directory: Path | None) -> list[str]:
+    title, results = f"## {name.replace('_', ' ').capitalize()}", document["suites"][name]
     if "not_measured" in results:
         return [title, f"Not measured: {results['not_measured']}"]
     module = suite.module(name)
-    return [
-        title,
-        module.__doc__.splitlines()[0],
-        *module.text(results),
-        *(_pictures(module.plots(results, machine), directory) if directory else []),
-    ]
+    drawn = module.plots(results, document["machine"])
+    pictures = _pictures(drawn, directory) if directory else []
+    return [title, module.__doc__.splitlines()[0], *module.text(results), *pictures]
 
 
 def _pictures(drawn: dict[str, plots.Picture], directory: Path) -> list[str]:

@@ -117,14 +117,7 @@ def reading(what: str) -> Iterator[None]:
     """Inside, results that are not as we write them raise RequestError, one line."""
     try:
         yield
-    except (
-        ArithmeticError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise RequestError(f"{what} can't be read: {type(error).__name__}: {error}") from error
 
 

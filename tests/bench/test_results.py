@@ -160,7 +160,7 @@ def test_escaped_text_is_one_line_without_markup(text: str) -> None:
         ({"schema": 2}, "schema"),
         ({"suites": {"speed": {"names": ["a"]}}}, "suite speed can't be read"),
         ({"suites": {"speed": []}}, "suite speed can't be read"),
-        ({"suites": 1}, "machine or model of the results can't be read"),
+        ({"suites": 1}, "suite speed can't be read"),
         ({"machine": None}, "machine or model of the results can't be read"),
         ({"model": {"a": 1, "b": 2}}, "machine or model of the results can't be read"),
     ],
