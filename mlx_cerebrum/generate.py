@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cerebrum import cli
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.draft_models import check_draft, copy_bytes, draft_model, stored_order
 from mlx_cerebrum.decoding.policy import MOST_DRAFTS
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
@@ -189,6 +190,7 @@ def _run(args: argparse.Namespace) -> int:
     sampling = asked_sampling(args)
     asked = question(args)
     check_drafting(args)
+    prefill_step(args.prefill_step_size)
     StopText(args.stop)
     plan = DEFAULT_PLAN if args.model is None and args.plan is None else args.plan
     spec, memory = model_spec(args, plan), memory_limit(args)
@@ -210,7 +212,7 @@ def _answer(
         ids = tokenizer.encode(asked)
     else:
         ids = tokenizer.apply_chat_template(asked)
-    check_request(config, len(ids), args.max_tokens, args.prefill_step_size)
+    check_request(config, ids, args.max_tokens)
 
     more = copy_bytes(draft, args.draft_bits, storage.dtype.size) if args.draft_bits else 0
     kept, same = args.prompt_cache, {}

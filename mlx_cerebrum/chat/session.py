@@ -128,10 +128,7 @@ class DecodingOptions:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise RequestError(f"max-tokens must be at least 1, not {self.max_tokens}")
-        if self.prefill_step_size < 1:
-            raise RequestError(
-                f"prefill-step-size must be at least 1, not {self.prefill_step_size}"
-            )
+        prefill_step(self.prefill_step_size)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,16 @@ Sampler = Callable[[mx.array, int], mx.array]
 
 
 def prefill_step(asked: int | None = None) -> int:
-    """Prompt tokens to compute at once: as many as asked for, or what is fastest here."""
-    # Measured (bench.speed): on the CPU small chunks waste less on keys a causal mask hides.
-    fastest = 512 if device.on_gpu() else 256
-    return fastest if asked is None else asked
+    """Prompt tokens to compute at once: as many as asked for, or what is fastest here.
+
+    Raises RequestError below 1.
+    """
+    if asked is None:
+        # Measured (bench.speed): on the CPU small chunks waste less on keys a causal mask hides.
+        return 512 if device.on_gpu() else 256
+    if asked < 1:
+        raise RequestError(f"prefill-step-size must be at least 1, not {asked}")
+    return asked
 
 
 def greedy(logits: mx.array, number: int = 0) -> mx.array:
@@ -63,12 +69,10 @@ def decode_step(
     return following
 
 
-def check_prompt(prompt: Sequence[int], prefill_step_size: int) -> None:
-    """Raise RequestError for an empty prompt or steps of nothing."""
+def check_prompt(prompt: Sequence[int]) -> None:
+    """Raise RequestError for an empty prompt."""
     if not prompt:
         raise RequestError("the prompt is empty; there is nothing to continue")
-    if prefill_step_size < 1:
-        raise RequestError(f"prefill-step-size must be at least 1, not {prefill_step_size}")
 
 
 def generate_step(
@@ -88,10 +92,10 @@ def generate_step(
     `prompt` is then what comes after the cached tokens, and the cache always holds the first
     `offset` of all tokens seen and yielded.
 
-    Raises RequestError when `prompt` is empty.
+    Raises RequestError for an empty `prompt`, or steps of less than a token.
     """
     chunk = prefill_step(prefill_step_size)
-    check_prompt(prompt, chunk)
+    check_prompt(prompt)
     cache = model.make_cache() if cache is None else cache
     seen = cache[0].offset + len(prompt)
     tokens = mx.array(list(prompt), dtype=mx.int32)

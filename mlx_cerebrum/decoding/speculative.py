@@ -135,7 +135,7 @@ def speculative_step(
     However it ends, the cache holds the first `offset` of all tokens read and yielded.
     """
     chunk = prefill_step(prefill_step_size)
-    check_prompt(prompt, chunk)
+    check_prompt(prompt)
     if speculation.model is not None and speculation.model is not model:
         raise RequestError("this speculation was made for another model; make one for this")
     if speculation.rounds:

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_cerebrum.decoding.decode import Sampler, generate_step, greedy, prefill_step
+from mlx_cerebrum.decoding.decode import Sampler, check_prompt, generate_step, greedy, prefill_step
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.speculative import Speculation, speculative_step
 from mlx_cerebrum.decoding.text import AnswerText
@@ -35,21 +35,20 @@ class Response:
     cached_tokens: int  # of the prompt, found in the prompt cache
 
 
-def check_request(
-    config: ModelConfig, prompt_tokens: int, max_tokens: int, prefill_step_size: int
-) -> None:
-    """Raise RequestError for a request that is empty or longer than the model's positions."""
-    if prefill_step_size < 1:
-        raise RequestError(f"prefill-step-size must be at least 1, not {prefill_step_size}")
-    if prompt_tokens == 0:
-        raise RequestError("the prompt is empty; there is nothing to continue")
+def check_request(config: ModelConfig, prompt: Sequence[int], max_tokens: int) -> None:
+    """Raise RequestError for a request that is empty, longer than the model's positions, or has
+    tokens that the model does not."""
+    check_prompt(prompt)
     if max_tokens < 1:
         raise RequestError(f"max-tokens must be at least 1, not {max_tokens}")
-    if prompt_tokens + max_tokens > config.max_position_embeddings:
+    if len(prompt) + max_tokens > config.max_position_embeddings:
         raise RequestError(
-            f"prompt ({prompt_tokens} tokens) and max-tokens ({max_tokens}) are more than the"
+            f"prompt ({len(prompt)} tokens) and max-tokens ({max_tokens}) are more than the"
             f" model's {config.max_position_embeddings} positions; shorten one of them"
         )
+    outside = [token for token in prompt if not 0 <= token < config.vocab_size]
+    if outside:
+        raise RequestError(f"token id {outside[0]} is not below {config.vocab_size}")
 
 
 def stream_generate(
@@ -75,7 +74,7 @@ def stream_generate(
     """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     chunk = prefill_step(prefill_step_size)
-    check_request(model.config, len(ids), max_tokens, chunk)
+    check_request(model.config, ids, max_tokens)
     if prompt_cache is None:
         prompt_cache = PromptCache(model, max_bytes=0)  # nothing will be taken back
     elif prompt_cache.model is not model:
@@ -87,9 +86,6 @@ def stream_generate(
         f"the cache for {len(ids)} + {max_tokens} tokens, with what computing them takes,",
         "use a smaller window, fewer tokens or a smaller prefill step",
     )
-    outside = [i for i in ids if not 0 <= i < model.config.vocab_size]
-    if outside:
-        raise RequestError(f"token id {outside[0]} is not below {model.config.vocab_size}")
     answer = AnswerText(tokenizer, max_tokens, stop)
     rest = prompt_cache.begin(ids)
     started = time.perf_counter()

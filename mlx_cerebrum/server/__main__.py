@@ -13,6 +13,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from mlx_cerebrum import cli
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import (
@@ -186,7 +187,8 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str] = os.en
             check_key(key)
         except ValueError as error:
             raise RequestError(str(error)) from None
-    for name in ("batch", "max_tokens", "prefill_step_size"):
+    prefill_step(args.prefill_step_size)
+    for name in ("batch", "max_tokens"):
         if getattr(args, name) < 1:
             flag = name.replace("_", "-")
             raise RequestError(f"{flag} must be at least 1, not {getattr(args, name)}")

@@ -135,7 +135,7 @@ class BatchEngine:
 
     def _check(self, job: Job) -> None:
         """Raise RequestError for a job that can never run."""
-        check_job(job, self._models, self._max_batch, self._prefill_step_size)
+        check_job(job, self._models, self._max_batch)
         needed = job_bytes(self._models[job.model], self._prefill_step_size, job)
         if needed > self._budget:
             raise RequestError(
@@ -303,17 +303,11 @@ class BatchEngine:
         mx.clear_cache()
 
 
-def check_job(
-    job: Job, models: Mapping[str, Model], max_batch: int, prefill_step_size: int
-) -> None:
+def check_job(job: Job, models: Mapping[str, Model], max_batch: int) -> None:
     """Raise RequestError for a job that can never run, however much memory there is."""
     if job.model not in models:
         raise RequestError(f"there is no model {job.model!r}; there are {', '.join(models)}")
-    config = models[job.model].config
-    check_request(config, len(job.prompt), job.max_tokens, prefill_step_size)
-    outside = [token for token in job.prompt if not 0 <= token < config.vocab_size]
-    if outside:
-        raise RequestError(f"token id {outside[0]} is not below {config.vocab_size}")
+    check_request(models[job.model].config, job.prompt, job.max_tokens)
     if not 1 <= job.n <= max_batch:
         raise RequestError(f"n must be from 1 to {max_batch}, not {job.n}")
     k = job.top_logprobs
