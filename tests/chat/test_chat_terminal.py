@@ -215,7 +215,14 @@ def test_several_lines_and_completion(tmp_path: Path) -> None:
     assert "four\\nfive or six" in saved
 
 
-@pytest.mark.parametrize(("columns", "rows"), [(40, 15), (60, 10), (24, 8)])
+@pytest.mark.parametrize(
+    ("columns", "rows"),
+    [
+        (40, 15),
+        pytest.param(60, 10, marks=pytest.mark.long),
+        pytest.param(24, 8, marks=pytest.mark.long),
+    ],
+)
 def test_small_terminals_and_resizing(tmp_path: Path, columns: int, rows: int) -> None:
     with start(tmp_path, "--max-tokens", "300", columns=columns, rows=rows) as program:
         program.until("talker>")

@@ -347,8 +347,9 @@ def test_without_a_hub_the_error_names_the_demo(
     assert done.stderr.count("\n") == 1
 
 
-def test_ctrl_c_keeps_what_was_generated(demo: Path) -> None:
-    args = ["--model", str(demo), "--prompt", "Tell me a very long story.", "--max-tokens", "4000"]
+def test_ctrl_c_keeps_what_was_generated(tmp_path: Path) -> None:
+    model = talker(tmp_path, max_position_embeddings=100_000)
+    args = ["--model", str(model), "--prompt", "Tell me a long story.", "--max-tokens", "90000"]
     code = (  # a suite run in the background hands down an ignored SIGINT
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
         f"from mlx_cerebrum.generate import main; sys.exit(main({args!r}))"
@@ -366,12 +367,13 @@ def test_ctrl_c_keeps_what_was_generated(demo: Path) -> None:
     assert (first + out).endswith("\n")
 
 
-def test_a_signal_keeps_the_prompt_cache(demo: Path, tmp_path: Path) -> None:
+def test_a_signal_keeps_the_prompt_cache(tmp_path: Path) -> None:
     kept = tmp_path / "kept.safetensors"
-    command = [sys.executable, "-m", "mlx_cerebrum.generate", "--model", str(demo)]
+    model = talker(tmp_path, max_position_embeddings=100_000)
+    command = [sys.executable, "-m", "mlx_cerebrum.generate", "--model", str(model)]
     command += ["--prompt", "Tell me a very long story.", "--prompt-cache", str(kept)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command, "--max-tokens", "4000"], cwd=ROOT, **pipes) as process:
+    with subprocess.Popen([*command, "--max-tokens", "90000"], cwd=ROOT, **pipes) as process:
         assert process.stdout is not None
         process.stdout.read(20)
         process.send_signal(signal.SIGTERM)
@@ -450,11 +452,11 @@ def test_closed_streams_are_one_line(demo: Path) -> None:
         assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
-def test_ctrl_z_and_fg(demo: Path) -> None:
+def test_ctrl_z_and_fg(tmp_path: Path) -> None:
     """The shell gets its terminal as it was, and the answer goes on where it was stopped."""
     shell = ["sh", "-c", 'set -m; "$@"; stty -a; echo "is stopped"; read line; fg; exit $?', "sh"]
-    command = [sys.executable, "-m", "mlx_cerebrum.generate", "--model", str(demo), "--quiet"]
-    command += ["--prompt", "Tell me a very long story.", "--max-tokens", "48"]
+    command = [sys.executable, "-m", "mlx_cerebrum.generate", "--model", str(talker(tmp_path))]
+    command += ["--quiet", "--prompt", "Tell me a very long story.", "--max-tokens", "600"]
     alone = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
     with Program([*shell, *command], dict(os.environ), columns=4000) as program:
         program.until(lambda text: len(text) > 20)
@@ -471,10 +473,10 @@ def test_ctrl_z_and_fg(demo: Path) -> None:
     assert len(before) < len(alone) / 2
 
 
-def test_progress_is_shown_to_a_person(demo: Path) -> None:
+def test_progress_is_shown_to_a_person(tmp_path: Path) -> None:
     """On a terminal the load draws a line and takes it away again."""
     leader, follower = pty.openpty()
-    command = [sys.executable, "-m", "mlx_cerebrum.generate", "--model", str(demo)]
+    command = [sys.executable, "-m", "mlx_cerebrum.generate", "--model", str(talker(tmp_path))]
     command += ["--prompt", "Hi", "--max-tokens", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=follower, cwd=ROOT)
     os.close(follower)

@@ -140,7 +140,8 @@ def assert_holds(cache: Sequence[WindowedKVCache], tokens: Sequence[int], least:
 # Greedy exactness.
 
 
-def test_every_draft_at_every_offset_around_the_window() -> None:
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_every_draft_at_every_offset_around_the_window(every: int) -> None:
     """Not only the choices: every row of logits they were made from."""
     rows: list[mx.array] = []
 
@@ -151,7 +152,7 @@ def test_every_draft_at_every_offset_around_the_window() -> None:
     for seen in range(WINDOW - 17, WINDOW + 18):
         cache = caches(9 if seen % 2 else 256, rewind=17)
         prefill(TINY, mx.array(TRUTH[: seen - 1]), cache)
-        for drafts in range(1, 17):
+        for drafts in range(1 + seen % every, 17, every):
             held = (0, drafts // 2, drafts)[(seen + drafts) % 3]
             draft = Oracle(TRUTH, [held]).draft(TRUTH[:seen], drafts, cache, greedy, 0)
             new = verify(TINY, TRUTH[seen - 1], draft, cache, recorder, 0)
@@ -380,14 +381,15 @@ def test_the_longest_draft_can_be_undone() -> None:
     assert_holds(cache, TRUTH[:190], least=189)
 
 
-def test_an_answer_ends_inside_a_draft(checkpoint: MakeCheckpoint) -> None:
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_an_answer_ends_inside_a_draft(checkpoint: MakeCheckpoint, every: int) -> None:
     """By EOS or by a stop string: the text, the last token and the cache are plain decoding's."""
     model, tokenizer = load(checkpoint(sliding_window=20))
     ids = tokenizer.encode("A list of colours: red, green")
     plain = [r.token for r in stream_generate(model, tokenizer, ids, max_tokens=20)]
     text = tokenizer.decode(plain)
-    endings: list[tuple[set[int], list[str]]] = [({plain[at]}, []) for at in range(2, 16)]
-    endings += [(set(), [text[at : at + 2]]) for at in range(2, min(16, len(text) - 2))]
+    endings: list[tuple[set[int], list[str]]] = [({plain[at]}, []) for at in range(2, 16, every)]
+    endings += [(set(), [text[at : at + 2]]) for at in range(2, min(16, len(text) - 2), every)]
     for eos, stop in endings:
         tokenizer.eos_token_ids = frozenset(eos)
         held = PromptCache(model)

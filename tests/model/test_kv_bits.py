@@ -265,7 +265,7 @@ def test_drafting_writes_what_plain_decoding_writes(
     model, tokenizer = load(demo, dtype="float32", window=24)
     model = model.view((*range(6), *range(24, 30)))  # 12 positions are enough to see it, and fast
     prompt = tokenizer.encode("The cat sat on the mat. The dog sat on the mat. The cat sat on")
-    plain = list(generate_step(prompt, model, max_tokens=32, cache=model.make_cache(bits)))
+    plain = list(generate_step(prompt, model, max_tokens=16, cache=model.make_cache(bits)))
     guesses = speculation(model)
 
     def always(seen: Sequence[int], most: int) -> tuple[str, str, int] | None:
@@ -274,7 +274,7 @@ def test_drafting_writes_what_plain_decoding_writes(
 
     monkeypatch.setattr(guesses, "choose", always)
     cache = model.make_cache(bits)
-    drafted = list(speculative_step(prompt, model, guesses, max_tokens=32, cache=cache))
+    drafted = list(speculative_step(prompt, model, guesses, max_tokens=16, cache=cache))
     assert sum(drafts for _, drafts, _ in guesses.rounds) > 0
     apart = [n for n, pair in enumerate(zip(plain, drafted, strict=True)) if pair[0] != pair[1]]
     if apart:

@@ -112,7 +112,13 @@ def running(model: Path, *flags: str, **environment: str) -> Iterator[tuple[str,
                 stream.close()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "signum",
+    [
+        signal.SIGTERM,
+        *(pytest.param(s, marks=pytest.mark.long) for s in (signal.SIGINT, signal.SIGHUP)),
+    ],
+)
 def test_up_and_down(checkpoint: MakeCheckpoint, signum: signal.Signals) -> None:
     model = checkpoint(max_position_embeddings=100_000)
     kept = {"MLX_CEREBRUM_API_KEY": "the-key"}
