@@ -47,7 +47,6 @@ from mlx_cerebrum.weights.opening import ModelSpec, open_model, planned_config
 LENGTHS = (1024, 4096, 8192, 16384, 32768)
 PLANS = ("cerebrum-12.25b", "cerebrum-7b")
 PEER = "mlx-lm, 12.25b unrolled"
-BYTES_AT = (4096, 16384, 32768)
 PROBE = 32  # tokens of the prompt whose logits are compared
 _KV_ITEM = 2  # bytes of a key or value at full size
 _TOKENS = 6  # decoded in a round at most: fewer than ours can always take back
@@ -210,7 +209,7 @@ def _random(effort: Effort, lengths: Sequence[int], geometry: dict[str, Any]) ->
         "hidden_size": config.hidden_size,
         "window": config.sliding_window,
         "most_held": config.kv_values_per_token() * dtype.size * entries,
-        "bytes_alone": bytes_alone(config),
+        "bytes_alone": [{"length": LENGTHS[-1], "ratios": bytes_alone(config, LENGTHS[-1])}],
         "lengths": _lengths(lengths, runners, peers, effort),
     }
 
@@ -256,28 +255,21 @@ def _lengths(
     return found
 
 
-def bytes_alone(narrow: ModelConfig) -> list[Results]:
-    """Bytes that mlx-lm reads for a token over those that ours reads, with nothing measured.
+def bytes_alone(narrow: ModelConfig, length: int) -> dict[str, float]:
+    """Bytes that mlx-lm reads for a token after `length` over those that ours reads, by arithmetic.
 
     Ours reads the weights and the window's keys and values, mlx-lm those of all tokens.
     """
     full = planned_config(ModelConfig.from_dict(GEOMETRIES["cerebrum-7b"]), PLANS[0], None)
-    models = {
-        "narrow": (narrow, "bf16"),
-        f"{PLANS[0]}, bf16": (full, "bf16"),
-        f"{PLANS[0]}, 4-bit": (full, "4-bit"),
-    }
-
-    def saved(config: ModelConfig, kind: str, length: int) -> float:
+    models = [("narrow", narrow, "bf16")]
+    models += [(f"{PLANS[0]}, {kind}", full, kind) for kind in ("bf16", "4-bit")]
+    found = {}
+    for name, config, kind in models:
         weights = parameters_read(config) * BITS[kind] / 8
         token = config.kv_values_per_token() * _KV_ITEM
         seen = min(length, config.sliding_window or length)
-        return round((weights + length * token) / (weights + seen * token), 4)
-
-    return [
-        {"length": n, "ratios": {name: saved(*one, n) for name, one in models.items()}}
-        for n in BYTES_AT
-    ]
+        found[name] = round((weights + length * token) / (weights + seen * token), 4)
+    return found
 
 
 def _tokens(effort: Effort) -> int:
@@ -297,8 +289,8 @@ def text(results: Results) -> list[str]:
         for row in part["lengths"]
         for name, reason in row["missing"].items()
     }
-    alone = random["bytes_alone"]
-    names = list(alone[0]["ratios"])
+    alone = random["bytes_alone"][-1]
+    saved = "; ".join(f"{name} {value:.2f}" for name, value in alone["ratios"].items())
     return [
         f"Decode at a context, keys and values filled at random; each round decodes"
         f" {results['tokens']} tokens and takes them back. Median (lowest-highest) of rounds in"
@@ -316,14 +308,11 @@ def text(results: Results) -> list[str]:
         f" window ({PROBE} tokens) are from ours, at most: {differ}. Past the window the two do not"
         " compute the same function: the model was trained to see the window only. A ratio there"
         " says what the window saves, not how well a kernel is written.",
-        "**From bytes alone, not measured**: what mlx-lm reads for a token (weights, and keys and"
-        " values of all tokens) over what ours reads (weights, and the window's). More than that"
-        " the window can't save where decoding is bound by bandwidth. The narrow weights are few"
-        " for their keys and values, so their ratios above are higher than full size can give.",
-        table(
-            ["context, from bytes alone", *names],
-            [[str(row["length"]), *(f"{row['ratios'][n]:.2f}" for n in names)] for row in alone],
-        ),
+        f"**From bytes alone, not measured**, at {alone['length']} tokens: what mlx-lm reads for a"
+        " token (weights, and keys and values of all tokens) over what ours reads (weights, and the"
+        f" window's): {saved}. More than that the window can't save where decoding is bound by"
+        " bandwidth: at full size less than over narrow weights, which are few for their keys and"
+        " values.",
     ]
 
 

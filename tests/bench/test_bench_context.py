@@ -173,16 +173,15 @@ def test_what_does_not_fit_is_a_row_that_says_so(
     assert f"8192 tokens, {context.PEER}: not measured: a context of 8192 tokens needs" in said
 
 
-def test_what_bytes_alone_allow_is_arithmetic(results: Results) -> None:
+@pytest.mark.parametrize("length", [4096, 32768])
+def test_what_bytes_alone_allow_is_arithmetic(length: int) -> None:
     """By hand: the 7B has 218,112,000 parameters a block, 131,076,096 beside the embedding."""
-    rows = {row["length"]: row["ratios"] for row in results["random"]["bytes_alone"]}
-    assert list(rows) == [4096, 16384, 32768]
+    found = context.bytes_alone(ModelConfig.from_dict(GEOMETRY), length)
     weights = 56 * 218_112_000 + 32000 * 4096 + 4096
     token = 56 * 2 * 8 * 128 * 2  # bytes of keys and values
     for kind, bits in (("bf16", 16), ("4-bit", 4.5)):
-        for length, ratios in rows.items():
-            full, seen = (weights * bits / 8 + n * token for n in (length, 4096))
-            assert ratios[f"cerebrum-12.25b, {kind}"] == pytest.approx(full / seen, abs=1e-4)
+        full, seen = (weights * bits / 8 + n * token for n in (length, 4096))
+        assert found[f"cerebrum-12.25b, {kind}"] == pytest.approx(full / seen, abs=1e-4)
 
 
 def test_text_and_plots_come_from_the_results_alone(results: Results, tmp_path: Path) -> None:
