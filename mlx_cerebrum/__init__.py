@@ -7,7 +7,7 @@ mlx_cerebrum.generate` imports its module once.
 import importlib
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -43,6 +43,17 @@ __all__ = [
     "make_sampler",
     "stream_generate",
 ]
+
+
+def lazily(home: str, *names: str) -> Callable[[str], Any]:
+    """A room's `__getattr__`: these names of its module `home`, loaded when one is asked for."""
+
+    def get(name: str) -> Any:
+        if name in names:
+            return getattr(importlib.import_module(home), name)
+        raise AttributeError(f"module {home.rpartition('.')[0]!r} has no attribute {name!r}")
+
+    return get
 
 
 class _Package(types.ModuleType):

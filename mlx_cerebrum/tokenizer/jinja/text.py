@@ -252,11 +252,10 @@ def _filled(
     budget.scan(text)
     parts, at = list[str](), 0
     for place in places.finditer(text):
-        start, end = place.span()
-        parts.append(part(budget, text, slice(at, start)))
-        doubled = place[0] in ("{{", "}}") or place[0].endswith("%")
-        parts.append(part(budget, text, slice(end - 1, end)) if doubled else fill(place))
-        at = end
+        parts.append(part(budget, text, slice(at, place.start())))
+        at, shown = place.end(), place[0]
+        doubled = shown[-1] == "%" or shown in ("{{", "}}")
+        parts.append(part(budget, text, slice(at - 1, at)) if doubled else fill(place))
     parts.append(part(budget, text, slice(at, None)))
     return join(budget, parts)
 
@@ -270,10 +269,10 @@ def percent(budget: Budget, text: str, values: Any, to_text: ToText) -> str:
         value = next(rest, rest) if place["key"] is None else values[place["key"]]
         if value is rest:
             raise TypeError("not enough arguments for format string")
-        kind, flags, width = place["kind"], place["flags"], _number(place["width"])
-        precision = _number(place["precision"])
+        kind, flags = place["kind"], place["flags"]
         if kind == "s":
             return _padded(budget, to_text(value), place, "<" if "-" in flags else ">")
+        width, precision = _number(place["width"]), _number(place["precision"])
         if kind in "diouxXeEfFgGc" and isinstance(value, int | float | str):
             digits = "" if precision is None else f".{precision}"
             return str(f"%{flags}{width or ''}{digits}{kind}" % value)

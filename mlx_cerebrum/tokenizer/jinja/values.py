@@ -103,9 +103,11 @@ def weigh(budget: Budget, value: Any, indent: int = 0, depth: int = 1) -> None:
     if isinstance(value, str):
         budget.letters(2 * len(value))
     elif isinstance(value, _NEST):
-        inner = [*value, *value.values()] if isinstance(value, dict) else value
-        budget.letters(((4 if inner is not value else 2) + indent * depth) * (1 + len(value)))
-        for each in inner:
+        inner = value.values() if isinstance(value, dict) else None
+        budget.letters(((2 if inner is None else 4) + indent * depth) * (1 + len(value)))
+        for each in value:
+            weigh(budget, each, indent, depth + 1)
+        for each in inner or ():
             weigh(budget, each, indent, depth + 1)
     else:
         budget.letters(32)
@@ -339,8 +341,8 @@ def _own_attribute(budget: Budget, value: Any, name: str) -> Any:
     if isinstance(value, Object):
         return value.attribute(name)
     for sort, methods in _METHODS.items():
-        if isinstance(value, sort) and name in methods:
-            return Function(partial(methods[name], budget, value))
+        if isinstance(value, sort):
+            return Function(partial(methods[name], budget, value)) if name in methods else NOTHING
     return NOTHING
 
 
