@@ -1,61 +1,60 @@
 """Engines measured together, where any one may fail and the others go on."""
 
+import contextlib
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from bench.engines import Loaded, Run
 from bench.report import rounds
+from bench.suite import Effort
 from mlx_cerebrum import cli
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import require
 
-
-@dataclass(frozen=True)
-class Source:
-    """A peer's weights, ready to be loaded: what loading takes, and how."""
-
-    nbytes: int
-    open: Callable[[Model | None], Loaded]  # given ours, to compare weights with
-    exact: bool = True  # the weights that ours computes with
+Load = Callable[[Model | None], Loaded]  # given ours, to compare weights with
 
 
 @dataclass
 class Attempt:
     """An engine that may fail at any point without taking the others along."""
 
-    open: Callable[[], Loaded]
-    prompt: list[int]
-    tokens: int
-    exact: bool = True
+    weights: Callable[[], tuple[int, Load]]  # writes them: what loading takes, and how to
+    exact: bool = True  # the weights that ours computes with
+    nbytes: int = 0
+    load: Load | None = None
     engine: Loaded | None = None
-    failure: str | None = None
     runs: list[Run] = field(default_factory=list)
+    failure: str | None = None
 
-    def start(self) -> None:
-        def start() -> None:
-            self.engine = self.open()
-            self.engine.generate(self.prompt, self.tokens)  # to warm up: not counted
+    def prepare(self) -> None:
+        with self._guarded():
+            self.nbytes, self.load = self.weights()
 
-        self._guarded(start)
+    def start(self, ours: Model | None, prompt: Sequence[int], tokens: int) -> None:
+        if self.load is not None:
+            with self._guarded():
+                require(self.nbytes, "loading it", "measure it on a machine with more memory")
+                self.engine = self.load(ours)
+                self.engine.generate(prompt, tokens)  # to warm up: not counted
 
-    def __call__(self) -> None:
-        def run() -> None:
-            assert self.engine is not None
-            self.runs.append(self.engine.generate(self.prompt, self.tokens))
+    def run(self, prompt: Sequence[int], tokens: int) -> None:
+        if self.engine is not None and self.failure is None:
+            with self._guarded():
+                self.runs.append(self.engine.generate(prompt, tokens))
 
-        self._guarded(run)
-
-    def _guarded(self, step: Callable[[], None]) -> None:
-        if self.failure is None:
-            try:
-                step()
-            except Exception as error:  # a peer may raise anything
-                self.failure = one_line(error)
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a peer may raise anything
+            self.failure = one_line(error)
 
 
 def one_line(error: Exception) -> str:
@@ -63,23 +62,28 @@ def one_line(error: Exception) -> str:
     return text if isinstance(error, CerebrumError) else f"{type(error).__name__}: {text:.200}"
 
 
-def in_turns(attempts: dict[str, Attempt], count: int, seconds: float) -> None:
+def in_turns(
+    attempts: Mapping[str, Attempt], prompt: Sequence[int], effort: Effort, ours: Model | None
+) -> None:
     """Warm up every engine, then run all of them in every round."""
     for attempt in attempts.values():
-        attempt.start()
-    rounds(attempts, count, seconds=seconds, warm=False)
+        attempt.start(ours, prompt, effort.tokens)
+    runs = {name: partial(one.run, prompt, effort.tokens) for name, one in attempts.items()}
+    rounds(runs, effort.rounds, seconds=effort.seconds, warm=False)
 
 
 def one_by_one(
-    attempts: dict[str, Attempt], count: int, seconds: float, release: Callable[[], None]
+    attempts: Mapping[str, Attempt],
+    prompt: Sequence[int],
+    effort: Effort,
+    release: Callable[[], None],
 ) -> None:
     """Where they don't fit side by side: each is gone before the next is loaded.
 
     `release` lets go of weights that others than the attempts hold.
     """
     for name, attempt in attempts.items():
-        attempt.start()
-        rounds({name: attempt}, count, seconds=seconds, warm=False)
+        in_turns({name: attempt}, prompt, effort, None)
         if attempt.engine is not None:
             attempt.engine = replace(attempt.engine, generate=_gone)
         release()

@@ -23,20 +23,24 @@ from pathlib import Path
 import mlx.core as mx
 
 from bench import engines, llama_cpp, process, step_profile
-from bench.attempts import Attempt, Source, forget, in_turns, one_by_one, one_line
+from bench.attempts import Attempt, Load, forget, in_turns, one_by_one, one_line
 from bench.copies import Copies, main_type, nbytes
-from bench.engines import Loaded, prompt_ids, required
+from bench.engines import Loaded, Run, prompt_ids, required
 from bench.pair import Pair
 from bench.plots import Picture, bars
-from bench.report import Spread, ratio, rounds, table
+from bench.report import Spread, columns, ratio, rounds
 from bench.suite import Effort, Results
 from mlx_cerebrum import device
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import GB, fits, human, require
+from mlx_cerebrum.model.memory import GB, fits, human
 
 OURS = "mlx-cerebrum"
+PHASES: dict[str, Callable[[Run], float]] = {
+    "prefill": lambda run: run.prefill_tps,
+    "decode": lambda run: run.decode_tps,
+}
 PROMPT_TOKENS = 512
 QUESTION = "The capital of France is"
 _ROUNDS = 3  # at most: every round is as many generations as there are engines
@@ -67,73 +71,53 @@ def measure(pair: Pair, effort: Effort, prompt_tokens: int = PROMPT_TOKENS) -> R
 
 def _side(pair: Pair, index: int, effort: Effort, prompt: list[int], tunings: Tunings) -> Results:
     side, storage = pair.sides[index], pair.storage()
-    sources: dict[str, Source] = {}
-    failed: dict[str, str | None] = {}
     with tempfile.TemporaryDirectory(dir=effort.work) as folder:
         copies = Copies(pair, side, Path(folder))
+        attempts = _peers(copies, prompt, effort.tokens, tunings)
         size = human(side.config.executed_parameters * storage.dtype.size)
-        for name, prepare in _sources(copies, prompt, effort.tokens, tunings).items():
+        for name, attempt in attempts.items():
             effort.say(f"{side.name}: the weights for {name}, up to {size} in {folder}")
-            try:
-                sources[name] = prepare()
-            except Exception as error:
-                failed[name] = one_line(error)
+            attempt.prepare()
         start = _start(copies, effort)
-        needed = storage.nbytes + storage.transient + sum(one.nbytes for one in sources.values())
-        together = fits(needed)
-        ours = Attempt(lambda: engines.ours(pair.models()[index]), prompt, effort.tokens)
-        attempts = {OURS: ours}
-        for name, source in sources.items():
-            load = partial(_load, source, pair, index if together else None)
-            attempts[name] = Attempt(load, prompt, effort.tokens, source.exact)
+        needed = storage.nbytes + storage.transient
+        together = fits(needed + sum(attempt.nbytes for attempt in attempts.values()))
+        ours = Attempt(lambda: (0, lambda _: engines.ours(pair.models()[index])))
+        ours.prepare()
+        attempts = {OURS: ours} | attempts
         effort.say(f"{side.name}: {', '.join(attempts)}")
         if together:
-            in_turns(attempts, effort.rounds, 2 * effort.seconds)
+            longer = replace(effort, seconds=2 * effort.seconds)
+            in_turns(attempts, prompt, longer, pair.models()[index])
         else:
-            one_by_one(attempts, effort.rounds, effort.seconds, pair.release)
-    failed |= {name: attempt.failure for name, attempt in attempts.items() if attempt.failure}
-    if OURS in failed:
-        raise CerebrumError(f"{OURS}: {failed[OURS]}")
+            one_by_one(attempts, prompt, effort, pair.release)
+    if ours.failure is not None:
+        raise CerebrumError(f"{OURS}: {ours.failure}")
     context = len(prompt) + effort.tokens // 2
-    rows = {
-        name: _row(attempt, ours, context, side.config)
-        for name, attempt in attempts.items()
-        if name not in failed
-    }
     return {
         "name": side.name,
         "together": together,
         "rounds": len(ours.runs),
-        "engines": rows | {name: {"failure": why} for name, why in failed.items()},
+        "engines": {n: _row(one, ours, context, side.config) for n, one in attempts.items()},
         "start": start,
     }
 
 
-def _load(source: Source, pair: Pair, index: int | None) -> Loaded:
-    """`index`: the side of ours that is loaded, to compare weights with."""
-    require(source.nbytes, "loading it", "measure it on a machine with more memory")
-    return source.open(None if index is None else pair.models()[index])
-
-
-def _sources(
-    copies: Copies, prompt: list[int], tokens: int, tunings: Tunings
-) -> dict[str, Callable[[], Source]]:
-    """How each peer's weights are made ready. Each raises a one-line reason where they can't."""
+def _peers(copies: Copies, prompt: list[int], tokens: int, tunings: Tunings) -> dict[str, Attempt]:
     config = copies.side.config
 
-    def mlx_lm() -> Source:
+    def mlx_lm() -> tuple[int, Load]:
         path = copies.directory()
-        return Source(nbytes(path), lambda ours: engines.mlx_lm(path, config, prompt, ours))
+        return nbytes(path), lambda ours: engines.mlx_lm(path, config, prompt, ours)
 
-    def transformers() -> Source:
+    def transformers() -> tuple[int, Load]:
         for package in ("transformers", "torch"):  # before anything is written for them
             required(package, "oracle")
         path = copies.directory()
         # Twice: it loads on the CPU and then moves what it loaded.
         size = nbytes(path) * (2 if device.on_gpu() else 1)
-        return Source(size, lambda _: engines.transformers(path, config, prompt))
+        return size, lambda _: engines.transformers(path, config, prompt)
 
-    def llama(kind: str, exact: bool) -> Source:
+    def llama(kind: str, exact: bool) -> tuple[int, Load]:
         required("xllamacpp", "bench")
         if device.on_gpu() and not llama_cpp.on_gpu():
             raise RequestError("this xllamacpp computes on the CPU only; install its GPU wheel")
@@ -147,13 +131,13 @@ def _sources(
                 path, config, tunings[exact], exact=float32, context=context
             )
 
-        return Source(nbytes(path), load, exact)
+        return nbytes(path), load
 
-    found: dict[str, Callable[[], Source]] = {"mlx-lm": mlx_lm, "transformers": transformers}
+    found = {"mlx-lm": Attempt(mlx_lm), "transformers": Attempt(transformers)}
     if copies.dense:
-        found[f"llama.cpp {copies.kind}"] = partial(llama, copies.kind, True)
-    quantized = "Q8_0" if copies.native is None else main_type(copies.native)
-    found[f"llama.cpp {quantized}"] = partial(llama, quantized, False)
+        found[f"llama.cpp {copies.kind}"] = Attempt(partial(llama, copies.kind, True))
+    kind = "Q8_0" if copies.native is None else main_type(copies.native)
+    found[f"llama.cpp {kind}"] = Attempt(partial(llama, kind, False), exact=False)
     return found
 
 
@@ -190,36 +174,31 @@ def _start(copies: Copies, effort: Effort) -> Results:
 def _row(attempt: Attempt, ours: Attempt, context: int, config: ModelConfig) -> Results:
     """An engine's figures, and ours over them round by round."""
     engine = attempt.engine
-    assert engine is not None
-    paces, our_paces = (
-        {
-            "prefill": [run.prefill_tps for run in one.runs],
-            "decode": [run.decode_tps for run in one.runs],
-        }
-        for one in (attempt, ours)
-    )
-    row: Results = {name: Spread.of(pace).as_json() for name, pace in paces.items()}
+    if engine is None or attempt.failure is not None:
+        return {"failure": attempt.failure}
+    runs, our_runs = attempt.runs, ours.runs
+    spread = {"first": Spread.of([run.first for run in runs]).as_json()}
+    spread |= {name: Spread.of([*map(pace, runs)]).as_json() for name, pace in PHASES.items()}
     # Multiplications and additions of a prompt token in the blocks' matrices.
     work = 2 * config.num_positions * config.block_parameters
-    nbytes = engine.token_bytes(context)
-    row |= {
+    token_bytes = engine.token_bytes(context)
+    row: Results = spread | {
         "version": engine.version,
         "settings": engine.settings,
         "exact": attempt.exact,
         "weights": engine.weights,
-        "token_bytes": nbytes,
-        "first": Spread.of([run.first for run in attempt.runs]).as_json(),
+        "token_bytes": token_bytes,
         "same_weights": engine.same_weights,
-        "gb_s": row["decode"]["median"] * nbytes / GB,
-        "gflop_s": row["prefill"]["median"] * work / 1e9,
+        "gb_s": spread["decode"]["median"] * token_bytes / GB,
+        "gflop_s": spread["prefill"]["median"] * work / 1e9,
     }
     if attempt is not ours:
-        shared = min(len(attempt.runs), len(ours.runs))
+        both = list(zip(our_runs, runs, strict=False))  # as many as both had time for
         row["ratios"] = {
-            name: ratio(our_paces[name][:shared], pace[:shared]).as_json()
-            for name, pace in paces.items()
+            name: Spread.of([pace(a) / pace(b) for a, b in both]).as_json()
+            for name, pace in PHASES.items()
         }
-        row |= agreement(ours.runs[0].tokens, attempt.runs[0].tokens, config.eos_token_ids)
+        row |= agreement(our_runs[0].tokens, runs[0].tokens, config.eos_token_ids)
     return row
 
 
@@ -257,29 +236,12 @@ def _measured(side: Results) -> dict[str, Results]:
 
 def _side_text(side: Results) -> list[str]:
     rows = _measured(side)
+    read = rows[OURS]["token_bytes"]
     how = (
         "all engines loaded, in turns"
         if side["together"]
         else "one engine after another, since they do not fit in memory together: not in turns"
     )
-    paces = [
-        [name, *_pace(row, "prefill"), *_pace(row, "decode"), _weights(row), _same(row)]
-        for name, row in rows.items()
-    ]
-    costs = [
-        [
-            name,
-            Spread.read(row["first"]).text(2),
-            f"{row['weights'] / GB:.3f}",
-            f"{row['token_bytes'] / GB:.3f}",
-            f"{row['token_bytes'] / rows[OURS]['token_bytes']:.2f}",
-            f"{row['gb_s']:.2f}",
-            f"{row['gflop_s']:.1f}",
-        ]
-        for name, row in rows.items()
-    ]
-    header = ["engine", "prefill, tokens/s", "ours/its", "decode, tokens/s", "ours/its"]
-    read = ["read a token, GB", "of ours", "decode, GB/s", "prefill, GFLOP/s"]
     missing = [
         f"- {name}: not measured: {row['failure']}"
         for name, row in side["engines"].items()
@@ -287,8 +249,26 @@ def _side_text(side: Results) -> list[str]:
     ]
     return [
         f"**{side['name']}**; rounds: {side['rounds']}; {how}.",
-        table([*header, "its weights", "same tokens"], paces),
-        table(["engine", "first token, s", "weights, GB", *read], costs),
+        columns(
+            rows.items(),
+            ("engine", lambda of: of[0]),
+            ("prefill, tokens/s", lambda of: Spread.read(of[1]["prefill"]).text()),
+            ("ours/its", lambda of: _ratio(of[1].get("ratios", {}).get("prefill"))),
+            ("decode, tokens/s", lambda of: Spread.read(of[1]["decode"]).text()),
+            ("ours/its", lambda of: _ratio(of[1].get("ratios", {}).get("decode"))),
+            ("its weights", lambda of: _weights(of[1])),
+            ("same tokens", lambda of: _same(of[1])),
+        ),
+        columns(
+            rows.items(),
+            ("engine", lambda of: of[0]),
+            ("first token, s", lambda of: Spread.read(of[1]["first"]).text(2)),
+            ("weights, GB", lambda of: f"{of[1]['weights'] / GB:.3f}"),
+            ("read a token, GB", lambda of: f"{of[1]['token_bytes'] / GB:.3f}"),
+            ("of ours", lambda of: f"{of[1]['token_bytes'] / read:.2f}"),
+            ("decode, GB/s", lambda of: f"{of[1]['gb_s']:.2f}"),
+            ("prefill, GFLOP/s", lambda of: f"{of[1]['gflop_s']:.1f}"),
+        ),
         _start_text(side["start"]),
         *(["\n".join(missing)] if missing else []),
         f"Where our time goes, each kind of operation alone, {side['name']}:",
@@ -296,9 +276,8 @@ def _side_text(side: Results) -> list[str]:
     ]
 
 
-def _pace(row: Results, phase: str) -> list[str]:
-    share = row.get("ratios", {}).get(phase)
-    return [Spread.read(row[phase]).text(), Spread.read(share).text(2) if share else ""]
+def _ratio(found: Results | None) -> str:
+    return Spread.read(found).text(2) if found else ""
 
 
 def _weights(row: Results) -> str:
@@ -316,18 +295,18 @@ def _same(row: Results) -> str:
 def _start_text(start: Results) -> str:
     if "failure" in start:
         return f"Process start to first token: not measured ({start['failure']})."
-    rows = []
-    for name, took in start["seconds"].items():
-        share = start["ratios"].get(name)
-        rows.append([name, Spread.read(took).text(2), Spread.read(share).text(2) if share else ""])
-    what = f"process start to first token (rounds: {start['rounds']})"
-    return table([what, "s", "mlx-lm's/its"], rows)
+    return columns(
+        start["seconds"].items(),
+        (f"process start to first token (rounds: {start['rounds']})", lambda of: of[0]),
+        ("s", lambda of: Spread.read(of[1]).text(2)),
+        ("mlx-lm's/its", lambda of: _ratio(start["ratios"].get(of[0]))),
+    )
 
 
 def plots(results: Results, machine: Results) -> dict[str, Picture]:
     sides = results["sides"].values()
     pictures = {}
-    for phase in ("prefill", "decode"):
+    for phase in PHASES:
         groups: dict[str, dict[str, float]] = defaultdict(dict)
         for side in sides:
             for name, row in _measured(side).items():

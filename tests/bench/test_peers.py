@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ import pytest
 from conftest import MakeCheckpoint
 
 from bench import bandwidth, copies, engines, llama_cpp, machine, peers, process, step_profile
-from bench.attempts import Attempt, Source, in_turns, one_by_one
+from bench.attempts import Attempt, in_turns, one_by_one
 from bench.engines import Loaded, Run
 from bench.pair import Pair, open_pair
 from bench.suite import Effort, Results
 from convert.__main__ import main as convert
 from mlx_cerebrum.decoding.decode import generate_step
-from mlx_cerebrum.errors import MemoryBudgetError
 from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.weights.opening import load_tokenizer
 
@@ -200,36 +198,38 @@ def test_engines_that_do_not_fit_run_one_after_another(
     assert "one engine after another" in "\n".join(peers.text(results))
 
 
-def test_attempts_stop_at_their_failure() -> None:
+def test_attempts_stop_at_their_failure(settings: Effort) -> None:
     calls: list[str] = []
 
-    def engine(name: str, lives: int) -> Loaded:
+    def attempt(name: str, lives: int) -> Attempt:
         def generate(prompt: Sequence[int], max_tokens: int) -> Run:
             calls.append(name)
             if calls.count(name) > lives:
                 raise OSError("gone")
             return Run([1, 2], 1.0, 1.0, len(prompt))
 
-        return Loaded("1", "", 0, 0, 0, generate)
+        made = Attempt(lambda: (0, lambda _: Loaded("1", "", 0, 0, 0, generate)))
+        made.prepare()
+        return made
 
-    attempts = {
-        name: Attempt(partial(engine, name, lives), PROMPT, 2)
-        for name, lives in {"good": 9, "bad": 2}.items()
-    }
-    in_turns(attempts, 3, 60.0)
+    three = replace(settings, rounds=3)
+    attempts = {name: attempt(name, lives) for name, lives in {"good": 9, "bad": 2}.items()}
+    in_turns(attempts, PROMPT, three, None)
     assert [len(attempt.runs) for attempt in attempts.values()] == [3, 1]
     assert attempts["bad"].failure == "OSError: gone"
     assert calls == ["good", "bad", "good", "bad", "bad", "good", "good"]
     released: list[bool] = []
-    alone = {"good": Attempt(lambda: engine("later", 9), PROMPT, 2)}
-    one_by_one(alone, 2, 60.0, lambda: released.append(True))
-    assert len(alone["good"].runs) == 2
+    alone = attempt("later", 9)
+    one_by_one({"good": alone}, PROMPT, three, lambda: released.append(True))
+    assert len(alone.runs) == 3
     assert released == [True]
 
 
-def test_memory_is_asked_for_before_loading(pair: Pair) -> None:
-    with pytest.raises(MemoryBudgetError, match=r"loading it needs 1000000\.00 GB"):
-        peers._load(Source(10**15, fails), pair, None)
+def test_memory_is_asked_for_before_loading() -> None:
+    attempt = Attempt(lambda: (10**15, fails))
+    attempt.prepare()
+    attempt.start(None, PROMPT, TOKENS)
+    assert "loading it needs 1000000.00 GB" in str(attempt.failure)
 
 
 def test_reads() -> None:
