@@ -103,7 +103,7 @@ def _chosen(paragraphs: list[str], numbers: str) -> list[str]:
 
 
 def index(folder: Path) -> str:
-    """A row for each run, by backend."""
+    """A row for each run."""
     rows = []
     for path in sorted(folder.glob(f"*/{suite.FILE}")):
         document = escaped(suite.read(path, "machine", "model", "suites"))

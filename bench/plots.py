@@ -131,11 +131,11 @@ def curves(
         if log_y:
             plot.set_yscale("log")
             plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            plot.yaxis.set_major_formatter(_number)
+            plot.yaxis.set_major_formatter(number)
             plot.set_yticks([], minor=True)
         else:
             plot.set_ylim(bottom=min(0.0, plot.get_ylim()[0]))
-            plot.yaxis.set_major_formatter(_number)
+            plot.yaxis.set_major_formatter(number)
         if line is not None:
             plot.axvline(line, color=FAINT, linewidth=1.5, linestyle="--")
         legend(figure, plot)
@@ -156,11 +156,11 @@ def bars(groups: Mapping[str, Mapping[str, float]], alt: str, *, y: str, title: 
             places = [k + (index - (len(names) - 1) / 2) * width for k, _ in found]
             values = [value for _, value in found]
             bar = plot.bar(places, values, width * 0.92, label=name)
-            plot.bar_label(bar, [*map(number, values)], padding=2, fontsize=_LABEL)
+            plot.bar_label(bar, [number(value) for value in values], padding=2, fontsize=_LABEL)
         room = max(8, 80 // max(1, len(groups)))  # characters
         plot.set_xticks(range(len(groups)), [textwrap.fill(name, room) for name in groups])
         plot.tick_params(axis="x", length=0)
-        plot.yaxis.set_major_formatter(_number)
+        plot.yaxis.set_major_formatter(number)
         plot.margins(y=0.14)
         if len(names) > 1:
             legend(figure, plot)
@@ -194,13 +194,9 @@ def intervals(
     return Picture(draw, alt, (8.0, 1.5 + 0.4 * len(rows)))
 
 
-def number(value: float) -> str:
-    """Three digits that matter."""
+def number(value: float, place: float = 0) -> str:
+    """Three digits that matter; at any place of an axis."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def _number(value: float, place: float) -> str:
-    return number(value)
 
 
 def tokens(value: float) -> str:

@@ -124,17 +124,28 @@ def run(
     text: Callable[[dict[str, Any]], Sequence[str]],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """A bench from its command line, of `parser`, to its exit code: 1 where a criterion failed."""
+    """A bench from its command line, of `parser`, to its exit code: 1 where a criterion failed.
+
+    Prints the machine, the paragraphs of `text`, and all of it as a JSON line at the end. The flags
+    go into the JSON: machine, settings and results are enough to repeat it.
+    """
     args = p.parse_args(argv)
     if argv is None:  # else the process is a test's, and not ours to start over
         machine.use_openblas(not args.no_openblas)
 
-    def measured() -> int:
-        results = measure(args)
-        publish(args, p.prog.removeprefix("bench."), results, text(results))
+    def body() -> int:
+        results, card = measure(args), machine.card()
+        bench = p.prog.removeprefix("bench.")
+        settings = {
+            key: _public(value) for key, value in vars(args).items() if key not in _PLUMBING
+        }
+        document = {"bench": bench, "machine": card, "settings": settings, "results": results}
+        if not args.json:
+            say("\n\n".join([f"## {bench}", machine_text(card), *text(results)]) + "\n")
+        say(json.dumps(document, ensure_ascii=False))
         return int(any(one["passed"] is False for one in results.get("criteria", ())))
 
-    return cli.run(measured, args.debug)
+    return cli.run(body, args.debug)
 
 
 def public(word: str) -> str:
@@ -148,28 +159,6 @@ def _public(value: Any) -> Any:
     if isinstance(value, list):
         return [_public(one) for one in value]
     return public(str(value)) if isinstance(value, str | Path) else value
-
-
-def publish(
-    args: argparse.Namespace,
-    bench: str,
-    results: dict[str, Any],
-    text: Sequence[str],
-) -> None:
-    """Print the machine, the paragraphs of `text`, and all of it as a JSON line at the end.
-
-    The flags of the run go into the JSON: machine, settings and results are enough to repeat it.
-    """
-    card = machine.card()
-    document = {
-        "bench": bench,
-        "machine": card,
-        "settings": {k: _public(v) for k, v in vars(args).items() if k not in _PLUMBING},
-        "results": results,
-    }
-    if not args.json:
-        say("\n\n".join([f"## {bench}", machine_text(card), *text]) + "\n")
-    say(json.dumps(document, ensure_ascii=False))
 
 
 def machine_text(card: Mapping[str, Any]) -> str:
