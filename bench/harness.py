@@ -226,15 +226,7 @@ class Adapter:
         return [self._score(*self.encode_pair(*request.args[:2])) for request in requests]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Of whole texts, in windows of the model's positions; each token is scored once."""
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-        found = []
-        for request in requests:
-            ids = self.encode(request.args[0], add_bos=False)
-            windows = get_rolling_token_windows(ids, self._prefix()[0], self._max_length, 1)
-            found.append(sum(self._score(*make_disjoint_window(each))[0] for each in windows))
-        return found
+        raise RequestError("a task scores whole texts: python -m bench.perplexity does that")
 
     def _score(self, context: Ids, continuation: Ids) -> tuple[float, bool]:
         """The continuation's log-likelihood in nats, and whether greedy decoding writes it.
@@ -261,19 +253,17 @@ class Adapter:
             self._say(f"{first} of {len(requests)} questions answered")
             some = requests[first : first + BATCH]
             asked = [_settings(request.args[1]) for request in some]
+            most = [length for length, _ in asked]
+            whole = [self.encode(request.args[0]) or self._prefix() for request in some]
             prompts = [
-                self._fitting(
-                    self.encode(request.args[0]) or self._prefix(), self._max_length - most
-                )
-                for request, (most, _) in zip(some, asked, strict=True)
+                self._fitting(ids, self._max_length - room)
+                for ids, room in zip(whole, most, strict=True)
             ]
-            written = continuations(
-                self._model, self._tokenizer, prompts, [most for most, _ in asked]
-            )
+            written = continuations(self._model, self._tokenizer, prompts, most)
             for ids, (_, stop) in zip(written, asked, strict=True):
-                stops = "|".join(map(re.escape, (*stop, *self._tokenizer.stop_strings)))
                 text = self._tokenizer.decode(ids)
-                texts.append(re.split(stops, text, maxsplit=1)[0] if stops else text)
+                ends = (text.find(end) for end in (*stop, *self._tokenizer.stop_strings))
+                texts.append(text[: min((end for end in ends if end >= 0), default=None)])
         return texts
 
     def _fitting(self, ids: Ids, room: int) -> Ids:

@@ -6,10 +6,9 @@ memory and time than the weights. `--kv-bits` packs them as `mx.quantize` packs 
 of one head (32 where its width asks for that) share a scale and an offset, so that a value takes
 `bits / 8 + 2 * item_bytes / 64` bytes instead of `item_bytes`.
 
-Rounding moves every score and every sum a little. How much that matters is measured against the
-same model with dense entries on the same tokens: difference in loss (nats a token, with its
-interval), KL from the dense distribution, and how often both would write the same token. Every
-token is scored in its window's own cache, so all that it sees of the text is packed.
+How much the rounding matters is measured against the same model with dense entries on the same
+tokens: difference in loss (nats a token, with its interval), KL from the dense distribution, and
+how often both would write the same token. All that a token sees of the text is packed.
 
 A pace is taken after a prompt that fills the cache: decode some tokens, take them back, and let
 another form do the same. Ratios are of neighbours in time. They hold for one backend: where packed
@@ -19,14 +18,13 @@ entries can't be multiplied as they are (MLX's CPU backend), they are unpacked a
 import argparse
 import math
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 
 import mlx.core as mx
 
 from bench.bootstrap import Interval, Values
-from bench.engines import prompt_ids
+from bench.engines import prompt_ids, timed
 from bench.likelihood import TEXTS, Ids, compare, figures, log_probs, strided, text_ids
 from bench.pair import open_pair
 from bench.report import Spread, parser, ratio, rounds, run, table
@@ -49,13 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--model", default="demo", metavar="DIR|FILE.gguf|HUBID|demo", help="which")
     p.add_argument("--plan", metavar="NAME|FILE", help="second model (default: the card's formula)")
     p.add_argument("--window", type=int, metavar="TOKENS", help="another sliding window; 0: none")
-    p.add_argument(
-        "--tokens", type=int, default=4096, metavar="N", help="of text to score (default: 4096)"
-    )
-    prompts = "tokens before the pace is taken (default: 1024 4096)"
-    p.add_argument(
-        "--prompts", type=int, nargs="*", default=[1024, 4096], metavar="N", help=prompts
-    )
+    tokens = "of text to score (default: 4096)"
+    p.add_argument("--tokens", type=int, default=4096, metavar="N", help=tokens)
+    prompts, lengths = "tokens before the pace is taken (default: 1024 4096)", [1024, 4096]
+    p.add_argument("--prompts", type=int, nargs="*", default=lengths, metavar="N", help=prompts)
     return run(p, _measure, text, argv)
 
 
@@ -119,15 +114,10 @@ def paces(
 def _decode(model: Model, cache: Sequence[WindowedKVCache], prompt: Sequence[int]) -> float:
     """Tokens a second; `cache` is left as it was found."""
     before = cache[0].offset
-    steps = generate_step(prompt[-1:], model, max_tokens=DECODED, cache=cache)
-    next(steps)
-    started = time.perf_counter()
-    for _ in steps:
-        pass
-    took = time.perf_counter() - started
+    run = timed(generate_step(prompt[-1:], model, max_tokens=DECODED, cache=cache), 1)
     for layer_cache in cache:
         layer_cache.trim(layer_cache.offset - before)
-    return (DECODED - 1) / took
+    return run.decode_tps
 
 
 def text(results: Results) -> list[str]:

@@ -31,22 +31,16 @@ from mlx_cerebrum.weights.opening import load, open_checkpoint
 
 def main(argv: list[str] | None = None) -> int:
     p = parser("perplexity", "Perplexity of one or more models on the same text.")
-    p.add_argument(
-        "--model",
-        nargs="+",
-        default=["demo"],
-        metavar="DIR|FILE.gguf|HUBID|demo",
-        help="models; all are compared with the first (default: demo)",
-    )
+    names, model = "DIR|FILE.gguf|HUBID|demo", "all are compared with the first (default: demo)"
+    p.add_argument("--model", nargs="+", default=["demo"], metavar=names, help=model)
     p.add_argument("--plan", metavar="NAME|FILE", help="a layer plan to run them in")
     add_text(p)
     return run(p, lambda args: measure(args.model, args.plan, args), text, argv)
 
 
 def add_text(p: cli.ArgumentParser) -> None:
-    p.add_argument(
-        "--text", nargs="+", type=Path, default=list(TEXTS), metavar="FILE", help="UTF-8 text"
-    )
+    text = "UTF-8 (default: two that come along)"
+    p.add_argument("--text", nargs="+", type=Path, default=[*TEXTS], metavar="FILE", help=text)
     p.add_argument("--tokens", type=int, default=4096, metavar="N", help="of each (default: 4096)")
     p.add_argument("--context", type=int, default=512, metavar="N", help="a window (default: 512)")
 

@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from bench.pair import formula
 from mlx_cerebrum.errors import PlanError
@@ -124,7 +125,7 @@ def other_ways(cell: Cell) -> tuple[Cell, Cell]:
     return replace(cell, width=1, repeats=blocks), replace(cell, width=blocks, repeats=1)
 
 
-def grid(blocks: int) -> dict[str, list[float]]:
+def grid(blocks: int) -> dict[str, list[Any]]:
     """The lists whose combinations a sweep tries; the card's plan is one of them.
 
     Only the starts are sparse: what a few blocks more or less do shows well between them.

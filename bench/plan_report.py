@@ -130,7 +130,7 @@ def _findings(results: Results) -> list[str]:
 
 
 def plots(results: Results, machine: Results) -> dict[str, Picture]:
-    """Maps of perplexity and agreement over start and width; none without a sweep."""
+    """A map of perplexity over start and width; none without a sweep."""
     grid = results["grid"]
     if grid is None:
         return {}
@@ -138,51 +138,33 @@ def plots(results: Results, machine: Results) -> dict[str, Picture]:
     columns, rows = len(grid["repeats"]), len(grid["scales"])
     across = _cell_inches(grid) * len(grid["starts"])
     size = (1.9 + columns * (across + 0.35), 1.6 + rows * (0.42 * len(grid["widths"]) + 0.75))
-    size = (max(7.0, size[0]), max(4.0, size[1]))
-    shown = {
-        "perplexity": "perplexity",
-        "agreement": "agreement with the base's best token",
-    }
-    drawn = {}
-    for what, name in shown.items():
-        a, b = (_value(what, plan[what], "%") for plan in (own, scaled))
-        base = f", the base {_short(results['base'][what])}" if what == "perplexity" else ""
-        alt = (
-            f"Map of {name} by the first block that runs twice and the width of the stretches, for"
-            f" {len(results['plans'])} plans; {_labels(results)[0]}: {a}, with writes scaled by"
-            f" sqrt(1/2) {b}{base}."
-        )
-        drawn[f"plans-{what}"] = Picture(partial(_draw, results=results, what=what), alt, size)
-    return drawn
+    alt = (
+        "Map of perplexity by the first block that runs twice and the width of the stretches, for"
+        f" {len(results['plans'])} plans; {_labels(results)[0]}: {_short(own['perplexity'])}, with"
+        f" writes scaled by sqrt(1/2) {_short(scaled['perplexity'])}, the base"
+        f" {_short(results['base']['perplexity'])}."
+    )
+    draw = partial(_draw, results=results)
+    return {"plans-perplexity": Picture(draw, alt, (max(7.0, size[0]), max(4.0, size[1])))}
 
 
-def _value(what: str, value: float, unit: str = "") -> str:
-    return _short(value) if what == "perplexity" else f"{100 * value:.0f}{unit}"
-
-
-def _draw(figure: "Figure", results: Results, what: str) -> None:
+def _draw(figure: "Figure", results: Results) -> None:
     """A panel for each number of repeats (across) and scale (down); bright is near the base."""
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.colors import LogNorm
 
     grid, base = results["grid"], results["base"]["perplexity"]
-    values = [plan[what] for plan in results["plans"]]
-    beyond = "neither"
-    if what == "perplexity":
-        low = min(base, *values)
-        worst = max(low * 1.01, min(max(values), _WORST * base))
-        colours = ScalarMappable(LogNorm(low, worst, clip=True), "viridis_r")
-        beyond = "max" if max(values) > worst else "neither"
-    else:
-        colours = ScalarMappable(Normalize(0, 1), "viridis")
+    values = [plan["perplexity"] for plan in results["plans"]]
+    low = min(base, *values)
+    worst = max(low * 1.01, min(max(values), _WORST * base))
+    colours = ScalarMappable(LogNorm(low, worst, clip=True), "viridis_r")
     panels = figure.subplots(
         len(grid["scales"]), len(grid["repeats"]), sharex=True, sharey=True, squeeze=False
     )
     for row, scale in zip(panels, grid["scales"], strict=True):
         for panel, repeats in zip(row, grid["repeats"], strict=True):
             plans = [p for p in results["plans"] if p.get("repeats") == repeats]
-            plans = [p for p in plans if p["scale"] == scale]
-            _panel(panel, grid, plans, what, colours)
+            _panel(panel, grid, [p for p in plans if p["scale"] == scale], colours)
             stretches = "1 stretch" if repeats == 1 else f"{repeats} stretches"
             writes = "unscaled" if scale == 1 else f"scaled by {_shown(scale)}"
             panel.set_title(f"{stretches} run twice, {writes}", fontsize=9.5)
@@ -191,14 +173,20 @@ def _draw(figure: "Figure", results: Results, what: str) -> None:
         panel.set_xlabel("first block that runs twice", fontsize=9.5)
     for panel in panels[:, 0]:
         panel.set_ylabel("blocks a stretch", fontsize=9.5)
-    name = "Perplexity" if what == "perplexity" else "Same best token as the base"
     figure.suptitle(
-        f"{name}, {len(values)} plans over {results['blocks']} blocks",
+        f"Perplexity, {len(values)} plans over {results['blocks']} blocks",
         fontsize=12,
         fontweight="bold",
     )
+    beyond = "max" if max(values) > worst else "neither"
     bar = figure.colorbar(colours, ax=panels, extend=beyond, pad=0.02, aspect=25)
-    _label_bar(bar, base if what == "perplexity" else None)
+    bar.ax.tick_params(which="both", labelsize=8.5)
+    bar.outline.set_edgecolor(FAINT)
+    round_ones = [step * 10.0**k for k in range(7) for step in (1, 1.5, 2, 3, 5, 7)]
+    steps = [x for x in round_ones if low <= x <= worst and abs(math.log(x / base)) > 0.1]
+    bar.ax.set_yticks([base, *steps], [f"base {_short(base)}", *map(_short, steps)])
+    bar.ax.set_yticks([], minor=True)
+    bar.ax.axhline(base, color=COLOURS[1], linewidth=3)
 
 
 def _cell_inches(grid: Results) -> float:
@@ -206,13 +194,7 @@ def _cell_inches(grid: Results) -> float:
     return min(_CELL, 10.5 / len(grid["repeats"]) / len(grid["starts"]))
 
 
-def _panel(
-    panel: "Axes",
-    grid: Results,
-    plans: Sequence[Results],
-    what: str,
-    colours: Any,
-) -> None:
+def _panel(panel: "Axes", grid: Results, plans: Sequence[Results], colours: Any) -> None:
     """One start-by-width map. What no model of this size can run stays hatched."""
     import numpy as np
 
@@ -221,7 +203,7 @@ def _panel(
     for plan in plans:
         if plan["start"] in grid["starts"] and plan["width"] in grid["widths"]:
             place = grid["widths"].index(plan["width"]), grid["starts"].index(plan["start"])
-            cells[place] = plan[what]
+            cells[place] = plan["perplexity"]
     panel.pcolormesh(
         np.ma.masked_invalid(cells), cmap=colours.cmap, norm=colours.norm, edgecolor=PAPER
     )
@@ -232,9 +214,7 @@ def _panel(
                 light = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5
                 ink = "#000000" if light else "#ffffff"
                 at = x + 0.5, y + 0.42
-                panel.text(
-                    *at, _value(what, cell), color=ink, fontsize=7.5, ha="center", va="center"
-                )
+                panel.text(*at, _short(cell), color=ink, fontsize=7.5, ha="center", va="center")
     for axis, values in ((panel.xaxis, grid["starts"]), (panel.yaxis, grid["widths"])):
         every = -(-len(values) // 16)
         axis.set_ticks([k + 0.5 for k in range(0, len(values), every)], values[::every])
@@ -263,18 +243,3 @@ def _mark(figure: "Figure", results: Results, panels: Any) -> None:
             clip_on=False,
         )
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
-
-
-def _label_bar(bar: Any, base: float | None) -> None:
-    """The colour bar, with a line where the base stands."""
-    bar.ax.tick_params(which="both", labelsize=8.5)
-    bar.outline.set_edgecolor(FAINT)
-    if base is not None:
-        low, high = bar.mappable.norm.vmin, bar.mappable.norm.vmax
-        round_ones = [step * 10.0**k for k in range(7) for step in (1, 1.5, 2, 3, 5, 7)]
-        steps = [x for x in round_ones if low <= x <= high and abs(math.log(x / base)) > 0.1]
-        bar.ax.set_yticks([base, *steps], [f"base {_short(base)}", *map(_short, steps)])
-        bar.ax.set_yticks([], minor=True)
-        bar.ax.axhline(base, color=COLOURS[1], linewidth=3)
-    else:
-        bar.ax.set_yticks([k / 5 for k in range(6)], [f"{20 * k}%" for k in range(6)])

@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -38,7 +39,7 @@ from bench.bootstrap import Values, standard_error
 from bench.likelihood import TEXTS, strided, text_ids
 from bench.pair import Pair, open_pair
 from bench.plan_family import SQRT_HALF, Cell, card, grid, other_ways, scale
-from bench.plan_report import plots, survivors, text
+from bench.plan_report import plots, text
 from bench.report import parser
 from bench.suite import Effort, Results
 from mlx_cerebrum import cli
@@ -73,7 +74,7 @@ def command_line() -> cli.ArgumentParser:
     for name, kind in _LISTS.items():
         only = "only these in a sweep"
         p.add_argument(f"--{name}", nargs="+", type=kind, default=[], metavar="N", help=only)
-    p.add_argument("--out", type=Path, metavar="DIR", help="write results, pictures, best plans")
+    p.add_argument("--out", type=Path, metavar="DIR", help="write results, a page, its map")
     return p
 
 
@@ -88,7 +89,7 @@ def measure(
     pair: Pair,
     effort: Effort,
     context: int = CONTEXT,
-    lists: Mapping[str, list[float]] | None = None,
+    lists: Mapping[str, list[Any]] | None = None,  # as plan_family.grid has them
     plans: Sequence[LayerPlan | Cell] = (),
 ) -> Results:
     """The base, the card's plan with and without its scale, `plans`, and the family's members
@@ -109,19 +110,13 @@ def measure(
         raise RequestError(f"a context of {context} tokens is past the model's {longest}")
     own = card(blocks)
     always = [own, card(blocks, SQRT_HALF), *other_ways(own)]
-    cells = []
-    if lists is not None:
-        places = product(*(lists[name] for name in _LISTS))
-        cells = [
-            cell for s, w, r, x in places if (cell := Cell(int(s), int(w), int(r), x)).fits(blocks)
-        ]
-        if not cells:
-            raise RequestError(f"no plan of these lists fits a model of {blocks} blocks")
+    cells = [Cell(*place) for place in product(*lists.values())] if lists else []
+    cells = [cell for cell in cells if cell.fits(blocks)]
+    if lists and not cells:
+        raise RequestError(f"no plan of these lists fits a model of {blocks} blocks")
     members = list(dict.fromkeys([*always, *plans, *cells]))
-    views = []
-    for member in members:
-        plan = member.plan(blocks) if isinstance(member, Cell) else member
-        views.append(model.view(plan.layer_map(blocks), plan.residual_scales(blocks)))
+    orders = [_layers(member, blocks) for member in members]
+    views = [model.view(each.layer_map(blocks), each.residual_scales(blocks)) for each in orders]
     paths = [trie.path(view.config) for view in views]
     asked, run = sum(map(len, paths)), trie.positions(paths)
     effort.say(f"{len(paths)} plans, {asked} positions, of which {run} are run: the rest is shared")
@@ -133,7 +128,7 @@ def measure(
         "texts": [file.stem for file in texts],
         "tokens": reference.shape[1],
         "context": context,
-        "grid": None if lists is None else dict(lists),
+        "grid": dict(lists) if lists else None,
         "card": [cell.name for cell in always[:2]],
         "other_ways": [cell.name for cell in always[2:]],
         "given": [plan.name for plan in plans],
@@ -148,6 +143,10 @@ def measure(
         "positions_run": run,
         "seconds": _round(time.perf_counter() - started),
     }
+
+
+def _layers(plan: LayerPlan | Cell, blocks: int) -> LayerPlan:
+    return plan.plan(blocks) if isinstance(plan, Cell) else plan
 
 
 def _figures(scores: Values) -> Results:
@@ -181,7 +180,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
     if len({plan.name for plan in plans}) < len(plans):
         raise RequestError("two of the plans have the same name: rename one's file")
     for plan in plans:  # one for other blocks is refused before anything is loaded
-        (plan.plan(blocks) if isinstance(plan, Cell) else plan).layer_map(blocks)
+        _layers(plan, blocks).layer_map(blocks)
     given = {name: getattr(args, name) for name in _LISTS}
     if any(given.values()) and not args.sweep:
         raise RequestError("--starts, --widths, --repeats and --scales are for --sweep")
@@ -190,21 +189,10 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
     document = suite.begun(["python", "-m", "bench", "plans", *words], pair, args.out)
     with tempfile.TemporaryDirectory() as folder, limits():
         effort = Effort(Path(folder), texts=tuple(args.text), text_tokens=args.tokens, say=tell)
-        results = measure(pair, effort, args.context, lists or None, plans)
+        results = measure(pair, effort, args.context, lists, plans)
     suite.record(document, "plans", results, results["seconds"])
     render.publish(document, args.out, only_json=args.json)
-    if args.out is not None:
-        write_plans(args.out / "plans", results)
     return 0
-
-
-def write_plans(directory: Path, results: Results) -> None:
-    """As YAML files, the plans of the family that lose least at their depth."""
-    directory.mkdir(exist_ok=True)
-    for name in survivors(results):
-        if cell := Cell.named(name):
-            yaml = cell.plan(results["blocks"]).text
-            (directory / f"{name}.yml").write_text(yaml, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import Workload, require
 from mlx_cerebrum.model.tensors import matrix_shapes
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.checkpoint import FLOATS
 from mlx_cerebrum.weights.quantize import Packing, matrix_bytes
+from mlx_cerebrum.weights.storage import DTYPES
 
 __all__ = ["measure", "plots", "text"]
 
@@ -97,7 +99,10 @@ def measure(pair: Pair, effort: Effort) -> Results:
             }
         )
     effort.say("quality: beyond the window")
-    results["window"] = {"text": longest} | _tried(beyond, models, start, texts[longest])
+    try:
+        results["window"] = {"text": longest} | beyond(models, start, texts[longest])
+    except CerebrumError as error:  # what can't be measured costs the rest nothing
+        results["window"] = {"not_measured": str(error)}
     effort.say(f"quality: greedy continuations of {repetition.TOKENS} tokens")
     results["repetition"] = repetition.measure(models, tokenizer, start, texts)
     count = max(1, effort.text_tokens // 4 // shortest)  # of each: they are read by four models
@@ -108,15 +113,6 @@ def measure(pair: Pair, effort: Effort) -> Results:
 
 def _compared(a: Model, b: Model, window: Ids) -> Values:
     return compare(log_probs(a, window[:-1]), log_probs(b, window[:-1]), window)
-
-
-def _tried(measure: Any, *asked: Any) -> Results:
-    """What can't be measured costs the rest nothing."""
-    try:
-        found: Results = measure(*asked)
-    except CerebrumError as error:
-        return {"not_measured": str(error)}
-    return found
 
 
 def with_window(model: Model, window: int | None) -> Model:
@@ -194,33 +190,32 @@ def repacked_models(pair: Pair, packing: Packing) -> Models:
     shapes = matrix_shapes(a.config).values()
     nbytes = sum(matrix_bytes(shape, held, a.dtype.size) for shape in shapes)
     require(nbytes, f"a copy of the weights in {packing}", "free some memory")
-    first: Model = _repacked(a, packing)
+    first: Model = _repacked(a, packing, DTYPES[FLOATS[pair.checkpoint().weight_dtype]])
     mx.eval(first.parameters())
     return first, first.view(b.config.layer_map, b.config.residual_scales)
 
 
-def _repacked(module: Any, packing: Packing) -> Any:
-    """A copy of a module tree, its matrices packed and all else shared.
+def _repacked(module: Any, packing: Packing, dtype: mx.Dtype) -> Any:
+    """A copy of a module tree, its matrices packed with scales of `dtype`, and all else shared.
 
     Where products of packed matrices are slow (the CPU backend: 30 times) they are made dense
     again: the same numbers.
     """
     if isinstance(module, list):
-        return [_repacked(child, packing) for child in module]
+        return [_repacked(child, packing, dtype) for child in module]
     if not isinstance(module, nn.Module):
         return module
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        weight = module.weight
-        if not packing.fits(weight.shape[-1]):
+        if not packing.fits(module.weight.shape[-1]):
             return module
         if device.on_gpu():
             return module.to_quantized(packing.group_size, packing.bits)
-        dense = copy(module)
-        dense.weight = packing.dequantize(packing.quantize(weight), weight.dtype)
+        dense, packed = copy(module), packing.quantize(module.weight.astype(dtype))
+        dense.weight = packing.dequantize(packed, module.weight.dtype)
         return dense
     copied = copy(module)
     for name, child in module.items():
-        copied[name] = _repacked(child, packing)
+        copied[name] = _repacked(child, packing, dtype)
     return copied
 
 

@@ -169,20 +169,15 @@ def _repetition(found: Results, names: Sequence[str]) -> list[str]:
 
 
 def _accuracy(found: Results, names: Sequence[str]) -> list[str]:
+    keys = "questions", "only_a", "only_b"
     cells = [
-        [
-            f"{one['task']}, {one['metric']}",
-            str(one["questions"]),
-            *(f"{one[side]:.1%}" for side in "ab"),
-            str(one["only_a"]),
-            str(one["only_b"]),
-        ]
+        [f"{one['task']}, {one['metric']}", *(str(one[key]) for key in keys)]
         for one in found["tasks"]
     ]
     return [
         "Accuracy, zero-shot in the model's own chat template. What counts are the questions"
         " that only one of the two gets right (or more right):",
-        table(["task", "questions", *_sides(names), "only A", "only B"], cells),
+        table(["task", "questions", "only A", "only B"], cells),
         *(f"{one['task']}: not measured. {one['not_measured']}" for one in found["missing"]),
     ]
 
@@ -280,12 +275,10 @@ def _by_distance(found: Results, names: dict[str, str]) -> Picture:
     }
     window = found["window"]
 
-    past = " ".join(
-        f"Past {window} tokens the window changes {name}'s loss by"
-        f" {_past(found[side], window):+.3f} {NATS}."
-        for side, name in names.items()
+    alt = (
+        f"Loss by token position with a window of {window} tokens and without, of"
+        f" {' and '.join(names.values())}."
     )
-    alt = f"Loss by token position with a window of {window} tokens and without. {past}"
     return curves(
         series,
         alt,
@@ -295,13 +288,6 @@ def _by_distance(found: Results, names: dict[str, str]) -> Picture:
         log_x=False,
         line=window,
     )
-
-
-def _past(bins: list[Results], window: int) -> float:
-    """The mean difference over the tokens past the window."""
-    past = [one for one in bins if one["from"] >= window]
-    tokens = sum(one["to"] - one["from"] for one in past)
-    return float(sum((o["to"] - o["from"]) * o["difference"]["value"] for o in past) / tokens)
 
 
 def _interval(found: Results, digits: int = 3, sign: bool = False) -> str:

@@ -1,8 +1,9 @@
 """What a recipe's bits buy: perplexity dense, uniform, mixed and by plan, at equal sizes.
 
 Every side is a directory that `python -m convert` writes, so what is measured is what a user gets.
-`plan` runs twice: in the bits of `uniform`, and in those of `--mixed`. With `--calibrate TEXT` it
-uses a table measured on this model under this plan; without, the one that comes with the package.
+`plan` runs twice: in the 4 bits of `uniform`, and in those of mixed_4_6. With `--calibrate TEXT`
+it uses a table measured on this model under this plan; without, the one that comes with the
+package.
 """
 
 import argparse
@@ -19,14 +20,14 @@ from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.opening import open_checkpoint
 
+MIXED = "mixed_4_6"
+
 
 def main(argv: list[str] | None = None) -> int:
     p = parser("recipes", "Perplexity of a model quantized by each recipe, at equal sizes.")
     p.add_argument("--model", default="demo", metavar="DIR|FILE.gguf|HUBID|demo", help="which")
     p.add_argument("--plan", metavar="NAME|FILE", help="a layer plan")
     p.add_argument("--calibrate", metavar="FILE", help="text (or table) for the recipe plan")
-    p.add_argument("--q-bits", type=int, default=4, metavar="N", help="of uniform (default: 4)")
-    p.add_argument("--mixed", default="mixed_4_6", metavar="NAME", help="default: mixed_4_6")
     perplexity.add_text(p)
     return run(p, _measure, text, argv)
 
@@ -34,18 +35,17 @@ def main(argv: list[str] | None = None) -> int:
 def _measure(args: argparse.Namespace) -> Results:
     plan = ["-q", "--q-recipe", "plan"]
     plan += ["--calibrate", args.calibrate] if args.calibrate else []
-    bits = ["--q-bits", str(args.q_bits)]
     with tempfile.TemporaryDirectory() as folder:
         made = {
             name: convert(args, Path(folder, name), *flags)
             for name, flags in {
                 "dense": [],
-                "uniform": ["-q", *bits],
-                "plan": [*plan, *bits],
-                args.mixed: ["-q", "--q-recipe", args.mixed],
+                "uniform": ["-q", "--q-bits", "4"],
+                "plan": [*plan, "--q-bits", "4"],
+                MIXED: ["-q", "--q-recipe", MIXED],
             }.items()
         }
-        budget = perplexity.stored_bits(open_checkpoint(Path(made[args.mixed])))
+        budget = perplexity.stored_bits(open_checkpoint(Path(made[MIXED])))
         larger = f"plan at {budget:.2f}"
         made[larger] = convert(args, Path(folder, larger), *plan, "--q-budget", str(budget))
         found = perplexity.measure(list(made.values()), None, args)

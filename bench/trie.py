@@ -10,7 +10,6 @@ generated, so there is no KV cache. Of the base model, what each plan is compare
 for one piece of the text at a time, whatever its length.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import TypeVar
@@ -30,7 +29,6 @@ T = TypeVar("T")
 ROWS = 128  # tokens whose logits are in memory at once
 PIECE_BYTES = 256 * 2**20  # of the base model's log-probabilities, unless one window has more
 _MOST = 100.0  # nats a token: what stands for a 16-bit plan whose logits are no numbers any more
-_EVERY = 10.0  # seconds between two lines of progress
 
 
 def path(config: ModelConfig) -> Path:
@@ -85,17 +83,16 @@ def evaluate(
         mx.eval(h)
         return h
 
-    started = said = time.perf_counter()
     for first in range(0, windows.shape[0], step):
         piece = windows[first : first + step]
-        score = scorer(base, piece[:, 1:], base.run(base.embed(piece[:, :-1])))
         h = base.embed(piece[:, :-1])
-        found[0].append(score(base.run(h)))
-        for done, (plan, h_end) in enumerate(walk(paths, h, run)):
-            found[1 + plan].append(score(h_end))
-            if time.perf_counter() - said > _EVERY:
-                said = time.perf_counter()
-                say(f"{done} of {len(paths)} plans in {said - started:.0f} s")
+        end = base.run(h)
+        score = scorer(base, piece[:, 1:], end)
+        found[0].append(score(end))
+        for done, (plan, end) in enumerate(walk(paths, h, run)):
+            found[1 + plan].append(score(end))
+            if done % 10 == 9:
+                say(f"{done + 1} of {len(paths)} plans")
         mx.clear_cache()
     return [np.concatenate(parts, axis=1) for parts in found]
 

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from bench import plans, suite, trie
 from bench.pair import open_pair
 from bench.plan_family import SQRT_HALF, Cell, card, grid, other_ways
-from bench.plan_report import survivors
 from bench.suite import Effort
 from mlx_cerebrum import load
 from mlx_cerebrum.errors import CerebrumError, PlanError
@@ -219,13 +218,7 @@ def test_a_sweep_end_to_end(
     assert names[3:5] == ["mine", "s1-w2-r1-x0.5"]
     assert len(names) == len(set(names)) == 13
     made = {path.name for path in out.iterdir()}
-    assert {"plans-perplexity.svg", "plans-agreement.svg", "README.md"} <= made
-    for name in survivors(results):
-        if name != "mine":
-            again = LayerPlan.from_file(out / "plans" / f"{name}.yml")
-            assert len(again.layer_map(8)) == next(
-                p["positions"] for p in results["plans"] if p["name"] == name
-            )
+    assert {"plans-perplexity.svg", "README.md"} <= made
     (out / suite.FILE).write_text(json.dumps(document | {"model": {"model": "another"}}))
     assert run([*words, "--out", out]) == 2  # what is there stays
     assert "name another" in capsys.readouterr().err

@@ -81,55 +81,31 @@ def next_token(model: Model, ids: list[int]) -> int:
     return cast(int, mx.argmax(model(mx.array([ids]))[0, -1]).item())
 
 
-def random_pairs(model: Model, count: int = 24) -> list[tuple[list[int], list[int]]]:
-    """Contexts of up to 50 tokens that share beginnings; some continuations are greedy."""
-    random = np.random.default_rng(0)
-    head = random.integers(3, 260, 20).tolist()
-    pairs: list[tuple[list[int], list[int]]] = []
-    for number in range(count):
-        own = random.integers(3, 260, random.integers(1, 4) * 10).tolist()
-        context = head[: number % 3 * 10] + own if number % 5 else pairs[-1][0] if pairs else head
-        length = int(random.integers(1, 9))
-        continuation = random.integers(3, 260, length).tolist()
-        if number % 4 == 0:
-            continuation = []
-            for _ in range(length):
-                continuation.append(next_token(model, context + continuation))
-            if number % 8 == 0:  # all but the last
-                continuation[-1] = 3 + (continuation[-1] - 2) % 257
-        pairs.append((context, continuation))
-    return pairs
+# ---- likelihoods of token ids
 
 
-# ---- likelihoods and answers of token ids
-
-
+@pytest.mark.parametrize("step", [7, 256])
 def test_scores_are_those_of_one_forward_pass(
-    tiny: Loaded, monkeypatch: pytest.MonkeyPatch
+    tiny: Loaded, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = tiny
-    pairs = random_pairs(model)
-    expected = [alone(model, *pair) for pair in pairs]
-    for step in (7, 256):
-        monkeypatch.setattr("bench.likelihood.prefill_step", lambda step=step: step)
-        adapter = Adapter(model, tokenizer)
-        found = [adapter._score(*pair) for pair in pairs]
-        assert [flag for _, flag in found] == [flag for _, flag in expected]
-        assert 3 <= sum(flag for _, flag in found) < len(found)
-        assert np.allclose([x for x, _ in found], [x for x, _ in expected], atol=1e-4)
-    assert adapter._score([5, 6], []) == (0.0, True)
-
-
-def test_a_context_is_rewound_past_what_the_window_keeps(tiny: Loaded) -> None:
-    model, tokenizer = tiny
+    monkeypatch.setattr("bench.likelihood.prefill_step", lambda: step)
     random = np.random.default_rng(1)
-    long = random.integers(3, 260, 350).tolist()
-    # In order: a turn just before the end, then back to where the entries are long gone.
-    contexts = [long, long[:-6] + long[:6], long[:5] + long[9:19], long, long[:2]]
+    long, other = random.integers(3, 260, (2, 350)).tolist()
     adapter = Adapter(model, tokenizer)
-    for context in contexts:
-        pair = context, random.integers(3, 260, 3).tolist()
-        assert adapter._score(*pair)[0] == pytest.approx(alone(model, *pair)[0], abs=1e-4)
+    # In order: a beginning shared, a turn just before the end, then back to where the window's
+    # entries are long gone.
+    begun = long[:20] + other[:10]
+    for context in (begun, long, long[:-6] + long[:6], long[:5] + long[9:19], long, long[:2]):
+        greedy: list[int] = []
+        for _ in range(3):
+            greedy.append(next_token(model, context + greedy))
+        nearly = [*greedy[:-1], 3 + (greedy[-1] - 2) % 257]
+        for continuation in (greedy, nearly, other[:9]):
+            chance, written = adapter._score(context, continuation)
+            assert chance == pytest.approx(alone(model, context, continuation)[0], abs=1e-4)
+            assert written == (continuation == greedy)
+    assert adapter._score([5, 6], []) == (0.0, True)
 
 
 def test_a_shared_beginning_is_computed_once(
@@ -229,19 +205,6 @@ def test_a_choice_cannot_spell_a_token(chatml: Loaded) -> None:
 
 
 # ---- the harness's requests
-
-
-def test_whole_texts_are_scored_in_windows(checkpoint: Callable[..., Path]) -> None:
-    model, tokenizer = load(checkpoint(max_position_embeddings=32), dtype="float32")
-    text = "It was a dark and stormy night, and nothing else was known of it. " * 2
-    ids = tokenizer.encode(text, add_bos=False)
-    expected = alone(model, [1], ids[:32])[0]
-    for start in range(32, len(ids), 32):
-        end = min(start + 32, len(ids))
-        # As much context as positions allow, never less than a token.
-        expected += alone(model, ids[end - 33 : start], ids[start:end])[0]
-    found = cerebrum_lm(model, tokenizer).loglikelihood_rolling([request(text), request("")])
-    assert found == [pytest.approx(expected, abs=1e-3), 0]
 
 
 def test_what_is_too_long_loses_its_beginning_and_says_so(
@@ -412,8 +375,6 @@ def test_a_directory_of_local_tasks(tiny: Loaded, tmp_path: Path) -> None:
     folder = tmp_path / "tasks"
     acc = [{"metric": "acc", **MEAN}]
     write_task(folder, "said", output_type="loglikelihood", metric_list=acc)
-    words = {"metric": "word_perplexity"}
-    write_task(folder, "told", output_type="loglikelihood_rolling", metric_list=[words])
     found = evaluate(model, tokenizer, task_dir=folder)
     flags = [
         alone(
@@ -421,8 +382,7 @@ def test_a_directory_of_local_tasks(tiny: Loaded, tmp_path: Path) -> None:
         )
         for w in ("yes", "no", "perhaps")
     ]
-    # A pair (likelihood, words) is not a score.
-    assert found == {"said": {"acc": [float(flag) for _, flag in flags]}, "told": {}}
+    assert found == {"said": {"acc": [float(flag) for _, flag in flags]}}
 
 
 def refusal(run: Callable[[], object]) -> str:
@@ -439,6 +399,8 @@ def test_what_cannot_be_run_is_named(
     folder = tmp_path / "tasks"
     write_task(folder, "far", dataset_path="nobody/nothing", dataset_kwargs={})
     write_task(folder, "odd", output_type="guess")
+    words = [{"metric": "word_perplexity"}]
+    write_task(folder, "told", output_type="loglikelihood_rolling", metric_list=words)
     write_task(folder, "drawn", generation_kwargs={"do_sample": True, "until": ["x"]})
 
     def run(*tasks: str, task_dir: Path | None = folder) -> str:
@@ -454,6 +416,7 @@ def test_what_cannot_be_run_is_named(
     assert run("far").startswith("task far can't be loaded: Couldn't reach 'nobody/nothing'")
     assert "task odd can't be loaded: Got invalid output_type 'guess'" in run("odd")
     assert "greedy" in run("drawn")
+    assert "python -m bench.perplexity" in run("told")
     assert "no task 'arc_chalenge'" in run("arc_chalenge", task_dir=None)
     assert "no task" in run(task_dir=tmp_path / "missing")
     (tmp_path / "empty").mkdir()
