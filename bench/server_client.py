@@ -9,7 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import Any
@@ -104,8 +104,7 @@ def ask(address: str, asked: Question, count: Count | None = None) -> Heard:
         connection.request("POST", asked.path, asked.data, {"Content-Type": "application/json"})
         response = connection.getresponse()
         heard.status = response.status
-        with suppress(ValueError):
-            heard.retry_after = float(response.headers.get("Retry-After", ""))
+        heard.retry_after = float(response.headers.get("Retry-After", 1))
         _read(asked, response, heard)
         if asked.malformed is None and not heard.left and not heard.faults:
             _check(asked, heard, count)

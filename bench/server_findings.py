@@ -59,17 +59,11 @@ def summary(
     warm: Seen, seen: Seen, seconds: float, expected: dict[str, str], count: Count
 ) -> dict[str, Any]:
     """Of the load, but errors of the warm-up too. `expected`: texts of fixed questions alone."""
-    taken = [(asked, heard) for asked, heard in seen if heard.status != 429]
-    faults = Counter(
-        (asked.kind, fault)
-        for asked, heard in [*warm, *seen]
-        if heard.status != 429
-        for fault in set(heard.faults)
-    )
-    errors: dict[str, dict[str, int]] = {}
-    for (kind, fault), times in faults.most_common():
-        errors.setdefault(kind, {})[fault] = times
-    polite = [(asked, heard) for asked, heard in taken if asked.kind in POLITE]
+    errors: dict[str, Counter[str]] = defaultdict(Counter)  # by kind, by fault
+    for asked, heard in [*warm, *seen]:
+        for fault in set(heard.faults):
+            errors[asked.kind][fault] += 1
+    polite = [(asked, heard) for asked, heard in seen if asked.kind in POLITE]
     firsts = [(count(asked), heard.first - heard.sent) for asked, heard in polite if heard.first]
     gaps = [
         after - before
@@ -87,43 +81,36 @@ def summary(
         for name, (low, high) in _SIZES.items()
     }
     return {
-        "requests": dict(Counter(asked.kind for asked, _ in taken).most_common()),
+        "requests": dict(Counter(asked.kind for asked, _ in seen).most_common()),
         "errors": errors,
-        "busy": len(seen) - len(taken),
         "tokens": tokens,
         "tokens_per_second": tokens["completion"] / seconds,
         "first": {name: one for name, one in waited.items() if one},
         "gap": waits(gaps),
-        "left": Counter(_left(heard) for asked, heard in taken if asked.kind == "leaving"),
-        "refusals": Counter(
-            str(heard.status) for asked, heard in taken if asked.kind == "malformed"
+        "left": Counter(
+            "within" if heard.left else "after its end"
+            for asked, heard in seen
+            if asked.kind == "leaving"
         ),
-        "fixed": _fixed(taken, expected),
+        "refusals": Counter(
+            str(heard.status) for asked, heard in seen if asked.kind == "malformed"
+        ),
+        "fixed": _fixed(seen, expected),
     }
-
-
-def _left(heard: Heard) -> str:
-    if not heard.left:
-        return "after its end"
-    return "before its first text" if heard.first is None else "within"
 
 
 def _fixed(seen: Seen, expected: dict[str, str]) -> dict[str, Any]:
     """How often the fixed questions' texts came again, and from which character on they did not."""
-    places: dict[str, list[int | None]] = defaultdict(list)  # None: the same text
+    same, differing = 0, defaultdict(list)
     for asked, heard in seen:
         if asked.name and not heard.faults:
             pairs = enumerate(zip_longest(heard.choices[0].text, expected[asked.name]))
-            places[asked.name].append(next((at for at, (a, b) in pairs if a != b), None))
-    differing = {}
-    for name, found in sorted(places.items()):
-        other = [place for place in found if place is not None]
-        if other:
-            differing[name] = {"times": len(other), "of": len(found), "from": other}
-    return {
-        "same": sum(found.count(None) for found in places.values()),
-        "differing": differing,
-    }
+            place = next((place for place, (a, b) in pairs if a != b), None)
+            if place is None:
+                same += 1
+            else:
+                differing[asked.name].append(place)
+    return {"same": same, "differing": differing}
 
 
 def waits(values: Iterable[float]) -> dict[str, float] | None:
@@ -196,7 +183,7 @@ def text(found: dict[str, Any]) -> list[str]:
     ]
     waited = {f"first text, {name}": one for name, one in found["first"].items()}
     waited |= {"between two pieces of text": found["gap"]} if found["gap"] else {}
-    waits = [
+    rows = [
         [
             name,
             str(one["count"]),
@@ -205,7 +192,7 @@ def text(found: dict[str, Any]) -> list[str]:
         ]
         for name, one in waited.items()
     ]
-    wait = ["seconds", "number", "median", "19 of 20 within", "longest", "longest / median"]
+    header = ["seconds", "number", "median", "19 of 20 within", "longest", "longest / median"]
     faults = [
         f"- {kind}, {times} x: {fault}"
         for kind, faults in found["errors"].items()
@@ -216,7 +203,7 @@ def text(found: dict[str, Any]) -> list[str]:
         f" {found['seconds'] / 60:.1f} minutes, until the last had its answer.",
         table(["must hold", ""], must),
         table(["requests", "number", "errors"], requests),
-        table(wait, waits),
+        table(header, rows),
         table(["of the load", ""], _figures(found)),
         "\n".join(faults[:20]),
     ]
@@ -232,8 +219,8 @@ def _figures(found: dict[str, Any]) -> list[list[str]]:
         grown = "{:+.2f} ({:+.1f} to {:+.1f})".format(held["slope"], *held["slope_range"])
     sizes = {key: held[key] for key in ("start", "peak", "end")} | held["at_rest"]
     others = [
-        f"{one['times']} of {one['of']} to {name}, from character {min(one['from'])} on"
-        for name, one in found["fixed"]["differing"].items()
+        f"{len(places)} x {name}, from character {min(places)} on"
+        for name, places in found["fixed"]["differing"].items()
     ]
     values = found | {
         "others": "; ".join(others) or "none",

@@ -50,6 +50,7 @@ class Load:
     until: float
     seed: int = 0
     seen: list[tuple[Question, Heard]] = field(default_factory=list)
+    busy: list[Question] = field(default_factory=list)  # whose answer was 429
     resident: list[tuple[float, int]] = field(default_factory=list)  # when, bytes
 
     def client(self, number: int) -> None:
@@ -62,16 +63,17 @@ class Load:
     def _ask(self, asked: Question) -> Heard:
         """Ask, again after 429 for as long as the server says."""
         began = time.perf_counter()
-        while True:
-            heard = ask(self.server.address, asked, self.count)
-            self.server.check()
-            heard.sent = began
-            self.seen.append((asked, heard))
-            self.resident.append((time.monotonic(), self.server.rss()))
-            pause = min(max(0.1, heard.retry_after), self.until - time.monotonic())
-            if heard.status != 429 or pause <= 0:
+        while (heard := ask(self.server.address, asked, self.count)).status == 429:
+            self.busy.append(asked)
+            left = self.until - time.monotonic()
+            if left <= 0:
                 return heard
-            time.sleep(pause)
+            time.sleep(min(left, max(0.1, heard.retry_after)))
+        self.server.check()
+        heard.sent = began
+        self.seen.append((asked, heard))
+        self.resident.append((time.monotonic(), self.server.rss()))
+        return heard
 
     def _next(self, asked: Question, heard: Heard) -> Question | None:
         """The next turn of a conversation; None at its end."""
@@ -167,6 +169,7 @@ def _measure(
         "models": models,
         "seconds": seconds,
         **summary(warm.seen, timed.seen, seconds, expected, count),
+        "busy": len(timed.busy),
         "generated_per_second": made / seconds,
         "settled": settled,
         "handles": {"before": before, "after": handles(server)},

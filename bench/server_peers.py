@@ -42,6 +42,13 @@ from mlx_cerebrum.text import tell
 _SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 _CONTEXT = 1024  # tokens a request may take where a server wants to know
 _WORDS = 120  # of prose in every other question
+_FIGURES = {  # their heading, and digits
+    "pace": ("tokens/s", 1),  # from the first request to the last token
+    "ratio": ("ours/its", 2),
+    "first": ("first text, s", 2),  # the median of the answers
+    "last": ("the last one's, s", 2),
+    "going": ("once all go", 1),  # pieces of text a second, once all answers had begun
+}
 _TUNING = range(1000, 1128)  # token ids that llama.cpp's settings are tried on
 
 
@@ -60,10 +67,8 @@ class Round:
     """What a server did with some questions at once."""
 
     texts: list[str]
-    pace: float  # tokens a second, from the first request to the last token
-    firsts: list[float]  # seconds to each answer's first text
-    going: float  # pieces of text a second, once all answers had begun
     tokens: dict[str, int]  # prompt, completion, cached
+    figures: dict[str, float]  # of _FIGURES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -143,7 +148,7 @@ def compare(
         sides = {name: _side(one, many, number, max_tokens) for name, one in contenders.items()}
         runs = rounds(sides, number)
         for name, done in runs.items():
-            found[name][kind] = _row(done, runs[OURS] if name != OURS else None)
+            found[name][kind] = _row(done, runs[OURS])
     for name, one in contenders.items():
         found[name]["resident"] = one.server.rss()
     return {"clients": clients, "rounds": number, "max_tokens": max_tokens, "engines": found}
@@ -184,27 +189,23 @@ def at_once(address: str, asked: Sequence[Question]) -> Round:
     ended = max(pieces[-1] for pieces in times)
     all_go = max(pieces[0] for pieces in times)
     later = sum(when > all_go for pieces in times for when in pieces)
-    return Round(
-        texts=[heard.choices[0].text for heard in answers],
-        pace=tokens["completion"] / (ended - min(heard.sent for heard in answers)),
-        firsts=[pieces[0] - heard.sent for pieces, heard in zip(times, answers, strict=True)],
-        going=later / (ended - all_go) if later else 0.0,
-        tokens=tokens,
-    )
-
-
-def _row(done: Sequence[Round], ours: Sequence[Round] | None) -> dict[str, Any]:
-    measured = {
-        "pace": [one.pace for one in done],
-        "first": [median(one.firsts) for one in done],
-        "last": [max(one.firsts) for one in done],
-        "going": [one.going for one in done],
+    firsts = [pieces[0] - heard.sent for pieces, heard in zip(times, answers, strict=True)]
+    figures = {
+        "pace": tokens["completion"] / (ended - min(heard.sent for heard in answers)),
+        "first": median(firsts),
+        "last": max(firsts),
+        "going": later / (ended - all_go) if later else 0.0,
     }
-    row: dict[str, Any] = {name: Spread.of(values).as_json() for name, values in measured.items()}
+    return Round([heard.choices[0].text for heard in answers], tokens, figures)
+
+
+def _row(done: Sequence[Round], ours: Sequence[Round]) -> dict[str, Any]:
+    found = {key: [one.figures[key] for one in done] for key in done[0].figures}
+    row: dict[str, Any] = {key: Spread.of(values).as_json() for key, values in found.items()}
     row |= {f"{key}_tokens": sum(one.tokens[key] for one in done) for key in done[0].tokens}
-    if ours is not None:
+    if done is not ours:
+        row["ratio"] = ratio([one.figures["pace"] for one in ours], found["pace"]).as_json()
         texts = [[text for one in side for text in one.texts] for side in (ours, done)]
-        row["ratio"] = ratio([one.pace for one in ours], measured["pace"]).as_json()
         row["same"] = sum(a == b for a, b in zip(*texts, strict=True))
         row["compared"] = len(texts[0])
     return row
@@ -212,41 +213,39 @@ def _row(done: Sequence[Round], ours: Sequence[Round] | None) -> dict[str, Any]:
 
 def text(found: dict[str, Any]) -> list[str]:
     engines = found["engines"]
-    measured = {name: one for name, one in engines.items() if "failure" not in one}
     notes = [
-        f"- {name}: {one['version']}; {one['settings']}; {one['resident'] / 1e6:.0f} MB resident"
-        " at the end"
-        for name, one in measured.items()
+        f"- {name}: {one['failure']}"
+        if "failure" in one
+        else f"- {name}: {one['version']}; {one['settings']}; {one['resident'] / 1e6:.0f} MB"
+        " resident at the end"
+        for name, one in engines.items()
     ]
-    failures = [f"- {name}: {one['failure']}" for name, one in engines.items() if "failure" in one]
     return [
         f"{found['clients']} questions at once, and one alone, {found['max_tokens']} tokens an"
         f" answer at most; rounds in turns: {found['rounds']}; every round has questions of its"
         " own. All tokens of the answers over the time from the first request to the last token,"
         " and once all have begun pieces of text a second; median (lowest-highest). Ratios are"
         " ours over theirs, round by round: above 1 ours is faster.",
-        *_paces(measured, "together", f"{found['clients']} at once"),
-        *_paces(measured, "alone", "one alone"),
-        "\n".join(notes + failures),
+        _paces(engines, "together", f"{found['clients']} at once"),
+        _paces(engines, "alone", "one alone"),
+        "\n".join(notes),
     ]
 
 
-def _paces(measured: dict[str, Any], kind: str, label: str) -> list[str]:
-    columns = {"pace": 1, "ratio": 2, "first": 2, "last": 2, "going": 1}  # digits
-    header = [label, "tokens/s", "ours/its", "first text, s", "the last one's, s", "once all go"]
-    rows, counts = [], []
-    for name, one in measured.items():
-        it = one[kind]
-        spreads = [
-            Spread(**it[key]).text(digits) if key in it else "" for key, digits in columns.items()
-        ]
-        rows.append([name, *spreads, f"{it['same']} of {it['compared']}" if "same" in it else ""])
-        counts.append(
-            f"{name} {it['prompt_tokens']}, {it['cached_tokens']} of them cached, and"
-            f" {it['completion_tokens']}"
-        )
-    counted = f"Tokens of prompts and answers: {'; '.join(counts)}."
-    return [table([*header, "same texts"], rows), counted]
+def _paces(engines: dict[str, Any], kind: str, label: str) -> str:
+    rows = []
+    for name, one in engines.items():
+        if kind in one:
+            it = one[kind]
+            spreads = [
+                Spread(**it[key]).text(digits) if key in it else ""
+                for key, (_, digits) in _FIGURES.items()
+            ]
+            same = f"{it['same']} of {it['compared']}" if "same" in it else ""
+            tokens = [it[f"{key}_tokens"] for key in ("prompt", "cached", "completion")]
+            rows.append([name, *spreads, same, "{} ({}), {}".format(*tokens)])
+    headings = [heading for heading, _ in _FIGURES.values()]
+    return table([label, *headings, "same texts", "tokens asked (cached), answered"], rows)
 
 
 if __name__ == "__main__":
