@@ -26,12 +26,12 @@ import mlx.nn as nn
 
 from bench import machine
 from bench.attempts import one_line
+from bench.bandwidth import BITS, parameters_read
 from bench.copies import Copies
 from bench.engines import timed
 from bench.memory import MB, NARROW
 from bench.pair import Pair, Side
 from bench.plots import Picture, curves
-from bench.projection import BITS, parameters_read
 from bench.random_model import GEOMETRIES, write_random
 from bench.report import Spread, ratio, rounds, table
 from bench.suite import Effort, Results

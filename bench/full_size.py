@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from bench import bandwidth, projection
+from bench import bandwidth
 from bench.engines import prompt_ids, timed
 from bench.pair import Pair
 from bench.plots import Picture
@@ -70,7 +70,7 @@ def measure(pair: Pair, effort: Effort) -> Results:
             "peak_loading": loading,
         },
         "sides": sides,
-        "projection": projection.project({n: m.config for n, m in models.items()}),
+        "projection": bandwidth.projected({n: m.config for n, m in models.items()}),
     }
 
 
@@ -107,7 +107,7 @@ def text(results: Results) -> list[str]:
             [[label, *(show(side[key]) for side in sides)] for label, key, show in rows],
         ),
         f"By bytes {b} should decode at {expected:.2f} of {a}'s pace; measured {decoded:.2f}.",
-        *projection.text(results["projection"]),
+        *bandwidth.text(results["projection"]),
     ]
 
 

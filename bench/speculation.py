@@ -21,9 +21,9 @@ from statistics import median
 import mlx.core as mx
 
 from bench import bootstrap
+from bench.bandwidth import BITS, parameters_read
 from bench.chat_prompts import GROUNDED, OPEN
 from bench.pair import open_pair
-from bench.projection import BITS, parameters_read
 from bench.random_model import GEOMETRIES
 from bench.report import parser, ratio, rounds, run, table
 from bench.suite import Results

@@ -10,7 +10,7 @@ import pytest
 from conftest import MakeCheckpoint, parameters
 from tiny import tiny_config
 
-from bench import bandwidth, full_size, pair, process, projection, report, speed, suite
+from bench import bandwidth, full_size, pair, process, report, speed, suite
 from bench.__main__ import main
 from bench.random_model import RandomCheckpoint, write_random
 from mlx_cerebrum.errors import PlanError, RequestError
@@ -222,7 +222,7 @@ def test_projections_follow_from_bytes() -> None:
     )
     config = ModelConfig.from_dict(raw)
     plan = LayerPlan.named("cerebrum-12.25b").layer_map(32)
-    found = projection.project({"7B": config, "12.25B": config.with_map(plan)})
+    found = bandwidth.projected({"7B": config, "12.25B": config.with_map(plan)})
     models = found["models"]
     assert models["7B, bf16"]["bytes_per_token"] == pytest.approx(14.22e9, rel=1e-3)
     assert models["12.25B, bf16"]["bytes_per_token"] == pytest.approx(24.69e9, rel=1e-3)
@@ -230,7 +230,7 @@ def test_projections_follow_from_bytes() -> None:
     assert models["7B, bf16"]["roof"]["Apple M2 Ultra"][0] == pytest.approx(56, rel=0.01)
     # mlx-lm's own figure lies between those of llama.cpp: 120.5 tokens/s on an M2 Ultra.
     roof = models["7B, 4-bit"]["roof"]["Apple M2 Ultra"][0]
-    assert projection.KNOWN[0] < 120.5 / roof < projection.KNOWN[1]
+    assert bandwidth.KNOWN[0] < 120.5 / roof < bandwidth.KNOWN[1]
 
 
 def test_results_of_two_machines_do_not_mix(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
