@@ -75,10 +75,7 @@ class Probe:
         self.hidden = self._run(self.embedded, 0)
         # The head's row that each token expects: sum of p(v) head[v]. With it a divergence needs
         # no probabilities kept: KL = logsumexp(logits) - hidden @ expected - (the same, untouched).
-        parts = [mx.softmax(h @ self.head.T, axis=-1) @ self.head for h in self.hidden]
-        for part in parts:
-            mx.eval(part)
-        self.expected = mx.stack(parts)
+        self.expected = self._expected(self.head)
         self.entropy = self._cross_entropy(self.hidden, self.head, self.expected)
 
     def matrices(self) -> int:
@@ -123,10 +120,15 @@ class Probe:
 
     def _head_divergence(self, head: mx.array) -> float:
         """The same for a changed head."""
-        parts = [mx.softmax(h @ self.head.T, axis=-1) @ head for h in self.hidden]
-        for part in parts:
-            mx.eval(part)
-        return self._cross_entropy(self.hidden, head, mx.stack(parts)) - self.entropy
+        return self._cross_entropy(self.hidden, head, self._expected(head)) - self.entropy
+
+    def _expected(self, head: mx.array) -> mx.array:
+        """The row of `head` that each token of the untouched model expects."""
+        parts = []
+        for h in self.hidden:
+            parts.append(mx.softmax(h @ self.head.T, axis=-1) @ head)
+            mx.eval(parts[-1])  # a sequence at a time: its logits are large
+        return mx.stack(parts)
 
     def _cross_entropy(self, hidden: mx.array, head: mx.array, expected: mx.array) -> float:
         """Mean of logsumexp(logits) - E[logit], a sequence at a time: its logits are large."""

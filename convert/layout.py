@@ -1,7 +1,7 @@
 """What a conversion will write, decided before a weight is read: its tensors and config.json."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -155,11 +155,11 @@ class Change:
     """What is asked of all weights; `packings` by the source's module paths, `vocabulary` the
     rows that are kept of the embedding and the head."""
 
-    dequantize: bool = False
-    dtype: str | None = None
-    out_dtype: str | None = None
-    packings: Mapping[str, Packing] = field(default_factory=dict)
-    vocabulary: int | None = None
+    dequantize: bool
+    dtype: str | None
+    out_dtype: str | None
+    packings: Mapping[str, Packing]
+    vocabulary: int
 
 
 @dataclass(frozen=True)
@@ -182,10 +182,8 @@ def lay_out(checkpoint: Checkpoint, options: Options, found: fold.Folding) -> La
     plan = options.plan
     notes: list[str] = []
     first, last = _dtypes(checkpoint, options, notes)
-    change = Change(options.dequantize, FLOAT_CODES.get(first or ""), FLOAT_CODES.get(last or ""))
-    rows = _rows(checkpoint, plan)
     if options.is_folded:
-        if rows < checkpoint.config.vocab_size:
+        if _rows(checkpoint, plan) < checkpoint.config.vocab_size:
             notes.append("tokenizer_source cuts rows that have no token; folded keeps them")
         config = planned_config(checkpoint.config, plan, options.window)
         blocks = len(set(found.block_of))
@@ -193,17 +191,17 @@ def lay_out(checkpoint: Checkpoint, options: Options, found: fold.Folding) -> La
         config = replace(config, num_hidden_layers=blocks, layer_map=layer_map)
     else:
         config = unrolled_config(checkpoint, plan, options.window)
-        change = replace(change, vocabulary=rows)
+    packings = {}
     if options.packing is not None:
-        written = FLOAT_CODES[last or first or FLOATS[checkpoint.weight_dtype]]
-        packings = _packings(checkpoint, config, options, found, 8 * ITEM_BYTES[written], notes)
-        change = replace(change, packings=packings)
+        dense_bits = 8 * ITEM_BYTES[last or first or checkpoint.weight_dtype]
+        packings = _packings(checkpoint, config, options, found, dense_bits, notes)
+    change = Change(options.dequantize, first, last, packings, config.vocab_size)
     if options.is_folded:  # each block as it is first stored
         layers = [found.block_of.index(block) for block in range(config.num_hidden_layers)]
         outputs = _output_modules(checkpoint, layers, change)
     else:
         # mergekit copies a head that a tied model stores in vain; mlx-lm's quantizing drops it.
-        spare = () if change.packings else sorted(checkpoint.spare)
+        spare = () if packings else sorted(checkpoint.spare)
         scale = partial(tensor_scale, config, plan)
         outputs = _output_modules(checkpoint, config.layer_map, change, scale, spare)
     text = None if plan is None else plan.text
@@ -250,7 +248,7 @@ def _rows(checkpoint: Checkpoint, plan: LayerPlan | None) -> int:
 def _dtypes(
     checkpoint: Checkpoint, options: Options, notes: list[str]
 ) -> tuple[str | None, str | None]:
-    """What is cast to before scaling, and after; None leaves it."""
+    """What is cast to before scaling, and after, by safetensors' names; None leaves it."""
     plan, dtype = options.plan, options.dtype
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -260,7 +258,7 @@ def _dtypes(
     quantized = checkpoint.config.quantization is not None and not options.dequantize
     if dtype is None and plan is not None:
         if not options.is_folded and not quantized:
-            return plan.dtype, plan.out_dtype
+            return FLOAT_CODES.get(plan.dtype or ""), FLOAT_CODES.get(plan.out_dtype or "")
         planned, stored = plan.out_dtype or plan.dtype, FLOATS[checkpoint.weight_dtype]
         if planned not in (None, stored):
             kept = "a quantized source" if quantized else "folded"
@@ -268,7 +266,7 @@ def _dtypes(
     if dtype is None and options.packing is not None:
         stated = checkpoint.raw_config.get("torch_dtype")  # mlx-lm casts to it before it packs
         dtype = stated if stated in DTYPES else None
-    return dtype, None
+    return FLOAT_CODES.get(dtype or ""), None
 
 
 def _packings(
@@ -335,9 +333,9 @@ def _output(
         raise ConfigError(
             f"{checkpoint.path}: {source} is quantized and can't be scaled; add --dequantize"
         )
-    if change.vocabulary is not None and source in (EMBEDDING, HEAD):
-        rows = change.vocabulary
-        stored = {part: (dtype, (rows, *shape[1:])) for part, (dtype, shape) in stored.items()}
+    if source in (EMBEDDING, HEAD):
+        kept = change.vocabulary
+        stored = {part: (dtype, (kept, *shape[1:])) for part, (dtype, shape) in stored.items()}
     pack = change.packings.get(source)
     transform = Transform(unpack, change.dtype, change.out_dtype, pack)
     parts = {part: (transform.final(dtype), shape) for part, (dtype, shape) in stored.items()}
