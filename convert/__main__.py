@@ -1,7 +1,6 @@
 """`python -m convert`: a source checkpoint to a folded or unrolled MLX directory."""
 
 import argparse
-import io
 import json
 import resource
 import sys
@@ -125,20 +124,12 @@ def _calibrated(
 
 def _show(written: dict[str, Any]) -> None:
     """The table that closes a conversion."""
-    from rich.console import Console
-    from rich.table import Table
-
     for note in written["notes"]:
         tell(f"note: {note}")
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for label, text in _lines(written):
-        table.add_row(label, one_line(text))
-    # Not a terminal: no line may be cut or wrapped.
-    width = None if sys.stdout.isatty() else 10_000
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=width, markup=False, highlight=False, emoji=False)
-    console.print(table)
-    say("\n".join(line.rstrip() for line in buffer.getvalue().splitlines()))
+    rows = list(_lines(written))
+    width = max(len(label) for label, _ in rows)
+    for label, text in rows:
+        say(f"{label:<{width}}  {one_line(text)}")
 
 
 def _lines(written: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -67,7 +67,6 @@ class Copies:
             for path, target in self.targets.items()
             if target.exists() and partial.journal.entries.get(target.name) == "copied"
         }
-
         stopped = Event()
 
         def go_on(_: int) -> None:
@@ -79,9 +78,8 @@ class Copies:
                 try:
                     copy_file(path, self.targets[path], go_on)
                 except FileNotFoundError:
-                    raise CheckpointError(
-                        f"{path} is gone while it was copied; start again"
-                    ) from None
+                    gone = f"{path} is gone while it was copied; start again"
+                    raise CheckpointError(gone) from None
                 partial.journal.add(self.targets[path].name, "copied")
 
         with ThreadPoolExecutor(1, "copy") as copier:
@@ -100,14 +98,11 @@ class Copies:
             except BaseException:
                 stopped.set()
                 raise
-        damaged = set()
-        for path in kept:
-            with HashedFile(self.targets[path]) as copied:
-                if copied.finish() != hashes.get(path.name):
-                    damaged.add(path)  # or nothing to compare it with
-        copy(damaged)
+        # Damaged, or there is no hash to compare it with.
+        odd = {p for p in kept if HashedFile(self.targets[p]).finish() != hashes.get(p.name)}
+        copy(odd)
         check_stamps(source.stats)  # what was copied is what was read
-        names = (name for path in kept - damaged for name in read_header(path))
+        names = (name for path in kept - odd for name in read_header(path))
         self.resumed = len({name.rpartition(".")[0] for name in names})
         self.hashes = {
             self.targets[path].name: hashes[path.name] for path in source.paths if hashes

@@ -94,7 +94,7 @@ def _names(node: ast.expr) -> tuple[str, ...]:
 def test_nothing_prints_past_it() -> None:
     """No print, no stream written to, no traceback printed; a console of rich only where its text
     is cleaned before (and markup is off)."""
-    consoles = {"progress.py", "show.py", "demo.py", "screen.py", "report.py"}
+    consoles = {"progress.py", "show.py", "demo.py", "screen.py"}
     for path in (
         p for room in ("mlx_cerebrum", "convert", "bench") for p in (ROOT / room).rglob("*.py")
     ):
