@@ -40,44 +40,22 @@ def serve(
     params.n_gpu_layers = _GPU_LAYERS
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = tuning.threads
     params.warmup, params.verbosity = False, -1
-    kind = library.ggml_type
+    kind, flash = library.ggml_type, library.llama_flash_attn_type
     cache = kind.GGML_TYPE_F32 if exact else kind.GGML_TYPE_F16
     params.cache_type_k = params.cache_type_v = cache
-    flash = "ENABLED" if tuning.flash_attention else "DISABLED"
-    attention = getattr(library.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{flash}")
-    params.flash_attn_type = attention
+    on, off = flash.LLAMA_FLASH_ATTN_TYPE_ENABLED, flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.flash_attn_type = on if tuning.flash_attention else off
     return library.Server(params)
 
 
-class _Server:
-    """A loaded file. Raises CerebrumError when it answers with an error."""
-
-    def __init__(self, path: Path, tuning: Tuning, exact: bool, context: int) -> None:
-        self._server = serve(path, tuning, exact, context)
-        self._said: dict[tuple[tuple[int, ...], int], tuple[str, list[int]]] = {}
-
-    def ask(self, prompt: Sequence[int], max_tokens: int, **more: Any) -> dict[str, Any]:
-        """Its answer, greedy; nothing of an earlier prompt is reused."""
-        greedy = {"temperature": 0.0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True}
-        asked = {"prompt": list(prompt), "max_tokens": max_tokens, "cache_prompt": False}
-        answer: dict[str, Any] = self._server.handle_completions(asked | greedy | more)
-        if "choices" not in answer:
-            raise CerebrumError(f"llama.cpp: {answer.get('error', answer)}")
-        return answer
-
-    def generate(self, prompt: Sequence[int], max_tokens: int) -> Run:
-        """Which ids it says comes with probabilities, which take time: asked once, untimed."""
-        key = tuple(prompt), max_tokens
-        if key not in self._said:
-            choice = self.ask(prompt, max_tokens, n_probs=1)["choices"][0]
-            ids = [token["id"] for token in choice["logprobs"]["content"]]
-            self._said[key] = choice["text"], ids
-        answer = self.ask(prompt, max_tokens)
-        text, ids = self._said[key]
-        if answer["choices"][0]["text"] != text:
-            raise CerebrumError("llama.cpp did not say the same twice")
-        spent = answer["timings"]
-        return Run(ids, spent["prompt_ms"] / 1000, spent["predicted_ms"] / 1000, len(prompt))
+def _ask(server: Any, prompt: Sequence[int], max_tokens: int, **more: Any) -> dict[str, Any]:
+    """Its answer, greedy; nothing of an earlier prompt is reused. Raises CerebrumError."""
+    greedy = {"temperature": 0.0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True}
+    asked = {"prompt": list(prompt), "max_tokens": max_tokens, "cache_prompt": False}
+    answer: dict[str, Any] = server.handle_completions(asked | greedy | more)
+    if "choices" not in answer:
+        raise CerebrumError(f"llama.cpp: {answer.get('error', answer)}")
+    return answer
 
 
 def on_gpu() -> bool:
@@ -98,9 +76,9 @@ def tune(path: Path, exact: bool, sample: Sequence[int]) -> Tuning:
     sample, tokens = sample[:_SAMPLE], 8
 
     def took(tuning: Tuning) -> float:
-        server = _Server(path, tuning, exact, len(sample) + tokens + 1)
-        server.ask(sample[:8], 2)
-        spent = server.ask(sample, tokens)["timings"]
+        server = serve(path, tuning, exact, len(sample) + tokens + 1)
+        _ask(server, sample[:8], 2)
+        spent = _ask(server, sample, tokens)["timings"]
         return float(spent["prompt_ms"] + spent["predicted_ms"])
 
     cores = os.cpu_count() or 1
@@ -109,18 +87,33 @@ def tune(path: Path, exact: bool, sample: Sequence[int]) -> Tuning:
 
 
 def open_engine(
-    path: Path, config: ModelConfig, tuning: Tuning, *, exact: bool, context: int
+    path: Path, config: ModelConfig, sample: Sequence[int], exact: bool, context: int
 ) -> Loaded:
     """`exact`: keys and values in float32, for arithmetic like ours in float32; else float16,
-    its default. `context` is the most tokens it has to hold."""
-    version = required("xllamacpp", "bench")
-    server = _Server(path, tuning, exact, context)
+    its default. `context` is the most tokens it has to hold. Settings are tried on `sample`."""
+    tuning = tune(path, exact, sample)
+    server = serve(path, tuning, exact, context)
+    said: dict[tuple[tuple[int, ...], int], tuple[str, list[int]]] = {}
+
+    def generate(prompt: Sequence[int], max_tokens: int) -> Run:
+        """Which ids it says comes with probabilities, which take time: asked once, untimed."""
+        key = tuple(prompt), max_tokens
+        if key not in said:
+            choice = _ask(server, prompt, max_tokens, n_probs=1)["choices"][0]
+            said[key] = choice["text"], [one["id"] for one in choice["logprobs"]["content"]]
+        answer = _ask(server, prompt, max_tokens)
+        text, ids = said[key]
+        if answer["choices"][0]["text"] != text:
+            raise CerebrumError("llama.cpp did not say the same twice")
+        spent = answer["timings"]
+        return Run(ids, spent["prompt_ms"] / 1000, spent["predicted_ms"] / 1000, len(prompt))
+
     sizes = {name: tensor.nbytes for name, tensor in GGUFFile.open(path).tensors.items()}
     return Loaded(
-        version=f"xllamacpp {version}",
+        version=f"xllamacpp {required('xllamacpp', 'bench')}",
         settings=f"{settings(tuning, exact)}, greedy",
         weights=sum(sizes.values()),
         reads=reads(sizes),
         kv=config.kv_values_per_token() * (4 if exact else 2),
-        generate=server.generate,
+        generate=generate,
     )

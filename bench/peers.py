@@ -25,7 +25,7 @@ import mlx.core as mx
 from bench import engines, llama_cpp, process, step_profile
 from bench.attempts import Attempt, Load, forget, in_turns, one_by_one, one_line
 from bench.copies import Copies, main_type, nbytes
-from bench.engines import Loaded, Run, prompt_ids, required
+from bench.engines import Run, prompt_ids, required
 from bench.pair import Pair
 from bench.plots import Picture, bars
 from bench.report import Spread, columns, ratio, rounds
@@ -33,7 +33,6 @@ from bench.suite import Effort, Results
 from mlx_cerebrum import device
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.config import ModelConfig
-from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import GB, fits, human
 
 OURS = "mlx-cerebrum"
@@ -45,18 +44,15 @@ PROMPT_TOKENS = 512
 QUESTION = "The capital of France is"
 _ROUNDS = 3  # at most: every round is as many generations as there are engines
 
-Tunings = dict[bool, llama_cpp.Tuning]  # of llama.cpp, by whether its weights are exact
-
 
 def measure(pair: Pair, effort: Effort, prompt_tokens: int = PROMPT_TOKENS) -> Results:
     """Raises MemoryBudgetError where not even ours fits."""
     effort = replace(effort, rounds=min(_ROUNDS, effort.rounds))
     most = pair.checkpoint().config.max_position_embeddings - effort.tokens
     prompt = prompt_ids(pair.checkpoint(), max(2, min(prompt_tokens, most)))
-    tunings: Tunings = {}
     sides = {}
     for index, key in enumerate("ab"):
-        sides[key] = _side(pair, index, effort, prompt, tunings)
+        sides[key] = _side(pair, index, effort, prompt)
         forget()
     effort.say("profile of our forward pass")
     for side, model in zip(sides.values(), pair.models(), strict=True):
@@ -69,11 +65,11 @@ def measure(pair: Pair, effort: Effort, prompt_tokens: int = PROMPT_TOKENS) -> R
     }
 
 
-def _side(pair: Pair, index: int, effort: Effort, prompt: list[int], tunings: Tunings) -> Results:
+def _side(pair: Pair, index: int, effort: Effort, prompt: list[int]) -> Results:
     side, storage = pair.sides[index], pair.storage()
     with tempfile.TemporaryDirectory(dir=effort.work) as folder:
         copies = Copies(pair, side, Path(folder))
-        attempts = _peers(copies, prompt, effort.tokens, tunings)
+        attempts = _peers(copies, prompt, effort.tokens)
         size = human(side.config.executed_parameters * storage.dtype.size)
         for name, attempt in attempts.items():
             effort.say(f"{side.name}: the weights for {name}, up to {size} in {folder}")
@@ -102,7 +98,7 @@ def _side(pair: Pair, index: int, effort: Effort, prompt: list[int], tunings: Tu
     }
 
 
-def _peers(copies: Copies, prompt: list[int], tokens: int, tunings: Tunings) -> dict[str, Attempt]:
+def _peers(copies: Copies, prompt: list[int], tokens: int) -> dict[str, Attempt]:
     config = copies.side.config
 
     def mlx_lm() -> tuple[int, Load]:
@@ -123,15 +119,8 @@ def _peers(copies: Copies, prompt: list[int], tokens: int, tunings: Tunings) -> 
             raise RequestError("this xllamacpp computes on the CPU only; install its GPU wheel")
         path = copies.gguf(kind) if copies.native is None or exact else copies.native
 
-        def load(_: Model | None) -> Loaded:
-            if exact not in tunings:
-                tunings[exact] = llama_cpp.tune(path, exact, prompt)
-            float32, context = exact and kind == "F32", len(prompt) + tokens + 1
-            return llama_cpp.open_engine(
-                path, config, tunings[exact], exact=float32, context=context
-            )
-
-        return nbytes(path), load
+        float32, context = exact and kind == "F32", len(prompt) + tokens + 1
+        return nbytes(path), lambda _: llama_cpp.open_engine(path, config, prompt, float32, context)
 
     found = {"mlx-lm": Attempt(mlx_lm), "transformers": Attempt(transformers)}
     if copies.dense:

@@ -23,6 +23,7 @@ import mlx.core as mx
 from bench import bootstrap
 from bench.bandwidth import BITS, parameters_read
 from bench.chat_prompts import GROUNDED, OPEN
+from bench.engines import timed
 from bench.pair import open_pair
 from bench.random_model import GEOMETRIES
 from bench.report import parser, ratio, rounds, run, table
@@ -111,10 +112,9 @@ def _answer(model: Model, prompt: list[int], make: Drafting, args: argparse.Name
         steps = generate_step(prompt, model, max_tokens=most)
     else:
         steps = speculative_step(prompt, model, drafting, max_tokens=most)
-    tokens, started = [next(steps)], time.perf_counter()
-    tokens += steps
-    pace = (len(tokens) - 1) / (time.perf_counter() - started)
-    return {"tokens": tokens, "pace": pace, "rounds": drafting.rounds if drafting else {}}
+    done = timed(steps, len(prompt))
+    found: Results = {"tokens": done.tokens, "pace": done.decode_tps}
+    return found | {"rounds": drafting.rounds if drafting else {}}
 
 
 def _side(answers: dict[str, dict[str, list[Results]]], side: str, draft: float) -> Results:
