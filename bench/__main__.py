@@ -9,12 +9,10 @@ python -m bench render DIR                           tables and pictures again, 
 """
 
 import argparse
-import importlib
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from bench import machine, render, suite
 from bench.pair import Pair, open_pair
@@ -80,8 +78,7 @@ def parser() -> cli.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words and words[0] in COMMANDS:
-        command: Any = importlib.import_module(f"bench.{words[0]}")
-        return int(command.main(words[1:]))
+        return int(suite.module(words[0]).main(words[1:]))
     args = parser().parse_args(words)
     machine.use_openblas(not args.no_openblas)
     return cli.run(lambda: _run(args, words), args.debug)
@@ -113,7 +110,6 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
             tasks=tuple(filter(None, args.tasks.split(","))),
             task_dir=args.task_dir,
             limit=args.limit,
-            say=tell,
         )
         for name in names:
             tell(f"== {name}")

@@ -25,6 +25,7 @@ from bench.pair import Pair
 from bench.report import public
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.files.replacing import replacing
+from mlx_cerebrum.text import tell
 
 Results = dict[str, Any]  # plain data, as JSON has it
 FILE = "results.json"
@@ -43,11 +44,11 @@ class Effort:
     tasks: tuple[str, ...] = ()  # of lm-evaluation-harness; none: those in bench/tasks
     task_dir: Path | None = None  # more task files for it
     limit: int | None = None  # questions of each task; None: all of them
-    say: Callable[[str], None] = print  # one line of progress, for a person
+    say: Callable[[str], None] = tell  # one line of progress, for a person
 
 
 def module(name: str) -> Any:
-    """The suite or bench by that name."""
+    """The suite, bench or command by that name."""
     return importlib.import_module(f"bench.{name}")
 
 

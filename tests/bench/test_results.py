@@ -240,6 +240,11 @@ def test_a_run_that_is_sent_gets_its_row(project: Path) -> None:
     assert sent[0] == "[m2-max-64gb](m2-max-64gb/README.md)"
     assert "Apple M2 Max &#124; x" in sent
     assert sent[-1] == "-"
+    slow = document("speed")
+    for side in slow["suites"]["speed"]["sides"].values():
+        del side["prefill"]["512"]
+    suite.write(project / "bench" / "results" / DEMO, slow)
+    assert "17.8 |     11.2 |  0.63 |         - |" in filled(project, "index")
 
 
 def test_blocks_are_paragraphs_of_what_a_bench_says(project: Path) -> None:
