@@ -41,9 +41,14 @@ def _shown(char: str) -> str:
     return char
 
 
-def one_line(text: str) -> str:
-    """Clean text with its line breaks (every kind str.splitlines knows) and tabs made spaces."""
-    return clean(" ".join(line.strip() for line in text.splitlines()).strip()).replace("\t", " ")
+def one_line(text: str, most: int | None = None) -> str:
+    """Clean text with its line breaks (every kind str.splitlines knows) and tabs made spaces.
+
+    most: characters to keep; what is longer ends in three dots.
+    """
+    whole = " ".join(line.strip() for line in text.splitlines()).strip()
+    line = clean(whole).replace("\t", " ")
+    return line if most is None or len(line) <= most else f"{line[: most - 3]}..."
 
 
 def say(text: str = "", end: str = "\n") -> None:

@@ -1,6 +1,6 @@
 """Layer plans: which stored block runs at each position of the forward pass.
 
-A plan is mergekit passthrough YAML, read strictly (`plan_mergekit`), and everything it says
+A plan is mergekit passthrough YAML, read strictly (mergekit.py), and everything it says
 that bears on one source model. It knows no weights and opens nothing but the YAML:
 
     plan = resolve("cerebrum-12.25b")
@@ -8,7 +8,6 @@ that bears on one source model. It knows no weights and opens nothing but the YA
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -25,8 +24,9 @@ from mlx_cerebrum.model.tensors import (
     MLP_OUT,
     module_path,
 )
-from mlx_cerebrum.plan.mergekit import Scale, Slice, read
-from mlx_cerebrum.plan.yaml_places import MAX_CHARACTERS, documents, printable
+from mlx_cerebrum.plan.mergekit import Merge, Scale, Slice, read
+from mlx_cerebrum.plan.yaml_places import MAX_CHARACTERS, documents
+from mlx_cerebrum.text import one_line
 
 __all__ = ["LayerPlan", "Scale", "Slice", "interleave", "named_plans", "resolve"]
 
@@ -34,21 +34,11 @@ _NUMBER = re.compile(r"[0-9]{1,6}")
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """A validated plan. `text` is the YAML as given, kept for provenance.
-
-    source: the model's name in the YAML; never opened.
-    dtype, out_dtype: float32, float16, bfloat16, or None for the source's own.
-    tokenizer_source: whether it names one; mergekit then cuts rows that no token has.
-    """
+class LayerPlan(Merge):
+    """A valid plan: what its YAML says, and that YAML as given, for the record."""
 
     name: str
     text: str = field(repr=False)
-    source: str
-    slices: tuple[Slice, ...]
-    dtype: str | None = None
-    out_dtype: str | None = None
-    tokenizer_source: bool = False
 
     @classmethod
     def from_text(cls, text: str, where: str = "plan", document: int | None = None) -> "LayerPlan":
@@ -56,40 +46,31 @@ class LayerPlan:
 
         document: which one to take, from 1, of text that holds several.
         """
-        found = documents(text, where)
-        if document is None and len(found) > 1:
-            lines = ", ".join(str(root.line) for root, _ in found[:5])
-            lines += ", ..." if len(found) > 5 else ""
+        shown = one_line(where)
+        found = documents(text, shown)
+        count = len(found)
+        if document is None and count > 1:
+            lines = ", ".join(str(root.line) for root, _ in found[:5]) + ", ..." * (count > 5)
             raise PlanError(
-                f"{printable(where)}: holds {len(found)} documents (they begin on lines {lines});"
-                f" name the one to take, {printable(where)}#1 to #{len(found)}"
+                f"{shown}: holds {count} documents (they begin on lines {lines});"
+                f" name the one to take, {shown}#1 to #{count}"
             )
         number = 1 if document is None else document
-        if not 0 < number <= len(found):
-            raise PlanError(f"{printable(where)}: has no document {number}; it has {len(found)}")
+        if not 0 < number <= count:
+            raise PlanError(f"{shown}: has no document {number}; it has {count}")
         root, own_text = found[number - 1]
-        text = text if document is None else own_text
-        merge = read(root)
-        name = printable(Path(where).name.removesuffix(".yml").removesuffix(".yaml"))
-        return cls(
-            name,
-            text,
-            merge.source,
-            merge.slices,
-            merge.dtype,
-            merge.out_dtype,
-            merge.tokenizer_source,
-        )
+        name = one_line(Path(where).name.removesuffix(".yml").removesuffix(".yaml"))
+        return cls(**vars(read(root)), name=name, text=text if document is None else own_text)
 
     @classmethod
     def from_file(cls, path: str | Path, document: int | None = None) -> "LayerPlan":
         """Read a YAML file. Raises PlanError also where it cannot be read."""
-        where = printable(str(path))
+        where = one_line(str(path))
         try:
             with Path(path).open("rb") as file:
                 raw = file.read(4 * MAX_CHARACTERS + 1)  # UTF-8 takes at most 4 bytes each
             if raw.strip(b"\0") and (problem := stand_in(Path(path), raw)):
-                raise PlanError(printable(problem))
+                raise PlanError(one_line(problem))
             text = raw.decode("utf-8-sig")
         except OSError as error:
             raise PlanError(f"{where}: {error.strerror or error}") from None
@@ -101,7 +82,7 @@ class LayerPlan:
     def named(cls, name: str) -> "LayerPlan":
         """A plan that ships with the package. Raises PlanError listing them."""
         if name not in named_plans():
-            raise PlanError(f"no plan is named {printable(repr(name))}; {_names()}")
+            raise PlanError(f"no plan is named {one_line(repr(name))}; {_names()}")
         text = (files("mlx_cerebrum.plan") / "named" / f"{name}.yml").read_text(encoding="utf-8")
         return cls.from_text(text, f"{name}.yml")
 
@@ -161,7 +142,12 @@ class LayerPlan:
         total = sum(end - start for start, end in bounds)
         if total > MAX_POSITIONS:
             raise PlanError(f"{self.name}: {total} positions; at most {MAX_POSITIONS} can run")
-        return list(_walk(self.slices, bounds))
+        return [
+            # A slice of one layer: that is its end, as mergekit has it.
+            (part, block, (block - start) / (end - start - 1) if end - start > 1 else 1.0)
+            for part, (start, end) in zip(self.slices, bounds, strict=True)
+            for block in range(start, end)
+        ]
 
     def _outer_scale(self, name: str) -> tuple[float, Scale] | None:
         """For a tensor outside the blocks: mergekit takes a gradient's first value there."""
@@ -173,15 +159,6 @@ class LayerPlan:
                 f"{found[1].place}: scales {name} by {found[0]:g}, which a folded model cannot "
                 "express (only o_proj and down_proj); only --layout unrolled can"
             )
-
-
-def _walk(
-    slices: tuple[Slice, ...], bounds: list[tuple[int, int]]
-) -> Iterator[tuple[Slice, int, float]]:
-    for part, (start, end) in zip(slices, bounds, strict=True):
-        last = end - start - 1
-        for index in range(end - start):
-            yield part, start + index, index / last if last else 1.0  # 1.0 as mergekit has it
 
 
 def interleave(num_layers: int, row: int) -> LayerPlan:
@@ -228,7 +205,7 @@ def resolve(name_or_path: str) -> LayerPlan:
     if mark and _NUMBER.fullmatch(number) and _exists(file):
         return LayerPlan.from_file(file, int(number))
     raise PlanError(
-        f"{printable(repr(name_or_path))} is neither a file nor a named plan; {_names()}"
+        f"{one_line(repr(name_or_path))} is neither a file nor a named plan; {_names()}"
     )
 
 

@@ -115,7 +115,7 @@ class _Reader:
         dtypes = [self.dtype(keys.get(key)) for key in ("dtype", "out_dtype")]
         top = self.scales(keys)
         if "modules" in keys:
-            self.only_one_of(root, keys, "modules")
+            self.only_one_of(keys, "modules")
             modules = keys["modules"].mapping("default")
             module = keys["modules"].require(modules, "default")
             inner = module.mapping("slices", "models", "parameters")
@@ -123,11 +123,16 @@ class _Reader:
         else:
             slices = self.slices(root, keys, top)
         rebuilt = self.tokenizer(keys)
-        self.check_references(keys)
+        self.same_source(keys.get("base_model"))
+        if "name" in keys:
+            keys["name"].text()
+        template = keys.get("chat_template")
+        if template and template.text() != "auto":
+            raise template.error("only 'auto' (the source's own template) can be honoured")
         assert self.source is not None  # every slice names it
         return Merge(self.source, slices, dtypes[0], dtypes[1], rebuilt)
 
-    def only_one_of(self, parent: Item, keys: dict[str, Item], kept: str) -> None:
+    def only_one_of(self, keys: dict[str, Item], kept: str) -> None:
         for other in ("slices", "models", "modules"):
             if other in keys and other != kept:
                 raise keys[other].error(f"stands beside {kept}; only one of them may be given")
@@ -136,7 +141,7 @@ class _Reader:
         self, parent: Item, keys: dict[str, Item], outer: tuple[Scale, ...]
     ) -> tuple[Slice, ...]:
         if "models" in keys:
-            self.only_one_of(parent, keys, "models")
+            self.only_one_of(keys, "models")
             models = keys["models"].sequence()
             for model in models[1:]:
                 raise model.error("a second model; a layer plan has one source model")
@@ -189,7 +194,7 @@ class _Reader:
 
     def model_name(self, item: Item) -> str:
         """`path`, `path@revision`, or mergekit's mapping `{model: {path:, revision:}}`."""
-        if not item.is_mapping:
+        if item.kind != "map":
             name = item.text()
             if "+" in name:
                 raise item.error("names an adapter after '+'; merge it into the model first")
@@ -200,7 +205,7 @@ class _Reader:
             raise keys["lora"].error("names an adapter; merge it into the model first")
         if "override_architecture" in keys:
             raise keys["override_architecture"].error("can't be honoured; remove it")
-        if not inner.is_mapping:
+        if inner.kind != "map":
             return self.model_name(inner)
         parts = inner.mapping("path", "revision")
         path = inner.require(parts, "path").text()
@@ -218,27 +223,18 @@ class _Reader:
             parts = keys["tokenizer"].mapping("source", "tokens", "pad_to_multiple_of")
             source = parts.get("source")
             self.same_vocabulary(parts)
-        if source and not (source.is_text and source.text() in ("base", "union")):
+        if source and not (source.kind == "str" and source.text() in ("base", "union")):
             self.same_source(source)
         return "tokenizer" in keys or source is not None
 
     def same_vocabulary(self, parts: dict[str, Item]) -> None:
         """Refuse what would add rows to the embedding, or compute them."""
         tokens = parts.get("tokens")
-        if tokens and not (tokens.is_mapping and not tokens.node.value):
+        if tokens and not (tokens.kind == "map" and not tokens.node.value):
             raise tokens.error("adds or replaces tokens, which a layer plan can't; remove it")
         pad = parts.get("pad_to_multiple_of")
         if pad and pad.integer() not in (0, 1):
             raise pad.error("adds rows to the embedding, which a layer plan can't; remove it")
-
-    def check_references(self, keys: dict[str, Item]) -> None:
-        """The keys that may only name the source again, for it alone can be honoured."""
-        self.same_source(keys.get("base_model"))
-        if "name" in keys:
-            keys["name"].text()
-        template = keys.get("chat_template")
-        if template and template.text() != "auto":
-            raise template.error("only 'auto' (the source's own template) can be honoured")
 
     def dtype(self, item: Item | None) -> str | None:
         if item is None:
@@ -256,10 +252,11 @@ class _Reader:
         if "scale" not in parameters:
             raise keys["parameters"].error("holds no scale, the one parameter of a passthrough")
         item = parameters["scale"]
-        if item.is_mapping or (item.is_sequence and any(x.is_mapping for x in item.sequence())):
-            entries = item.sequence() if item.is_sequence else [item]
-            return (Scale(tuple(self.entry(entry) for entry in entries), item.place),)
-        return (Scale(((None, self.numbers(item)),), item.place),)
+        if any(each.kind == "map" for each in _listed(item)):
+            entries = tuple(self.entry(each) for each in _listed(item))
+        else:
+            entries = ((None, self.numbers(item)),)
+        return (Scale(entries, item.place),)
 
     def entry(self, item: Item) -> tuple[str | None, tuple[float, ...]]:
         keys = item.mapping("filter", "value")
@@ -268,5 +265,8 @@ class _Reader:
 
     def numbers(self, item: Item) -> tuple[float, ...]:
         """A number, or the list of numbers that makes a gradient."""
-        values = item.sequence() if item.is_sequence else [item]
-        return tuple(value.number() for value in values)
+        return tuple(value.number() for value in _listed(item))
+
+
+def _listed(item: Item) -> list[Item]:
+    return item.sequence() if item.kind == "seq" else [item]

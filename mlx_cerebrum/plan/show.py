@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from mlx_cerebrum.plan.layer_plan import LayerPlan, named_plans, resolve
 from mlx_cerebrum.text import one_line, say
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.table import Table
 
 # AetherResearch/Cerebrum-1.0-7b, from its config.json.
 CEREBRUM_7B = ModelConfig(
@@ -164,80 +165,80 @@ def _layout(config: ModelConfig, layers: int, parameters: int) -> dict[str, int 
 
 
 def _render(facts: dict[str, Any]) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     console = Console(markup=False, highlight=False, emoji=False, file=sys.stdout)
-    dtype = facts["out_dtype"] or facts["dtype"] or "the source's own dtype"
-    _say(
-        console,
-        f"{facts['name']}: {facts['positions']} positions over {facts['blocks']} blocks of "
-        f"{facts['source']}, {dtype}",
-    )
-    if facts["replaces_map_of"]:
-        _say(
-            console,
-            f"The checkpoint is folded: this plan replaces its {facts['replaces_map_of']} "
-            "positions and counts its stored blocks.",
-        )
+    for shown in (*_map_shown(facts, console.options.ascii_only), *_sizes_shown(facts)):
+        if isinstance(shown, str):  # not wrapped, so that a line can be searched for
+            console.print(one_line(shown), soft_wrap=True)
+        else:
+            console.print(shown)
 
-    table = Table(box=box.SIMPLE)
-    for heading in ("slice", "layer_range", "positions"):
-        table.add_column(heading, justify="right", no_wrap=True, overflow="crop")
-    table.add_column(f"blocks 0-{facts['blocks'] - 1}", no_wrap=True, overflow="crop")
-    full, empty = ("#", ".") if console.options.ascii_only else ("█", "·")
+
+def _map_shown(facts: dict[str, Any], ascii_only: bool) -> Iterator["str | Table"]:
+    from rich.text import Text
+
+    dtype = facts["out_dtype"] or facts["dtype"] or "the source's own dtype"
+    over = f"{facts['positions']} positions over {facts['blocks']} blocks of {facts['source']}"
+    yield f"{facts['name']}: {over}, {dtype}"
+    if facts["replaces_map_of"]:
+        yield (
+            f"The checkpoint is folded: this plan replaces its {facts['replaces_map_of']} "
+            "positions and counts its stored blocks."
+        )
+    table = _table("slice", "layer_range", "positions", f"blocks 0-{facts['blocks'] - 1}")
+    table.columns[-1].justify = "left"
+    full, empty = "#." if ascii_only else "█·"
     first = 0
     for index, (start, end) in enumerate(facts["slices"]):
-        table.add_row(
-            str(index),
-            f"[{start}, {end}]",
-            _span(first, first + end - start - 1),
-            Text(_picture(start, end, facts["blocks"], full, empty)),
-        )
-        first += end - start
-    console.print(table)
-
+        last = first + end - start - 1
+        picture = Text(_picture(start, end, facts["blocks"], full, empty))
+        table.add_row(str(index), f"[{start}, {end}]", _span(first, last), picture)
+        first = last + 1
+    yield table
     for times, where in _by_runs(facts["runs_per_block"]):
-        _say(console, f"{times}: blocks {where}")
+        yield f"{times}: blocks {where}"
     if facts["only_unrolled"]:
-        _say(console, f"Scales: {facts['only_unrolled']}")
+        yield f"Scales: {facts['only_unrolled']}"
     elif facts["residual_scales"]:
         changed = [i for i, pair in enumerate(facts["residual_scales"]) if pair != (1.0, 1.0)]
-        _say(console, f"Residual scales: {len(changed)} positions ({_spans(changed)})")
+        yield f"Residual scales: {len(changed)} positions ({_spans(changed)})"
 
+
+def _sizes_shown(facts: dict[str, Any]) -> Iterator["str | Table"]:
     size = facts["sizes"]
     if size is None:
-        _say(
-            console,
+        yield (
             f"Sizes need --config DIR: this plan ends at block {facts['blocks'] - 1}, and "
-            f"Cerebrum-7B has {CEREBRUM_7B.num_hidden_layers} blocks.",
+            f"Cerebrum-7B has {CEREBRUM_7B.num_hidden_layers} blocks."
         )
         return
-    table = Table(box=box.SIMPLE, title=f"Sizes at the geometry of {facts['geometry']}")
-    for heading in ("", "parameters", "bf16", "8-bit", "4-bit"):
-        table.add_column(heading, justify="right" if heading else "left", overflow="crop")
+    table = _table("", "parameters", "bf16", "8-bit", "4-bit")
+    table.title = f"Sizes at the geometry of {facts['geometry']}"
+    table.columns[0].justify = "left"
     for layout in ("folded", "unrolled"):
         row = size[layout]
-        table.add_row(
-            layout, f"{row['parameters']:,}", *(_gb(row[key]) for key in ("bf16", "8bit", "4bit"))
-        )
-    console.print(table)
+        sizes = (_gb(row[key]) for key in ("bf16", "8bit", "4bit"))
+        table.add_row(layout, f"{row['parameters']:,}", *sizes)
+    yield table
     place = "at the window" if size["window"] else "at the full context (no window)"
-    _say(
-        console,
+    yield (
         f"KV cache, bf16: {size['kv_bytes_per_token'] / 2**10:g} KiB a token, "
-        f"{size['kv_bytes_at_context'] / 2**30:.3f} GiB {place} of {size['context']} tokens.",
+        f"{size['kv_bytes_at_context'] / 2**30:.3f} GiB {place} of {size['context']} tokens."
     )
-    _say(console, f"8-bit and 4-bit: groups of {_GROUP}, embedding and head too. GB = 10^9 bytes.")
+    yield f"8-bit and 4-bit: groups of {_GROUP}, embedding and head too. GB = 10^9 bytes."
     if size["unrolled"]["parameters"] == _CARD_PARAMETERS:
-        _say(console, 'The card\'s "12.25B" is its rounding, (56/32) x 7; executed: 12.48B.')
+        yield 'The card\'s "12.25B" is its rounding, (56/32) x 7; executed: 12.48B.'
 
 
-def _say(console: "Console", line: str) -> None:
-    """Print without wrapping, so that a line can be searched for."""
-    console.print(one_line(line), soft_wrap=True)
+def _table(*headings: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True, overflow="crop")
+    return table
 
 
 def _picture(start: int, end: int, blocks: int, full: str, empty: str) -> str:

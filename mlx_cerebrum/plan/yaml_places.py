@@ -13,7 +13,7 @@ import yaml
 
 from mlx_cerebrum.errors import PlanError
 from mlx_cerebrum.model.config import FLOAT32_MAX
-from mlx_cerebrum.text import clean
+from mlx_cerebrum.text import one_line
 
 MAX_CHARACTERS = 256 * 1024  # a thousand slices take a quarter of it
 _MAX_NODES = 100_000  # after aliases are expanded
@@ -41,7 +41,6 @@ def documents(text: str, where: str) -> list[tuple["Item", str]]:
 
     Raises PlanError for what is not well-formed.
     """
-    where = printable(where)
     if len(text) > MAX_CHARACTERS:
         raise PlanError(f"{where}: longer than {MAX_CHARACTERS} characters; this is not a plan")
     try:
@@ -49,17 +48,15 @@ def documents(text: str, where: str) -> list[tuple["Item", str]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        problem = printable(error.problem or error.context or "cannot be read")
+        problem = one_line(error.problem or error.context or "cannot be read", 200)
         raise PlanError(f"{where}{line}: not valid YAML: {problem}{_hint(problem, text)}") from None
     except yaml.reader.ReaderError as error:
-        number = text.count("\n", 0, error.position) + 1
-        raise PlanError(
-            f"{where}:{number}: not text: control character {error.character!r}"
-        ) from None
+        place = f"{where}:{_line(text, error.position)}"
+        raise PlanError(f"{place}: not text: control character {error.character!r}") from None
     except RecursionError:
         raise PlanError(f"{where}: nested too deeply; this is not a plan") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # e.g. the escape "\U00110000"
-        raise PlanError(f"{where}: not valid YAML: {printable(str(error))}") from None
+        raise PlanError(f"{where}: not valid YAML: {one_line(str(error))}") from None
     if not found:
         hint = _LOST if "merge_method" in text else ""  # all of it behind one #
         raise PlanError(f"{where}: empty; a plan needs merge_method and slices{hint}")
@@ -103,7 +100,7 @@ def _mappings(root: yaml.Node, where: str) -> list[yaml.MappingNode]:
         found.append(node)
         inner, lines = [], dict[str, int]()
         for key, value in node.value:
-            name = printable(str(key.value), 80)
+            name = one_line(str(key.value), 80)
             here, line = f"{path}.{name}" if path else name, key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.tag != _TAG + "merge":
                 if (first := lines.get(key.value)) is not None:
@@ -117,16 +114,17 @@ def _mappings(root: yaml.Node, where: str) -> list[yaml.MappingNode]:
 def _hint(problem: str, text: str) -> str:
     """What to do about text whose line starts are not what they were where it comes from."""
     if odd := _LOOKS_LIKE_SPACE.search(text):
-        line = text.count("\n", 0, odd.start(1)) + 1
-        return f"; line {line} {_look_alike(odd)}"
+        return f"; line {_line(text, odd.start(1))} {_look_alike(odd)}"
     if odd := _NO_SPACE.search(text):
-        return (
-            f"; U+{ord(odd[0]):04X} on line {text.count(chr(10), 0, odd.start()) + 1} is no space"
-        )
+        return f"; U+{ord(odd[0]):04X} on line {_line(text, odd.start())} is no space"
     if fence := re.search(r"^```.*$", text, re.MULTILINE):
         return f"; take only what lies between the lines {fence[0]!r:.20} and '```'"
     lost = re.search("<block end>|(mapping values|sequence entries) are not allowed", problem)
     return _LOST if lost or _AT_MARGIN.search(text) else ""
+
+
+def _line(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1
 
 
 def _look_alike(odd: re.Match[str]) -> str:
@@ -144,38 +142,21 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
     return sizes[id(node)]
 
 
-def _reached(nodes: list[yaml.Node]) -> dict[int, bool]:
-    """The nodes that these hold, themselves included, by identity; all True."""
-    found: dict[int, bool] = {}
-    waiting = list(nodes)
+def _reached(nodes: list[yaml.Node]) -> set[int]:
+    """The nodes that these hold, themselves included, by identity."""
+    found, waiting = set[int](), list(nodes)
     while waiting:
         node = waiting.pop()
         if id(node) not in found:
-            found[id(node)] = True
+            found.add(id(node))
             waiting += _inner(node)
     return found
-
-
-def _reaches(node: yaml.Node, known: dict[int, bool]) -> bool:
-    """Whether `node` is or holds one of the `known`, which remembers the answers."""
-    if id(node) not in known:
-        found = False
-        for part in _inner(node):  # all of them, so that a chain of aliases is never deep
-            found |= _reaches(part, known)
-        known[id(node)] = found
-    return known[id(node)]
 
 
 def _inner(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
         return [part for pair in node.value for part in pair]
     return [] if isinstance(node, yaml.ScalarNode) else list(node.value)
-
-
-def printable(text: str, limit: int = 200) -> str:
-    """Text fit for one line of a message, as `text.clean` has it; the end is cut."""
-    shown = clean(text).replace("\n", " ").replace("\t", " ")
-    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
 class Item:
@@ -195,57 +176,43 @@ class Item:
         return PlanError(f"{self.place}: {text}")
 
     @property
-    def is_null(self) -> bool:
-        return self._is_scalar("null")
-
-    @property
-    def is_sequence(self) -> bool:
-        return isinstance(self.node, yaml.SequenceNode) and self.node.tag == _TAG + "seq"
-
-    @property
-    def is_mapping(self) -> bool:
-        return isinstance(self.node, yaml.MappingNode) and self.node.tag == _TAG + "map"
-
-    @property
-    def is_text(self) -> bool:
-        return self._is_scalar("str")
-
-    def _is_scalar(self, kind: str) -> bool:
-        return isinstance(self.node, yaml.ScalarNode) and self.node.tag == _TAG + kind
+    def kind(self) -> str:
+        """YAML's word for it: map, seq, str, null, int ... ("odd": a map tagged as text, say)."""
+        scalar, tag = isinstance(self.node, yaml.ScalarNode), self.node.tag.removeprefix(_TAG)
+        shape = "map" if isinstance(self.node, yaml.MappingNode) else "seq"
+        return str(tag) if (tag not in ("map", "seq") if scalar else tag == shape) else "odd"
 
     def shown(self) -> str:
         """The value as a message quotes it."""
-        if self.is_null:
-            return "nothing"
-        if isinstance(self.node, yaml.ScalarNode):
-            quoted = repr(self.node.value) if self.node.style or self.is_text else self.node.value
-            return printable(quoted, 80)
-        if not (self.is_sequence or self.is_mapping):
-            return f"one tagged {printable(repr(self.node.tag), 80)}"
-        return "a list" if self.is_sequence else "a mapping"
+        if isinstance(self.node, yaml.ScalarNode) and self.kind != "null":
+            quoted = self.kind == "str" or self.node.style
+            return one_line(repr(self.node.value) if quoted else self.node.value, 80)
+        tag = one_line(repr(self.node.tag), 80)
+        names = {"null": "nothing", "seq": "a list", "map": "a mapping"}
+        return names.get(self.kind, f"one tagged {tag}")
 
     def mapping(self, *known: str) -> dict[str, "Item"]:
         """The entries of a mapping that may hold the `known` keys, those that are null left out."""
-        if not self.is_mapping:
+        if self.kind != "map":
             raise self.error(f"must be a mapping, not {self.shown()}{self._emptied()}")
         entries: dict[str, Item] = {}
         # At the top, a key nobody knows may hold what aliases under the known ones name.
-        used = {} if self.path else _reached([v for k, v in self.node.value if k.value in known])
+        used = _reached([v for k, v in self.node.value if k.value in known and not self.path])
         for key_node, value_node in self.node.value:
             line = key_node.start_mark.line + 1
             key = Item(key_node, self.where, self.path, line)
-            if not key.is_text or key_node.value not in known:
-                if _reaches(value_node, used):
+            if key.kind != "str" or key_node.value not in known:
+                if not used.isdisjoint(_reached([value_node])):
                     continue
                 hint = _LOST if key_node.value in _KEYS else ""
-                if key.is_text and (odd := _LOOKS_LIKE_SPACE.match(key_node.value)):
+                if key.kind == "str" and (odd := _LOOKS_LIKE_SPACE.match(key_node.value)):
                     hint = f"; it {_look_alike(odd)}"
                 listed = ", ".join(known)
                 raise key.error(f"unknown key {key.shown()}; known here: {listed}{hint}")
             name: str = key_node.value
             path = f"{self.path}.{name}" if self.path else name
             entries[name] = Item(value_node, self.where, path, line)
-        return {name: item for name, item in entries.items() if not item.is_null}
+        return {name: item for name, item in entries.items() if item.kind != "null"}
 
     def require(self, entries: dict[str, "Item"], key: str) -> "Item":
         """The entry `key` of this mapping's `entries`, which must be there and not null."""
@@ -256,7 +223,7 @@ class Item:
 
     def sequence(self) -> list["Item"]:
         """The elements of a list that is not empty."""
-        if not self.is_sequence:
+        if self.kind != "seq":
             raise self.error(f"must be a list, not {self.shown()}{self._emptied()}")
         if not self.node.value:
             raise self.error("must not be an empty list")
@@ -266,7 +233,7 @@ class Item:
         ]
 
     def text(self) -> str:
-        value = self.node.value if self.is_text else ""
+        value = self.node.value if self.kind == "str" else ""
         if not value:
             raise self.error(f"must be text, not {self.shown()}")
         if any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
@@ -294,4 +261,4 @@ class Item:
 
     def _emptied(self) -> str:
         """A hint for the usual cause of a key with nothing under it."""
-        return "; check the indentation" if self.is_null or self.node.value == [] else ""
+        return "; check the indentation" if self.kind == "null" or self.node.value == [] else ""
