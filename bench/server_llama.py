@@ -11,7 +11,7 @@ from pathlib import Path
 from bench.llama_cpp import Tuning, serve
 
 
-def main() -> int:
+def _serve() -> int:
     p = argparse.ArgumentParser(prog="bench.server_llama", description="Serve a GGUF file.")
     p.add_argument("file", type=Path, metavar="FILE.gguf", help="the weights")
     for name in ("port", "slots", "context", "threads", "flash-attention"):
@@ -25,4 +25,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_serve())
