@@ -30,7 +30,6 @@ DARK = {
     FAINT: "#30363d",
     **dict(zip(COLOURS, ("#58a6ff", "#f0883e", "#3fc9a8", "#e29ac9", "#9198a1"), strict=True)),
 }
-_LABEL = 8.5  # points
 _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": FAINT,
@@ -156,7 +155,7 @@ def bars(groups: Mapping[str, Mapping[str, float]], alt: str, *, y: str, title: 
             places = [k + (index - (len(names) - 1) / 2) * width for k, _ in found]
             values = [value for _, value in found]
             bar = plot.bar(places, values, width * 0.92, label=name)
-            plot.bar_label(bar, [number(value) for value in values], padding=2, fontsize=_LABEL)
+            plot.bar_label(bar, [number(value) for value in values], padding=2, fontsize="small")
         room = max(8, 80 // max(1, len(groups)))  # characters
         plot.set_xticks(range(len(groups)), [textwrap.fill(name, room) for name in groups])
         plot.tick_params(axis="x", length=0)
@@ -189,7 +188,7 @@ def intervals(
         plot.set_yticks(range(len(rows)), [textwrap.fill(label, 34) for label, *_ in rows])
         plot.set_ylim(len(rows) - 0.5, -0.5)
         plot.tick_params(axis="y", length=0)
-        figure.supxlabel("hollow: the interval includes 0", fontsize=_LABEL, x=0.99, ha="right")
+        figure.supxlabel("hollow: the interval includes 0", fontsize="small", x=0.99, ha="right")
 
     return Picture(draw, alt, (8.0, 1.5 + 0.4 * len(rows)))
 
