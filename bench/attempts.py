@@ -4,7 +4,7 @@ import contextlib
 import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -65,33 +65,14 @@ def one_line(error: Exception) -> str:
 def in_turns(
     attempts: Mapping[str, Attempt], prompt: Sequence[int], effort: Effort, ours: Model | None
 ) -> None:
-    """Warm up every engine, then run all of them in every round."""
+    """Load and warm up every engine, run all of them in every round, let go of them."""
     for attempt in attempts.values():
         attempt.start(ours, prompt, effort.tokens)
     runs = {name: partial(one.run, prompt, effort.tokens) for name, one in attempts.items()}
     rounds(runs, effort.rounds, seconds=effort.seconds, warm=False)
-
-
-def one_by_one(
-    attempts: Mapping[str, Attempt],
-    prompt: Sequence[int],
-    effort: Effort,
-    release: Callable[[], None],
-) -> None:
-    """Where they don't fit side by side: each is gone before the next is loaded.
-
-    `release` lets go of weights that others than the attempts hold.
-    """
-    for name, attempt in attempts.items():
-        in_turns({name: attempt}, prompt, effort, None)
+    for attempt in attempts.values():
         if attempt.engine is not None:
-            attempt.engine = replace(attempt.engine, generate=_gone)
-        release()
-        forget()
-
-
-def _gone(prompt: Sequence[int], max_tokens: int) -> Run:
-    raise CerebrumError("it is not loaded any more")
+            del attempt.engine.generate  # and with it the model
 
 
 def forget() -> None:

@@ -19,10 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 
 from bench.report import parser, run, table
 from bench.suite import Results
@@ -55,7 +53,6 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--source", type=Path, required=True, metavar="DIR", help="the 7B, dense")
     p.add_argument("--work", type=Path, metavar="DIR", help="where to write (default: a temporary)")
     p.add_argument("--plan", default="cerebrum-12.25b", metavar="NAME|FILE", help="layer plan")
-    p.add_argument("--rounds", type=int, default=1, metavar="N", help="of the 4-bit side by side")
     p.add_argument(
         "--mergekit",
         metavar="PYTHON",
@@ -66,10 +63,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _measure(args: argparse.Namespace) -> Results:
     source: Path = args.source
-    if args.rounds < 1 or not any(source.glob("*.safetensors")):
-        raise RequestError("--rounds must be at least 1, --source a directory of safetensors")
-    found: dict[str, list[Results]] = defaultdict(list)
-    cold: dict[str, list[float]] = defaultdict(list)
+    if not any(source.glob("*.safetensors")):
+        raise RequestError("--source must be a directory of safetensors")
+    costs: dict[str, Results] = {}
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         out, merged, plan = (Path(folder) / name for name in ("out", "merged", "plan.yml"))
 
@@ -84,50 +80,38 @@ def _measure(args: argparse.Namespace) -> Results:
             name: str, words: Words, of: Path = source, made: Path = out, python: str = PYTHON
         ) -> None:
             _read(of)
-            found[name].append(_cost(words, made, python))
-            tell(f"{name}: {found[name][-1]['wall']:.1f} s")
+            costs[name] = _cost(words, made, python)
+            tell(f"{name}: {costs[name]['wall']:.1f} s")
 
-        for _ in range(args.rounds):
-            measure(FIRST, ours(FIRST))
-            measure(MLX_LM, mlx_lm(source))
-            if args.mergekit:
-                named = resolve(args.plan)
-                name = rf"\b{re.escape(named.source)}\b"
-                plan.write_text(re.sub(name, str(source.absolute()), named.text), "utf-8")
-                # What it is told to leave out may want the network.
-                less = ["--no-copy-tokenizer", "--no-write-model-card"]
-                words: Words = ["mergekit.scripts.run_yaml", plan, merged, *less]
-                measure(MERGEKIT, words, made=merged, python=args.mergekit)
-                for file in filter(Path.is_file, (source / name for name in FILES)):
-                    shutil.copyfile(file, merged / file.name)
-                measure(OF_THAT, mlx_lm(merged), of=merged)
-                shutil.rmtree(merged)
+        measure(FIRST, ours(FIRST))
+        measure(MLX_LM, mlx_lm(source))
+        if args.mergekit:
+            named = resolve(args.plan)
+            name = rf"\b{re.escape(named.source)}\b"
+            plan.write_text(re.sub(name, str(source.absolute()), named.text), "utf-8")
+            # What it is told to leave out may want the network.
+            less = ["--no-copy-tokenizer", "--no-write-model-card"]
+            words: Words = ["mergekit.scripts.run_yaml", plan, merged, *less]
+            measure(MERGEKIT, words, made=merged, python=args.mergekit)
+            for file in filter(Path.is_file, (source / name for name in FILES)):
+                shutil.copyfile(file, merged / file.name)
+            measure(OF_THAT, mlx_lm(merged), of=merged)
+            shutil.rmtree(merged)
         for name in OTHERS:
             measure(name, ours(name))
-        for _ in range(args.rounds if hasattr(os, "posix_fadvise") else 0):
+        cold = None
+        if hasattr(os, "posix_fadvise"):  # else nothing can be dropped from the page cache
             _drop(source)
-            cold["read"].append(_read(source))
+            plain = _read(source)
             _drop(source)
-            cold["converted"].append(_cost(ours(FIRST), out)["wall"])
-    # The run of median wall time; of two, the slower.
-    costs = {
-        name: sorted(each, key=lambda cost: float(cost["wall"]))[len(each) // 2]
-        for name, each in found.items()
+            converted = _cost(ours(FIRST), out)["wall"]
+            cold = {"read": plain, "converted": converted, "ratio": converted / plain}
+    ratios = {
+        name: costs[FIRST]["wall"] / sum(costs[peer]["wall"] for peer in peers)
+        for name, peers in RATIOS.items()
+        if costs.keys() >= set(peers)
     }
-    results: Results = {
-        "costs": costs,
-        "rounds": found,
-        "ratios": {
-            name: costs[FIRST]["wall"] / sum(costs[peer]["wall"] for peer in peers)
-            for name, peers in RATIOS.items()
-            if costs.keys() >= set(peers)
-        },
-    }
-    if cold:
-        ratios = [b / a for a, b in zip(cold["read"], cold["converted"], strict=True)]
-        results["cold"] = {name: median(seconds) for name, seconds in cold.items()}
-        results["cold"]["ratio"] = median(ratios)
-    return results
+    return {"costs": costs, "ratios": ratios, "cold": cold}
 
 
 def text(results: Results) -> list[str]:
@@ -143,7 +127,7 @@ def text(results: Results) -> list[str]:
     said, ratios = [table(header, rows)], dict(results["ratios"])
     if MERGEKIT not in results["costs"]:
         said.append("mergekit: not measured; --mergekit names a Python that has it.")
-    if cold := results.get("cold"):
+    if cold := results["cold"]:
         said.append(f"Cold: reading {cold['read']:.1f} s, converting {cold['converted']:.1f} s.")
         ratios["cold: ours / plainly reading the source"] = cold["ratio"]
     shown = [[name, f"{value:.2f}"] for name, value in ratios.items()]

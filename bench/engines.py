@@ -54,7 +54,7 @@ class Run:
 Generate = Callable[[Sequence[int], int], Run]  # prompt ids, tokens wanted
 
 
-@dataclass(frozen=True)
+@dataclass
 class Loaded:
     """An engine with a model, and what a reader must know to judge its figures."""
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from bench import engines, llama_cpp, process, step_profile
-from bench.attempts import Attempt, Load, forget, in_turns, one_by_one, one_line
+from bench.attempts import Attempt, Load, forget, in_turns, one_line
 from bench.copies import Copies, main_type, nbytes
 from bench.engines import Run, prompt_ids, required
 from bench.pair import Pair
@@ -42,18 +42,17 @@ PHASES: dict[str, Callable[[Run], float]] = {
 }
 PROMPT_TOKENS = 512
 QUESTION = "The capital of France is"
-_ROUNDS = 3  # at most: every round is as many generations as there are engines
 
 
 def measure(pair: Pair, effort: Effort, prompt_tokens: int = PROMPT_TOKENS) -> Results:
     """Raises MemoryBudgetError where not even ours fits."""
-    effort = replace(effort, rounds=min(_ROUNDS, effort.rounds))
+    # A round is as many generations as there are engines.
+    effort = replace(effort, rounds=min(3, effort.rounds), seconds=2 * effort.seconds)
     most = pair.checkpoint().config.max_position_embeddings - effort.tokens
     prompt = prompt_ids(pair.checkpoint(), max(2, min(prompt_tokens, most)))
     sides = {}
     for index, key in enumerate("ab"):
         sides[key] = _side(pair, index, effort, prompt)
-        forget()
     effort.say("profile of our forward pass")
     for side, model in zip(sides.values(), pair.models(), strict=True):
         side["profile"] = step_profile.measure_short(model, prompt, 2)
@@ -81,11 +80,11 @@ def _side(pair: Pair, index: int, effort: Effort, prompt: list[int]) -> Results:
         ours.prepare()
         attempts = {OURS: ours} | attempts
         effort.say(f"{side.name}: {', '.join(attempts)}")
-        if together:
-            longer = replace(effort, seconds=2 * effort.seconds)
-            in_turns(attempts, prompt, longer, pair.models()[index])
-        else:
-            one_by_one(attempts, prompt, effort, pair.release)
+        model = pair.models()[index] if together else None
+        for group in [attempts] if together else [{n: one} for n, one in attempts.items()]:
+            in_turns(group, prompt, effort, model)
+            pair.release()
+            forget()
     if ours.failure is not None:
         raise CerebrumError(f"{OURS}: {ours.failure}")
     context = len(prompt) + effort.tokens // 2
