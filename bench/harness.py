@@ -18,7 +18,7 @@ holds such a character itself is refused. Three differences from the harness's o
 - A prompt that ends in a word ("AI:") leaves the space after it to the model, so a choice is
   scored with one.
 - What ends an answer in a chat ends it here: with the built-in template, "\\nUser:" too.
-- A BOS is never scored, nor put before a text twice.
+- A BOS is never put before a text twice.
 """
 
 import functools
@@ -199,26 +199,17 @@ class Adapter:
         return self._tokenizer.encode_segments((self._marks.get(p, p) for p in parts), add_bos)
 
     def encode_pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
-        """Ids of both, split where the tokens of the whole are; spaces go to the continuation."""
+        """Ids of both, split where the tokens of the whole are; spaces go to the continuation.
+
+        The context is a rendered prompt, never empty.
+        """
         _refuse_marks(continuation)
         if context in self._open and not continuation[:1].isspace():
             continuation = f" {continuation}"
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
-        prefix = self._prefix()
-        if not stripped:
-            ids = self.encode(continuation, add_bos=False)
-            return (ids[:1], ids[1:]) if ids[:1] == prefix else (prefix, ids)
         before = self.encode(stripped)
         return before, self.encode(stripped + continuation)[len(before) :]
-
-    def _prefix(self) -> Ids:
-        """What comes before a text that has nothing before it."""
-        bos = self._tokenizer.bos_token_id
-        found = sorted(self._tokenizer.eos_token_ids) if bos is None else [bos]
-        if not found:
-            raise RequestError("the tokenizer has neither BOS nor EOS: no text can be scored")
-        return found[:1]
 
     # The requests: objects of the harness; `args` holds what is asked.
 
@@ -254,7 +245,7 @@ class Adapter:
             some = requests[first : first + BATCH]
             asked = [_settings(request.args[1]) for request in some]
             most = [length for length, _ in asked]
-            whole = [self.encode(request.args[0]) or self._prefix() for request in some]
+            whole = [self.encode(request.args[0]) for request in some]
             prompts = [
                 self._fitting(ids, self._max_length - room)
                 for ids, room in zip(whole, most, strict=True)

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import socket
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,12 +190,6 @@ def test_a_prompt_that_ends_in_a_word_leaves_the_space_to_the_model(
     assert adapter.encode_pair("AI:", "7")[1] == adapter.encode("7", add_bos=False)
 
 
-def test_a_text_with_nothing_before_it_follows_bos(tiny: Loaded) -> None:
-    adapter = Adapter(*tiny)
-    assert adapter.encode_pair("", "ab") == ([1], tiny[1].encode("ab", add_bos=False))
-    assert adapter.encode_pair(" ", "ab") == ([1], tiny[1].encode(" ab", add_bos=False))
-
-
 def test_a_choice_cannot_spell_a_token(chatml: Loaded) -> None:
     adapter = Adapter(*chatml)
     mark = adapter.apply_chat_template(user("Hi"))[0]
@@ -241,15 +234,9 @@ def test_each_request_keeps_its_own_settings(tiny: Loaded) -> None:
     expected = [generate(model, tokenizer, ids, max_tokens=2)]
     expected = [text, text[: text.index(text[3])], text[: text.index(text[1])], *expected]
     assert lm.generate_until(requests) == expected
-
-
-def test_the_templates_own_stop_ends_an_answer(tiny: Loaded) -> None:
-    model, tokenizer = tiny
-    lm = cerebrum_lm(model, tokenizer)
-    assert tokenizer.stop_strings == ("\nUser:",)
-    text = lm.generate_until([request("Go on.", {"max_gen_toks": 9})])[0]
+    assert tokenizer.stop_strings == ("\nUser:",)  # the template's own
     tokenizer.stop_strings = (text[2:4],)
-    assert lm.generate_until([request("Go on.", {"max_gen_toks": 9})]) == [text[:2]]
+    assert lm.generate_until(requests[:1]) == [text[: text.index(text[2:4])]]
 
 
 @pytest.mark.parametrize(
@@ -283,10 +270,7 @@ def test_every_question_has_its_right_answer_once() -> None:
         assert row["answer"] == row["choices"][row["label"]] == str(expected)
         assert len(set(row["choices"])) == 4
         assert {len(choice) for choice in row["choices"]} == {len(row["answer"])}
-    # Any first N hold every level about equally often.
-    for n in range(1, 60):
-        counts = Counter(row["level"] for row in rows[:n])
-        assert max(counts.values()) - min(counts[level] for level in range(1, 7)) <= 1
+    assert [row["level"] for row in rows] == [1, 2, 3, 4, 5, 6] * 10
 
 
 # ---- whole runs
@@ -299,10 +283,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-def listing(folder: Path) -> set[Path]:
-    return {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
 
 
 def expected_scores(model: Model, tokenizer: Tokenizer, count: int) -> list[list[float]]:
@@ -324,28 +304,16 @@ def expected_scores(model: Model, tokenizer: Tokenizer, count: int) -> list[list
 @pytest.mark.usefixtures("no_network")
 def test_the_default_tasks(
     chatml: Loaded,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model, tokenizer = chatml
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    before, said = listing(harness.TASKS.parent), list[str]()
-    found = evaluate(model, tokenizer, limit=8, say=said.append)
+    found = evaluate(model, tokenizer, limit=8, say=lambda line: None)
     written, chosen = expected_scores(model, tokenizer, 8)
     assert 0 < sum(chosen) < 8
     assert found == {
         "cerebrum_arithmetic": {"exact_match, first number": written},
         "cerebrum_arithmetic_choice": {"acc": chosen},
     }
-    # Another order of the same blocks: other scores, question by question comparable.
-    other = evaluate(model.view((0, 2, 1, 0, 3, 5, 4)), tokenizer, limit=8)
-    assert [len(s) for task in other.values() for s in task.values()] == [8, 8]
-    assert evaluate(model, tokenizer, limit=8) == found
-    assert listing(harness.TASKS.parent) == before
-    assert listing(folder) == set()
     assert capsys.readouterr().out == ""
 
 
