@@ -1,18 +1,14 @@
 """How far a mean would move if the text or the questions had been others: bootstrap intervals.
 
-The sample is drawn again, with replacement, some thousands of times; the middle 95% of the means
-are the interval (Efron's percentile interval). Tokens that follow each other are not independent:
-a hard passage is hard for many tokens. So blocks of consecutive tokens are drawn, not tokens.
-Two models are compared token by token (question by question): what is hard for both cancels, and
-only their difference has an interval.
+The middle 95% of the means of resamples (Efron's percentile interval), widened by what few blocks
+make it too narrow: sqrt(1 - 1/blocks) (Hesterberg 2015, arXiv 1411.5279, "narrowness bias"). A hard
+passage is hard for many tokens, so blocks of consecutive tokens are drawn, not tokens. Two models
+are compared token by token (question by question): what is hard for both cancels.
 
-A difference that few questions make is not trusted either, whatever its interval: as long as fewer
-than 6 tell the two apart, a fair coin would favour one side as clearly once in 16 times (sign test,
+A difference that few questions make is not trusted, whatever its interval: as long as fewer than 6
+tell the two apart, a fair coin would favour one side as clearly once in 16 times (sign test,
 2 x 0.5^5). Of outcomes that are 0 or 1 the interval stays too narrow beyond that (7 against 1 of 60
 leaves 0 out, and a fair coin does that 7 times in 100), so `sign_test` has to agree.
-
-Few blocks give a percentile interval that is too narrow by sqrt(1 - 1/blocks) (Hesterberg 2015,
-arXiv 1411.5279, "narrowness bias"); it is widened by that.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,11 +1,9 @@
 """Answer accuracy, through lm-evaluation-harness.
 
-A task of the harness asks every question in one of two ways. It lets the model write an
-answer and compares it, or it asks which of several given answers the model finds likeliest:
-a model too weak to write the right answer may still prefer it. Questions are put as a chat
-user would, in the model's own template and with no examples (zero-shot). The result is a
-score per question, not only their mean: two models answer the same questions, and what they
-answer differently tells them apart.
+A task lets the model write an answer and compares it, or asks which of several given answers the
+model finds likeliest: one too weak to write the right answer may still prefer it. Questions are put
+as a chat user would, in the model's own template and with no examples (zero-shot). The result is a
+score per question: what two models answer differently tells them apart.
 
 The tasks beside this file need no network. Any other task of the harness can be named
 (arc_challenge, gsm8k, minerva_math), and a directory of one's own tasks. Task files may

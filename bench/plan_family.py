@@ -6,14 +6,13 @@ positions:
 
 - start 4, width 4, repeats 6 of 32 blocks is the 12.25B: 0-3, then 4-7 twice, 8-11 twice, ...,
   24-27 twice, then 28-31. The card writes the same order as rows of 8 that start every 4.
-- start 13, width 4, repeats 1 of 30 blocks is 0-16, 13-29: one stretch run twice.
-- start 13, width 1, repeats 4 runs the same blocks twice in another order: 13 13 14 14 ...
+- start 13, width 4, repeats 1 of 30 blocks is 0-16, 13-29: one stretch run twice. In width 1,
+  repeats 4 the same blocks run twice in another order: 13 13 14 14 ...
 
 `scale` multiplies what a block that runs twice adds to the residual stream, attention and MLP,
 in both of its runs, which is `o_proj` and `down_proj` scaled. mergekit's issue 198 (26 April
 2024) settles on sqrt(1/2) for every duplicated layer: two writes that pointed in unrelated
-directions would then add up to the length of one. (Its self-merges also weaken q_proj and k_proj
-of the first copy, which this family leaves alone: it changes more than a write.)
+directions would then add up to the length of one.
 """
 
 import math

@@ -16,10 +16,9 @@ scored on the same windows of text against the *base*, each block once in order:
 
 The family is defined in bench/plan_family.py. Always measured are the model card's own plan (of
 32 blocks the 12.25B), the same with the writes of duplicated blocks scaled by sqrt(1/2), and the
-same blocks run twice one by one and as a whole. How to read it: a plan that runs more positions
-costs time on every token, and without further training it nearly always predicts worse. The map
-says where in a model that costs least. The best of many plans was chosen on this text, so its
-figure flatters it: measure it again on another.
+same blocks run twice one by one and as a whole. A plan that runs more positions costs time on every
+token, and without further training it nearly always predicts worse: the map says where in a model
+that costs least. The best of many plans was chosen on this text: measure it again on another.
 """
 
 import argparse

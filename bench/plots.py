@@ -105,12 +105,8 @@ def curves(
     title: str,
     log_x: bool = True,
     log_y: bool = False,
-    line: float | None = None,
 ) -> Picture:
-    """A line for each series through its medians, with a whisker from lowest to highest.
-
-    `line`: where on x a faint line goes up.
-    """
+    """A line for each series through its medians, with a whisker from lowest to highest."""
 
     def draw(figure: "Figure") -> None:
         from matplotlib.ticker import LogLocator
@@ -135,8 +131,6 @@ def curves(
         else:
             plot.set_ylim(bottom=min(0.0, plot.get_ylim()[0]))
             plot.yaxis.set_major_formatter(number)
-        if line is not None:
-            plot.axvline(line, color=FAINT, linewidth=1.5, linestyle="--")
         legend(figure, plot)
 
     return Picture(draw, alt)

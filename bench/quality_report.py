@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.bootstrap import DIFFERENT, FEWEST, UNLIKELY, Interval, sign_test
-from bench.plots import Picture, curves, intervals
-from bench.report import Spread, table
+from bench.plots import Picture, intervals
+from bench.report import table
 from bench.suite import Results
 
 NATS = "nats a token"
@@ -88,14 +88,14 @@ def _only(difference: Interval) -> tuple[int, int]:
 
 def verdict(found: Sequence[Row], names: Sequence[str], positions: Sequence[int]) -> list[str]:
     """The table, its sum, and how far to trust it."""
-    header = ["measure", *_sides(names), "B - A (95% interval)", "better"]
+    header = ["measure", f"A: {names[0]}", f"B: {names[1]}", "B - A (95% interval)", "better"]
     counted = [row.better for row in found if row.counts]
-    a, b = (
+    better = " and ".join(
         f"{side.upper()} ({name}, {runs} positions) is better on {counted.count(side)}"
         for side, name, runs in zip("ab", names, positions, strict=True)
     )
     said = (
-        f"Of the {len(counted)} rows that count, {a} and {b}; the others show no difference, or are"
+        f"Of the {len(counted)} rows that count, {better}; the others show no difference, or are"
         " of too little text."
     )
     trust = (
@@ -110,10 +110,6 @@ def verdict(found: Sequence[Row], names: Sequence[str], positions: Sequence[int]
         " chance if there were no difference at all."
     )
     return [table(header, [row.cells() for row in found]), said, trust]
-
-
-def _sides(names: Sequence[str]) -> list[str]:
-    return [f"{side}: {name}" for side, name in zip("AB", names, strict=True)]
 
 
 def text(results: Results) -> list[str]:
@@ -210,11 +206,7 @@ def _quantization(found: Results, names: Sequence[str]) -> list[str]:
 
 
 def _window(found: Results, names: Sequence[str]) -> list[str]:
-    own = (
-        "the model's own"
-        if found["own"]
-        else "given to it for this: the model has none, and says little about one trained with it"
-    )
+    own = "the model's own" if found["own"] else "given to it for this: the model has none"
     cells = []
     for a, b in zip(found["a"], found["b"], strict=True):
         cells.append([f"{a['from']} to {a['to'] - 1}"])
@@ -232,7 +224,7 @@ def _window(found: Results, names: Sequence[str]) -> list[str]:
 
 
 def plots(results: Results, machine: Results) -> dict[str, Picture]:
-    """Differences in nats, differences in points, and loss by distance."""
+    """Differences in nats, and in points."""
     a, b = results["names"]
     drawn = {}
     for name, kinds, unit, scale in (
@@ -241,8 +233,6 @@ def plots(results: Results, machine: Results) -> dict[str, Picture]:
     ):
         if chosen := [row for row in rows(results) if row.kind in kinds]:
             drawn[name] = _differences(chosen, f"{b} minus {a}", unit, scale)
-    if "not_measured" not in results["window"]:
-        drawn["quality-window"] = _by_distance(results["window"], {"a": a, "b": b})
     return drawn
 
 
@@ -259,35 +249,6 @@ def _differences(found: list[Row], title: str, unit: str, scale: float) -> Pictu
     each = "; ".join(f"{label} {value:+.2f}" for label, value, _, _ in shown)
     alt = f"{title} in {unit.partition(';')[0]}, with 95% intervals: {each}."
     return intervals(shown, alt, x=unit, title=title)
-
-
-def _by_distance(found: Results, names: dict[str, str]) -> Picture:
-    series = {
-        f"{name}, {form} window": [
-            (
-                (one["from"] + one["to"]) / 2,
-                Spread(one[form]["value"], one[form]["low"], one[form]["high"]),
-            )
-            for one in found[side]
-        ]
-        for side, name in names.items()
-        for form in ("with", "without")
-    }
-    window = found["window"]
-
-    alt = (
-        f"Loss by token position with a window of {window} tokens and without, of"
-        f" {' and '.join(names.values())}."
-    )
-    return curves(
-        series,
-        alt,
-        x="token of the text",
-        y=NATS,
-        title="Loss by distance from the start",
-        log_x=False,
-        line=window,
-    )
 
 
 def _interval(found: Results, digits: int = 3, sign: bool = False) -> str:

@@ -292,7 +292,7 @@ def test_the_suite(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     assert "| perplexity, prose, sliding 64" in page
     assert "short at 64" in page
     pictures = quality.plots(results, {})
-    assert list(pictures) == ["quality-perplexity", "quality-answers", "quality-window"]
+    assert list(pictures) == ["quality-perplexity", "quality-answers"]
     for picture in pictures.values():
         assert drawn(picture).axes
 
