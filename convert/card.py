@@ -11,14 +11,11 @@ import yaml
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import human
-from mlx_cerebrum.model.tensors import matrix_shapes, norm_paths
 from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.text import one_line
 from mlx_cerebrum.tokenizer.chat_formats import DEFAULT_SYSTEM
-from mlx_cerebrum.weights.checkpoint import FLOATS
 from mlx_cerebrum.weights.hub import DEFAULT_REPO
-from mlx_cerebrum.weights.quantize import Packing, matrix_bytes
-from mlx_cerebrum.weights.safetensors_file import ITEM_BYTES
+from mlx_cerebrum.weights.quantize import Packing
 
 _MERGED_REPO = "Joseph717171/Cerebrum-1.0-12.25B"
 # What the cards of the two Cerebrum repositories say.
@@ -30,7 +27,6 @@ REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _FRONT_MATTER = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---[\r\n]", re.DOTALL)
 _INHERITED = ("license", "license_name", "license_link", "language")
 _MAX_CARD = 100_000
-_ITEM_BYTES = {name: ITEM_BYTES[code] for code, name in FLOATS.items()}
 _QUESTION = "Why is the sky blue?"
 
 
@@ -52,10 +48,11 @@ def source_card(directory: Path) -> dict[str, Any]:
     return kept | ({"tags": merged} if merged else {})
 
 
-def card(config: dict[str, Any], name: str) -> str:
+def card(config: dict[str, Any], name: str, nbytes: int | None = None) -> str:
     """The card of a directory whose config.json is `config`, as `name` (a path or hub id).
 
-    It says nothing about license or language that the source's own card does not.
+    nbytes: what its tensors take. It says nothing about license or language that the source's
+    own card does not.
     """
     provenance = config["provenance"]
     model = ModelConfig.from_dict(config)
@@ -65,7 +62,7 @@ def card(config: dict[str, Any], name: str) -> str:
         _front_matter(config, model, repo),
         f"# {name}",
         _summary(config, model, repo),
-        _table(config, model),
+        _table(model, nbytes),
         _running(config, model, name),
         _prompt(repo),
         _window(config, model),
@@ -157,11 +154,10 @@ def _summary(config: dict[str, Any], model: ModelConfig, repo: str | None) -> st
     return f"Made from {source} by {provenance['tool']}: {how}."
 
 
-def _table(config: dict[str, Any], model: ModelConfig) -> str:
+def _table(model: ModelConfig, nbytes: int | None) -> str:
     rows = {"parameters": f"{_count(model.stored_parameters)} stored"}
     if model.executed_parameters != model.stored_parameters:
         rows["parameters"] += f", {_count(model.executed_parameters)} as run"
-    nbytes = weight_bytes(model)
     if nbytes is not None:
         bits = 8 * nbytes / model.stored_parameters
         rows["weights"] = f"{human(nbytes)}, {bits:.2f} bits a weight"
@@ -179,20 +175,6 @@ def _table(config: dict[str, Any], model: ModelConfig) -> str:
 
 def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.1f} M"
-
-
-def weight_bytes(model: ModelConfig) -> int | None:
-    """Bytes of the stored tensors, as the config tells them; None where it names no dtype."""
-    if model.dtype not in _ITEM_BYTES:
-        return None
-    item = _ITEM_BYTES[model.dtype]
-    total = item * model.hidden_size * len(norm_paths(model))
-    for module, shape in matrix_shapes(model).items():
-        packing = None
-        if model.quantization is not None and model.quantization.get(module) is not False:
-            packing = Packing.from_config(model.quantization, module)
-        total += matrix_bytes(shape, packing, item)
-    return total
 
 
 def _running(config: dict[str, Any], model: ModelConfig, name: str) -> str:

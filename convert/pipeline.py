@@ -139,7 +139,8 @@ def _attempt(
             index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
             write_json(partial.path / INDEX, index)
             checkpoint.tokenizer().save(partial.path)
-            (partial.path / "README.md").write_text(card(raw, destination.name), encoding="utf-8")
+            text = card(raw, destination.name, layout.nbytes)
+            (partial.path / "README.md").write_text(text, encoding="utf-8")
             if options.shim:
                 _write_shim(partial.path)
             write_json(partial.path / "config.json", raw)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 from convert.__main__ import main as convert
-from convert.card import card, source_card, weight_bytes
+from convert.card import card, source_card
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.weights.safetensors_file import read_header
 
@@ -233,7 +233,6 @@ def test_sizes_are_those_on_disk(
     headers = (read_header(file) for file in out.glob("*.safetensors"))
     actual = sum(tensor.nbytes for header in headers for tensor in header.values())
     model = ModelConfig.from_dict(json.loads((out / "config.json").read_text()))
-    assert weight_bytes(model) == actual
     text = (out / "README.md").read_text()
     assert f"{8 * actual / model.stored_parameters:.2f} bits a weight" in text
     assert front(text)["tags"] == ["mlx", "mlx-cerebrum", "merge"]
@@ -251,7 +250,7 @@ def test_figures_of_the_real_models() -> None:
     real |= {"num_hidden_layers": 32, "torch_dtype": "float16", "quantization": PACKED}
     rows = [range(i, i + 8) for i in range(0, 28, 4)]
     order = [block for row in rows for block in row]
-    text = card(config_of(**real, model_type="cerebrum", layer_map=order), "x")
+    text = card(config_of(**real, model_type="cerebrum", layer_map=order), "x", 4_073_000_000)
     assert "7.24 B stored, 12.48 B as run" in text
     assert "4.07 GB, 4.50 bits a weight" in text
     assert "32 blocks, stored once, run in 56 positions" in text
