@@ -1,4 +1,7 @@
-"""The directory a conversion fills: a hidden one beside the destination, renamed when whole."""
+"""The directory a conversion fills: a hidden one beside the destination, renamed when whole.
+
+A journal in it says whose it is and how far it is filled, for a later run to go on from.
+"""
 
 import contextlib
 import errno
@@ -106,12 +109,11 @@ class Journal:
 
 @dataclass(frozen=True)
 class Partial:
-    """A directory being filled, the journal of what is in it, and how many bytes of another
-    conversion it took the place of."""
+    """A directory being filled."""
 
     path: Path
     journal: Journal
-    replaced: int
+    replaced: int  # bytes that a stopped conversion of something else had left there
 
 
 def fingerprint(source: Source, outputs: Sequence[Output], *more: object) -> str:

@@ -57,7 +57,8 @@ def predict(checkpoint: Checkpoint) -> Folding:
 
 
 def group(layers: int, digests: Digests, within: Folding | None = None) -> Folding:
-    """The folding that `digests` say; `within` tells layers apart whose digests are unknown."""
+    """The folding in which layers are one block where `within` has them as one (without it, all)
+    and no digest tells them apart."""
     keys: list[tuple[object, ...]] = []
     block_of: list[int] = []
     blocks: dict[tuple[object, ...], int] = {}
