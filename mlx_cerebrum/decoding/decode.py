@@ -28,7 +28,7 @@ def prefill_step(asked: int | None = None) -> int:
 
 
 def greedy(logits: mx.array, number: int = 0) -> mx.array:
-    """The most likely tokens: `[L, V]` -> `[L]`. No softmax, it would not change the order."""
+    """The most likely tokens: `[L, V]` -> `[L]`. No softmax: it would not change the order."""
     return mx.argmax(logits, axis=-1)
 
 
@@ -39,8 +39,7 @@ def prefill(
     step: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Run `tokens [L]` through the model in chunks of `step` (see `prefill_step`), for their
-    cache entries only.
+    """Fill the cache with `tokens [L]`, in chunks of `step` (see `prefill_step`).
 
     Each chunk is evaluated before the next is built, so the graph stays small and memory
     bounded; no logits are computed (MLX is lazy and nothing asks for them).
@@ -60,9 +59,9 @@ def decode_step(
 ) -> mx.array:
     """Start computing what follows `token [1]`: the answer's token `number`, `[1]`.
 
-    Not compiled as a whole (mx.compile). On a CPU that gains 1.03 for the demo, 1.29 for a small
-    model of 56 positions, and takes 2 to 5 s of a C++ compiler: repaid after some 1400 tokens. On
-    Metal the step launches as many kernels compiled as it does without.
+    Not compiled as a whole (mx.compile). On a CPU that would run the demo 1.03 times as fast, and a
+    small model of 56 positions 1.29 times, but takes 2 to 5 s of a C++ compiler: repaid after some
+    1400 tokens. On Metal the compiled step launches just as many kernels.
     """
     following = sampler(model(token[None], cache)[0, -1:], number)
     mx.async_eval(following)
@@ -92,7 +91,7 @@ def generate_step(
     `prompt` is then what comes after the cached tokens, and the cache always holds the first
     `offset` of all tokens seen and yielded.
 
-    Raises RequestError for an empty `prompt`, or steps of less than a token.
+    Raises RequestError for an empty `prompt`, or a prefill step below 1.
     """
     chunk = prefill_step(prefill_step_size)
     check_prompt(prompt)
@@ -119,7 +118,7 @@ def generate_step(
                 token = following if ahead else step(token, n)
             if n % 256 == 0:
                 mx.clear_cache()
-    except BaseException:  # Ctrl-C: take back what only some positions have seen, or nobody has
+    except BaseException:  # Ctrl-C: take back what only some positions saw, or nobody was given
         least = min([seen, *(c.offset for c in cache)])
         for c in cache:
             if c.offset > least:

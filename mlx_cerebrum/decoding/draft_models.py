@@ -32,7 +32,7 @@ _GROUP = 64  # weights
 
 
 def check_draft(config: ModelConfig, plan: str | None, bits: int | None) -> ModelConfig:
-    """`config` as a drafter's, laid out by `plan`; no weights are needed to refuse one.
+    """The config of a drafter laid out by `plan`; a wrong plan is refused without any weights.
 
     Raises PlanError or ConfigError for a plan these blocks can't run, RequestError for one that
     is not a smaller part of the model's own.
@@ -59,7 +59,7 @@ def copy_bytes(config: ModelConfig, bits: int, item_bytes: int) -> int:
 
 
 def draft_model(model: Model, plan: str | None = None, bits: int | None = None) -> Model:
-    """A drafter of `model`: laid out by `plan` (else as the model), packed to `bits` (else as is).
+    """A drafter for `model`: laid out by `plan` (else as the model), packed to `bits` (else as is).
 
     Only packing takes memory. Raises PlanError or ConfigError for a plan these blocks can't run,
     RequestError where the drafter would read as much as the model itself, MemoryBudgetError where
@@ -133,6 +133,6 @@ def _dense(module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> nn.Linear | nn
     dense = nn.Embedding(1, 1) if tabled else nn.Linear(1, 1, bias=False)
     packing = Packing(module.bits, module.group_size, module.mode)
     arrays = {name: module[name] for name in packing.parameters}
-    affine = packing.mode == "affine"  # the float formats' scales are no floats of MLX's
+    affine = packing.mode == "affine"  # the float formats keep their scales as bytes
     dense.weight = packing.dequantize(arrays, module.scales.dtype if affine else mx.bfloat16)
     return dense

@@ -15,7 +15,7 @@ from mlx_cerebrum.model.forward import Model
 
 @dataclass(frozen=True)
 class Draft:
-    """Guesses, and what making them has already computed of the target's own pass."""
+    """Guesses, and what making them already computed of the pass that will check them."""
 
     tokens: mx.array  # [K]
     # The target's hidden states after its first `shared` positions, for the last token seen and
@@ -105,15 +105,14 @@ class NGramDrafter:
 class ModelDrafter:
     """Another model over the same blocks: fewer positions of them, or fewer bits, or both.
 
-    It has no cache. Each of its positions reads and extends that of a target's position which
-    runs the same block, and takes its entries back after; so the prompt is computed once, and
-    a drafter costs no memory but its own weights, if it has any. Positions which are the
-    target's own first ones, weights and all, keep what they computed for the target to go on
-    from.
+    It has no cache of its own. Each of its positions uses the cache of a target's position that
+    runs the same block, and takes its entries back afterwards; so the prompt is computed once, and
+    a drafter costs no memory but its own weights, if it has any. Where its first positions are the
+    target's own, weights and all, the target goes on from what they computed.
     """
 
     def __init__(self, model: Model, target: Model, name: str = "model") -> None:
-        """Raises RequestError for a map with a block the target does not run as often."""
+        """Raises RequestError where the model runs a block more often than the target does."""
         self.model, self.name = model, name
         self.positions = borrowed(model.config.layer_map, target.config.layer_map)
         same = model.model is target.model
@@ -140,7 +139,7 @@ class ModelDrafter:
             h = self.model.run(h, own, self.shared)
             token = sampler(self.model.logits(h)[0], number + i)
             drafts.append(token)
-            if device.on_gpu():  # it draws the first while the host builds the next
+            if device.on_gpu():  # the device draws this one while the host builds the next
                 mx.async_eval(token)
         for layer_cache in own[self.shared :]:
             layer_cache.trim(count)
@@ -149,7 +148,7 @@ class ModelDrafter:
 
 
 def borrowed(draft_map: Sequence[int], target_map: Sequence[int]) -> tuple[int, ...]:
-    """For each position of a draft, the target's whose cache it uses: the same block, in order.
+    """For each position of a draft, the target's position whose cache it uses: of the same block.
 
     Raises RequestError where a block occurs more often in the draft than in the target.
     """

@@ -39,8 +39,8 @@ _FORGET = 100  # plain steps in a row after which costs are again what was predi
 _AT_FIRST, _PER_TOKEN, _AT_MOST, _AT_LEAST = 0.5, 0.02, 5.0, -5.0
 _LEAST = 0.01  # what a draft costs at least; noise can make one look free
 _UNSEEN = 0.25  # what a draft may turn out to cost, until one was timed
-# Expected agreement by kind of guess; runs of n tokens seen before go on alike more often the
-# longer they are.
+# Expected agreement by kind of guess: the longer a run that was seen before, the more often it
+# goes on as it did.
 PRIORS = {"ngram-2": 0.4, "ngram-3": 0.5, "ngram-4": 0.6}
 MODEL_PRIOR = 0.75
 
@@ -122,7 +122,7 @@ class Average:
 
 @dataclass
 class Policy:
-    """Chooses rounds. `draft` costs are by drafter, in plain steps, as bytes predict them."""
+    """Chooses rounds. `draft`: what a guess of each drafter costs in plain steps, as predicted."""
 
     draft: Mapping[str, float]
     row: float = 0.05

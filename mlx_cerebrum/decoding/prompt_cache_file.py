@@ -1,4 +1,4 @@
-"""A conversation's caches on disk: one safetensors file, resumed only by what can go on from it.
+"""A conversation's caches on disk: one safetensors file, resumed only by a run that it fits.
 
 Tensors: `tokens`, `starts` (which token each position's first entry belongs to), for position n
 `keys.n` and `values.n` (`.weight`, `.scales`, `.biases` where packed), and `checksum`, the CRC-32
@@ -64,9 +64,9 @@ def check_destination(path: Path) -> None:
 
 
 def save_prompt_cache(prompt_cache: PromptCache, path: Path, identity: Identity) -> None:
-    """Write the caches, with what is set aside right before their windows.
+    """Write the caches, with the entries that are kept from before their windows.
 
-    A file that is there is replaced only by a whole one. Raises CheckpointError when `path` is
+    An existing file is replaced only by a whole one. Raises CheckpointError when `path` is
     something else's, when the disk has no room, and when writing fails.
     """
     check_destination(path)
@@ -101,7 +101,7 @@ def _described(prompt_cache: PromptCache, identity: Identity) -> dict[str, str]:
 
 
 def _tensors(prompt_cache: PromptCache) -> Iterator[tuple[str, mx.array]]:
-    """What a file holds but for the checksum, in order; not computed before it is asked for."""
+    """What a file holds besides the checksum, in order; each computed when it is asked for."""
     yield "tokens", mx.array(prompt_cache.tokens, mx.int32)
     cache = prompt_cache.cache if prompt_cache.tokens else []
     yield "starts", mx.array([c.whole().start for c in cache], mx.int32)
@@ -121,7 +121,7 @@ def _named(name: str, entries: mx.array | Packed) -> Iterator[tuple[str, mx.arra
 def check_prompt_cache(path: Path, identity: Identity, kv_bits: int | None = None) -> int:
     """The bytes `load_prompt_cache` would take; no model is needed.
 
-    Raises CheckpointError where that would.
+    Raises CheckpointError where `load_prompt_cache` would.
     """
     return sum(tensor.nbytes for tensor in _checked(path, identity, kv_bits)[0].values())
 
@@ -129,7 +129,7 @@ def check_prompt_cache(path: Path, identity: Identity, kv_bits: int | None = Non
 def _checked(
     path: Path, identity: Identity, kv_bits: int | None
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """A prompt cache's header, of one that was made as it would be here."""
+    """The header of a prompt cache, which must have been made as one would be here."""
     tensors, metadata = _read(path)
     if metadata.get("version") != VERSION:
         raise CheckpointError(f"{path} has format {metadata.get('version')}, not {VERSION}; {_NEW}")
@@ -274,9 +274,9 @@ def _shapes(
 def identity_of(
     checkpoint: Checkpoint, config: ModelConfig, storage: Storage, template: str
 ) -> Identity:
-    """What a cache entry depends on, by the name a person knows it by; values are short texts.
+    """What a cache entry depends on: short texts, by names that a person knows.
 
-    `template` is the source of the one that conversations are written with. The weights'
+    `template` is the source of the chat template in use. The weights'
     fingerprint is of names, shapes, dtypes, sizes and SAMPLES evenly spread pieces of every stored
     array, wherever the files lie: it tells models apart, but is no security check.
     """

@@ -43,7 +43,7 @@ class Sampling:
             raise RequestError(f"top-k must be at least 1, not {shown(self.top_k)}")
 
     def check_used(self) -> None:
-        """Raise RequestError where something is asked for that greedy choice makes no use of."""
+        """Raise RequestError for a setting that a greedy choice would not use."""
         if self.temp == 0 and self != GREEDY:
             raise RequestError("top-p, min-p and seed change nothing at temp 0; set --temp above 0")
 
@@ -127,7 +127,7 @@ def make_sampler(
     temp: float = 0.0, top_p: float = 1.0, min_p: float = 0.0, seed: int | None = None
 ) -> Sampler:
     """`Sampling(...).sampler()`, for programs. Raises RequestError for values out of range, and
-    for what would change nothing."""
+    for settings that would change nothing."""
     sampling = Sampling(temp, top_p, min_p, seed)
     sampling.check_used()
     return sampling.sampler()

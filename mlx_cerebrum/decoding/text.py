@@ -57,5 +57,5 @@ class AnswerText:
         return text, "stop" if ended or stopped else "length" if last else None
 
     def is_end(self, token: int) -> bool:
-        """Whether it ends any answer, and is in none's text."""
+        """Whether it is an end token: it ends the answer, and is not in the text."""
         return token in self._ends

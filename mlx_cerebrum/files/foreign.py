@@ -1,7 +1,7 @@
-"""What is not read here: what it is called, what gives it away, and what to take instead.
+"""What is not read here: how to know it, what people call it, and what to take instead.
 
-Three kinds: another tool's quantization (by config.json or tensor names), a folder in another
-format, and a file that is not what its name says (a git-lfs pointer, a web page).
+Three kinds: another tool's quantization (known by config.json or tensor names), a folder in
+another format, and a file that is not what its name says (a git-lfs pointer, a web page).
 """
 
 import re
@@ -14,7 +14,7 @@ _INSTEAD = (
     "take the unquantized checkpoint (--q-bits 4 packs it as it loads), or one for MLX or a GGUF"
 )
 
-# `quant_method` as config.json has it -> what people call it; any other is named as it stands.
+# `quant_method` as config.json has it -> what people call it; any other keeps its name.
 _METHODS = {
     "gptq": "GPTQ",
     "awq": "AWQ",
@@ -39,7 +39,7 @@ _METHODS = {
     "spqr": "SpQR",
     "quark": "Quark",
 }
-# Keys of older configs that say no `quant_method`.
+# Keys of older configs, which have no `quant_method`.
 _KEYS = {
     "load_in_4bit": "bitsandbytes",
     "load_in_8bit": "bitsandbytes",
@@ -62,7 +62,7 @@ _QUANTIZERS = {
     "qmodel.pt": "HQQ",
     "recipe.yaml": "compressed-tensors",
 }
-# Ends of tensor names, of which one is enough, the most telling first.
+# How tensor names end; one such name is enough. The most telling come first.
 _TENSORS = (
     (r"\.g_idx", "GPTQ"),
     (r"\.(qweight|qzeros)", "GPTQ or AWQ"),
@@ -85,7 +85,7 @@ _TENSORS = (
     (r"\.(weight_scale(_inv)?|input_scale)", "FP8 or 8-bit integers"),
 )
 
-# Tensor names of checkpoints that are something else than a Mistral or Llama of one part.
+# Tensor names of checkpoints that are more, or other, than a plain Mistral or Llama.
 _STRUCTURES = (
     (r"(^|\.)lora_[aAbB](\.|$)", "a LoRA adapter", "merge it into its base model first"),
     (
@@ -129,7 +129,7 @@ _FOLDERS = (
     ("weights*.npz", "an old MLX format (.npz)", None),
 )
 
-# A download that is not over, or a name that a browser or wget gave.
+# How the names of unfinished downloads end.
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".download", ".tmp")
 _BINARY = (".safetensors", ".model", ".gguf")
 _PAGE = re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.IGNORECASE)
@@ -170,7 +170,7 @@ def config_problem(raw: dict[str, Any]) -> str | None:
 
 
 def tensor_problem(dtypes: Mapping[str, str], directory: Path) -> str | None:
-    """What tensors that don't fit show about the checkpoint (names -> safetensors' dtypes)."""
+    """What a checkpoint is, told by tensors that don't fit (names -> safetensors' dtypes)."""
     for pattern, what, instead in _STRUCTURES:
         if name := _first(pattern, dtypes):
             return f"it is {what} ({name}); {instead}"
@@ -194,7 +194,7 @@ def _first(pattern: str, names: Iterable[str]) -> str | None:
 
 
 def directory_problem(directory: Path) -> str | None:
-    """Why a folder with PEFT's adapter_config.json, or with a pipe in it, is no model."""
+    """Why a folder with PEFT's adapter_config.json, or with a pipe in it, is not a model."""
     for file in directory.iterdir():
         if problem := not_a_file(file):
             return problem
@@ -223,7 +223,7 @@ def folder_problem(directory: Path) -> str | None:
 
 
 def unfinished(path: Path) -> str:
-    """What to add where `path` is missing or cut: a download of it that is not over."""
+    """What to say besides where `path` is missing or cut short: that its download is unfinished."""
     beside = [path.with_name(path.name + suffix) for suffix in UNFINISHED]
     caches = (path.parent / ".cache" / "huggingface" / "download", path.parent / "../../blobs")
     beside += [file for cache in caches for file in cache.glob("*.incomplete")]
@@ -234,10 +234,10 @@ def unfinished(path: Path) -> str:
 
 
 def stand_in(path: Path, data: bytes | None = None) -> str | None:
-    """What stands in the place of the file that `path` names, if it is not that file.
+    """What lies at `path` instead of the file that its name promises, and what to do: one line.
 
-    Says so in one line with what to do about it. None where the file can't be read at all.
-    data: the file's bytes, where they are read already.
+    None where it is that file, and where it can't be read at all.
+    data: the file's bytes, if they have been read.
     """
     try:
         if data is None and (problem := not_a_file(path)):
@@ -247,7 +247,7 @@ def stand_in(path: Path, data: bytes | None = None) -> str | None:
     except OSError:
         return None
 
-    def again() -> str:  # looks for what is left of a download: not for files that are in order
+    def again() -> str:  # only for a file that is wrong: it looks for what a download left
         return f"download it again{unfinished(path)}"
 
     if head.startswith((b"version https://git-lfs", b"version https://hawser")):
@@ -278,7 +278,7 @@ def stand_in(path: Path, data: bytes | None = None) -> str | None:
 
 
 def not_a_file(path: Path) -> str | None:
-    """Whether something is there that is no file to be read to its end: a pipe, a device."""
+    """What is wrong with a pipe or a device, which can't be read to its end."""
     odd = path.exists() and not path.is_file() and not path.is_dir()
     return f"{path} is no regular file" if odd else None
 

@@ -1,9 +1,9 @@
-"""JSON as files bring it, read strictly: the one way every reader here takes.
+"""JSON from files, read strictly; every reader here uses this one.
 
 Python's own reader keeps the last of two equal keys, runs out of stack in deep nesting, and
-makes whole numbers that can't be printed or made floats any more. What passes here can be
-walked, printed and written again. NaN and Infinity pass, since transformers writes them, and a
-number of more than MAX_DIGITS is a float too: who takes a number checks its type and range.
+makes whole numbers too long to print or to turn into floats. What passes here can be walked,
+printed and written again. NaN and Infinity pass, since transformers writes them, and a number
+of more than MAX_DIGITS digits becomes a float: whoever uses a number checks its type and range.
 """
 
 import json

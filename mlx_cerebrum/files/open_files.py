@@ -9,10 +9,10 @@ from mlx_cerebrum.errors import RequestError
 
 @contextmanager
 def limit_kept() -> Iterator[None]:
-    """Around an import of mlx_lm: it sets the limit of open files, to 2048 and at most 4096.
+    """Keep the limit of open files as the user has it, while mlx_lm is imported.
 
-    Where fewer are allowed that is an error, where more are it takes them away. The limit is
-    the user's: here it stays as it is.
+    mlx_lm sets it to 2048, and its upper bound to 4096: that fails where fewer are allowed, and
+    takes files away where more are.
     """
     set_limit = resource.setrlimit
     resource.setrlimit = lambda *_: None
@@ -23,7 +23,7 @@ def limit_kept() -> Iterator[None]:
 
 
 def raise_limit(wanted: int, least: int, why: str) -> int:
-    """Have `wanted` files allowed, or as many of them as can be; returns how many are.
+    """Allow `wanted` open files, or as many as the system lets us; return how many.
 
     Raises RequestError where fewer than `least` are.
     """

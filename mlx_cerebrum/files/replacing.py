@@ -13,12 +13,12 @@ from mlx_cerebrum.errors import CheckpointError
 
 @contextmanager
 def replacing(destination: Path, partial: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """A file at `partial`, to be written, that takes `destination`'s name when all went well.
+    """A file at `partial` to write to; when all went well, it takes `destination`'s name.
 
-    Else it is gone, and what was there stays. `partial` lies in the same directory. It is locked
-    while it is written, and what a killed run left there is written over. `mode` is the new file's,
-    as far as the umask lets it be. Raises CheckpointError where another run writes it or
-    somebody else made it, OSError where the disk fails.
+    Otherwise it is removed, and what was there stays. `partial` lies in the same directory. It is
+    locked while it is written, and what a killed run left there is overwritten. `mode` is the new
+    file's, less the umask. Raises CheckpointError where another run is writing it or somebody
+    else made it, OSError where the disk fails.
     """
     with os.fdopen(_opened(partial, mode), "r+b") as file:
         try:
@@ -44,10 +44,10 @@ def replacing(destination: Path, partial: Path, mode: int = 0o666) -> Iterator[B
 
 
 def _opened(partial: Path, mode: int) -> int:
-    """The file to write, open: a new one, or what a run of this user left.
+    """Open the file to write: a new one, or what an earlier run of this user left.
 
-    In a directory of several users somebody else could have put a link or a file there, to have
-    another file written over or this one read.
+    In a directory that several users write to, somebody else could have put a link there to have
+    another file overwritten, or a file of their own to read what is written.
     """
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     try:

@@ -1,7 +1,7 @@
 """mergekit's passthrough configuration: what of it is accepted, and what it means.
 
-Accepted is what leaves one meaning with one source model; what mergekit would ignore or
-let vanish (reversed ranges, unknown or repeated keys, NaN) is refused.
+What has one meaning, with one source model, is accepted; what mergekit would ignore or drop
+(reversed ranges, unknown or repeated keys, NaN) is refused.
 """
 
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ class Scale:
 
     entries: tuple[tuple[str | None, tuple[float, ...]], ...]
     place: str
-    # What `entries` hold for a tensor, by its name: thousands of both make a search of minutes.
+    # What `entries` hold for a tensor, by its name: a search among thousands would take minutes.
     _found: dict[str, tuple[float, ...] | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

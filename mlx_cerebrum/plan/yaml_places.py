@@ -30,16 +30,15 @@ _NESTED = (
 _KEYS = (*_NESTED, "slices", "models", "parameters", "base_model")  # misplaced where not known
 _AT_MARGIN = re.compile(rf"^({'|'.join(_NESTED)})\s*:|^-\s+(layer_range|filter)\s*:", re.MULTILINE)
 _LOOKS_LIKE_SPACE = re.compile(r"^ *([^\S \r\n])", re.MULTILINE)
-_NO_SPACE = re.compile(
-    r"(?![ \t\r\n])\s|[\u200B-\u200D\u2060\uFEFF]"
-)  # though it looks like one, or none
+# What looks like a space, or like nothing, and is neither.
+_NO_SPACE = re.compile(r"(?![ \t\r\n])\s|[\u200B-\u200D\u2060\uFEFF]")
 _LOST = "; check the indentation and line breaks, which copying from a web page loses"
 
 
 def documents(text: str, where: str) -> list[tuple["Item", str]]:
-    """The root and the text of each YAML document that is not empty: one at least.
+    """The root and the text of each YAML document that is not empty.
 
-    Raises PlanError for what is not well-formed.
+    Raises PlanError where there is none, and for what is not well-formed.
     """
     if len(text) > MAX_CHARACTERS:
         raise PlanError(f"{where}: longer than {MAX_CHARACTERS} characters; this is not a plan")
@@ -112,7 +111,7 @@ def _mappings(root: yaml.Node, where: str) -> list[yaml.MappingNode]:
 
 
 def _hint(problem: str, text: str) -> str:
-    """What to do about text whose line starts are not what they were where it comes from."""
+    """What to do about text that copying has changed: its spaces, its indentation, a fence."""
     if odd := _LOOKS_LIKE_SPACE.search(text):
         return f"; line {_line(text, odd.start(1))} {_look_alike(odd)}"
     if odd := _NO_SPACE.search(text):
@@ -177,7 +176,7 @@ class Item:
 
     @property
     def kind(self) -> str:
-        """YAML's word for it: map, seq, str, null, int ... ("odd": a map tagged as text, say)."""
+        """YAML's word for its type: map, seq, str, null, int; "odd" for a map tagged as a list."""
         scalar, tag = isinstance(self.node, yaml.ScalarNode), self.node.tag.removeprefix(_TAG)
         shape = "map" if isinstance(self.node, yaml.MappingNode) else "seq"
         return str(tag) if (tag not in ("map", "seq") if scalar else tag == shape) else "odd"

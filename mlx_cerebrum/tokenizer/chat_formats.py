@@ -132,7 +132,7 @@ _MISTRAL_WITH_TOKENS = replace(BUILT_IN["mistral"], source=_MISTRAL_V3)
 
 
 def own_format(source: str) -> ChatFormat:
-    """A checkpoint's own template; it ends as the built-in one does if it is that."""
+    """A checkpoint's own template; if it is a built-in one, answers end as they do there."""
     known = (each for each in (*BUILT_IN.values(), _MISTRAL_WITH_TOKENS) if each.source == source)
     return next(known, ChatFormat(source))
 

@@ -24,7 +24,7 @@ def read_messages(path: Path) -> list[dict[str, str]]:
 
 
 def write_messages(path: Path, messages: Sequence[Mapping[str, str]]) -> None:
-    """Write a conversation, for its user only; a file that was there stays whole until it is done.
+    """Write a conversation that only its user can read; an old file stays whole until it is done.
 
     Raises RequestError for a place that no file can be written to, CheckpointError where another
     run writes it, OSError where writing fails.
@@ -35,7 +35,7 @@ def write_messages(path: Path, messages: Sequence[Mapping[str, str]]) -> None:
     if path.exists() and not path.is_file():  # nor replace a device, as root could
         raise RequestError(f"{path} is no file; give another name")
     path = Path(os.path.realpath(path))  # a link stays one
-    # As short as any name: a name may be as long as the file system lets it be.
+    # Short, since `path`'s own name may be as long as the file system allows.
     partial = path.with_name(f".conversation-{crc32(os.fsencode(path.name)):08x}")
     with replacing(path, partial, 0o600) as file:
         file.write(text.encode())

@@ -117,7 +117,7 @@ def gguf_list(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
 
 
 def gguf_flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
-    """A `tokenizer.ggml` boolean; as in llama.cpp a number is none."""
+    """A `tokenizer.ggml` boolean; a number is not one, as in llama.cpp."""
     value = metadata.get(f"tokenizer.ggml.{key}", default)
     if not isinstance(value, bool):
         raise TokenizerError(f"GGUF: tokenizer.ggml.{key} is {value!r:.40}, not a boolean")

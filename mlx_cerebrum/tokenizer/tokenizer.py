@@ -6,7 +6,7 @@ the `tokenizer.json` is used where there are both), and llama.cpp's for the same
 
 - A BOS goes before a text where a `tokenizer.model` is not told otherwise, or where
   tokenizer_config.json asks for one and the `tokenizer.json` does not say. No EOS ever goes
-  behind one: the model is to go on from there.
+  after one: the model is to go on from there.
 - A `tokenizer.model` is cut up as SentencePiece does. (The LlamaTokenizer of transformers, which
   a `model_type` llama may name, takes merges in order of ids, not of scores.)
 - What a chat template writes as a control token is one, whatever surrounds it. (transformers
@@ -236,7 +236,7 @@ class Tokenizer:
         return decode(self.detokenizer(), ids)
 
     def only_added(self, start: int) -> bool:
-        """Whether ordinary text needs no id from `start` on: all are added tokens', if any's."""
+        """Whether no text needs an id from `start` on: they are added tokens', or nobody's."""
         ids = range(start, self.vocab_size)
         return len(ids) <= MAX_ADDED and all(map(self._vocabulary.is_added, ids))
 

@@ -63,7 +63,7 @@ class Vocabulary(Protocol):
     def content(self, token: int) -> str | None: ...
 
     def is_added(self, token: int) -> bool:
-        """Whether text can do without the id: an added token's, or nobody's."""
+        """Whether ordinary text never needs the id: it is an added token's, or nobody's."""
 
     def piece(self, token: int) -> str | bytes:
         """What the id adds to the text (see detokenizer.py); control tokens add nothing."""

@@ -36,8 +36,8 @@ class Extent:
     nbytes: int
 
     def samples(self, count: int, size: int) -> Iterator[bytes]:
-        """`count` evenly spread pieces of `size` bytes at most, the first and the last of them at
-        the ends. Raises CheckpointError where the file can't be read."""
+        """`count` evenly spread pieces of `size` bytes at most, from the very first byte to the
+        very last. Raises CheckpointError where the file can't be read."""
         size = min(size, self.nbytes)
         try:
             with self.path.open("rb", buffering=0) as file:
@@ -51,11 +51,11 @@ class Extent:
 class Checkpoint(ABC):
     """A readable source. `shapes` maps tensor names to shapes; `read` gets one module's.
 
-    `config` is what the tensors make of config.json: where that ties the head to the embedding but
-    another head is stored, it is not tied. `spare` are modules that are stored though the model
-    never reads them: a tied model's head, the embedding's bytes once more. `repacked` are matrices
-    in a format that MLX has not: `read` packs them anew, as `packing` says, `repack` in another
-    way, and `dense` gives exactly what is stored.
+    `config` is config.json, corrected by the tensors: a head that is stored with values of its own
+    is not tied. `spare` are modules that are stored but never read: a tied model's head, which is
+    the embedding once more. `repacked` are matrices in a format that MLX does not have: `read`
+    packs them anew as `packing` says, `repack` in another way, and `dense` gives exactly what is
+    stored.
     """
 
     path: Path
@@ -70,7 +70,7 @@ class Checkpoint(ABC):
     def read(self, module: str) -> dict[str, mx.array]:
         """The arrays of one module (`weight`; `scales` and `biases` where it is quantized).
 
-        Nothing here keeps them alive: a module that is read again is read from disk again.
+        They are not kept: a module that is asked for again is read from disk again.
         """
 
     def dense(self, module: str) -> mx.array:
@@ -116,10 +116,10 @@ class Checkpoint(ABC):
 
     @property
     def weight_dtype(self) -> str:
-        """The safetensors dtype that most of the dense or scale values have.
+        """The safetensors dtype of most dense weights and scales.
 
-        Our converter keeps the scales of packed matrices in float32 where float16 would round; then
-        it is what the converter says the model is in.
+        Our converter keeps scales in float32 where float16 would round them; what it wrote is of
+        the dtype that its config names.
         """
         kinds = [kind for kind in self.dtypes.values() if kind in FLOATS]
         most = max(sorted(set(kinds)), key=kinds.count) if kinds else "F16"
@@ -128,7 +128,7 @@ class Checkpoint(ABC):
         return stated if converted and stated else most
 
     def problems(self) -> Iterator[tuple[str, list[str]]]:
-        """Where the tensors are not what the config means: each problem, and the tensors it is of.
+        """Where the tensors don't fit the config: each problem, and the tensors that have it.
 
         No data is read. Opening stops at the first one, and verifying lists them all, so that both
         accept the same checkpoints.

@@ -1,4 +1,4 @@
-"""ggml's quantized blocks as MLX arrays: integers are moved where MLX has a format like it.
+"""ggml's quantized blocks as MLX arrays: where MLX has a like format, the integers are moved.
 
 ggml stores a row as blocks: of 32 elements with a float16 scale d (and minimum m), or of 256
 in 8 groups of 32, whose scales are 6-bit integers s (and minima t) times the block's d (and e).

@@ -69,7 +69,7 @@ class GGUFCheckpoint(Checkpoint):
     """A GGUF file, or the parts of a split one; packed integers kept as they are where MLX can."""
 
     def __init__(self, file: GGUFFile) -> None:
-        """The model that the header means, names, shapes and types of its tensors checked.
+        """The model that the header describes; its tensors' names, shapes and types are checked.
 
         Raises ConfigError for a model this engine cannot run and CheckpointError for tensors that
         are missing, unknown, misshapen or of another type.

@@ -2,8 +2,8 @@
 
 Layout (little endian): magic, version, tensor count, metadata count; the metadata as
 key, type, value; the tensor table as name, dimensions, type, offset; padding to
-`general.alignment`; the tensors. No count, length or offset is believed before the bytes
-it speaks of are there, and nothing is allocated from one.
+`general.alignment`; the tensors. No count, length or offset is believed until the bytes it
+speaks of are found, and none decides how much memory is taken.
 """
 
 import mmap
@@ -77,7 +77,7 @@ class TensorInfo:
 class GGUFFile:
     """A parsed header; tensor bytes are read when asked for.
 
-    A split model is its first part, with the tensors of all: `parts` are the files.
+    Of a split model this is the first part, with the tensors of all; `parts` are the files.
     """
 
     path: Path

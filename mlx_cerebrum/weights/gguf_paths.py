@@ -1,4 +1,4 @@
-"""Which GGUF files a path means: by their first bytes, whatever they are called.
+"""Which GGUF files a path means: told by their first bytes, whatever they are called.
 
 People have `X.GGUF`, Ollama's `sha256-...`, links into a cache, a folder with the one file they
 fetched, and models split by llama.cpp into `X-00001-of-00003.gguf` and so on.
@@ -16,9 +16,10 @@ _SHOWN = 3
 
 
 def gguf_at(path: Path) -> Path | None:
-    """The GGUF file that `path` is, or the one that a folder without safetensors holds.
+    """The GGUF file at `path`, or the only one in a folder without safetensors.
 
-    Of a split model any part. None for what is none, CheckpointError for a folder of several.
+    Of a split model it is any part. None where there is none; CheckpointError where a folder holds
+    several models.
     """
     if not path.is_dir():
         return path if path.suffix.lower() == ".gguf" or _begins(path) else None
@@ -40,7 +41,7 @@ def gguf_at(path: Path) -> Path | None:
 def part_paths(path: Path, count: int) -> list[Path]:
     """The files of a model split into `count`, of which `path` is one, in order.
 
-    Raises CheckpointError naming those that are missing, or where the name says nothing of them.
+    Raises CheckpointError naming those that are missing, or where `path` is not named as a part.
     """
     part = _PART.fullmatch(path.name)
     if part is None or int(part[3]) != count:

@@ -129,7 +129,7 @@ def _check_config(repo: str, directory: Path) -> None:
 
 
 def _gguf_files(repo: str, revision: str | None) -> list[str]:
-    """The repository's GGUF files, of a split one the first part; none where it can't be asked."""
+    """The repository's GGUF files, the first part of a split one; none if the hub is silent."""
     from huggingface_hub import list_repo_files
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 

@@ -26,7 +26,7 @@ def load_model(
     """
     held = {} if storage.dequantize else storage.packings
     model = Model(config)
-    # Nothing of this is computed: the modules only take their final form, to be filled below.
+    # Nothing is computed here: the modules only take their final form, to be filled below.
     nn.quantize(
         model, class_predicate=lambda path, _: p.as_config() if (p := held.get(path)) else False
     )
@@ -52,8 +52,8 @@ def load_model(
 
 
 def _arrays(checkpoint: Checkpoint, sources: list[str], storage: Storage) -> dict[str, mx.array]:
-    """One module's arrays as they will be held; packing, unpacking and casts go row by row, so
-    what is stacked is made so apart."""
+    """One module's arrays as they will be held. Packing, unpacking and casts go row by row, so
+    matrices that are stacked go through them one by one."""
     each = [_held(checkpoint, source, storage) for source in sources]
     return {part: mx.concatenate([arrays[part] for arrays in each]) for part in each[0]}
 

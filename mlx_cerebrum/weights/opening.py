@@ -1,4 +1,4 @@
-"""A model to open, opened: its headers read once, everything decided that needs no weights.
+"""Opening a model: its headers are read once, and all that needs no weights is decided.
 
 What can be refused is refused here, before a weight is read: a wrong name, a plan of other
 blocks, bits that can't be had, a tokenizer of another model, weights that would not fit.
@@ -62,7 +62,7 @@ class Opened:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, spec: ModelSpec) -> "Opened":
-        """`checkpoint` as `spec` has it. Raises PlanError or ConfigError for what it can't be."""
+        """`checkpoint` as `spec` wants it. Raises PlanError or ConfigError where it can't be."""
         config = planned_config(checkpoint.config, spec.plan, spec.window)
         return cls(spec, checkpoint, config, choose_storage(checkpoint, spec.packing, spec.dtype))
 
@@ -175,7 +175,7 @@ def planned_config(
 ) -> ModelConfig:
     """The checkpoint's config with a plan's layer map and a window override applied.
 
-    A plan always names stored blocks: it replaces the map and scales a folded source has.
+    A plan always names stored blocks: it replaces a folded source's own map and scales.
     """
     if plan is not None:
         plan = resolve_plan(plan) if isinstance(plan, str) else plan

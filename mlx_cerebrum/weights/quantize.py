@@ -1,4 +1,4 @@
-"""Fewer bits a weight, in mlx-lm's layout: which modules, how they are packed and undone.
+"""Fewer bits a weight, in mlx-lm's layout: how matrices are packed and unpacked.
 
 Affine quantization (MLX's `mx.quantize`) cuts each row into groups and stores, per group,
 a scale and a bias beside the packed integers: `bits + 32 / group_size` bits a weight with
@@ -18,10 +18,10 @@ from mlx_cerebrum.model.tensors import PARTS
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
-# What MLX takes where a config says null; the float formats have no other, and no biases.
+# Bits and group size where a config says null; float formats have no others, and no biases.
 DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
-PIECE = 1 << 20  # weights of a matrix that are made at a time where making takes memory
+PIECE = 1 << 20  # weights of a matrix made at a time, where making them takes memory
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def as_quantization(packings: Mapping[str, Packing | None]) -> dict[str, Any] | 
 
 
 def joined(shape: tuple[int, ...], pieces: Iterable[mx.array]) -> mx.array:
-    """Rows that come in pieces as one array of `shape`, evaluated, the whole never held twice."""
+    """One array of `shape`, evaluated, from pieces of its rows; the whole is never held twice."""
     whole: mx.array | None = None
     start = 0
     for piece in pieces:

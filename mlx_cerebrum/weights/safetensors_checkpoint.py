@@ -40,7 +40,7 @@ class SafetensorsCheckpoint(Checkpoint):
         config: ModelConfig,
         tensors: Mapping[str, Place],
     ) -> None:
-        """The directory `path`, of which config and headers are read; raises as `_as_stored`."""
+        """`path`: the directory whose config and headers were read. Raises as `_as_stored` does."""
         self.path, self.raw_config, self.tensors = path, raw_config, tensors
         if _table_stored_as(config, tensors) == HEAD:
             tensors = {
@@ -113,20 +113,20 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 def _table_stored_as(config: ModelConfig, tensors: Container[str]) -> str:
-    """The module whose tensors are the embedding's.
+    """The module that the embedding is stored as.
 
-    Of a tied table some savers keep only the head's name, the first of the two in the alphabet
-    (`safetensors.torch.save_model`); transformers reads that.
+    Some savers (`safetensors.torch.save_model`) store a tied table once, under the name that comes
+    first in the alphabet: the head's. transformers reads that.
     """
     head_only = f"{EMBEDDING}.weight" not in tensors and f"{HEAD}.weight" in tensors
     return HEAD if config.tie_word_embeddings and head_only else EMBEDDING
 
 
 def _as_stored(config: ModelConfig, path: Path, tensors: Mapping[str, Place]) -> ModelConfig:
-    """The config that the tensors of the directory `path` make true.
+    """The config, corrected by the tensors of the directory `path`.
 
-    Where it ties the head to the embedding, but a head with other values is stored, the stored one
-    is used: transformers does that (`tie_weights`). Raises CheckpointError where a file ends early.
+    Where it ties the head to the embedding, but a head with other values is stored, that one is
+    used, as in transformers (`tie_weights`). Raises CheckpointError where a file ends early.
     """
     if not config.tie_word_embeddings or f"{HEAD}.weight" not in tensors:
         return config
@@ -158,7 +158,7 @@ def _alike(path: Path, one: Place, other: Place) -> bool:
 
 
 def no_checkpoint(path: Path) -> str:
-    """Why a file that is no GGUF can't be read."""
+    """Why a file that is not GGUF can't be read."""
     if problem := stand_in(path):
         return problem
     if any(path.match(pattern) for pattern in _PICKLES):

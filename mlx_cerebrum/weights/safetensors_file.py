@@ -1,4 +1,4 @@
-"""A safetensors header: read with suspicion, and written for data that follows piece by piece.
+"""A safetensors header: read with suspicion; written ahead of data that follows in pieces.
 
 Format: 8 bytes little-endian header length, a JSON object `name -> {dtype, shape,
 data_offsets}`, then the data (huggingface/safetensors, README). Nothing in it is trusted:

@@ -37,7 +37,7 @@ class Storage:
     packings: dict[str, Packing | None]  # module path -> how it is packed after reading
     dequantize: bool  # packed weights become dense
     nbytes: int  # of all matrices, once loaded
-    transient: int  # more than that while loading, at most: what makes a matrix what it is held as
+    transient: int  # what loading takes besides, at most: matrices on their way
 
 
 def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str) -> Storage:
@@ -91,7 +91,7 @@ def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str
 
 
 def reading_order(config: ModelConfig) -> list[dict[str, list[str]]]:
-    """Each table, each block and the final norm: what may be stacked into one -> its modules.
+    """For each table, each block and the final norm: a stacked matrix -> the modules it is of.
 
     The large tables first, while little else is held; of each block the largest first, so that
     the last ones are small.
@@ -116,7 +116,7 @@ def reading_order(config: ModelConfig) -> list[dict[str, list[str]]]:
 def _working_bytes(
     checkpoint: Checkpoint, module: str, shape: tuple[int, int], held: Packing | None
 ) -> int:
-    """Bytes that making a matrix what is held takes besides: as it is read, and on the way."""
+    """Bytes that reading and converting a matrix takes, besides what is then held."""
     own = checkpoint.packing(module)
     wide = 4 * prod(shape)
     piece = min(8 * wide, _PIECE)

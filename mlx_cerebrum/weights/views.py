@@ -43,7 +43,7 @@ def views(base: Model, wanted: Mapping[str, Order]) -> dict[str, Model]:
 
 
 def orders(config: ModelConfig, source: str, plans: Sequence[str] = ()) -> dict[str, Order]:
-    """The orders a checkpoint's blocks can answer in, by name; of 32 blocks always the 12.25B's.
+    """The orders a checkpoint's blocks can answer in, by name; with 32 blocks also the 12.25B's.
 
     `source` is the name it was asked for by. Raises PlanError for a plan that does not fit.
     """
@@ -69,7 +69,7 @@ def orders(config: ModelConfig, source: str, plans: Sequence[str] = ()) -> dict[
 
 
 def find(names: Iterable[str], asked: str) -> str:
-    """The name meant by `asked`: itself, or the only one that ends so after - or @ ("7b").
+    """The name that `asked` means: that very name, or the only one with it after a - or @ ("7b").
 
     Raises PlanError, with the names there are, where there is none or more than one.
     """
@@ -83,7 +83,7 @@ def find(names: Iterable[str], asked: str) -> str:
 
 
 def describe(model: Model) -> Mapping[str, int | None]:
-    """What a list of models says of one."""
+    """What a list of models says about each."""
     config = model.config
     return {
         "positions": config.num_positions,
