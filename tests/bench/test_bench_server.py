@@ -1,196 +1,90 @@
 """The benches of the local server, on a stand-in that answers from a script, rightly or not."""
 
-import asyncio
-import hashlib
 import json
 import random
 import re
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import psutil
 import pytest
-import uvicorn
 from conftest import MakeCheckpoint
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
 
-from bench import server_client, server_findings, server_load, server_mix, server_peers
+from bench import server_client, server_findings, server_load, server_peers
 from bench.peers import OURS
-from bench.server_client import CHAT, Heard, Question, ask, get
-from bench.server_mix import KINDS, Mix, chat, fixed_set, nonsense, user
+from bench.server_client import Choice, Count, Heard, Question, ask, get
+from bench.server_mix import KINDS, Mix, chat, fixed_set, user
 from bench.server_process import serving
 from mlx_cerebrum.errors import CerebrumError
 
 MODELS = ("small", "large")
-WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "its", "paw.")
 
 
 class StandIn:
-    """An OpenAI-compatible server whose answers follow from the question; in this process, with
-    the face of a `Served`.
+    """A server, and what asking it gives: a text that follows from the question.
 
-    `wrong` names what it does wrong: "no end", "tokens", "500", "busy", "leak" (a client that
-    leaves keeps its place), "company" (another text while others are asking), "takes nonsense".
+    `wrong` names what it does wrong: "alone", "500", "busy", "leak" (a client that leaves keeps its
+    place), "company" (another text after the questions alone), "takes nonsense".
     """
 
+    address = "here"
+
     def __init__(self, *wrong: str) -> None:
-        self.wrong = set(wrong)
-        self.active = self.asked = 0
-        self.process = psutil.Process()
-        app = Starlette(
-            routes=[
-                Route("/v1/models", self._models),
-                Route("/metrics", self._metrics),
-                Route("/{path:path}", self._answer, methods=["POST"]),
-            ]
-        )
-        config = uvicorn.Config(app, port=0, log_level="error", ws="none", lifespan="off")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        while not self._server.started:
-            assert self._thread.is_alive()
-            self._thread.join(0.01)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join()
+        self.wrong, self.asked, self.active = wrong, 0, 0
 
     @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
+    def process(self) -> psutil.Process:
+        return psutil.Process()
 
     def rss(self) -> int:
-        return self.process.memory_info().rss
+        return 10**9
 
     def check(self) -> None:
-        pass
+        """Raises CerebrumError where it is gone."""
 
     def stop(self) -> int:
         return 0
 
-    def _models(self, _: Request) -> Response:
-        return JSONResponse({"data": [{"id": name} for name in MODELS]})
+    def get(self, address: str, path: str) -> str:
+        return json.dumps({"data": [{"id": name} for name in MODELS]})
 
-    def _metrics(self, _: Request) -> Response:
-        values = {"queued": 0, "active": self.active, "prefix_cache_bytes": 5e6}
-        lines = [f"cerebrum_{name} {value}\n" for name, value in values.items()]
-        return PlainTextResponse("".join([*lines, "cerebrum_generated_tokens_total 50\n"]))
+    def metrics(self, address: str) -> dict[str, float]:
+        idle = {"queued": 0.0, "prefix_cache_bytes": 5e6, "generated_tokens_total": 50.0}
+        return idle | {"active": float(self.active)}
 
-    async def _answer(self, request: Request) -> Response:
-        raw = await request.body()
-        try:
-            body = json.loads(raw)
-            words = words_of(body, request.url.path)
-        except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError):
-            if "takes nonsense" in self.wrong:
-                return JSONResponse({"choices": []})
-            error = {"message": "that is no request", "type": "invalid_request_error"}
-            return JSONResponse({"error": error}, 400)
+    def ask(self, address: str, asked: Question, count: Count | None = None) -> Heard:
         self.asked += 1
-        if "500" in self.wrong and self.asked % 5 == 0 and self.asked > len(fixed_set(MODELS)):
-            return PlainTextResponse("oh", 500)
-        if "busy" in self.wrong and self.active and self.asked % 5 == 0:
-            return JSONResponse({"error": {}}, 429, headers={"Retry-After": "0.1"})
-        if "company" in self.wrong and self.active:
-            words = [["quite", "other", "words"], words[1:]][self.asked % 2]
-        said, finish = answer(words, body)
-        prompt, spoken = words_in(body), len(said) * body.get("n", 1) + ("tokens" in self.wrong)
-        about = {"id": f"{self.asked}", "model": body["model"]}
-        usage = {
-            "prompt_tokens": prompt,
-            "completion_tokens": spoken,
-            "total_tokens": prompt + spoken,
-            "prompt_tokens_details": {"cached_tokens": prompt // 2},
-        }
-        part = "delta" if body.get("stream") else "message"
-
-        def choice(index: int, text: str, finish: str | None) -> dict[str, Any]:
-            key = {part: {"content": text}} if request.url.path == CHAT else {"text": text}
-            return {"index": index, "finish_reason": finish} | key
-
-        if not body.get("stream"):
-            choices = [choice(index, joined(said), finish) for index in range(body.get("n", 1))]
-            return JSONResponse(about | {"choices": choices, "usage": usage})
-        ends = [None] * (len(said) - 1) + [finish]
-        events = [
-            about | {"choices": [choice(index, f"{word} ", end)]}
-            for index in range(body.get("n", 1))
-            for word, end in zip(said, ends, strict=True)
-        ]
-        if (body.get("stream_options") or {}).get("include_usage"):
-            events.append(about | {"choices": [], "usage": usage})
-        return StreamingResponse(self._stream(events), media_type="text/event-stream")
-
-    async def _stream(self, events: list[dict[str, Any]]) -> AsyncIterator[str]:
-        self.active += 1
-        gone = True
-        try:
-            yield ": keep-alive\n\n"
-            for event in events:
-                yield f"data: {json.dumps(event)}\n\n"
-                await asyncio.sleep(0.001)
-            if "no end" not in self.wrong:
-                yield "data: [DONE]\n\n"
-            gone = False
-        finally:
-            if not (gone and "leak" in self.wrong):
-                self.active -= 1
-
-
-def words_of(body: dict[str, Any], path: str) -> list[str]:
-    """Words that follow from the question and the model, and a check of what must be refused."""
-    assert body["model"] in MODELS
-    assert type(body["max_tokens"]) is int
-    assert body["max_tokens"] > 0
-    assert body.get("n", 1) > 0
-    assert all(isinstance(stop, str) for stop in body.get("stop", []))
-    assert 0 <= float(body.get("temperature", 0)) <= 2
-    said = "\n".join(one["content"] for one in body["messages"]) if path == CHAT else body["prompt"]
-    assert 0 < len(said) < 100_000
-    if path == CHAT:
-        assert all(one["role"] in ("system", "user", "assistant") for one in body["messages"])
-    key = hashlib.sha256(f"{said}{body['model']}{body.get('seed')}".encode()).digest()
-    return [WORDS[number % len(WORDS)] for number in key * 8]
-
-
-def answer(words: list[str], body: dict[str, Any]) -> tuple[list[str], str]:
-    found: list[str] = []
-    for word in words[: body["max_tokens"]]:
-        if any(stop in joined([*found, word]) for stop in body.get("stop", [])):
-            return found or ["Yes"], "stop"
-        found.append(word)
-    return found, "length" if len(found) == body["max_tokens"] else "stop"
-
-
-def joined(words: list[str]) -> str:
-    return "".join(f"{word} " for word in words)
-
-
-def words_in(body: dict[str, Any]) -> int:
-    said = [one["content"] for one in body.get("messages", [])] or [body["prompt"]]
-    return sum(len(text.split()) for text in said)
+        late = self.asked > len(fixed_set(MODELS))  # not one of those alone
+        now = time.perf_counter()
+        heard = Heard(now, [Choice() for _ in range(asked.n)], status=200, retry_after=0.01)
+        time.sleep(0.001)
+        if asked.malformed is not None:
+            heard.status = 200 if "takes nonsense" in self.wrong else 400
+            heard.faults = [f"status 200 for {asked.data[:9]!r}"] * (heard.status == 200)
+        elif "500" in self.wrong and late and self.asked % 5 == 0:
+            heard.status, heard.faults = 500, ["status 500"]
+        elif "busy" in self.wrong and late and self.asked % 5 == 0:
+            heard.status = 429
+        else:
+            heard.left = asked.leave_after is not None or asked.leave_within is not None
+            self.active += heard.left and "leak" in self.wrong
+            heard.faults = ["no [DONE]"] * ("alone" in self.wrong)
+            said = "other" if "company" in self.wrong and late else repr(asked.body)
+            counts = {"prompt_tokens": 4, "completion_tokens": 2 * asked.n}
+            heard.usage = counts | {"prompt_tokens_details": {"cached_tokens": 1}}
+            for choice in heard.choices:
+                choice.text, choice.times = said, [now + 0.1, now + 0.3]
+        return heard
 
 
 def count(asked: Question) -> int:
-    return words_in(asked.body)
-
-
-@pytest.fixture
-def server() -> Iterator[StandIn]:
-    with StandIn() as running:
-        yield running
+    return 4
 
 
 def question(**more: Any) -> Question:
@@ -198,18 +92,6 @@ def question(**more: Any) -> Question:
 
 
 # A request and what is wrong with its answer
-
-
-def test_an_answers_parts(server: StandIn) -> None:
-    asked = question(stream=True)
-    heard = ask(server.address, asked, count)
-    choice = heard.choices[0]
-    assert choice.text == joined(words_of(asked.body, CHAT)[:8])
-    assert choice.finish == "length"
-    assert heard.tokens == {"prompt": 4, "completion": 8, "cached": 2}
-    assert heard.first == choice.times[0]
-    assert choice.times == sorted({heard.sent, *choice.times})[1:]
-    assert len(choice.times) == 8
 
 
 def raw_server(data: bytes, *, then: float = 0.0) -> tuple[str, threading.Thread]:
@@ -237,6 +119,7 @@ def answered(data: bytes, asked: Question) -> Heard:
 
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+STREAM = question(stream=True, stop=["XYZ"])
 DONE, LAST = "data: [DONE]\n\n", b"0\r\n\r\n"
 
 
@@ -309,9 +192,18 @@ SAID = events(RIGHT)
     ],
 )
 def test_a_wrong_stream_is_seen(data: bytes, said: str) -> None:
-    heard = answered(data, question(stream=True, stop=["XYZ"]))
+    heard = answered(data, STREAM)
     assert bool(heard.faults) == bool(said), heard.faults
     assert said in "; ".join(heard.faults)
+
+
+def test_an_answers_parts() -> None:
+    heard = answered(stream(*RIGHT), STREAM)
+    choice = heard.choices[0]
+    assert (choice.text, choice.finish) == ("The cat", "length")
+    assert heard.tokens == {"prompt": 4, "completion": 8, "cached": 0}
+    assert heard.first == choice.times[0]
+    assert heard.sent < choice.times[0] < choice.times[1] < time.perf_counter()
 
 
 @pytest.mark.parametrize(
@@ -345,20 +237,19 @@ def test_nobody_there_is_a_fault() -> None:
         get(address, "/")
 
 
-def test_leaving(server: StandIn) -> None:
-    asked = chat("small", user("Hello"), 200, stream=True)
-    heard = ask(server.address, replace(asked, leave_after=3))
+def test_leaving() -> None:
+    heard = answered(HEAD + chunk(events([piece("The")] * 5)), replace(STREAM, leave_after=3))
     assert heard.left
     assert heard.faults == []
-    assert len(heard.choices[0].times) == 3
-    heard = ask(server.address, replace(asked, leave_within=0.05))
+    assert heard.choices[0].text == "The" * 3
+    address, thread = raw_server(HEAD + chunk(events(TEXT)), then=0.3)
+    heard = ask(address, replace(STREAM, leave_within=0.05))
+    thread.join()
     assert heard.left
-    assert heard.choices[0].finish is None
+    assert heard.faults == []
 
 
-def test_a_refusal_says_why(server: StandIn) -> None:
-    for asked in nonsense("small"):
-        assert ask(server.address, asked).faults == [], asked.data[:80]
+def test_a_refusal_says_why() -> None:
     asked = Question({}, malformed=b"{}")
     right = {"error": {"message": "no", "type": "invalid_request_error"}}
     assert answered(whole(right, 400), asked).faults == []
@@ -394,26 +285,18 @@ def test_the_mix_is_drawn_from_its_seed_and_has_of_everything() -> None:
 
 # The load
 
-COUNTER = server_load.counter
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No model to count tokens by, and no long waits."""
-    monkeypatch.setattr(server_mix, "PATIENCE", (0.001, 0.5))
-    monkeypatch.setattr(server_mix, "PAUSES", (0.001, 0.005))
-    monkeypatch.setattr(server_findings, "SETTLE", 60.0)
-    monkeypatch.setattr(server_load, "counter", lambda model: count)
-
 
 @pytest.fixture
 def load(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, Any]]:
     def run(*wrong: str) -> tuple[int, Any]:
-        with StandIn(*wrong) as server:
-            monkeypatch.setattr(server_load, "serving", lambda words: nullcontext(server))
-            code = server_load.main(["--clients", "6", "--minutes", "0.02", "--json"])
+        server = StandIn(*wrong)
+        for name in ("ask", "get", "metrics"):
+            monkeypatch.setattr(server_load, name, getattr(server, name))
+        monkeypatch.setattr(server_load, "serving", lambda words: nullcontext(server))
+        monkeypatch.setattr(server_load, "counter", lambda model: count)
+        code = server_load.main(["--clients", "6", "--minutes", "0.02", "--json"])
         out = capsys.readouterr()
         return code, json.loads(out.out)["results"] if code < 2 else out.err
 
@@ -448,21 +331,17 @@ def test_a_wrong_server_fails(
     assert passed(found)["nothing queued or decoded a second after all had left"] is False
     assert passed(found)["malformed bodies were refused, each with its error"] is False
     assert passed(found)["polite clients saw no error"] is False
-    assert any(fault.startswith("status 500 for") for fault in found["errors"]["streaming"])
+    assert "status 500" in found["errors"]["streaming"]
     assert found["fixed"]["differing"]
     text = "\n".join(server_findings.text(found))
     assert re.search(r"- malformed, \d+ x: status 200 for", text)
     assert re.search(r"to another text +\| \d+ x \w+.*, from character 0 on", text)
 
 
-@pytest.mark.parametrize(("wrong", "said"), [("no end", "no [DONE]"), ("tokens", "usage: ")])
-def test_a_question_alone_must_be_right(
-    wrong: str, said: str, load: Callable[..., tuple[int, Any]]
-) -> None:
-    code, error = load(wrong)
+def test_a_question_alone_must_be_right(load: Callable[..., tuple[int, Any]]) -> None:
+    code, error = load("alone")
     assert code == 2
-    assert "asked alone" in error
-    assert said in error
+    assert error.endswith("asked alone: no [DONE]\n")
 
 
 def test_a_server_that_dies_ends_the_load(
@@ -480,10 +359,9 @@ def test_a_server_that_dies_ends_the_load(
 
 @pytest.mark.long
 def test_the_real_server_under_load(
-    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All of it, in a process of its own, on a tiny model of random weights."""
-    monkeypatch.setattr(server_load, "counter", COUNTER)
     path = checkpoint(sliding_window=64, max_position_embeddings=16384)
     words = ["--model", str(path), "--clients", "4", "--minutes", "0.05", "--json"]
     code = server_load.main(words)
@@ -545,13 +423,9 @@ FINE: dict[str, Any] = {
         ({"stopped": {"exit_code": None}}, "it stopped"),
     ],
 )
-def test_what_must_hold(
-    change: dict[str, Any], failed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server_findings, "SETTLE", 1.0)
-    wrong = [
-        one["name"] for one in server_findings.criteria(FINE | change) if one["passed"] is False
-    ]
+def test_what_must_hold(change: dict[str, Any], failed: str) -> None:
+    checks = server_findings.criteria(FINE | change)
+    wrong = [one["name"] for one in checks if one["passed"] is False]
     assert len(wrong) == bool(failed)
     assert "".join(wrong).startswith(failed)
 
@@ -593,27 +467,32 @@ def contender(server: Any, version: str = "1.0") -> server_peers.Contender:
     return server_peers.Contender(server, "small", version, "its defaults")
 
 
-def test_peers_are_asked_the_same(server: StandIn) -> None:
-    with StandIn("company") as other:
-        up: dict[str, server_peers.Contender | str] = {
-            OURS: contender(server),
-            "same": contender(server, "2.0"),
-            "other": contender(other),
-            "absent": "not installed",
-        }
-        found = server_peers.compare(up, 4, 2, 8)
+def test_peers_are_asked_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, other = StandIn(), StandIn("company")
+    other.address, other.asked = "there", 100
+
+    def answer(address: str, asked: Question) -> Heard:
+        return (right if address == "here" else other).ask(address, asked)
+
+    monkeypatch.setattr(server_peers, "ask", answer)
+    up: dict[str, server_peers.Contender | str] = {
+        OURS: contender(right),
+        "same": contender(right, "2.0"),
+        "other": contender(other),
+        "absent": "not installed",
+    }
+    found = server_peers.compare(up, 4, 2, 8)
     assert json.loads(json.dumps(found)) == found
     rows = found["engines"]
     assert rows["absent"] == {"failure": "not installed"}
     assert rows["same"]["together"]["same"] == rows["same"]["together"]["compared"] == 8
-    assert rows["same"]["alone"]["same"] == rows["other"]["alone"]["same"] == 2
-    assert rows["other"]["together"]["same"] < 8
+    assert rows["other"]["together"]["same"] == 0
     ours = rows[OURS]["together"]
-    assert ours["completion_tokens"] == 2 * 4 * 8
-    assert ours["pace"]["median"] > 0
-    assert ours["first"]["median"] <= ours["last"]["median"]
-    assert ours["going"]["low"] > 0
-    assert rows["same"]["together"]["ratio"]["low"] > 0
+    assert ours["completion_tokens"] == 2 * 4 * 2
+    assert ours["pace"]["median"] == pytest.approx(8 / 0.3, rel=0.2)
+    assert ours["first"]["median"] == pytest.approx(0.1)
+    assert ours["going"]["median"] == pytest.approx(4 / 0.2, rel=0.2)
+    assert rows["same"]["together"]["ratio"]["median"] == pytest.approx(1, rel=0.2)
     text = "\n".join(server_peers.text(found))
     assert "| 4 at once" in text
     assert "- absent: not installed" in text
@@ -627,10 +506,10 @@ def test_every_round_has_its_own_questions() -> None:
     assert asked[0] == server_peers.questions("small", 0, 8, 16)
 
 
-def test_an_answer_that_is_none_ends_the_bench() -> None:
-    asked = [Question({"model": "none", "stream": True, "max_tokens": 3}, CHAT)]
-    with StandIn("takes nonsense") as server, pytest.raises(CerebrumError, match="no answer"):
-        server_peers.at_once(server.address, asked)
+def test_an_answer_that_is_none_ends_the_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_peers, "ask", lambda *_: Heard(0.0, [], faults=["status 500"]))
+    with pytest.raises(CerebrumError, match="no answer to measure: status 500"):
+        server_peers.at_once("here", [question(stream=True)])
 
 
 @pytest.mark.parametrize(
