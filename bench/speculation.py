@@ -41,6 +41,15 @@ from mlx_cerebrum.weights.opening import planned_config
 ROWS = (1, 2, 4, 8, 16)  # of a target pass whose cost is measured
 # A row more of a target pass, in decode steps, on a GPU that is bound by bandwidth: assumed.
 METAL_ROWS = (0.1, 0.02)
+AGREEMENTS = (70, 80, 90)  # percent: that tables project for
+PROJECTED = (  # bits of the target and of the drafter, and which model drafts
+    ("bf16", "bf16", "7B"),
+    ("bf16", "4-bit", "12.25B"),
+    ("bf16", "4-bit", "7B"),
+    ("8-bit", "4-bit", "12.25B"),
+    ("8-bit", "4-bit", "7B"),
+    ("4-bit", "4-bit", "7B"),
+)
 
 Drafting = Callable[[], Speculation | None]
 
@@ -187,7 +196,7 @@ def text(results: Results) -> list[str]:
             table([f"{name}, {model['positions']} positions", *header], sides),
             f"A target pass of L rows, over one of 1 row, here: {rows}.",
         ]
-    return parts + metal(results)
+    return parts + metal()
 
 
 def _cells(model: Results, side: str) -> list[str]:
@@ -220,7 +229,7 @@ def foretold(model: Results, one: Results) -> float:
     return float((share * gain * cost + (1 - share)) / (share * cost + (1 - share)))
 
 
-def metal(results: Results) -> list[str]:
+def metal() -> list[str]:
     """For which precisions the 12.25B reaches the 7B's pace, from bytes: a projection."""
     config = ModelConfig.from_dict(GEOMETRIES["cerebrum-7b"])
     read = {
@@ -228,52 +237,29 @@ def metal(results: Results) -> list[str]:
         for name, plan in (("7B", "cerebrum-7b"), ("12.25B", "cerebrum-12.25b"))
     }
     needed = read["12.25B"] / read["7B"]
-    seen = {
-        round(one["agreement"], 2)
-        for model in results.values()
-        for side, one in model["sides"].items()
-        if side in model["draft_cost"] and one.get("agreement")
-    }
-    agreements = sorted(seen | {0.8, 0.9})
     rows = []
-    for target, drafter, name in (
-        ("bf16", "bf16", "7B"),
-        ("bf16", "4-bit", "12.25B"),
-        ("bf16", "4-bit", "7B"),
-        ("8-bit", "4-bit", "12.25B"),
-        ("8-bit", "4-bit", "7B"),
-        ("4-bit", "4-bit", "7B"),
-    ):
+    for target, drafter, name in PROJECTED:
         draft = read[name] * BITS[drafter] / (read["12.25B"] * BITS[target])
-        gains = ["-".join(f"{_gain(a, draft, row):.2f}" for row in METAL_ROWS) for a in agreements]
-        reaches = " to ".join(
-            dict.fromkeys(_reaches(draft, needed, row) for row in METAL_ROWS[::-1])
-        )
+
+        def gain(percent: int, row: float, draft: float = draft) -> float:
+            return best_drafts(percent / 100, Costs(draft, row), MOST_DRAFTS)[1]
+
+        gains = ["-".join(f"{gain(a, row):.2f}" for row in METAL_ROWS) for a in AGREEMENTS]
+        enough = [
+            next((f"{a}%" for a in range(50, 100) if gain(a, row) >= needed), "none")
+            for row in reversed(METAL_ROWS)
+        ]
+        reaches = " to ".join(dict.fromkeys(enough))
         rows.append([f"{target}, {name} {drafter}", f"{draft:.2f}", *gains, reaches])
-    header = [
-        "target, drafter",
-        "bytes drafted / read",
-        *(f"agreement {a:.0%}" for a in agreements),
-    ]
+    header = ["target, drafter", "bytes drafted / read", *(f"agreement {a}%" for a in AGREEMENTS)]
     return [
         "**A projection, not a measurement**: the 12.25B on a GPU bound by bandwidth, speed-up over"
         " its own plain decoding, for a row's cost of"
         f" {METAL_ROWS[0]:g} to {METAL_ROWS[1]:g} decode steps (assumed) and the best number of"
         f" guesses. The chip does not matter: bytes are read at one pace. {needed:.2f} is the 7B's"
-        " own pace. Agreements are the demo model's above, and two more.",
+        " own pace.",
         table([*header, "agreement that reaches the 7B"], rows),
     ]
-
-
-def _gain(agreement: float, draft: float, row: float) -> float:
-    return best_drafts(agreement, Costs(draft, row), MOST_DRAFTS)[1]
-
-
-def _reaches(draft: float, needed: float, row: float) -> str:
-    """The least agreement, in percent, whose gain is what is needed."""
-    enough = (a for a in range(50, 100) if _gain(a / 100, draft, row) >= needed)
-    least = next(enough, None)
-    return "none" if least is None else f"{least}%"
 
 
 if __name__ == "__main__":
