@@ -100,7 +100,7 @@ def test_every_command_parses(command: str) -> None:
 VERIFIED = [c.split()[-1] for c in COMMANDS if " verify " in c]
 LOCAL = [
     c
-    for c in COMMANDS
+    for c in COMMANDS + THE_BENCHS
     if ("demo" in c or ".plan " in c)
     and c != SERVER
     and not any(c.endswith(f"--mlx-path {made}") for made in VERIFIED)  # run before verify
