@@ -26,7 +26,7 @@ import random
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,9 @@ def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
         for metric in sample["metrics"]:
             name = metric if sample["filter"] == "none" else f"{metric}, {sample['filter']}"
-            if isinstance(sample[metric], (int, float)):  # no pair that only sums make sense of
-                found.setdefault(name, []).append(float(sample[metric]))
+            with suppress(TypeError, ValueError):  # of a pair that only sums make sense of
+                score = float(sample[metric])
+                found.setdefault(name, []).append(score)
     return found
 
 

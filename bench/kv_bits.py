@@ -1,10 +1,8 @@
 """What cache entries of 8 or 4 bits cost and save: perplexity, bytes, decode pace.
 
-Attention reads, for every new token, the keys and values of all tokens it can see. Weights are
-read once a token whatever the context; these entries grow with it, and at some length take more
-memory and time than the weights. `--kv-bits` packs them as `mx.quantize` packs weights: 64 values
-of one head (32 where its width asks for that) share a scale and an offset, so that a value takes
-`bits / 8 + 2 * item_bytes / 64` bytes instead of `item_bytes`.
+Attention reads, for every new token, the keys and values of all tokens it can see; at some length
+they take more memory and time than the weights. `--kv-bits` packs them as `mx.quantize` packs
+weights: 64 values of one head (32 where its width asks for that) share a scale and an offset.
 
 How much the rounding matters is measured against the same model with dense entries on the same
 tokens: difference in loss (nats a token, with its interval), KL from the dense distribution, and

@@ -5,9 +5,8 @@ A text is cut into windows of C tokens, and there are two ways to score it:
 - *strided*: windows that don't overlap, every token scored. Cheap, but biased upwards: the
   first tokens of a window have almost no context.
 - *sliding*: windows that advance by C/2, of each only the second half scored, so that every token
-  has at least C/2 tokens of context. It costs twice as much and is the less biased of the two,
-  closer to what a model says of a long text. (transformers' documentation calls it a strided
-  sliding window.)
+  has at least C/2 tokens of context. It costs twice as much and is the less biased of the two.
+  (transformers' documentation calls it a strided sliding window.)
 
 Every second sliding window is a strided one, so both come from one pass. Log-probabilities pass
 through as chunks `[n, V]`, so that those of a long window are never in memory.

@@ -173,11 +173,8 @@ def _draw(figure: "Figure", results: Results) -> None:
         panel.set_xlabel("first block that runs twice", fontsize=9.5)
     for panel in panels[:, 0]:
         panel.set_ylabel("blocks a stretch", fontsize=9.5)
-    figure.suptitle(
-        f"Perplexity, {len(values)} plans over {results['blocks']} blocks",
-        fontsize=12,
-        fontweight="bold",
-    )
+    title = f"Perplexity, {len(values)} plans over {results['blocks']} blocks"
+    figure.suptitle(title, fontsize=12, fontweight="bold")
     beyond = "max" if max(values) > worst else "neither"
     bar = figure.colorbar(colours, ax=panels, extend=beyond, pad=0.02, aspect=25)
     bar.ax.tick_params(which="both", labelsize=8.5)
@@ -199,11 +196,8 @@ def _panel(panel: "Axes", grid: Results, plans: Sequence[Results], colours: Any)
     import numpy as np
 
     panel.patch.set(facecolor=PAPER, edgecolor=FAINT, hatch="////", linewidth=0)
-    cells = np.full((len(grid["widths"]), len(grid["starts"])), np.nan)
-    for plan in plans:
-        if plan["start"] in grid["starts"] and plan["width"] in grid["widths"]:
-            place = grid["widths"].index(plan["width"]), grid["starts"].index(plan["start"])
-            cells[place] = plan["perplexity"]
+    at = {(plan["width"], plan["start"]): plan["perplexity"] for plan in plans}
+    cells = np.array([[at.get((w, s), np.nan) for s in grid["starts"]] for w in grid["widths"]])
     panel.pcolormesh(
         np.ma.masked_invalid(cells), cmap=colours.cmap, norm=colours.norm, edgecolor=PAPER
     )
@@ -213,8 +207,8 @@ def _panel(panel: "Axes", grid: Results, plans: Sequence[Results], colours: Any)
                 red, green, blue, _ = colours.to_rgba(cell)
                 light = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5
                 ink = "#000000" if light else "#ffffff"
-                at = x + 0.5, y + 0.42
-                panel.text(*at, _short(cell), color=ink, fontsize=7.5, ha="center", va="center")
+                middle: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5}
+                panel.text(x + 0.5, y + 0.42, _short(cell), color=ink, **middle)
     for axis, values in ((panel.xaxis, grid["starts"]), (panel.yaxis, grid["widths"])):
         every = -(-len(values) // 16)
         axis.set_ticks([k + 0.5 for k in range(0, len(values), every)], values[::every])

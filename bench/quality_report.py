@@ -166,10 +166,8 @@ def _repetition(found: Results, names: Sequence[str]) -> list[str]:
 
 def _accuracy(found: Results, names: Sequence[str]) -> list[str]:
     keys = "questions", "only_a", "only_b"
-    cells = [
-        [f"{one['task']}, {one['metric']}", *(str(one[key]) for key in keys)]
-        for one in found["tasks"]
-    ]
+    tasks = found["tasks"]
+    cells = [[f"{one['task']}, {one['metric']}", *(str(one[k]) for k in keys)] for one in tasks]
     return [
         "Accuracy, zero-shot in the model's own chat template. What counts are the questions"
         " that only one of the two gets right (or more right):",

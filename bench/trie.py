@@ -5,9 +5,8 @@ share them: each goes on from the deepest state it shares with another, depth fi
 of all plans. Only prefixes can be shared: the same last blocks, after other ones, see another
 stream.
 
-Whole windows of text are scored at once under the causal mask, as in training; nothing is
-generated, so there is no KV cache. Of the base model, what each plan is compared with is kept
-for one piece of the text at a time, whatever its length.
+Whole windows of text are scored at once under the causal mask, as in training, without a KV cache.
+What the base model says, which each plan is compared with, is kept for one piece of the text.
 """
 
 from collections.abc import Callable, Iterator, Sequence
