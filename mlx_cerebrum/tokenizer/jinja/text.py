@@ -50,7 +50,8 @@ class Budget:
         self.step(1 + count // SCAN)
 
     def scan(self, text: str, times: int = 1) -> None:
-        """Pay for looking at each character of `text`, `times` over."""
+        """Pay for looking at each character of `text`, `times` over: Python searches backwards in
+        quadratic time, so that costs as many times as what is sought has characters."""
         self.step(1 + len(text) * times // SCAN)
 
 
@@ -122,7 +123,6 @@ def replace(budget: Budget, text: str, old: str, new: str, count: int = -1) -> s
 
 def _splitting(split: Callable[..., list[str]], backwards: bool = False) -> Callable[..., Any]:
     def splits(budget: Budget, text: str, sep: str | None = None, maxsplit: int = -1) -> list[str]:
-        # Python searches backwards in quadratic time.
         budget.scan(text, len(sep) if backwards and sep is not None else 1)
         most = len(text) // 2 + 1 if sep is None else text.count(sep) + 1 if sep else 1
         budget.letters(len(text) + OBJECT * (most if maxsplit < 0 else min(most, maxsplit + 1)))
@@ -205,21 +205,13 @@ def _changing(change: Callable[[str], str]) -> Callable[..., str]:
     return lambda budget, text: changed(budget, text, change)
 
 
-def _looking(look: Callable[..., Any]) -> Callable[..., Any]:
+def _looking(look: Callable[..., Any], backwards: bool = False) -> Callable[..., Any]:
     def looks(budget: Budget, text: str, *args: Any) -> Any:
-        budget.scan(text)
+        budget.scan(text, len(args[0]) if backwards and args else 1)
         for each in args[0] if args and isinstance(args[0], tuple) else ():
             if isinstance(each, str):  # startswith(("a", "b"))
                 budget.scan(each)
         return look(text, *args)
-
-    return looks
-
-
-def _looking_back(look: Callable[..., int]) -> Callable[..., int]:
-    def looks(budget: Budget, text: str, sub: str, *args: int) -> int:
-        budget.scan(text, len(sub))
-        return look(text, sub, *args)
 
     return looks
 
@@ -351,8 +343,8 @@ METHODS: dict[str, Callable[..., Any]] = {
         budget, text, slice(len(text.removesuffix(suffix)))
     ),
     "replace": replace,
-    "rfind": _looking_back(str.rfind),
-    "rindex": _looking_back(str.rindex),
+    "rfind": _looking(str.rfind, backwards=True),
+    "rindex": _looking(str.rindex, backwards=True),
     "rjust": _rjust,
     "rpartition": _partitioning(str.rpartition, backwards=True),
     "rsplit": _splitting(str.rsplit, backwards=True),
