@@ -11,7 +11,7 @@ round decodes some tokens and takes them back, the sides in turns.
 
 Two parts: the model itself, as far as it has positions, and mlx-lm on a copy of each side with a
 layer for each position; then the 7B's and the 12.25B's positions over random weights 1/16 as
-wide, to the real window's 32768 tokens.
+wide with the real window, to 32768 tokens, where mlx-lm runs the 12.25B unrolled.
 """
 
 import tempfile
@@ -166,7 +166,7 @@ def _model(pair: Pair, effort: Effort, lengths: Sequence[int]) -> Results:
     for side, model in zip(pair.sides, pair.models(), strict=True):
         name = f"mlx-lm, {side.name}"
         try:
-            copy = _copy(pair, side, model.config, effort)
+            copy = _copy(pair, side, effort)
             peers[name] = {"of": side.name, "logits_differ_by": difference(model, copy)}
             runners[name] = peer(copy, model.config)
         except Exception as error:  # a peer may raise anything
@@ -175,13 +175,13 @@ def _model(pair: Pair, effort: Effort, lengths: Sequence[int]) -> Results:
     return {"peers": peers, "peers_missing": missing, "lengths": measured}
 
 
-def _copy(pair: Pair, side: Side, config: ModelConfig, effort: Effort) -> nn.Module:
+def _copy(pair: Pair, side: Side, effort: Effort) -> nn.Module:
     """mlx-lm's model of one side. Its files are gone when it is loaded.
 
     Raises CerebrumError for what can't be written, MemoryBudgetError for what can't be loaded.
     """
     effort.say(f"context: {side.name} for mlx-lm")
-    storage = pair.storage()
+    storage, config = pair.storage(), side.config
     needed = storage.nbytes * config.executed_parameters // config.stored_parameters
     require(needed, "loading its copy", _REMEDY)
     with tempfile.TemporaryDirectory(dir=effort.work) as folder:
