@@ -104,14 +104,12 @@ def _of_model(model: Model, prompts: dict[str, list[int]], args: argparse.Namesp
         tell(f"{name}: {', '.join(sides)}")
         runs = {side: partial(_answer, model, prompt, make, args) for side, make in sides.items()}
         answers[name] = rounds(runs, args.rounds, warm=False)
-    nbytes = bytes_read(model)
-    costs = {name: bytes_read(drafter) / nbytes for name, drafter in drafters.items()}
+    read = bytes_read(model)
     return {
         "positions": model.config.num_positions,
-        "bytes_read": nbytes,
-        "draft_cost": costs,
+        "draft_cost": {name: bytes_read(drafter) / read for name, drafter in drafters.items()},
         "rows": _row_costs(model),
-        "sides": {side: _side(answers, side, costs.get(side, 0.0)) for side in sides},
+        "sides": {side: _side(answers, side) for side in sides},
     }
 
 
@@ -126,7 +124,7 @@ def _answer(model: Model, prompt: list[int], make: Drafting, args: argparse.Name
     return found | {"rounds": drafting.rounds if drafting else {}}
 
 
-def _side(answers: dict[str, dict[str, list[Results]]], side: str, draft: float) -> Results:
+def _side(answers: dict[str, dict[str, list[Results]]], side: str) -> Results:
     """One side's figures: pace over plain by question, equal tokens, and how its guesses went."""
     ratios = {}
     passes = Counter[tuple[str, int, int]]()  # (drafter, guesses made, held) -> how often
@@ -143,24 +141,19 @@ def _side(answers: dict[str, dict[str, list[Results]]], side: str, draft: float)
         values = [value for name, value in ratios.items() if name.startswith(begins)]
         mean = bootstrap.interval(values)
         found[kind] = {"mean": mean.value, "low": mean.low, "high": mean.high}
-    if passes:
-        found |= _guesses(passes) | {"draft_cost": draft}
-    return found
+    return found | _guesses(passes) if passes else found
 
 
 def _guesses(passes: Counter[tuple[str, int, int]]) -> Results:
     """Tokens a pass, and of the passes that guess how much, and how often a guess held."""
-    guessing = {key: count for key, count in passes.items() if key[1]}
-    number = sum(guessing.values())
-    made = sum(made * count for (_, made, _), count in guessing.items())
-    hits = sum(held * count for (_, _, held), count in guessing.items())
-    # A guess after the first miss was not tried.
-    misses = sum(count for (_, made, held), count in guessing.items() if held < made)
+    tried = [(made, held) for _, made, held in passes.elements() if made]
+    hits = sum(held for _, held in tried)
+    misses = sum(held < made for made, held in tried)  # what follows a miss was not compared
     return {
         "tokens_per_pass": 1 + hits / passes.total(),
-        "share_of_passes_that_guess": number / passes.total(),
-        "agreement": hits / (hits + misses) if number else None,
-        "mean_drafts": made / max(number, 1),
+        "share_of_passes_that_guess": len(tried) / passes.total(),
+        "agreement": hits / (hits + misses) if tried else None,
+        "mean_drafts": sum(made for made, _ in tried) / max(len(tried), 1),
     }
 
 
@@ -208,7 +201,7 @@ def _cells(model: Results, side: str) -> list[str]:
         # auto's guesses come from several drafters, at several costs
         several = side == "auto" and len(model["draft_cost"]) > 1
         guesses = [
-            "" if several else f"{foretold(model, one):.2f}",
+            "" if several else f"{foretold(model, side):.2f}",
             f"{one['tokens_per_pass']:.2f}",
             f"{one['share_of_passes_that_guess']:.0%}",
             f"{one['mean_drafts']:.1f}",
@@ -217,11 +210,12 @@ def _cells(model: Results, side: str) -> list[str]:
     return [*shown, *guesses, f"{one['equal']} of {one['compared']}"]
 
 
-def foretold(model: Results, one: Results) -> float:
+def foretold(model: Results, side: str) -> float:
     """The cost model's speed-up of all passes: for the guesses made, with the rows' cost here."""
+    one, draft = model["sides"][side], model["draft_cost"].get(side, 0.0)
     drafts = max(1, round(one["mean_drafts"]))
     near = min(ROWS[1:], key=lambda length: abs(length - 1 - drafts))
-    costs = Costs(one["draft_cost"], max(0.0, (model["rows"][str(near)] - 1) / (near - 1)))
+    costs = Costs(draft, max(0.0, (model["rows"][str(near)] - 1) / (near - 1)))
     # Passes that guess yield g tokens each at cost c; plain ones 1 at 1.
     gain = speedup(one["agreement"], drafts, costs)
     cost = 1 + drafts * (costs.draft + costs.row)

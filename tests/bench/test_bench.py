@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from conftest import MakeCheckpoint, parameters
 from tiny import tiny_config
 
-from bench import bandwidth, full_size, pair, process, report, speed, suite
+from bench import bandwidth, full_size, pair, process, report, speculation, speed, suite
 from bench.__main__ import main
 from bench.random_model import RandomCheckpoint, write_random
 from mlx_cerebrum.errors import PlanError, RequestError
@@ -209,6 +210,16 @@ def test_random_weights_are_the_same_twice_and_all_different(tmp_path: Path) -> 
     assert nbytes == 2 * merge.config.stored_parameters
     assert mx.array_equal(merge.read(first.replace(".0.", ".2."))["weight"], a)
     assert not mx.array_equal(merge.read(first.replace(".0.", ".1."))["weight"], a)
+
+
+def test_guesses_are_counted_to_their_first_miss() -> None:
+    passes = Counter({("4-bit", 2, 2): 3, ("4-bit", 2, 0): 1, ("plain", 0, 0): 4})
+    assert speculation._guesses(passes) == {
+        "tokens_per_pass": 14 / 8,
+        "share_of_passes_that_guess": 0.5,
+        "agreement": 6 / 7,
+        "mean_drafts": 2,
+    }
 
 
 def test_projections_follow_from_bytes() -> None:
