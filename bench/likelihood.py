@@ -100,18 +100,20 @@ def losses(model: Model, window: Sequence[int]) -> Values:
 
 
 def compare(a: Chunks, b: Chunks, window: Sequence[int]) -> Values:
-    """Two models on the tokens of one window (see `compared`), `[4, tokens]`."""
-    chunks = zip(a, with_targets(b, window[1:]), strict=True)
-    return _finite(np.concatenate([compared(ours, *theirs) for ours, theirs in chunks], axis=1))
+    """Two models on the tokens of one window (see `compared`)."""
+    return _finite(compared(a, b, window[1:]))
 
 
-def compared(a: mx.array, b: mx.array, targets: mx.array) -> Values:
-    """Of log-probabilities `[n, V]`, `[4, n]`: a's loss and b's in nats, KL(a || b) of the next
-    token's distribution, and 1 where both have the same most likely token."""
-    kl = (mx.exp(a) * (a - b)).sum(axis=-1)
-    agrees = (a.argmax(axis=-1) == b.argmax(axis=-1)).astype(mx.float32)
-    rows = mx.stack([loss(a, targets), loss(b, targets), kl, agrees])
-    return np.array(rows, dtype=np.float64)
+def compared(a: Chunks, b: Chunks, ids: Sequence[int]) -> Values:
+    """`[4, tokens]`: a's loss of what does follow and b's, in nats, KL(a || b) of the next token's
+    distribution, and 1 where both have the same most likely token."""
+    found = []
+    for ours, (theirs, targets) in zip(a, with_targets(b, ids), strict=True):
+        kl = (mx.exp(ours) * (ours - theirs)).sum(axis=-1)
+        agrees = (ours.argmax(axis=-1) == theirs.argmax(axis=-1)).astype(mx.float32)
+        rows = mx.stack([loss(ours, targets), loss(theirs, targets), kl, agrees])
+        found.append(np.array(rows, dtype=np.float64))
+    return np.concatenate(found, axis=1)
 
 
 def figures(found: Sequence[Values]) -> dict[str, Any]:

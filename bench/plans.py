@@ -180,11 +180,10 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
         raise RequestError("two of the plans have the same name: rename one's file")
     for plan in plans:  # one for other blocks is refused before anything is loaded
         _layers(plan, blocks).layer_map(blocks)
-    given = {name: getattr(args, name) for name in _LISTS}
+    given = {name: sorted(set(getattr(args, name))) for name in _LISTS}
     if any(given.values()) and not args.sweep:
         raise RequestError("--starts, --widths, --repeats and --scales are for --sweep")
-    usual = grid(blocks) if args.sweep else {}
-    lists = {name: sorted(set(given[name])) or each for name, each in usual.items()}
+    lists = {name: given[name] or usual for name, usual in grid(blocks).items() if args.sweep}
     document = suite.begun(["python", "-m", "bench", "plans", *words], pair, args.out)
     with tempfile.TemporaryDirectory() as folder, limits():
         effort = Effort(Path(folder), texts=tuple(args.text), text_tokens=args.tokens, say=tell)

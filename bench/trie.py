@@ -101,7 +101,7 @@ def scorer(base: Model, targets: mx.array, h: mx.array) -> Callable[[mx.array], 
 
     `targets` are the token ids `[B, L]` that follow. What is no number counts as worst.
     """
-    targets = targets.reshape(-1)
+    ids: list[int] = targets.reshape(-1).tolist()  # type: ignore[assignment]
 
     def read(h: mx.array) -> Iterator[mx.array]:
         """Log-probabilities of ROWS tokens at a time."""
@@ -112,11 +112,7 @@ def scorer(base: Model, targets: mx.array, h: mx.array) -> Callable[[mx.array], 
     known = list(read(h))
 
     def score(h: mx.array) -> Values:
-        found, at = [], 0
-        for ours, theirs in zip(known, read(h), strict=True):
-            found.append(compared(ours, theirs, targets[at : at + len(ours)]))
-            at += len(ours)
-        joined = np.concatenate(found, axis=1)
-        return np.nan_to_num(joined, nan=_MOST, posinf=_MOST, neginf=_MOST)
+        found = compared(known, read(h), ids)
+        return np.nan_to_num(found, nan=_MOST, posinf=_MOST, neginf=_MOST)
 
     return score
