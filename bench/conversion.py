@@ -53,11 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--source", type=Path, required=True, metavar="DIR", help="the 7B, dense")
     p.add_argument("--work", type=Path, metavar="DIR", help="where to write (default: a temporary)")
     p.add_argument("--plan", default="cerebrum-12.25b", metavar="NAME|FILE", help="layer plan")
-    p.add_argument(
-        "--mergekit",
-        metavar="PYTHON",
-        help="interpreter of an environment with mergekit (default: leave it out)",
-    )
+    p.add_argument("--mergekit", metavar="PYTHON", help="one that has it (default: leave it out)")
     return run(p, _measure, text, argv)
 
 
@@ -76,15 +72,13 @@ def _measure(args: argparse.Namespace) -> Results:
         def mlx_lm(directory: Path) -> Words:
             return ["mlx_lm", "convert", "--hf-path", directory, "--mlx-path", out, "-q"]
 
-        def measure(
-            name: str, words: Words, of: Path = source, made: Path = out, python: str = PYTHON
-        ) -> None:
+        def measure(name: str, of: Path, words: Words, made: Path = out, by: str = PYTHON) -> None:
             _read(of)
-            costs[name] = _cost(words, made, python)
+            costs[name] = _cost(words, made, by)
             tell(f"{name}: {costs[name]['wall']:.1f} s")
 
-        measure(FIRST, ours(FIRST))
-        measure(MLX_LM, mlx_lm(source))
+        measure(FIRST, source, ours(FIRST))
+        measure(MLX_LM, source, mlx_lm(source))
         if args.mergekit:
             named = resolve(args.plan)
             name = rf"\b{re.escape(named.source)}\b"
@@ -92,13 +86,13 @@ def _measure(args: argparse.Namespace) -> Results:
             # What it is told to leave out may want the network.
             less = ["--no-copy-tokenizer", "--no-write-model-card"]
             words: Words = ["mergekit.scripts.run_yaml", plan, merged, *less]
-            measure(MERGEKIT, words, made=merged, python=args.mergekit)
+            measure(MERGEKIT, source, words, merged, args.mergekit)
             for file in filter(Path.is_file, (source / name for name in FILES)):
                 shutil.copyfile(file, merged / file.name)
-            measure(OF_THAT, mlx_lm(merged), of=merged)
+            measure(OF_THAT, merged, mlx_lm(merged))
             shutil.rmtree(merged)
         for name in OTHERS:
-            measure(name, ours(name))
+            measure(name, source, ours(name))
         cold = None
         if hasattr(os, "posix_fadvise"):  # else nothing can be dropped from the page cache
             _drop(source)

@@ -59,9 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--model", default="demo", help="what to run (default: demo)")
     p.add_argument("--plan-a", help="the plan of the first model (default: its own)")
     p.add_argument("--plan-b", help="the plan of the second (default: the card's formula)")
-    p.add_argument(
-        "--window", type=int, metavar="TOKENS", help="sliding window (default: the model's)"
-    )
+    p.add_argument("--window", type=int, metavar="TOKENS", help="sliding window (default: its own)")
     p.add_argument("--draft-bits", type=int, default=4, help="of the packed drafter (default: 4)")
     p.add_argument("--tokens", type=int, default=64, help="tokens an answer (default: 64)")
     p.add_argument("--rounds", type=int, default=3, help="rounds a question (default: 3)")
