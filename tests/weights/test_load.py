@@ -158,7 +158,8 @@ def test_a_head_that_is_not_the_embedding_is_used(checkpoint: MakeCheckpoint) ->
     assert other.config.stored_parameters == plain.stored_parameters + table
     more = choose_storage(other, None, "float32").nbytes
     assert more == choose_storage(checkpointed, None, "float32").nbytes + 4 * table
-    assert mx.array_equal(logits(tied), expected[..., ::-1])
+    # In another order of columns a BLAS may add in another order.
+    assert mx.allclose(logits(tied), expected[..., ::-1], rtol=1e-5, atol=1e-6)
     # The last value of several pieces decides too, and so does the dtype.
     own_head(tied, identical=True)
     rewrite(tied, lambda w: w["lm_head.weight"].__setitem__((-1, -1), 7.0))
