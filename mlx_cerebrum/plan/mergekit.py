@@ -11,17 +11,8 @@ from mlx_cerebrum.plan.yaml_places import Item
 
 DTYPES = ("float32", "float16", "bfloat16")
 _TOP = (
-    "merge_method",
-    "slices",
-    "models",
-    "modules",
-    "dtype",
-    "out_dtype",
-    "parameters",
-    "base_model",
-    "tokenizer_source",
-    "tokenizer",
-    "chat_template",
+    *("merge_method", "slices", "models", "modules", "dtype", "out_dtype", "parameters"),
+    *("base_model", "tokenizer_source", "tokenizer", "chat_template"),
     "name",  # mergekit-multi's, of one of a file's several documents
 )
 
@@ -221,20 +212,15 @@ class _Reader:
             if source is not None:
                 raise keys["tokenizer"].error("stands beside tokenizer_source; give one of them")
             parts = keys["tokenizer"].mapping("source", "tokens", "pad_to_multiple_of")
-            source = parts.get("source")
-            self.same_vocabulary(parts)
+            source, tokens, pad = map(parts.get, ("source", "tokens", "pad_to_multiple_of"))
+            # Rows of the embedding can be neither added nor computed.
+            if tokens and not (tokens.kind == "map" and not tokens.node.value):
+                raise tokens.error("adds or replaces tokens, which a layer plan can't; remove it")
+            if pad and pad.integer() not in (0, 1):
+                raise pad.error("adds rows to the embedding, which a layer plan can't; remove it")
         if source and not (source.kind == "str" and source.text() in ("base", "union")):
             self.same_source(source)
         return "tokenizer" in keys or source is not None
-
-    def same_vocabulary(self, parts: dict[str, Item]) -> None:
-        """Refuse what would add rows to the embedding, or compute them."""
-        tokens = parts.get("tokens")
-        if tokens and not (tokens.kind == "map" and not tokens.node.value):
-            raise tokens.error("adds or replaces tokens, which a layer plan can't; remove it")
-        pad = parts.get("pad_to_multiple_of")
-        if pad and pad.integer() not in (0, 1):
-            raise pad.error("adds rows to the embedding, which a layer plan can't; remove it")
 
     def dtype(self, item: Item | None) -> str | None:
         if item is None:

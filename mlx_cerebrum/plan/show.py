@@ -150,11 +150,8 @@ def sizes(config: ModelConfig) -> dict[str, Any]:
 def _layout(config: ModelConfig, layers: int, parameters: int) -> dict[str, int | None]:
     """Bytes of one layout; the norms stay at 16 bits, all else is quantized as mlx-lm does it."""
     norms = (2 * layers + 1) * config.hidden_size
-    inputs = (
-        config.hidden_size,
-        config.num_attention_heads * config.head_dim,
-        config.intermediate_size,
-    )
+    heads = config.num_attention_heads * config.head_dim
+    inputs = (config.hidden_size, heads, config.intermediate_size)
     sized: dict[str, int | None] = {"parameters": parameters, "bf16": 2 * parameters}
     for bits in (8, 4):
         # A scale and a bias of 16 bits for each group.
