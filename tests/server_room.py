@@ -72,7 +72,6 @@ class FakeEngine:
     def reset(self) -> None:
         self.script = self.say()
         self.refuse = None
-        self.ended.clear()
         self.tasks: list[FakeTask] = []
         self.submitted = threading.Semaphore(0)
 

@@ -439,9 +439,9 @@ def test_metrics(tokenizer: Tokenizer) -> None:
         assert line in lines
 
 
-def test_the_document_is_kept(engine: FakeEngine, tokenizer: Tokenizer) -> None:
+def test_the_document_is_kept(tokenizer: Tokenizer) -> None:
     """Requests that the OpenAPI document allows and such that it forbids, each with its answer."""
-    with serving(engine, tokenizer) as server:
+    with serving(FakeEngine(tokenizer), tokenizer) as server:
         document = server.client.get("/openapi.json").json()
         schema = schemathesis.openapi.from_dict(document)
         schema.config.update(base_url=server.url)
