@@ -2,8 +2,8 @@
 
 A target pass over a few rows costs little more than over one, where reading the weights is what
 takes time. So tokens guessed cheaply and checked together are tokens won, if enough guesses hold
-(mlx_cerebrum/speculative.py). Three figures say whether: how many tokens a target pass yields,
-what the guesses cost, and the pace, side by side with plain decoding of the same tokens. The cost
+(mlx_cerebrum/decoding/speculative.py). Three figures say whether: how many tokens a target pass
+yields, what the guesses cost, and the pace beside plain decoding of the same tokens. The cost
 model (mlx_cerebrum/decoding/policy.py) foretells the pace from the other two; both are shown, so
 that it can be judged before it is trusted for machines that are not here.
 

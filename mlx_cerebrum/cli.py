@@ -118,7 +118,7 @@ def run(main_body: Callable[[], int], debug: bool = False) -> int:
 def on_end_signals(
     handler: Callable[[int, FrameType | None], None], *more: signal.Signals
 ) -> Iterator[None]:
-    """Inside, SIGTERM, SIGHUP and `more` are `handler`'s, but one that is ignored: as by nohup.
+    """Inside, `handler` gets SIGTERM, SIGHUP and `more`; what nohup had ignored stays ignored.
 
     Nothing changes outside the main thread, where Python has no signals.
     """
@@ -157,4 +157,4 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> No
         tell_traceback(error)
 
 
-sys.excepthook = _uncaught  # only command lines import this module, and first
+sys.excepthook = _uncaught  # programs import this module first; libraries never

@@ -43,7 +43,7 @@ def add_model_flags(p: Flags, default: str) -> None:
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="of activations and dense weights (default: auto, the checkpoint's own on a GPU)",
+        help="of activations and dense weights (default: auto, which is the checkpoint's on a GPU)",
     )
     p.add_argument(
         "--window",
@@ -54,9 +54,8 @@ def add_model_flags(p: Flags, default: str) -> None:
     p.add_argument(
         "--template",
         metavar="FILE|NAME",
-        help=f"how conversations are written: a Jinja file, or {NAMES} (default: the"
-        " checkpoint's own; without one Cerebrum's for a Cerebrum, else what its vocabulary"
-        " suggests, which is said)",
+        help=f"chat template: a Jinja file, or {NAMES} (default: the checkpoint's own; if it has"
+        " none, Cerebrum's for a Cerebrum, else a guess from the vocabulary, with a note)",
     )
     p.add_argument(
         "--memory-limit",
@@ -127,7 +126,7 @@ def add_seed_flag(p: Flags, more: str = "") -> None:
     p.add_argument(
         "--seed",
         type=cli.seed,
-        help=f"of the random draws{more} (default: a new one every run)",
+        help=f"seed of random sampling{more} (default: a new one every run)",
     )
 
 
@@ -149,8 +148,8 @@ def add_kv_bits_flag(p: Flags) -> None:
         "--kv-bits",
         type=int,
         choices=KV_BITS,
-        help="bits a cached key or value; 8 costs the demo model 0 to 0.5%% of perplexity, 4 costs"
-        " it 8 to 10%% (default: as the activations)",
+        help="keep cached keys and values in this many bits; 8 costs the demo model 0 to 0.5%% of"
+        " perplexity, 4 costs it 8 to 10%% (default: as the activations)",
     )
 
 

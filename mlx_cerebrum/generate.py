@@ -226,7 +226,7 @@ def _answer(
     if not args.quiet and not args.raw:
         say_assumed(tokenizer)
     drafting = _drafting(args, model)
-    # One answer: nothing will be taken back, so nothing is kept for it.
+    # One answer, which is never taken back: the cache keeps no points to return to.
     prompt_cache = PromptCache(model, args.kv_bits, max_bytes=0)
     if kept is not None and kept.exists():
         prompt_cache = load_prompt_cache(kept, model, same, args.kv_bits, max_bytes=0)
@@ -245,7 +245,7 @@ def _answer(
                 progress=report,
             )
             first = next(responses)
-        with closing(responses):  # whatever ends it: the cache must hold what was printed, no more
+        with closing(responses):  # always: the cache then holds what was printed, no more
             answer = _stream(first, responses, echo=not args.json)
         _report(args, opened, spec, answer, drafting)
     finally:  # what was computed is kept, also of a prompt that Ctrl-C cut short

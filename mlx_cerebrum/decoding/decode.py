@@ -118,7 +118,7 @@ def generate_step(
                 token = following if ahead else step(token, n)
             if n % 256 == 0:
                 mx.clear_cache()
-    except BaseException:  # Ctrl-C: take back what only some positions saw, or nobody was given
+    except BaseException:  # Ctrl-C: all caches end at one token, at most the last yielded
         least = min([seen, *(c.offset for c in cache)])
         for c in cache:
             if c.offset > least:

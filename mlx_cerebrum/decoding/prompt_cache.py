@@ -61,7 +61,7 @@ class PromptCache:
     def begin(self, prompt: Sequence[int]) -> list[int]:
         """Go back to what `prompt` shares with the tokens held; return the rest, to be computed.
 
-        At least the last token is left to compute: the answer begins with its logits.
+        The last token is always computed again: its logits give the first token of the answer.
         """
         most = min(len(self.tokens), max(0, len(prompt) - 1))
         self._go_back(next((i for i in range(most) if self.tokens[i] != prompt[i]), most))

@@ -8,6 +8,9 @@ A *block* is one stored decoder layer, a *position* one step of the forward pass
 map names the block of each position: 0..31 for the 7B; for the 12.25B the same 32 blocks in
 56 positions. Every position has its own KV cache, also where two run the same block.
 
+`cpu.Linear`, `cpu.Embedding` and `cpu.Rotary` are MLX's own on a GPU; on a CPU they compute the
+same in another way.
+
 Shapes: B sequences, L new tokens, T visible keys, D = hidden_size, H heads of width `head_dim`.
 """
 

@@ -1,4 +1,4 @@
-"""Bytes needed against bytes there are, asked before anything is allocated."""
+"""How much memory a request needs, predicted, and refused before anything is allocated."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,8 +17,7 @@ from mlx_cerebrum.model.entries import KV_BITS, check_kv_bits, kv_group
 from mlx_cerebrum.model.limits import host_bytes, memory_limit
 
 GB = 1e9
-# What the rest of the process and the system must be left with.
-_HEADROOM = 0.95
+HEADROOM = 0.95  # of what is free; the rest is the system's
 _SMALL_WINDOW = 1024  # tokens; what is suggested where caches don't fit
 
 
@@ -48,7 +47,7 @@ def human(nbytes: int) -> str:
 
 def fits(needed: int) -> bool:
     """Whether `needed` bytes are there, with some to spare."""
-    return needed <= available_bytes() * _HEADROOM
+    return needed <= available_bytes() * HEADROOM
 
 
 def require(
@@ -140,7 +139,8 @@ class Workload:
         window, caches = self.config.sliding_window, self.cache_bytes
         keys = seen if window is None else min(seen, window - 1 + length)
         made = forward_bytes(self.config, length, keys, self.item_bytes, self.kv_bits)
-        return caches + caches // self.config.num_positions + made  # one position's are moved
+        # And one position's buffer, there twice while it is copied into a larger one.
+        return caches + caches // self.config.num_positions + made
 
     def smaller(self, ways: Sequence["Weights"]) -> list[tuple[str, int]]:
         """Flags that take less memory, each with the bytes then needed: `settings` for `require`.

@@ -1,6 +1,6 @@
 """A local web server: OpenAI's API and a chat page, over one copy of the weights.
 
-The way of a request, from HTTP to its first event:
+The way of a request, from HTTP to the first thing its client reads:
 
 1. `listening.Server` takes the connection, within the limits of `connections`. `journal.Journal`
    gives the **request** an id, `security.Guard` asks whether it may come in, `app.Service` calls
@@ -10,9 +10,11 @@ The way of a request, from HTTP to its first event:
 3. `streaming.RunningRequest` submits the jobs to the `jobs.Engine`.
 4. `engine.BatchEngine` queues each job as a **task** (`task.Task`). On its own thread, the only one
    that touches MLX, it starts the task in the `batch.Batch` of its model once there is room.
-5. The batch reads the prompt in chunks, then writes a token of every choice at a time. Each chunk
-   and each token is an **event** of its job (`jobs.Reading`, `jobs.Piece`; `jobs.Failed` ends one
-   that can't go on). The task hands it to the `RunningRequest`, which keeps it for the event loop.
-6. `streaming.StreamResponse` sends events as they come, `streaming.WholeResponse` all at the end,
-   as the objects of OpenAI's API that `answers` describes.
+5. The batch reads the prompt in chunks, then writes a token of every choice at a time (mlx-lm's
+   `BatchGenerator` decodes). Each chunk and each token is an **event** of its job (`jobs.Reading`,
+   `jobs.Piece`; `jobs.Failed` ends one that can't go on). The task hands it to the
+   `RunningRequest`, which keeps it for the event loop.
+6. `streaming.StreamResponse` says at once who answers, then sends events as they come;
+   `streaming.WholeResponse` sends all at the end. Both send the objects of OpenAI's API that
+   `answers` describes.
 """

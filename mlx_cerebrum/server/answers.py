@@ -180,7 +180,7 @@ class _HeldLogprobs:
         self._held: list[TokenLogprob] = []  # of tokens whose text is not final
 
     def add(self, piece: Piece) -> list[TokenLogprob]:
-        """Those of the tokens that are settled with this one."""
+        """The log-probabilities that can be sent now: the text of their tokens is final."""
         if piece.logprob is not None:
             self._held.append(piece.logprob)
         if not piece.text and piece.finish_reason != "length":

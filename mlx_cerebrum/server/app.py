@@ -75,7 +75,7 @@ class Settings:
     allowed_hosts: Collection[str] = ()
     cors_origins: Collection[str] = ()
     max_body: int = 2_000_000
-    keep_alive: float = 5.0  # silence in a stream, at most
+    keep_alive: float = 5.0  # seconds of silence in a stream before a comment is sent
     most_pending: int = MOST_PENDING
     room: Room = field(default_factory=Room)
     patience: Patience = field(default_factory=Patience)

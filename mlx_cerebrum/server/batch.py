@@ -31,7 +31,8 @@ with limit_kept():
 log = logging.getLogger(__name__)
 
 
-_Kept = tuple[Caches, Sequence[int]]  # with the tokens they have seen, from the prompt's last on
+# Caches, and the tokens they were fed, from the last of the prompt on.
+_Kept = tuple[Caches, Sequence[int]]
 
 
 @dataclass

@@ -15,7 +15,7 @@ from mlx_cerebrum.decoding.text import StopText
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits, release
-from mlx_cerebrum.model.memory import available_bytes, human
+from mlx_cerebrum.model.memory import HEADROOM, available_bytes, human
 from mlx_cerebrum.server.batch import Batch, job_bytes
 from mlx_cerebrum.server.jobs import BusyError, ClosedError, Event, Failed, Job, Stats
 from mlx_cerebrum.server.prefix_cache import PrefixCache
@@ -24,7 +24,6 @@ from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 _RELEASE = 5.0  # seconds of work after which freed memory goes back to the system
-_HEADROOM = 0.95  # of what is free, as memory.fits
 _ENDS = ("stop", "length", "cancelled", "failed")
 _CLOSING = "the server is shutting down; ask again later"
 _STOPPED = "the engine has stopped; start it again"
@@ -175,7 +174,7 @@ class BatchEngine:
             self._ready.set()
 
     def _start(self) -> None:
-        self._budget = int(available_bytes() * _HEADROOM)
+        self._budget = int(available_bytes() * HEADROOM)
         if self._budget <= 0:
             raise MemoryBudgetError("no memory is left for requests; use a smaller model")
         self._prefixes = PrefixCache(min(self._cache_bytes, self._budget))

@@ -110,15 +110,12 @@ class Intake:
         owner: str,
     ) -> Job:
         defaults, seed = self._defaults.sampling, request.seed
-        try:
-            sampling = Sampling(
-                temp=_given(request.temperature, defaults.temp),
-                top_p=_given(request.top_p, defaults.top_p),
-                min_p=_given(request.min_p, defaults.min_p),
-                seed=None if seed is None else seed % 2**64,
-            )
-        except CerebrumError as error:  # a temperature just above 0
-            raise ApiError(400, str(error), code="invalid_value") from None
+        sampling = Sampling(
+            temp=_given(request.temperature, defaults.temp),
+            top_p=_given(request.top_p, defaults.top_p),
+            min_p=_given(request.min_p, defaults.min_p),
+            seed=None if seed is None else seed % 2**64,
+        )
         return Job(
             model=model,
             prompt=tuple(ids),

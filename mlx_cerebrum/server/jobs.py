@@ -59,7 +59,7 @@ class Piece:
     text: str
     finish_reason: str | None  # "stop" or "length" on a choice's last
     cached_tokens: int  # of the prompt, found in the prefix cache
-    logprob: TokenLogprob | None = None  # None too for a token that ends the answer unseen
+    logprob: TokenLogprob | None = None  # None for a token that ends it unshown
 
 
 @dataclass(frozen=True)

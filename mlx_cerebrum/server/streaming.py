@@ -26,7 +26,7 @@ GONE = "cerebrum.gone"  # and whether the client went away before its answer was
 class RunningRequest:
     """One request's jobs, from their submission until every choice has ended.
 
-    The engine's thread puts events in, one task takes them out; neither waits for the other. A
+    The engine's thread adds events, one coroutine takes them out; neither blocks the other. A
     client that falls `most_pending` tokens behind loses its answer, so that memory stays bounded.
     `failure` makes a job's last message into what the client is told.
     """

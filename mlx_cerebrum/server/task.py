@@ -1,4 +1,4 @@
-"""A job that was taken: the text of its choices as it grows, and where its events go."""
+"""A job that is queued or runs: the text of each choice so far, and where its events go."""
 
 import hashlib
 import logging
@@ -42,7 +42,7 @@ class Task:
         self.reasons: list[str] = []  # of the choices that are over
         self.cached_tokens = 0
         self.cancelled = False
-        self.overflows = False  # there were more jobs than places when it came
+        self.overflows = False  # the batch had no place for it when it came
         self._deliver = deliver
         self._forget = forget
 

@@ -1,4 +1,4 @@
-"""How weights will be held in memory, and the order they are read in: decided before any is."""
+"""How weights will be held in memory, and in which order they are read: decided before reading."""
 
 import contextlib
 from dataclasses import dataclass
