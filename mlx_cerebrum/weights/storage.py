@@ -126,7 +126,10 @@ def _working_bytes(
     read = sum(prod(checkpoint.shapes[n]) * ITEM_BYTES[checkpoint.dtypes[n]] for n in names)
     if own == held or device.on_gpu():
         return read
-    return read + (piece if held is None else wide)  # the CPU widens what it packs
+    if held is None:
+        return read + piece
+    # The CPU widens what it packs. Scales and biases come in float32, then as the matrix was.
+    return read + wide + 2 * (4 + 2) * prod(shape) // held.group_size
 
 
 def smaller_weights(

@@ -1,5 +1,6 @@
 """Loading: every accepted form gives the same model; every damaged one gives one line."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -253,15 +254,39 @@ def test_mixed_bits_in_one_block(checkpoint: MakeCheckpoint, tmp_path: Path) -> 
 def test_loading_holds_the_model_and_one_block(checkpoint: MakeCheckpoint) -> None:
     path = checkpoint(hidden_size=256, intermediate_size=1024, vocab_size=6000, dtype=np.float16)
     source = open_checkpoint(path)
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = resting()
     model = load_model(source, source.config, choose_storage(source, None, "float32"))
     held = mx.get_active_memory() - before
     exact = 4 * source.config.stored_parameters
     assert exact <= held <= 1.05 * exact
     assert mx.get_peak_memory() - before <= held + 4 * source.config.block_parameters
     del model
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("stored", [np.float16, np.float32])
+def test_packing_on_the_way_takes_no_more_than_was_predicted(
+    checkpoint: MakeCheckpoint, stored: Any, dtype: str, bits: int
+) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 32000}
+    source = open_checkpoint(checkpoint(dtype=stored, num_hidden_layers=2, **sizes))
+    storage = choose_storage(source, Packing(bits, 64), dtype)
+    before = resting()
+    model = load_model(source, source.config, storage)
+    slack = 50_000  # norms, and what MLX rounds up
+    assert mx.get_active_memory() - before <= storage.nbytes + slack
+    assert mx.get_peak_memory() - before <= storage.nbytes + storage.transient + slack
+    del model
+
+
+def resting() -> int:
+    """Bytes of live arrays, once those of other tests are gone; the peak is counted from here."""
+    gc.collect()
+    mx.synchronize()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    return mx.get_active_memory()
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4"])
