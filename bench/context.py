@@ -333,44 +333,30 @@ def _table(part: Results, names: Sequence[str], label: str) -> str:
 
 
 def plots(results: Results, machine: Results) -> dict[str, Picture]:
-    model, random = results["model"], results["random"]
-    names = [*results["names"], *model["peers"]]
-    draw = partial(curves, x="tokens of context")
+    random = results["random"]
 
-    def series(
-        part: Results, names: Sequence[str], value: Callable[[Results], Spread]
-    ) -> dict[str, list[tuple[float, Spread]]]:
-        rows = part["lengths"]
+    def series(value: Callable[[Results], Spread]) -> dict[str, list[tuple[float, Spread]]]:
+        rows = random["lengths"]
         return {
             n: [(float(row["length"]), value(row["sides"][n])) for row in rows if n in row["sides"]]
-            for n in names
+            for n in random["names"]
         }
 
-    def pace(side: Results) -> Spread:
-        return Spread.read(side["decode"])
-
-    def held(side: Results) -> Spread:
-        return Spread.of([side["kv"] / MB])
-
-    paces, kv = (series(random, random["names"], value) for value in (pace, held))
-    itself = series(model, names, pace)
-    title = "Decode over the context"
-    without = "ours with the window and mlx-lm without"
+    without, x = "ours with the window and mlx-lm without", "tokens of context"
     return {
-        "context": draw(
-            paces, f"Decode pace over the context, {without}.", y="tokens/s", title=title
+        "context": curves(
+            series(lambda side: Spread.read(side["decode"])),
+            f"Decode pace over the context, {without}.",
+            x=x,
+            y="tokens/s",
+            title="Decode over the context",
         ),
-        "context-kv": draw(
-            kv,
+        "context-kv": curves(
+            series(lambda side: Spread.of([side["kv"] / MB])),
             f"Bytes of keys and values over the context, {without}.",
+            x=x,
             y="MB",
             title="Keys and values held",
             log_y=True,
-        ),
-        "context-model": draw(
-            itself,
-            f"Decode pace of {', '.join(names)} over the context.",
-            y="tokens/s",
-            title=f"{title}, this model",
         ),
     }

@@ -9,7 +9,7 @@ a figure that can only have been measured stands outside such a block.
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from bench import suite
@@ -20,17 +20,9 @@ from mlx_cerebrum.model.memory import GB
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "bench/README.md", "bench/results/README.md")  # may have blocks
-GUARDED = (*DOCUMENTS, "CHANGELOG.md")  # may have no measured figure outside them
 
 _OPEN = re.compile(r"^<!-- figures: .*$", re.M)
-_BLOCK = re.compile(r"^<!-- figures: (\S+)([\d -]*) -->\n(.*?)^<!-- end -->$", re.M | re.S)
-# What is no prose: code, comments, where links point to.
-_ASIDE = re.compile(r"^```.*?^```|`[^`\n]*`|<!--.*?-->|\]\([^)]*\)", re.M | re.S)
-_UNITS = r"tokens/s|tok/s|tokens a second|[kMGT]i?B(?:/s)?|m?s|seconds?|minutes?|percent|x|times"
-_FIGURE = re.compile(
-    rf"(?<![\w.])(?<![A-Za-z]-)\d[\d,]*(?:\.\d+)?(?: ?%| ?(?:{_UNITS})(?![\w-]))"
-    r"|(?<![\w.])(?<![A-Za-z]-)\d+\.\d+(?!\w|\.\d|-[A-Za-z])"  # a decimal, but no version or name
-)
+BLOCK = re.compile(r"^<!-- figures: (\S+)([\d -]*) -->\n(.*?)^<!-- end -->$", re.M | re.S)
 
 
 def rewrite(root: Path = ROOT) -> list[str]:
@@ -62,7 +54,7 @@ def filled(text: str, document: str, root: Path) -> str:
 
     Raises RequestError for a block without its end, its results or one of its paragraphs.
     """
-    if len(_OPEN.findall(text)) != len(_BLOCK.findall(text)):
+    if len(_OPEN.findall(text)) != len(BLOCK.findall(text)):
         raise RequestError(f"{document}: a block of figures is not as it should be, or has no end")
 
     def make(match: re.Match[str]) -> str:
@@ -76,7 +68,7 @@ def filled(text: str, document: str, root: Path) -> str:
                 body = "\n\n".join(_chosen(found, numbers))
         return f"<!-- figures: {what}{numbers} -->\n\n{body}\n\n<!-- end -->"
 
-    return _BLOCK.sub(make, text)
+    return BLOCK.sub(make, text)
 
 
 def _said(path: Path, folder: str) -> list[str]:
@@ -88,7 +80,7 @@ def _said(path: Path, folder: str) -> list[str]:
     else:
         found = escaped(suite.read(path.parent / suite.FILE, "suites", "machine"))
         results, module = found["suites"][path.name], suite.module(path.name)
-        drawn = module.plots(results, found["machine"])
+        drawn = suite.pictures(module, results, found["machine"])
         paragraphs = module.text(results)
         paragraphs += [picture.markdown(name, folder) for name, picture in drawn.items()]
     return "\n\n".join(paragraphs).split("\n\n")
@@ -142,22 +134,3 @@ def _row(document: Results, run: str) -> dict[str, str]:
             row["prefill A"] = f"{a['prefill']['512']['median']:.0f}"
             row["prefill B"] = f"{b['prefill']['512']['median']:.0f}"
     return row
-
-
-def typed(text: str, allowed: Sequence[str] = ()) -> list[tuple[int, str]]:
-    """Figures with their line numbers that stand outside the blocks and look measured.
-
-    Left out are the `allowed` phrases, and code.
-    """
-
-    def blank(match: re.Match[str]) -> str:
-        return "\n" * match[0].count("\n")
-
-    text = _ASIDE.sub(blank, _BLOCK.sub(blank, text))
-    for phrase in sorted(allowed, key=len, reverse=True):
-        text = re.sub(rf"(?<![\w.]){re.escape(phrase)}(?![\w]|\.\d)", "", text)
-    return [
-        (number, match[0])
-        for number, line in enumerate(text.splitlines(), 1)
-        for match in _FIGURE.finditer(line)
-    ]

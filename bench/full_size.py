@@ -16,7 +16,6 @@ import mlx.core as mx
 from bench import bandwidth
 from bench.engines import prompt_ids, timed
 from bench.pair import Pair
-from bench.plots import Picture
 from bench.report import Spread, table
 from bench.suite import Effort, Results
 from mlx_cerebrum import device
@@ -109,7 +108,3 @@ def text(results: Results) -> list[str]:
         f"By bytes {b} should decode at {expected:.2f} of {a}'s pace; measured {decoded:.2f}.",
         *bandwidth.text(results["projection"]),
     ]
-
-
-def plots(results: Results, machine: Results) -> dict[str, Picture]:
-    return {}

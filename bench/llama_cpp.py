@@ -3,9 +3,13 @@
 The server takes token ids and says in every answer how long prompt and tokens took, so the
 figures are its own, without the time that Python takes around them. It counts the tokens of
 its pace from the first, which belongs to the prompt; here the first is left out for everyone.
+
+`python -m bench.llama_cpp FILE.gguf --port 8080 ...` serves in a process of its own.
 """
 
+import argparse
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -117,3 +121,19 @@ def open_engine(
         kv=config.kv_values_per_token() * (4 if exact else 2),
         generate=generate,
     )
+
+
+def _serve_alone() -> None:
+    p = argparse.ArgumentParser(prog="bench.llama_cpp", description="Serve a GGUF file.")
+    p.add_argument("file", type=Path, metavar="FILE.gguf", help="the weights")
+    for name in ("port", "slots", "context", "threads", "flash-attention"):
+        p.add_argument(f"--{name}", type=int, required=True)
+    args = p.parse_args()
+    tuning = Tuning(args.threads, bool(args.flash_attention))
+    server = serve(args.file, tuning, True, args.context, args.slots, args.port)
+    signal.pause()
+    del server  # it listened until here
+
+
+if __name__ == "__main__":
+    _serve_alone()

@@ -28,7 +28,6 @@ from unittest import mock
 import mlx.core as mx
 
 from bench.pair import Pair
-from bench.plots import Picture, bars
 from bench.random_model import GEOMETRIES, RandomCheckpoint, write_random
 from bench.report import columns
 from bench.suite import Effort, Results
@@ -289,28 +288,3 @@ def _folding(rows: Sequence[Results]) -> list[str]:
 
 def _precision(row: Results) -> str:
     return "bfloat16" if row["bits"] is None else f"{row['bits']}-bit"
-
-
-def plots(results: Results, machine: Results) -> dict[str, Picture]:
-    measured: dict[str, dict[str, float]] = {}
-    for row in results["random"]:
-        if "measured" in row:
-            form, _, held = row["name"].partition(", ")
-            measured.setdefault(held, {})[form] = row["measured"]["peak"] / MB
-    full: dict[str, dict[str, float]] = {}
-    for row in results["full_size"]["rows"]:
-        full.setdefault(_precision(row), {})[row["form"]] = row["peak"] / GB
-    return {
-        "memory": bars(
-            measured,
-            "Peak memory folded and unrolled, in each precision, of a small random model.",
-            y="MB",
-            title="Peak memory of a small model, measured",
-        ),
-        "memory-full-size": bars(
-            full,
-            "Predicted peak memory of the 12.25B at full size, folded and unrolled.",
-            y="GB",
-            title="Peak memory of the 12.25B, predicted",
-        ),
-    }

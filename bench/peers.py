@@ -27,7 +27,6 @@ from bench.attempts import Attempt, Load, forget, in_turns, one_line
 from bench.copies import Copies, main_type, nbytes
 from bench.engines import Run, prompt_ids, required
 from bench.pair import Pair
-from bench.plots import Picture, bars
 from bench.report import Spread, columns, ratio, rounds
 from bench.suite import Effort, Results
 from mlx_cerebrum import device
@@ -289,18 +288,3 @@ def _start_text(start: Results) -> str:
         ("s", lambda of: Spread.read(of[1]).text(2)),
         ("mlx-lm's/its", lambda of: _ratio(start["ratios"].get(of[0]))),
     )
-
-
-def plots(results: Results, machine: Results) -> dict[str, Picture]:
-    sides = results["sides"].values()
-    pictures = {}
-    for phase in PHASES:
-        groups: dict[str, dict[str, float]] = defaultdict(dict)
-        for side in sides:
-            for name, row in _measured(side).items():
-                groups[name][side["name"]] = row[phase]["median"]
-        running = " and ".join(side["name"] for side in sides)
-        alt = f"{phase.title()} pace of {', '.join(groups)}, each running {running}."
-        title = f"{phase.title()} by engine"
-        pictures[f"peers-{phase}"] = bars(groups, alt, y="tokens/s", title=title)
-    return pictures

@@ -136,31 +136,6 @@ def curves(
     return Picture(draw, alt)
 
 
-def bars(groups: Mapping[str, Mapping[str, float]], alt: str, *, y: str, title: str) -> Picture:
-    """Groups of bars, each with its value on it; a series that a group lacks leaves a gap."""
-    names = list(dict.fromkeys(name for group in groups.values() for name in group))
-
-    def draw(figure: "Figure") -> None:
-        plot = figure.add_subplot(title=title, ylabel=y)
-        plot.grid(axis="y")
-        width = 0.8 / max(1, len(names))
-        for index, name in enumerate(names):
-            found = [(k, group[name]) for k, group in enumerate(groups.values()) if name in group]
-            places = [k + (index - (len(names) - 1) / 2) * width for k, _ in found]
-            values = [value for _, value in found]
-            bar = plot.bar(places, values, width * 0.92, label=name)
-            plot.bar_label(bar, [number(value) for value in values], padding=2, fontsize="small")
-        room = max(8, 80 // max(1, len(groups)))  # characters
-        plot.set_xticks(range(len(groups)), [textwrap.fill(name, room) for name in groups])
-        plot.tick_params(axis="x", length=0)
-        plot.yaxis.set_major_formatter(number)
-        plot.margins(y=0.14)
-        if len(names) > 1:
-            legend(figure, plot)
-
-    return Picture(draw, alt)
-
-
 def intervals(
     rows: Sequence[tuple[str, float, float, float]], alt: str, *, x: str, title: str
 ) -> Picture:

@@ -7,16 +7,14 @@ package.
 """
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from bench import perplexity
+from bench import perplexity, process
 from bench.perplexity import text as text
 from bench.report import parser, run
 from bench.suite import Results
-from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.opening import open_checkpoint
 
@@ -57,15 +55,12 @@ def convert(args: argparse.Namespace, path: Path, *flags: str) -> str:
 
     Raises CerebrumError with its message.
     """
-    command = [sys.executable, "-m", "convert", "--hf-path", args.model, "--mlx-path", str(path)]
-    command += ["--quiet", "--dtype", "bfloat16", *flags]
-    if args.plan is not None:
-        command += ["--plan", args.plan]
+    words = ["convert", "--hf-path", args.model, "--mlx-path", str(path)]
+    words += ["--quiet", "--dtype", "bfloat16", *flags]
+    words += [] if args.plan is None else ["--plan", args.plan]
     if open_checkpoint(hub.resolve(args.model)).config.quantization is not None:
-        command.append("--dequantize")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CerebrumError(done.stderr.strip().removeprefix("error: ") or "convert failed")
+        words.append("--dequantize")
+    process.seconds(words)
     return str(path)
 
 

@@ -119,7 +119,7 @@ def _section(name: str, document: Results, directory: Path | None) -> list[str]:
     if "not_measured" in results:
         return [title, f"Not measured: {results['not_measured']}"]
     module = suite.module(name)
-    drawn = module.plots(results, document["machine"])
+    drawn = suite.pictures(module, results, document["machine"])
     pictures = _pictures(drawn, directory) if directory else []
     return [title, module.__doc__.splitlines()[0], *module.text(results), *pictures]
 

@@ -116,7 +116,7 @@ def servers(stack: ExitStack, model: str, clients: int) -> dict[str, Contender |
             raise RequestError(f"its server is started in F32 here; ours computes in {copies.kind}")
         version, path = required("xllamacpp", "bench"), copies.gguf("F32")
         tuning = llama_cpp.tune(path, True, list(_TUNING))
-        words = ["bench.server_llama", str(path), "--threads", str(tuning.threads)]
+        words = ["bench.llama_cpp", str(path), "--threads", str(tuning.threads)]
         words += ["--flash-attention", str(int(tuning.flash_attention))]
         server = start(*words, "--slots", str(clients), "--context", str(clients * _CONTEXT))
         settings = f"{clients} slots, {llama_cpp.settings(tuning, exact=True)}"

@@ -13,7 +13,7 @@ to decode at bytes(A) / bytes(B) of A's pace, and the ratio measured stands besi
 return, with the files in the page cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -21,9 +21,8 @@ import mlx.core as mx
 from bench import bandwidth, process
 from bench.engines import prompt_ids, timed
 from bench.pair import Pair, Side
-from bench.plots import Picture, curves
+from bench.plots import Picture, curves, number
 from bench.report import Spread, ratio, rounds, table
-from bench.roofline import roofline
 from bench.suite import Effort, Results
 from mlx_cerebrum.decoding.decode import generate_step
 from mlx_cerebrum.model.forward import Model
@@ -213,3 +212,23 @@ def plots(results: Results, machine: Results) -> dict[str, Picture]:
             f"Decode pace of {a} and {b} against bytes read a token, under the bandwidth's limit.",
         ),
     }
+
+
+def roofline(
+    ceilings: Mapping[str, float], points: Mapping[str, tuple[float, Spread]], alt: str
+) -> Picture:
+    """Decode pace over bytes read a token, under the slanted lines bandwidth / bytes.
+
+    `ceilings` in GB/s; `points` are (bytes a token, tokens/s). Nothing can be above a line that
+    is true of its machine.
+    """
+    series = {
+        f"{name}: {number(pace.median)} tokens/s": [(float(f"{size / GB:.3g}"), pace)]
+        for name, (size, pace) in points.items()
+    }
+    places = [place for ((place, _),) in series.values()]
+    for name, gbs in ceilings.items():
+        roof = [(x, Spread.of([gbs / x])) for x in (min(places) / 2, max(places) * 2)]
+        series[f"{name}: {number(gbs)} GB/s"] = roof
+    title = "Decode under the bandwidth's roof"
+    return curves(series, alt, x="GB read a token", y="tokens/s", title=title, log_y=True)

@@ -2,9 +2,9 @@
 
 A suite is a module that answers one question, the first line of its docstring:
 measure(pair, effort) -> results, text(results) -> Markdown paragraphs and tables,
-plots(results, machine) -> pictures by file name. Everything it finds is plain data, and tables and
-pictures are made from that alone, so that `results.json` is the result and the rest can be drawn
-again.
+plots(results, machine) -> pictures by file name, where it has any. Everything it finds is plain
+data, and tables and pictures are made from that alone, so that `results.json` is the result and the
+rest can be drawn again.
 """
 
 import contextlib
@@ -50,6 +50,12 @@ class Effort:
 def module(name: str) -> Any:
     """The suite, bench or command by that name."""
     return importlib.import_module(f"bench.{name}")
+
+
+def pictures(module: Any, results: Results, machine: Results) -> dict[str, Any]:
+    """What a suite has to draw, by file name; tables say all that many have."""
+    found: dict[str, Any] = module.plots(results, machine) if hasattr(module, "plots") else {}
+    return found
 
 
 def begun(command: Sequence[str], pair: Pair, directory: Path | None) -> Results:

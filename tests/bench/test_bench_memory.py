@@ -14,7 +14,7 @@ import pytest
 from conftest import MakeCheckpoint
 from tiny import tiny_config
 
-from bench import memory, plots
+from bench import memory
 from bench.pair import open_pair
 from bench.random_model import GEOMETRIES
 from bench.suite import Effort
@@ -89,8 +89,6 @@ def test_text_says_how_far_off(results: Results, tmp_path: Path) -> None:
     assert "no more than that in 5" in wrong
     assert "+6.0% (peak)" in wrong
     assert "Same model: NO" in wrong
-    for name, picture in memory.plots(results, {}).items():
-        assert plots.save(picture, tmp_path, name).stat().st_size
 
 
 def test_what_is_refused_or_killed_is_a_row_that_says_so(

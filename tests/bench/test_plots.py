@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import plots
-from bench.plots import DARK, PAPER, Picture, bars, curves, drawn, intervals, number
+from bench.plots import DARK, PAPER, Picture, curves, drawn, intervals, number
 from bench.report import Spread
-from bench.roofline import roofline
+from bench.speed import roofline
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,11 +30,9 @@ def paces(name: str = "as it is", log_y: bool = False) -> Picture:
 PICTURES = {
     "curves": paces(),
     "curves-log": paces(log_y=True),
-    "bars": bars({"x": {"a": 1.0, "b": 2.0}, "y": {"b": 3.0}}, "", y="GB", title="T"),
     "intervals": intervals([("q", 0.1, -0.1, 0.2), ("r", 1, 0.5, 2)], "", x="", title="T"),
     "roofline": roofline({"copy": 17.0}, {"a": (5e8, about(15)), "b": (8e8, about(9))}, ""),
     "no curve": curves({"a": []}, "", x="", y="", title="T"),
-    "no bar": bars({}, "", y="", title="T"),
 }
 
 
@@ -80,11 +78,6 @@ def test_no_window_toolkit_is_loaded() -> None:
 
 def axes_of(name: str) -> Any:
     return drawn(PICTURES[name]).axes[0]
-
-
-def test_a_missing_bar_leaves_a_gap() -> None:
-    middles = [bar.get_x() + bar.get_width() / 2 for bar in axes_of("bars").patches]
-    assert sorted(middles) == pytest.approx([-0.2, 0.2, 1.2])
 
 
 def test_an_interval_over_zero_is_hollow() -> None:
