@@ -302,6 +302,7 @@ def expected_scores(model: Model, tokenizer: Tokenizer, count: int) -> list[list
 
 
 @pytest.mark.usefixtures("no_network")
+@pytest.mark.long
 def test_the_default_tasks(
     chatml: Loaded,
     capsys: pytest.CaptureFixture[str],

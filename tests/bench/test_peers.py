@@ -169,6 +169,7 @@ def test_agreement_ends_where_ours_ends() -> None:
     assert not peers.agreement([5, 6, 7], [5, 6], ())["equal"]
 
 
+@pytest.mark.long
 def test_engines_that_do_not_fit_run_one_after_another(
     pair: Pair, settings: Effort, monkeypatch: pytest.MonkeyPatch
 ) -> None:

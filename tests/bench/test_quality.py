@@ -104,6 +104,7 @@ def test_a_window_changes_the_loss_beyond_it_only(model: Model, ids: list[int]) 
         quality.beyond((model, model), [1], ids[:10])
 
 
+@pytest.mark.long
 def test_a_model_without_a_window_gets_one(checkpoint: MakeCheckpoint, ids: list[int]) -> None:
     model, _ = load(checkpoint("open", **OPEN, max_position_embeddings=4096), dtype="float32")
     found = quality.beyond((model, model), [], ids * 2)
@@ -351,6 +352,7 @@ def test_random_weights_are_refused(tmp_path: Path) -> None:
         quality.measure(pair, Effort(tmp_path))
 
 
+@pytest.mark.long
 def test_the_demo_s_two_sides(demo: Path, ids: list[int]) -> None:
     """On a trained model the direction is known: the interleave predicts worse."""
     pair = open_pair(str(demo))
