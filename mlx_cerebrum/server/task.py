@@ -73,10 +73,10 @@ class Task:
         sampling = self.job.sampling
         if sampling.temp == 0:
             return greedy  # the same for all: mlx-lm then calls it once for the whole batch
-        return _Draws(replace(sampling, seed=choice_seed(sampling, choice)).sampler())
+        return _Counted(replace(sampling, seed=choice_seed(sampling, choice)).sampler())
 
 
-class _Draws:
+class _Counted:
     """A sampler that counts the tokens it is called for."""
 
     def __init__(self, sampler: Sampler) -> None:

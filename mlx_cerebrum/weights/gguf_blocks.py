@@ -31,7 +31,7 @@ import numpy.typing as npt
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.model.tensors import PARTS
 from mlx_cerebrum.weights.checkpoint import FLOATS
-from mlx_cerebrum.weights.gguf_file import BLOCK_WEIGHTS, GGUFFile, TensorInfo, quote
+from mlx_cerebrum.weights.gguf_file import BLOCK_WEIGHTS, GGUFFile, GGUFTensor, quote
 from mlx_cerebrum.weights.quantize import AFFINE_GROUPS, PIECE, Packing, joined
 
 GROUP_SIZE = 32
@@ -69,7 +69,7 @@ Scales = npt.NDArray[np.generic]
 Rows = TypeVar("Rows", npt.NDArray[np.generic], mx.array)
 
 
-def stored_packing(tensor: TensorInfo) -> Packing | None:
+def stored_packing(tensor: GGUFTensor) -> Packing | None:
     """How `read_arrays` packs a matrix of this type: None for floats.
 
     A repacked one's group is the widest that divides its rows: 8.25 bits a weight.
@@ -84,7 +84,7 @@ def stored_packing(tensor: TensorInfo) -> Packing | None:
 
 def read_arrays(
     file: GGUFFile,
-    tensor: TensorInfo,
+    tensor: GGUFTensor,
     rotary_heads: int | None = None,
     packing: Packing | None = None,
 ) -> dict[str, mx.array]:
@@ -111,7 +111,7 @@ def read_arrays(
     }
 
 
-def read_dense(file: GGUFFile, tensor: TensorInfo, rotary_heads: int | None = None) -> mx.array:
+def read_dense(file: GGUFFile, tensor: GGUFTensor, rotary_heads: int | None = None) -> mx.array:
     """What a repacked kind's blocks mean: float32 [out, in]. Raises as `read_arrays`."""
     rows = joined(tensor.shape, (mx.array(rows) for rows in _dequantized(file, tensor)))
     return half_split(rows, rotary_heads)
@@ -125,12 +125,12 @@ def half_split(rows: Rows, heads: int | None) -> Rows:
     return rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _floats(file: GGUFFile, tensor: TensorInfo) -> npt.NDArray[np.generic]:
+def _floats(file: GGUFFile, tensor: GGUFTensor) -> npt.NDArray[np.generic]:
     kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[tensor.ggml_type]
     return file.read(tensor).view(kind).reshape(tensor.shape)
 
 
-def _affine(file: GGUFFile, tensor: TensorInfo) -> tuple[Scales, Scales, Scales]:
+def _affine(file: GGUFFile, tensor: GGUFTensor) -> tuple[Scales, Scales, Scales]:
     """Packed integers, scales and biases of a matrix whose integers are moved."""
     kind = tensor.ggml_type
     out, width = tensor.shape
@@ -241,7 +241,7 @@ def _super_scales(
     return wide.reshape(-1), -offset.reshape(-1)
 
 
-def _repacked(file: GGUFFile, tensor: TensorInfo, packing: Packing | None) -> dict[str, mx.array]:
+def _repacked(file: GGUFFile, tensor: GGUFTensor, packing: Packing | None) -> dict[str, mx.array]:
     """A matrix dequantized and packed again, some rows at a time; scales in float16."""
     assert packing is not None
     shapes = packing.shapes(*tensor.shape)
@@ -258,7 +258,7 @@ def _repacked(file: GGUFFile, tensor: TensorInfo, packing: Packing | None) -> di
     return whole
 
 
-def _dequantized(file: GGUFFile, tensor: TensorInfo) -> Iterator[npt.NDArray[np.float32]]:
+def _dequantized(file: GGUFFile, tensor: GGUFTensor) -> Iterator[npt.NDArray[np.float32]]:
     """The rows that blocks of a repacked kind mean, in float32, some at a time."""
     try:
         import gguf  # 0.2 s, for these kinds only
@@ -277,7 +277,7 @@ def _dequantized(file: GGUFFile, tensor: TensorInfo) -> Iterator[npt.NDArray[np.
         yield rows
 
 
-def _check_finite(file: GGUFFile, tensor: TensorInfo, largest: float) -> None:
+def _check_finite(file: GGUFFile, tensor: GGUFTensor, largest: float) -> None:
     if not np.isfinite(largest):
         raise CheckpointError(
             f"{file.path}: tensor {quote(tensor.name)} has a scale that is not a finite number: "

@@ -26,7 +26,7 @@ from mlx_cerebrum.weights.gguf_blocks import (
     read_dense,
     stored_packing,
 )
-from mlx_cerebrum.weights.gguf_file import GGUFFile, TensorInfo, quote
+from mlx_cerebrum.weights.gguf_file import GGUFFile, GGUFTensor, quote
 from mlx_cerebrum.weights.quantize import Packing, as_quantization
 
 # Metadata that changes the arithmetic, with the values that mean plain Llama.
@@ -137,7 +137,7 @@ def rotary_heads(config: ModelConfig, module: str) -> int | None:
     return heads.get(module.rpartition(".")[2])
 
 
-def _modules(file: GGUFFile, config: ModelConfig) -> dict[str, TensorInfo]:
+def _modules(file: GGUFFile, config: ModelConfig) -> dict[str, GGUFTensor]:
     """Hugging Face module path -> the tensor that holds its weight, all names and shapes checked.
 
     Raises CheckpointError naming the tensors otherwise.
@@ -151,7 +151,7 @@ def _modules(file: GGUFFile, config: ModelConfig) -> dict[str, TensorInfo]:
     missing = [name for name in expected if name not in file.tensors]
     if missing:
         raise CheckpointError(f"{file.path} lacks tensors: {_some(missing)}")
-    found: dict[str, TensorInfo] = {}
+    found: dict[str, GGUFTensor] = {}
     for name, (path, shape) in expected.items():
         tensor = file.tensors[name]
         if tensor.shape != shape:
@@ -296,7 +296,7 @@ def _shortest(value: float) -> float:
     return short if np.float32(value) == value else value
 
 
-def _dtype(found: dict[str, TensorInfo]) -> str:
+def _dtype(found: dict[str, GGUFTensor]) -> str:
     """The dtype of most matrices; quantized ones have float16 scales."""
     kinds = (FLOATS.get(t.ggml_type, "float16") for t in found.values() if len(t.shape) == 2)
     return Counter(kinds).most_common(1)[0][0]

@@ -58,7 +58,7 @@ _U32, _U64 = Struct("<I"), Struct("<Q")
 
 
 @dataclass(frozen=True)
-class TensorInfo:
+class GGUFTensor:
     """One entry of the tensor table.
 
     `shape` is row-major as in numpy (`[out, in]` for a linear layer), `ggml_type` a name
@@ -82,7 +82,7 @@ class GGUFFile:
 
     path: Path
     metadata: dict[str, Any]
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, GGUFTensor]
     identity: tuple[int, int]  # size and modification time, to notice a replaced file
     parts: tuple["GGUFFile", ...] = ()
 
@@ -106,7 +106,7 @@ class GGUFFile:
         """The model of all these parts, of which one is `opened` already."""
         parts = tuple(opened if p == opened.path else cls._open_one(p) for p in paths)
         first, count = parts[0], len(parts)
-        tensors: dict[str, TensorInfo] = {}
+        tensors: dict[str, GGUFTensor] = {}
         for number, part in enumerate(parts):
             said = (part.metadata.get("split.no", number), part.metadata.get("split.count"))
             if said != (number, count):
@@ -134,7 +134,7 @@ class GGUFFile:
             )
         return cls(first.path, first.metadata, tensors, first.identity, parts)
 
-    def holder(self, tensor: TensorInfo) -> "GGUFFile":
+    def holder(self, tensor: GGUFTensor) -> "GGUFFile":
         """The file with the tensor's bytes."""
         return self.parts[tensor.part] if self.parts else self
 
@@ -154,7 +154,7 @@ class GGUFFile:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
         return cls(path, metadata, tensors, identity)
 
-    def blocks(self, tensor: TensorInfo, limit: int) -> Iterator[npt.NDArray[np.uint8]]:
+    def blocks(self, tensor: GGUFTensor, limit: int) -> Iterator[npt.NDArray[np.uint8]]:
         """The tensor's blocks in file order, in pieces `[n, bytes of a block]` with n <= limit."""
         file, width = self.holder(tensor), BLOCK_BYTES[tensor.ggml_type]
         try:
@@ -174,7 +174,7 @@ class GGUFFile:
         except OSError as error:
             raise CheckpointError(f"{file.path} cannot be read: {error.strerror}") from None
 
-    def read(self, tensor: TensorInfo) -> npt.NDArray[np.uint8]:
+    def read(self, tensor: GGUFTensor) -> npt.NDArray[np.uint8]:
         """All bytes of one tensor, flat."""
         return next(self.blocks(tensor, tensor.nbytes)).reshape(-1)
 
@@ -271,7 +271,7 @@ class _Header:
         values: list[Any] = np.frombuffer(self.take(item.size * count), item.format).tolist()
         return values
 
-    def read(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    def read(self) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         tensor_count, metadata_count = self.preamble()
         for count, size, what in ((metadata_count, 13, "keys"), (tensor_count, 32, "tensors")):
             self.need(size * count)  # what each takes at least
@@ -311,7 +311,7 @@ class _Header:
             metadata[key] = self.value(self.number(_U32))
         return metadata
 
-    def tensor(self, index: int) -> TensorInfo:
+    def tensor(self, index: int) -> GGUFTensor:
         """One entry of the tensor table, its offset still counted from the data's start."""
         self.place = f"tensor entry {index}"
         name = self.string()
@@ -329,13 +329,13 @@ class _Header:
             size *= dimension
         if not size or shape[-1] % elements:
             self.fail(f"its shape {shape} cannot be stored as {ggml_type}")
-        return TensorInfo(name, shape, ggml_type, offset, size // elements * nbytes)
+        return GGUFTensor(name, shape, ggml_type, offset, size // elements * nbytes)
 
     def placed(
-        self, entries: list[TensorInfo], start: int, alignment: int
-    ) -> dict[str, TensorInfo]:
+        self, entries: list[GGUFTensor], start: int, alignment: int
+    ) -> dict[str, GGUFTensor]:
         """The table with absolute offsets, every tensor inside the file and none over another."""
-        tensors: dict[str, TensorInfo] = {}
+        tensors: dict[str, GGUFTensor] = {}
         for entry in entries:
             self.place = f"tensor {quote(entry.name)}"
             if entry.name in tensors:
@@ -348,7 +348,7 @@ class _Header:
                     f"its data ends at byte {offset + entry.nbytes} but the file has "
                     f"{len(self.data)}: truncated, fetch it again"
                 )
-            tensors[entry.name] = TensorInfo(
+            tensors[entry.name] = GGUFTensor(
                 entry.name, entry.shape, entry.ggml_type, offset, entry.nbytes
             )
         for one, other in pairwise(sorted(tensors.values(), key=lambda tensor: tensor.offset)):

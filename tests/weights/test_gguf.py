@@ -20,7 +20,7 @@ from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError
 from mlx_cerebrum.model.tensors import module_shapes
 from mlx_cerebrum.weights.gguf_blocks import BITS, WIDE, read_arrays
 from mlx_cerebrum.weights.gguf_checkpoint import GGUFCheckpoint
-from mlx_cerebrum.weights.gguf_file import GGML_TYPES, GGUFFile, TensorInfo
+from mlx_cerebrum.weights.gguf_file import GGML_TYPES, GGUFFile, GGUFTensor
 
 Array = npt.NDArray[Any]
 
@@ -238,7 +238,7 @@ def test_random_blocks_dequantize_as_in_ggml(
     path.write_bytes(b"\0" * 5 + raw.tobytes())
     status = path.stat()
     columns = groups * GGML_TYPES[kind.value][1]
-    tensor = TensorInfo("x", (rows, columns), kind.name, 5, raw.nbytes)
+    tensor = GGUFTensor("x", (rows, columns), kind.name, 5, raw.nbytes)
     file = GGUFFile(path, {}, {"x": tensor}, (status.st_size, status.st_mtime_ns))
     arrays = read_arrays(file, tensor)
     # Equal as numbers: the sign of a zero may differ, since x - x is +0 and 0 * -d is -0.
@@ -277,7 +277,7 @@ def test_demo_header_equals_the_gguf_package(demo: Path, oracle: gguf.GGUFReader
     fields = {key: field.contents() for key, field in oracle.fields.items() if key[:5] != "GGUF."}
     assert file.metadata == fields
     assert {
-        tensor.name: TensorInfo(
+        tensor.name: GGUFTensor(
             tensor.name,
             tuple(int(size) for size in tensor.shape[::-1]),
             tensor.tensor_type.name,
@@ -433,7 +433,7 @@ def test_only_the_asked_tensor_is_read(tiny: Path, monkeypatch: pytest.MonkeyPat
     asked: list[str] = []
     original = GGUFFile.blocks
 
-    def blocks(self: GGUFFile, tensor: TensorInfo, limit: int) -> Iterator[npt.NDArray[np.uint8]]:
+    def blocks(self: GGUFFile, tensor: GGUFTensor, limit: int) -> Iterator[npt.NDArray[np.uint8]]:
         asked.append(tensor.name)
         return original(self, tensor, limit)
 
@@ -458,7 +458,7 @@ def test_a_file_that_changes_is_noticed(tiny: Path) -> None:
 
 def test_a_tensor_cut_short_while_reading(tiny: Path) -> None:
     file = GGUFFile.open(tiny)
-    beyond = TensorInfo("x", (8,), "F32", tiny.stat().st_size - 16, 32)
+    beyond = GGUFTensor("x", (8,), "F32", tiny.stat().st_size - 16, 32)
     with pytest.raises(CheckpointError, match="ended inside tensor 'x'"):
         read_arrays(file, beyond)
 

@@ -31,7 +31,7 @@ from mlx_cerebrum.weights.gguf_blocks import (
     read_dense,
     stored_packing,
 )
-from mlx_cerebrum.weights.gguf_file import GGUFFile, TensorInfo
+from mlx_cerebrum.weights.gguf_file import GGUFFile, GGUFTensor
 from mlx_cerebrum.weights.loading import load_model
 from mlx_cerebrum.weights.opening import open_checkpoint
 from mlx_cerebrum.weights.quantize import Packing
@@ -48,12 +48,12 @@ def mixed(name: str) -> str:
     return MIXED.get(name.split(".")[-2], "Q6_K")
 
 
-def blocks_file(path: Path, kind: str, raw: gguf_files.Bytes) -> tuple[GGUFFile, TensorInfo]:
+def blocks_file(path: Path, kind: str, raw: gguf_files.Bytes) -> tuple[GGUFFile, GGUFTensor]:
     """One tensor of these rows, without a header."""
     path.write_bytes(bytes(5) + raw.tobytes())
     status = path.stat()
     width = raw.shape[1] // SIZES[kind][1] * SIZES[kind][0]
-    tensor = TensorInfo("x", (len(raw), width), kind, 5, raw.nbytes)
+    tensor = GGUFTensor("x", (len(raw), width), kind, 5, raw.nbytes)
     return GGUFFile(path, {}, {"x": tensor}, (status.st_size, status.st_mtime_ns)), tensor
 
 
