@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE, Popen, TimeoutExpired
+from typing import Any
 
 from bench.memory import full_size, on_metal
 from bench.report import columns
@@ -101,12 +102,16 @@ def run(arguments: Sequence[str], limit: int, kind: str | None = None) -> Outcom
             raise CerebrumError("no memory cgroup can be made here; be root, or take ulimit")
         command = [sys.executable, "-m", *arguments]
         started, peak = time.perf_counter(), 0
-        process = stack.enter_context(Popen(command, stdout=PIPE, stderr=PIPE, text=True))
+
+        def confine() -> None:  # in the new process, before it holds anything
+            if folder is None:
+                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            else:
+                (folder / "cgroup.procs").write_text(str(os.getpid()))
+
+        pipes: dict[str, Any] = {"stdout": PIPE, "stderr": PIPE, "text": True}
+        process = stack.enter_context(Popen(command, preexec_fn=confine, **pipes))
         stack.callback(process.kill)  # nothing where it has ended
-        if folder is None:
-            resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
-        else:
-            (folder / "cgroup.procs").write_text(str(process.pid))
         while True:
             with contextlib.suppress(TimeoutExpired):
                 out, err = process.communicate(timeout=_POLL)
