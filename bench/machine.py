@@ -5,7 +5,6 @@ OpenBLAS in float32. It is one library for the whole process, so preloading Open
 every MLX engine up alike, and what is compared is then the engines' own work.
 """
 
-import ctypes
 import os
 import platform
 import re
@@ -50,9 +49,7 @@ def blas() -> str:
         return "not used"
     if sys.platform == "darwin":
         return "Accelerate"
-    # numpy brings an OpenBLAS of its own, under other names: only a symbol of the process
-    # itself says what MLX calls.
-    return "OpenBLAS" if hasattr(ctypes.CDLL(None), "openblas_get_config") else "reference"
+    return "OpenBLAS" if device.has_openblas() else "reference"
 
 
 def card() -> dict[str, Any]:

@@ -4,6 +4,7 @@
 not its functions, and keep no answer. Whoever puts another `backend` here changes it for them all.
 """
 
+import ctypes
 import sys
 from typing import Literal
 
@@ -27,6 +28,12 @@ def on_linux_cpu() -> bool:
     """Whether MLX computes on a CPU without Accelerate, where some work has a faster way than
     MLX's own."""
     return sys.platform == "linux" and not on_gpu()
+
+
+def has_openblas() -> bool:
+    """Whether OpenBLAS was loaded before MLX's own BLAS. Only a symbol of the process itself says
+    so: numpy brings an OpenBLAS under other names."""
+    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "openblas_get_config")
 
 
 def stream() -> mx.Stream:

@@ -26,9 +26,9 @@ _CGROUP_FILES = (
 )
 # `ulimit -v` and `ulimit -d`, as /proc/self/limits names them -> what counts towards them.
 _RLIMITS = {"Max address space": "VmSize", "Max data size": "VmData"}
-# Addresses, not memory, that MLX's first evaluation takes for a thread's stack and heap: 75 MB to
-# keep, 143 MB for a moment.
-_FIRST_EVALUATION = {"VmSize": 150_000_000}
+# Addresses, not memory, that the thread which MLX computes on takes for its stack and heap, to keep
+# and for a moment; and for OpenBLAS's buffer, without which OpenBLAS waits for ever.
+_KEPT, _MOMENT, _BLAS_BUFFER = 80_000_000, 150_000_000, 2**27
 
 # Freed buffers worth keeping. A block of the 12.25B makes 93 MB in a prefill chunk of 512 tokens,
 # 0.2 MB in a decode step, and the next block asks for the same sizes. What grows beyond that are
@@ -96,13 +96,19 @@ def _cgroup_left(folder: Path) -> Iterator[int]:
 
 def _rlimits_left(proc: Path) -> Iterator[int]:
     used = sizes(proc / "self/status")
-    coming = {} if mx.get_active_memory() else _FIRST_EVALUATION
+    coming = {} if mx.get_active_memory() else first_evaluation()
     for line in _lines(proc / "self/limits"):
         for name, counted in _RLIMITS.items():
             if line.startswith(name):
                 soft = line.removeprefix(name).split()[0]
                 if soft.isdigit():  # else "unlimited"
                     yield int(soft) - used.get(counted, 0) - coming.get(counted, 0)
+
+
+def first_evaluation() -> dict[str, int]:
+    """What MLX's first evaluation, and first product, will add to the sizes that limits count."""
+    buffer = _BLAS_BUFFER if device.has_openblas() else 0
+    return {"VmSize": max(_MOMENT, _KEPT + buffer), "VmData": buffer}
 
 
 # glibc keeps freed memory of its own heap, under 32 MB a piece, unless it is asked for it; macOS's
