@@ -15,14 +15,12 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE, Popen, TimeoutExpired
-from typing import Any
 
 from bench.memory import full_size, on_metal
 from bench.report import columns
@@ -100,17 +98,14 @@ def run(arguments: Sequence[str], limit: int, kind: str | None = None) -> Outcom
         folder = None if kind == "ulimit" else stack.enter_context(cgroup(limit))
         if folder is None and kind == "cgroup":
             raise CerebrumError("no memory cgroup can be made here; be root, or take ulimit")
-        command = [sys.executable, "-m", *arguments]
+        enter, limited = 'ulimit -v "$0"', str(limit // 1024)
+        if folder is not None:
+            enter, limited = 'echo $$ > "$0"', str(folder / "cgroup.procs")
+        # The shell becomes the command, which never held anything outside the limit.
+        shell = ["/bin/sh", "-c", f'{enter} && exec "$@"', limited]
+        command = [*shell, sys.executable, "-m", *arguments]
         started, peak = time.perf_counter(), 0
-
-        def confine() -> None:  # in the new process, before it holds anything
-            if folder is None:
-                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-            else:
-                (folder / "cgroup.procs").write_text(str(os.getpid()))
-
-        pipes: dict[str, Any] = {"stdout": PIPE, "stderr": PIPE, "text": True}
-        process = stack.enter_context(Popen(command, preexec_fn=confine, **pipes))
+        process = stack.enter_context(Popen(command, stdout=PIPE, stderr=PIPE, text=True))
         stack.callback(process.kill)  # nothing where it has ended
         while True:
             with contextlib.suppress(TimeoutExpired):
