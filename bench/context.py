@@ -35,7 +35,8 @@ from bench.plots import Picture, curves
 from bench.random_model import GEOMETRIES, write_random
 from bench.report import Spread, ratio, rounds, table
 from bench.suite import Effort, Results
-from mlx_cerebrum.decoding.decode import generate_step, prefill_step
+from mlx_cerebrum.decoding.decode import prefill_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.errors import MemoryBudgetError
 from mlx_cerebrum.model.cache import REWIND, STEP
 from mlx_cerebrum.model.config import ModelConfig

@@ -19,7 +19,8 @@ from mlx.utils import tree_flatten
 
 from bench import bandwidth, machine
 from mlx_cerebrum import device
-from mlx_cerebrum.decoding.decode import generate_step, prefill_step
+from mlx_cerebrum.decoding.decode import prefill_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model

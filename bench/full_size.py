@@ -19,7 +19,8 @@ from bench.pair import Pair
 from bench.report import Spread, table
 from bench.suite import Effort, Results
 from mlx_cerebrum import device
-from mlx_cerebrum.decoding.decode import generate_step, prefill_step
+from mlx_cerebrum.decoding.decode import prefill_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.model.memory import GB, Workload
 
 _CPU_PROMPT, _CPU_TOKENS, _CPU_ROUNDS = 32, 4, 1

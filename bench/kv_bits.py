@@ -27,7 +27,8 @@ from bench.likelihood import TEXTS, Ids, compare, figures, log_probs, strided, t
 from bench.pair import open_pair
 from bench.report import Spread, parser, ratio, rounds, run, table
 from bench.suite import Results
-from mlx_cerebrum.decoding.decode import generate_step, prefill, prefill_step
+from mlx_cerebrum.decoding.decode import prefill, prefill_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.entries import KV_BITS, check_kv_bits, kv_group

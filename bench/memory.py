@@ -32,7 +32,8 @@ from bench.random_model import GEOMETRIES, RandomCheckpoint, write_random
 from bench.report import columns
 from bench.suite import Effort, Results
 from mlx_cerebrum import device
-from mlx_cerebrum.decoding.decode import generate_step, prefill_step
+from mlx_cerebrum.decoding.decode import prefill_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import GB, Workload, require

@@ -28,10 +28,10 @@ from bench.pair import open_pair
 from bench.random_model import GEOMETRIES
 from bench.report import parser, ratio, rounds, run, table
 from bench.suite import Results
-from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.decoding.draft_models import draft_model
 from mlx_cerebrum.decoding.policy import MOST_DRAFTS, Costs, best_drafts, bytes_read, speedup
-from mlx_cerebrum.decoding.speculative import Speculation, speculation, speculative_step
+from mlx_cerebrum.decoding.speculative import Speculation, speculation
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
@@ -116,7 +116,7 @@ def _answer(model: Model, prompt: list[int], make: Drafting, args: argparse.Name
     if drafting is None:
         steps = generate_step(prompt, model, max_tokens=most)
     else:
-        steps = speculative_step(prompt, model, drafting, max_tokens=most)
+        steps = generate_step(prompt, model, speculation=drafting, max_tokens=most)
     done = timed(steps, len(prompt))
     found: Results = {"tokens": done.tokens, "pace": done.decode_tps}
     return found | {"rounds": drafting.rounds if drafting else {}}

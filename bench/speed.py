@@ -24,7 +24,7 @@ from bench.pair import Pair, Side
 from bench.plots import Picture, curves, number
 from bench.report import Spread, ratio, rounds, table
 from bench.suite import Effort, Results
-from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import GB
 

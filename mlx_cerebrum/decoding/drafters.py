@@ -78,10 +78,13 @@ class NGramDrafter:
         sampler: Sampler,
         number: int,
     ) -> Draft:
+        return Draft(mx.array(self.guesses(tokens, count), dtype=mx.int32))
+
+    def guesses(self, tokens: Sequence[int], count: int) -> list[int]:
+        """The tokens of `draft`."""
         _, end = self._match(tokens)
         period = len(tokens) - end  # what is repeated may be repeated again
-        guesses = [tokens[end + i % period] for i in range(count)]
-        return Draft(mx.array(guesses, dtype=mx.int32))
+        return [tokens[end + i % period] for i in range(count)]
 
     def _match(self, tokens: Sequence[int]) -> tuple[int, int]:
         """`(n, where it ends)` of the longest run at the end of `tokens` that came before."""

@@ -185,6 +185,11 @@ class Policy:
         # A round in which kernels were loaded, or the machine slept, must not count for ever.
         self._allowance = max(_AT_LEAST, min(_AT_MOST, self._allowance + gained))
 
+    def new_costs(self) -> None:
+        """Steps are others from now on: what was measured of them no longer holds."""
+        for average in (self._plain, self._row, *self._draft.values()):
+            average.last = []
+
     def _affordable(self, name: str) -> int:
         """Drafts of a round that does not overdraw the allowance if none of them holds."""
         costs = self.costs(name)

@@ -14,23 +14,14 @@ tokens of the demo, computed alone and 8 together: in float32 no logit moved by 
 bfloat16 none at all. A GPU's 16 bits were not measured.
 """
 
-import time
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_cerebrum import device
-from mlx_cerebrum.decoding.decode import (
-    Sampler,
-    check_prompt,
-    decode_step,
-    greedy,
-    prefill,
-    prefill_step,
-)
+from mlx_cerebrum.decoding.decode import Sampler
 from mlx_cerebrum.decoding.drafters import Draft, Drafter, ModelDrafter, NGramDrafter
 from mlx_cerebrum.decoding.policy import MOST_DRAFTS, Policy, bytes_read
 from mlx_cerebrum.errors import RequestError
@@ -47,12 +38,49 @@ class Speculation:
     model: Model | None = None  # whose tokens are guessed; None: not checked
     # (drafter, drafts, accepted) -> rounds that went so; ("plain", 0, 0) -> plain steps
     rounds: Counter[tuple[str, int, int]] = field(default_factory=Counter)
+    _last: tuple[str, str, int] | None = None  # what `guess` chose
 
     def choose(self, tokens: Sequence[int], most: int) -> tuple[str, str, int] | None:
         """`(drafter, kind of guess, drafts)` for the next round, or None for a plain step."""
-        offers = {name: drafter.offer(tokens, most) for name, drafter in self.drafters.items()}
+        return self._choose(self.drafters, tokens, most)
+
+    def _choose(
+        self, drafters: Mapping[str, Drafter], tokens: Sequence[int], most: int
+    ) -> tuple[str, str, int] | None:
+        offers = {name: drafter.offer(tokens, most) for name, drafter in drafters.items()}
         choice = self.policy.choose({name: offer for name, offer in offers.items() if offer[1]})
         return None if choice is None else (choice[0], offers[choice[0]][0], choice[1])
+
+    def guess(self, tokens: Sequence[int], most: int) -> list[int]:
+        """Guesses for a round in company, where only those count that no model is run for."""
+        free = {name: d for name, d in self.drafters.items() if isinstance(d, NGramDrafter)}
+        self._last = self._choose(free, tokens, most)
+        if self._last is None:
+            return []
+        name, _, count = self._last
+        return free[name].guesses(tokens, count)
+
+    def guessed(self, held: int, seconds: float) -> None:
+        """A round of `guess` was seen to go like this."""
+        if self._last is not None:
+            self.counted(*self._last, held, seconds)
+
+    def counted(self, name: str, kind: str, drafts: int, held: int, seconds: float) -> None:
+        """A round was seen to go like this."""
+        self.policy.round(name, kind, drafts, held, seconds)
+        self.rounds[name, drafts, held] += 1
+
+    def plain(self, seconds: float) -> None:
+        """A plain step was seen to take so long."""
+        self.policy.plain(seconds)
+        self.rounds["plain", 0, 0] += 1
+
+    def check_unused(self, model: Model) -> None:
+        """Raise RequestError where it was made for another model, or has served a request."""
+        if self.model is not None and self.model is not model:
+            raise RequestError("this speculation was made for another model; make one for this")
+        if self.rounds:
+            raise RequestError("a speculation serves one request; make another for this")
 
     def summary(self) -> dict[str, Any]:
         """For a report: the target's passes, tokens a pass, guesses by drafter, how many held."""
@@ -89,6 +117,11 @@ def speculation(
     return Speculation(drafters, Policy(costs, most=most), model)
 
 
+def held_guesses(guesses: Sequence[int], chosen: Sequence[int]) -> int:
+    """How many guesses, up to the first that is not what was chosen in its place."""
+    return next((i for i, guess in enumerate(guesses) if guess != chosen[i]), len(guesses))
+
+
 def verify(
     model: Model,
     token: int,
@@ -111,78 +144,7 @@ def verify(
     choices = sampler(model.logits(h)[0], number)
     mx.eval(choices, draft.tokens)
     chosen, guessed = cast(list[int], choices.tolist()), cast(list[int], draft.tokens.tolist())
-    held = next((i for i, guess in enumerate(guessed) if guess != chosen[i]), len(guessed))
+    held = held_guesses(guessed, chosen)
     for layer_cache in cache:
         layer_cache.trim(len(guessed) - held)
     return chosen[: held + 1]
-
-
-def speculative_step(
-    prompt: Sequence[int],
-    model: Model,
-    speculation: Speculation,
-    *,
-    max_tokens: int = 256,
-    sampler: Sampler = greedy,
-    cache: Sequence[WindowedKVCache] | None = None,
-    prefill_step_size: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    history: Sequence[int] = (),
-) -> Generator[int, None, None]:
-    """As `decode.generate_step`, with guesses. `history` are the tokens `cache` holds already.
-
-    Raises RequestError for an empty prompt, or a speculation made for another model or request.
-    However it ends, the cache holds the first `offset` of all tokens read and yielded.
-    """
-    chunk = prefill_step(prefill_step_size)
-    check_prompt(prompt)
-    if speculation.model is not None and speculation.model is not model:
-        raise RequestError("this speculation was made for another model; make one for this")
-    if speculation.rounds:
-        raise RequestError("a speculation serves one request; make another for this")
-    cache = model.make_cache() if cache is None else cache
-    before = cache[0].offset
-    yielded = 0
-    try:
-        ids = mx.array(list(prompt[:-1]), dtype=mx.int32)
-        prefill(model, ids, cache, chunk, progress)
-        tokens = [*history, *prompt]
-        ahead: mx.array | None = None  # the choice after tokens[-1], where it is being computed
-        while yielded < max_tokens:
-            started = time.perf_counter()
-            left = max_tokens - yielded - 1  # besides the one that comes for certain
-            choice = speculation.choose(tokens, left) if ahead is None else None
-            if choice is None:
-                now = ahead
-                if now is None:
-                    last = mx.array(tokens[-1:], dtype=mx.int32)
-                    now = decode_step(model, last, cache, sampler, yielded)
-                # On a GPU the next step is started before this one is read, as in generate_step;
-                # but not where a round of guesses is due.
-                ahead = None
-                if device.on_gpu() and left and speculation.choose(tokens, left) is None:
-                    ahead = decode_step(model, now, cache, sampler, yielded + 1)
-                new = [cast(int, now.item())]
-                speculation.policy.plain(time.perf_counter() - started)
-                speculation.rounds["plain", 0, 0] += 1
-            else:
-                name, kind, drafts = choice
-                draft = speculation.drafters[name].draft(tokens, drafts, cache, sampler, yielded)
-                new = verify(model, tokens[-1], draft, cache, sampler, yielded)
-                seconds = time.perf_counter() - started
-                speculation.policy.round(name, kind, drafts, len(new) - 1, seconds)
-                speculation.rounds[name, drafts, len(new) - 1] += 1
-            for token in new:
-                tokens.append(token)
-                yielded += 1
-                yield token
-                if yielded % 256 == 0:
-                    mx.clear_cache()
-    finally:
-        # It may stop inside a round, or while some positions have taken a token and others have
-        # not. All go back to just before the last token handed out: later entries may be a
-        # drafter's, not the model's.
-        sure = before + len(prompt) + yielded - 1
-        least = min([sure, *(c.offset for c in cache)])
-        for c in cache:
-            c.trim(c.offset - least)

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 
-from mlx_cerebrum.decoding.decode import Sampler, check_prompt, generate_step, greedy, prefill_step
+from mlx_cerebrum.decoding.decode import Sampler, check_prompt, greedy, prefill_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
-from mlx_cerebrum.decoding.speculative import Speculation, speculative_step
+from mlx_cerebrum.decoding.speculative import Speculation
 from mlx_cerebrum.decoding.text import AnswerText
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.config import ModelConfig
@@ -90,18 +90,17 @@ def stream_generate(
     rest = prompt_cache.begin(ids)
     started = time.perf_counter()
     first = started
-    common: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "sampler": sampler,
-        "cache": prompt_cache.cache,
-        "prefill_step_size": chunk,
-        "progress": progress,
-    }
-    if speculation is None:
-        steps = generate_step(rest, model, **common)
-    else:
-        history = ids[: len(ids) - len(rest)]
-        steps = speculative_step(rest, model, speculation, history=history, **common)
+    steps = generate_step(
+        rest,
+        model,
+        max_tokens=max_tokens,
+        sampler=sampler,
+        cache=prompt_cache.cache,
+        prefill_step_size=chunk,
+        progress=progress,
+        speculation=speculation,
+        history=ids[: len(ids) - len(rest)],
+    )
     tokens: list[int] = []
     with limits():  # a caller's own stay as they are
         try:

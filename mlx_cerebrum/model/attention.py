@@ -1,9 +1,12 @@
 """Attention over cached entries, as they are held: dense, or packed to fewer bits."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import mlx.core as mx
 
 from mlx_cerebrum import device
-from mlx_cerebrum.model.cache import REWIND, Mask, causal_mask
+from mlx_cerebrum.model.cache import REWIND, Cache, Mask, causal_mask
 from mlx_cerebrum.model.cpu import attend_in_slices, in_slices
 from mlx_cerebrum.model.entries import Entries, Packed, packing, unpack
 
@@ -52,3 +55,36 @@ def _attend_packed(
     weights = mx.softmax(scores, axis=-1, precise=True)  # computed in float32
     out = mx.quantized_matmul(weights, *values, transpose=False, **packing(values, D))
     return out.reshape(B, H, L, D).astype(queries.dtype)
+
+
+class Span(NamedTuple):
+    """Consecutive tokens of a step that attend over one cache: those of `rows` sequences."""
+
+    rows: int
+    tokens: int
+    cache: Cache
+    mask: Mask
+
+
+class Spans(NamedTuple):
+    """One position's caches in a step that has several. Each token is a sequence of length 1 here,
+    at its `offset` `[N]`."""
+
+    offset: mx.array
+    spans: Sequence[Span]
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        """Queries `[N, H, 1, D]`, new keys and values `[N, kv heads, 1, D]` -> `[N, H, 1, D]`."""
+        found, start = [], 0
+        for rows, tokens, cache, mask in self.spans:
+            own = slice(start, start := start + tokens)
+            q, k, v = (_rows(part[own], rows) for part in (queries, keys, values))
+            out = attend(q, *cache.update_and_fetch(k, v), scale, mask)
+            found.append(out.swapaxes(1, 2).reshape(tokens, -1, 1, out.shape[-1]))
+        return mx.concatenate(found, axis=0)
+
+
+def _rows(tokens: mx.array, rows: int) -> mx.array:
+    """`[rows * L, H, 1, D]` -> `[rows, H, L, D]`."""
+    _, heads, _, width = tokens.shape
+    return tokens.reshape(rows, -1, heads, width).swapaxes(1, 2)

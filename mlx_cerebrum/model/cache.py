@@ -240,6 +240,24 @@ class WindowedKVCache:
     def _live(self) -> Stretch:
         return Stretch(self.keys, self.values, self._start, self.offset)
 
+    def lend(self) -> Stretch:
+        """Give the live entries away, to go on elsewhere (`rows.Rows`); the cache keeps its marks,
+        and what they need besides. `take_over` brings entries back."""
+        used = self._used()
+        keep = used if self.window is None else min(used, self.window - 1 + self.rewind)
+        self.set_aside(Stretch(self.keys, self.values, self._start, self.offset - keep))
+        lent = self._live().part(self.offset - keep, self.offset)
+        self.keys, self.values = None, None
+        return lent
+
+    def set_aside(self, stretch: Stretch) -> None:
+        """Entries that follow those set aside before are given up: keep what marks need of them."""
+        self._marks.leave(stretch)
+
+    def take_over(self, live: Stretch) -> None:
+        """Go on with these entries, lent before, and perhaps grown meanwhile."""
+        self.keys, self.values, self._start, self.offset = live
+
     def whole(self) -> Stretch:
         """The buffer's entries with those set aside right before them: what a file holds."""
         run = [self._live().part(self._start, self.offset)]

@@ -21,11 +21,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_cerebrum import device
-from mlx_cerebrum.model.attention import attend
+from mlx_cerebrum.model.attention import Spans, attend
 from mlx_cerebrum.model.cache import Cache, Mask, WindowedKVCache, attention_mask
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.cpu import Embedding, Linear, Rotary
 from mlx_cerebrum.model.entries import check_kv_bits
+
+Scales = tuple[float, float] | tuple[mx.array, mx.array]  # of attention and MLP; [N, 1, 1] a token
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -55,7 +57,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(self.heads * width, D, bias=False)
         self.rope = Rotary(width, config.rope_theta)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: Cache | Spans | None) -> mx.array:
         """`[B, L, D]` -> `[B, L, D]`; `mask` is None, "causal" or boolean `[L, T]`."""
         B, L, _ = x.shape
         offset = 0 if cache is None else cache.offset  # tokens before these: RoPE's position
@@ -69,9 +71,12 @@ class Attention(nn.Module):
             values = self.v_proj(x).reshape(B, L, self.kv_heads, -1).swapaxes(1, 2)
             queries = self.rope(queries, offset=offset)  # [B, H, L, head_dim]
             keys = self.rope(keys, offset=offset)
-        if cache is not None:
-            keys, values = cache.update_and_fetch(keys, values)  # [B, kv heads, T, head_dim]
-        out = attend(queries, keys, values, self.scale, mask)
+        if isinstance(cache, Spans):  # several caches, each for some of the tokens
+            out = cache.attend(queries, keys, values, self.scale)
+        else:
+            if cache is not None:
+                keys, values = cache.update_and_fetch(keys, values)  # [B, kv heads, T, head_dim]
+            out = attend(queries, keys, values, self.scale, mask)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
 
 
@@ -125,7 +130,7 @@ class TransformerBlock(SharedWeights):
         self.post_attention_layernorm = _norm(config)
 
     def __call__(
-        self, x: mx.array, mask: Mask, cache: Cache | None, scales: tuple[float, float] | None
+        self, x: mx.array, mask: Mask, cache: Cache | Spans | None, scales: Scales | None
     ) -> mx.array:
         """`[B, L, D]` -> `[B, L, D]`; `scales` weigh what attention and MLP add to the stream."""
         attention = self.self_attn(self.input_layernorm(x), mask, cache)

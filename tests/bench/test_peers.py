@@ -15,7 +15,7 @@ from bench.engines import Loaded, Run
 from bench.pair import Pair, open_pair
 from bench.suite import Effort, Results
 from convert.__main__ import main as convert
-from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.weights.opening import load_tokenizer
 

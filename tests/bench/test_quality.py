@@ -23,7 +23,7 @@ from bench.quality_report import Row, rows, verdict
 from bench.random_model import RandomCheckpoint
 from bench.suite import Effort, escaped
 from mlx_cerebrum import load
-from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import interleave

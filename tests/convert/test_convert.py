@@ -18,7 +18,7 @@ from convert.pipeline import convert
 from convert.recipe import Sensitivity
 from convert.verify import verify
 from mlx_cerebrum import load
-from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.weights.opening import open_checkpoint

@@ -22,7 +22,7 @@ from convert.__main__ import main as convert
 from convert.gguf_export import KINDS, export, paired
 from convert.gguf_vocabulary import PROBES, tokenizer_metadata
 from mlx_cerebrum import load
-from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.decoding.stream import generate
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError, TokenizerError
 from mlx_cerebrum.plan.layer_plan import LayerPlan, resolve

@@ -27,7 +27,7 @@ from mlx_lm.utils import load_model as mlx_lm_load
 from convert.layout import SHIM, Options
 from convert.pipeline import convert
 from mlx_cerebrum import load
-from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.config import read_json
 from mlx_cerebrum.plan.layer_plan import resolve

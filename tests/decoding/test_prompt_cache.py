@@ -21,7 +21,8 @@ from tiny import tiny_config, tiny_prompt, tiny_weights
 from mlx_cerebrum import load
 from mlx_cerebrum.decoding import prompt_cache as room
 from mlx_cerebrum.decoding import prompt_cache_file
-from mlx_cerebrum.decoding.decode import generate_step, prefill_step
+from mlx_cerebrum.decoding.decode import prefill_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_cache_file import (
     check_destination,
@@ -29,7 +30,7 @@ from mlx_cerebrum.decoding.prompt_cache_file import (
     load_prompt_cache,
     save_prompt_cache,
 )
-from mlx_cerebrum.decoding.speculative import Speculation, speculation, speculative_step
+from mlx_cerebrum.decoding.speculative import Speculation, speculation
 from mlx_cerebrum.decoding.stream import stream_generate
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.files.replacing import replacing
@@ -227,8 +228,8 @@ def test_with_speculation(monkeypatch: pytest.MonkeyPatch) -> None:
     for turn in range(2):
         rest, held = cache.begin(said), len(cache.tokens)
         guesses = speculation(MODEL, [MODEL.view((0, 1, 2, 3))])
-        steps = speculative_step(
-            rest, MODEL, guesses, max_tokens=90, cache=cache.cache, history=said[:held]
+        steps = generate_step(
+            rest, MODEL, speculation=guesses, max_tokens=90, cache=cache.cache, history=said[:held]
         )
         answer = list(steps)
         cache.end([*said, *answer])

@@ -23,13 +23,14 @@ from mlx.utils import tree_map
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum import load
-from mlx_cerebrum.decoding import speculative
-from mlx_cerebrum.decoding.decode import Sampler, generate_step, greedy, prefill
+from mlx_cerebrum.decoding import decoder
+from mlx_cerebrum.decoding.decode import Sampler, greedy, prefill
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.decoding.drafters import Draft, Drafter, ModelDrafter, NGramDrafter
 from mlx_cerebrum.decoding.policy import Policy
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.sampling import make_sampler
-from mlx_cerebrum.decoding.speculative import Speculation, speculation, speculative_step, verify
+from mlx_cerebrum.decoding.speculative import Speculation, speculation, verify
 from mlx_cerebrum.decoding.stream import stream_generate
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.cache import REWIND, WindowedKVCache
@@ -174,8 +175,8 @@ def test_any_rounds_from_anywhere(data: Any) -> None:
     prompt = data.draw(st.integers(3, 60))
     cache = caches(data.draw(st.integers(2, 40)), rewind=data.draw(st.sampled_from([17, REWIND])))
     drafters = [NGramDrafter(), *model_drafters(), Oracle(TRUTH, held)]
-    said = speculative_step(
-        TRUTH[:prompt], TINY, scripted(drafters, script), max_tokens=40, cache=cache
+    said = generate_step(
+        TRUTH[:prompt], TINY, speculation=scripted(drafters, script), max_tokens=40, cache=cache
     )
     assert list(said) == TRUTH[prompt : prompt + 40]
     assert_holds(cache, TRUTH[: prompt + 40], least=prompt + 39)
@@ -185,21 +186,21 @@ def test_any_rounds_from_anywhere(data: Any) -> None:
 @pytest.mark.parametrize("name", ["ngram", "fewer", "packed", "auto"])
 def test_tiny_with_the_real_policy(name: str, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`ahead`: with a plain step in flight, as on a GPU."""
-    monkeypatch.setattr(speculative, "device", SimpleNamespace(on_gpu=lambda: ahead))
+    monkeypatch.setattr(decoder, "device", SimpleNamespace(on_gpu=lambda: ahead))
     models = {"fewer": [FEWER], "packed": [PACKED], "auto": [FEWER, PACKED]}.get(name, [])
     how = speculation(TINY, models, ngrams=name in ("ngram", "auto"))
-    said = list(speculative_step(TRUTH[:60], TINY, how, max_tokens=60))
+    said = list(generate_step(TRUTH[:60], TINY, speculation=how, max_tokens=60))
     assert said == TRUTH[60:120]
     assert sum((accepted + 1) * n for (_, _, accepted), n in how.rounds.items()) == 60
 
 
 def test_a_plain_step_in_flight_gives_way_to_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speculative, "device", SimpleNamespace(on_gpu=lambda: True))
+    monkeypatch.setattr(decoder, "device", SimpleNamespace(on_gpu=lambda: True))
     # After a plain step the policy is asked what comes next, and asked again if that is guesses.
     script = [None, None, ("fewer", 3), ("fewer", 3), None, ("same", 16), ("same", 16)]
     how = scripted(model_drafters(), forever_for(60, *script))
     cache = caches()
-    said = list(speculative_step(TRUTH[:30], TINY, how, max_tokens=70, cache=cache))
+    said = list(generate_step(TRUTH[:30], TINY, speculation=how, max_tokens=70, cache=cache))
     assert said == TRUTH[30:100]
     assert {name for name, _, _ in how.rounds} == {"plain", "fewer", "same"}
     assert_holds(cache, TRUTH[:100], least=99)
@@ -256,10 +257,10 @@ def test_trained_model_past_its_window(
         drafters = list(how.drafters.values())
         rounds = [(drafter.name, k) for k in (3, 7, 1, 16) for drafter in drafters]
         for chosen in (how, scripted(drafters, itertools.cycle(rounds))):
-            said = speculative_step(
+            said = generate_step(
                 prompt[-1:],
                 model,
-                chosen,
+                speculation=chosen,
                 cache=resumed(),
                 history=prompt[:-1],
                 max_tokens=most,
@@ -278,7 +279,7 @@ def test_max_tokens_inside_a_draft(name: str) -> None:
     for most in range(1, 14):
         cache = caches(step=16)
         how = scripted(drafters, [(name, 8)] * 20)
-        said = list(speculative_step(TRUTH[:30], TINY, how, max_tokens=most, cache=cache))
+        said = list(generate_step(TRUTH[:30], TINY, speculation=how, max_tokens=most, cache=cache))
         assert said == TRUTH[30 : 30 + most]
         # The last round drafts no more than could still be said.
         assert sum(accepted + 1 for _, _, accepted in how.rounds.elements()) == most
@@ -291,12 +292,12 @@ def test_consumer_stops_inside_a_burst(
     name: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At every place. All but the last token handed out is in the cache, and no more."""
-    monkeypatch.setattr(speculative, "device", SimpleNamespace(on_gpu=lambda: ahead))
+    monkeypatch.setattr(decoder, "device", SimpleNamespace(on_gpu=lambda: ahead))
     drafters = [*model_drafters(), Oracle(TRUTH, itertools.cycle([6, 0, 2]))]
     for taken in range(1, 13):
         cache = caches(step=16)
         how = scripted(drafters, [(name, 6)] * 20)
-        steps = speculative_step(TRUTH[:30], TINY, how, max_tokens=40, cache=cache)
+        steps = generate_step(TRUTH[:30], TINY, speculation=how, max_tokens=40, cache=cache)
         handed = [next(steps) for _ in range(taken)]
         steps.close()
         assert handed == TRUTH[30 : 30 + taken]
@@ -331,7 +332,9 @@ def test_interrupted_between_two_positions(name: str, monkeypatch: pytest.Monkey
         with monkeypatch.context() as patch:
             interrupted = interrupt_at(call, patch)
             try:
-                for token in speculative_step(TRUTH[:30], TINY, how, max_tokens=4, cache=cache):
+                for token in generate_step(
+                    TRUTH[:30], TINY, speculation=how, max_tokens=4, cache=cache
+                ):
                     handed.append(token)
             except KeyboardInterrupt:
                 pass
@@ -356,7 +359,7 @@ def test_interrupted_while_evaluating(where: str) -> None:
     cache = caches()
     handed: list[int] = []
     how = scripted(model_drafters(), [("packed", 4)] * 9)
-    steps = speculative_step(TRUTH[:30], TINY, how, sampler=sampler, cache=cache)
+    steps = generate_step(TRUTH[:30], TINY, speculation=how, sampler=sampler, cache=cache)
     with pytest.raises(KeyboardInterrupt):
         handed.extend(steps)
     assert_holds(cache, TRUTH[: 30 + len(handed)], least=29)
@@ -367,16 +370,16 @@ def test_refuses_what_cannot_be_drafted() -> None:
         with pytest.raises(RequestError, match="draft-tokens must be from 1 to 63"):
             speculation(TINY, most=most)
     with pytest.raises(RequestError, match="empty"):
-        next(speculative_step([], TINY, speculation(TINY)))
+        next(generate_step([], TINY, speculation=speculation(TINY)))
     with pytest.raises(RequestError, match="prefill-step-size"):
-        next(speculative_step([1], TINY, speculation(TINY), prefill_step_size=0))
+        next(generate_step([1], TINY, speculation=speculation(TINY), prefill_step_size=0))
 
 
 def test_the_longest_draft_can_be_undone() -> None:
     cache = caches(step=16)
     oracle = Oracle(TRUTH, itertools.cycle([0, 63, 20]))
     how = scripted([oracle, *model_drafters()], forever_for(99, ("oracle", 63), ("same", 63)))
-    said = speculative_step(TRUTH[:30], TINY, how, max_tokens=160, cache=cache)
+    said = generate_step(TRUTH[:30], TINY, speculation=how, max_tokens=160, cache=cache)
     assert list(said) == TRUTH[30:190]
     assert_holds(cache, TRUTH[:190], least=189)
 
@@ -430,12 +433,12 @@ def test_a_seed_gives_the_same_text_with_any_drafter() -> None:
     assert plain != list(generate_step(prompt, TINY, sampler=sampler(12), **options))
     for drafter in [NGramDrafter(), *model_drafters(), Oracle(prompt + plain, [5, 0, 9] * 9)]:
         how = scripted([drafter], forever_for(99, (drafter.name, 4), None, (drafter.name, 9)))
-        said = speculative_step(prompt, TINY, how, sampler=sampler(), **options)
+        said = generate_step(prompt, TINY, speculation=how, sampler=sampler(), **options)
         assert list(said) == plain, drafter.name
         if drafter.name == "same":  # it draws with the target's own random numbers
             assert all(held == drafts for _, drafts, held in how.rounds)
     how = speculation(TINY, [FEWER, PACKED])
-    assert list(speculative_step(prompt, TINY, how, sampler=sampler(), **options)) == plain
+    assert list(generate_step(prompt, TINY, speculation=how, sampler=sampler(), **options)) == plain
 
 
 class Chain:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_cerebrum import device
-from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.model import cpu
 from mlx_cerebrum.model.attention import attend
 from mlx_cerebrum.model.cache import Mask, causal_mask

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from tiny import tiny_weights, weights_sha256
 
 from mlx_cerebrum import LayerPlan, device, load, stream_generate
-from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model

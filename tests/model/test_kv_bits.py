@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum import device, load
-from mlx_cerebrum.decoding.decode import generate_step
-from mlx_cerebrum.decoding.speculative import speculation, speculative_step
+from mlx_cerebrum.decoding.decoder import generate_step
+from mlx_cerebrum.decoding.speculative import speculation
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model import attention
 from mlx_cerebrum.model.attention import attend
@@ -274,7 +274,7 @@ def test_drafting_writes_what_plain_decoding_writes(
 
     monkeypatch.setattr(guesses, "choose", always)
     cache = model.make_cache(bits)
-    drafted = list(speculative_step(prompt, model, guesses, max_tokens=16, cache=cache))
+    drafted = list(generate_step(prompt, model, speculation=guesses, max_tokens=16, cache=cache))
     assert sum(drafts for _, drafts, _ in guesses.rounds) > 0
     apart = [n for n, pair in enumerate(zip(plain, drafted, strict=True)) if pair[0] != pair[1]]
     if apart:

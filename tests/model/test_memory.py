@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bench.random_model import GEOMETRIES, RandomCheckpoint
 from mlx_cerebrum import device
-from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.model.cache import STEP, WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model

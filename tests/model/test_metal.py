@@ -5,7 +5,7 @@ import pytest
 from conftest import MakeCheckpoint
 
 from mlx_cerebrum import device, load
-from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.model.forward import swiglu
 from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.memory import available_bytes

@@ -209,7 +209,7 @@ def test_a_view_the_blocks_cannot_run(layer_map: tuple[int, ...], scales: Any) -
 def test_interrupted_between_two_positions_the_caches_agree(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from mlx_cerebrum.decoding.decode import generate_step
+    from mlx_cerebrum.decoding.decoder import generate_step
 
     model, left = build(), 0
     prompt = tiny_prompt(tiny_config(), 30, 5)
@@ -238,7 +238,7 @@ def test_interrupted_between_two_positions_the_caches_agree(
 
 @pytest.mark.usefixtures("pace")
 def test_no_step_is_run_that_nobody_reads() -> None:
-    from mlx_cerebrum.decoding.decode import generate_step
+    from mlx_cerebrum.decoding.decoder import generate_step
 
     model, cache = build(), build().make_cache()
     seen: list[tuple[int, int]] = []
@@ -265,7 +265,7 @@ def test_mlx_lm_loop_runs_on_our_cache_and_ours_on_its_caches() -> None:
     from mlx_lm.generate import generate_step as their_loop
     from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-    from mlx_cerebrum.decoding.decode import generate_step as our_loop
+    from mlx_cerebrum.decoding.decoder import generate_step as our_loop
 
     model = build()
     prompt = tokens(3 * WINDOW)[0]
@@ -287,7 +287,7 @@ def pace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("pace")
 def test_resumed_cache_is_uninterrupted() -> None:
-    from mlx_cerebrum.decoding.decode import generate_step
+    from mlx_cerebrum.decoding.decoder import generate_step
 
     model = build()
     prompt = tiny_prompt(tiny_config(), 20, 5)
@@ -302,7 +302,7 @@ def test_resumed_cache_is_uninterrupted() -> None:
 @pytest.mark.usefixtures("pace")
 def test_abandoned_generation_leaves_a_usable_cache() -> None:
     """The step in flight has already run: the cache holds the first `offset` tokens."""
-    from mlx_cerebrum.decoding.decode import generate_step
+    from mlx_cerebrum.decoding.decoder import generate_step
 
     model = build()
     prompt = tiny_prompt(tiny_config(), 20, 5)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum import load
-from mlx_cerebrum.decoding.decode import generate_step, greedy
+from mlx_cerebrum.decoding.decode import greedy
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.server.batch import Batch, BatchModel

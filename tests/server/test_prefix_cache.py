@@ -10,7 +10,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum import load
-from mlx_cerebrum.decoding.decode import generate_step
+from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.server.batch import Batch
 from mlx_cerebrum.server.jobs import Event, Job, Piece

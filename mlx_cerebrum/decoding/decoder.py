@@ -1,0 +1,484 @@
+"""The one decoder: everything that generates goes through it, one sequence or many.
+
+A **sequence** is a prompt and the answer that grows after it. A **step** takes all sequences
+forward at once: a chunk of one prompt, and for every answer a token, or a round of guesses that
+is checked. It is one pass over the blocks, whatever plans the sequences run (model/together.py).
+
+Prompts are read in a sequence's own caches. Then answers of one model whose lengths are alike
+share their caches (model/rows.py); one that is alone keeps its own.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
+
+import mlx.core as mx
+
+from mlx_cerebrum import device
+from mlx_cerebrum.decoding.decode import Sampler, check_prompt, greedy, prefill_step
+from mlx_cerebrum.decoding.policy import Average
+from mlx_cerebrum.decoding.speculative import Speculation, held_guesses, verify
+from mlx_cerebrum.model.cache import STEP, Cache, WindowedKVCache
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.rows import Rows
+from mlx_cerebrum.model.together import Part, run_together
+
+log = logging.getLogger(__name__)
+
+MOST_TOGETHER = 8  # new tokens of a row in company: what Metal's attention for few queries takes
+_GAP = 0.25  # seconds that the others' next tokens wait, at most, for a chunk of a prompt
+_FIRST_CHUNK, _LEAST_CHUNK = 64, 16  # tokens of a prompt read in company
+_REFRESH = 64  # steps with guesses after which a plain step is timed again
+
+
+@dataclass(eq=False)
+class Generation:
+    """A sequence: what one answer needs.
+
+    `caches`, one for each position, hold the first of `tokens`; `before` them they may have seen
+    others that are not known.
+    """
+
+    model: Model
+    tokens: list[int]  # the prompt, then what was chosen
+    caches: Sequence[WindowedKVCache]
+    max_tokens: int
+    sampler: Sampler = greedy
+    speculation: Speculation | None = None
+    before: int = 0
+    prompt: int = field(init=False)  # tokens of it
+    company: int = field(init=False, default=1)  # answers in its last step
+
+    def __post_init__(self) -> None:
+        self.prompt = len(self.tokens)
+
+    @property
+    def read(self) -> int:
+        """Tokens of the prompt that its caches hold."""
+        return min(int(self.caches[0].offset) - self.before, self.prompt)
+
+    @property
+    def chosen(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - self.prompt
+
+    @property
+    def left(self) -> int:
+        """Tokens of the answer that may still come."""
+        return self.max_tokens - self.chosen
+
+
+class Advance(NamedTuple):
+    """What a step did for a sequence: read on in its prompt (no tokens), or chose tokens."""
+
+    generation: Generation
+    tokens: list[int]
+
+
+class _Flight(NamedTuple):
+    """A step that has been started; what it computes may not be there yet."""
+
+    answers: list[Generation]
+    guesses: list[list[int]]  # of each answer, that are checked
+    choices: mx.array | None  # for all answers, one more than guesses each
+    reading: Generation | None  # whose caches take a chunk of its prompt
+    chunk: int  # tokens of it
+
+
+class _Group:
+    """Answers that share their caches."""
+
+    def __init__(self, members: Sequence[Generation]) -> None:
+        self.rows = Rows(members[0].caches)
+        self.members: list[Generation] = []
+        try:
+            for generation in members:
+                self.join(generation)
+        except BaseException:
+            for generation in list(self.members):
+                self.leave(generation)
+            raise
+
+    def join(self, generation: Generation) -> None:
+        self.rows.join(generation.caches)
+        self.members.append(generation)
+
+    def leave(self, generation: Generation) -> None:
+        self.rows.leave(self.members.index(generation))
+        self.members.remove(generation)
+
+
+def _alike(generations: Sequence[Generation]) -> bool:
+    """Whether these may share caches: in room for the longest, each takes twice its own at most."""
+    models = {(g.model.config.layer_map, g.model.config.residual_scales) for g in generations}
+    bits = {g.caches[0].kv_bits for g in generations}
+    room = [_entries(g) + STEP for g in generations]
+    return len(models) == len(bits) == 1 and 2 * min(room) >= max(room)
+
+
+def _entries(generation: Generation) -> int:
+    cache, seen = generation.caches[0], len(generation.tokens)
+    return seen if cache.window is None else min(seen, cache.window - 1 + cache.rewind)
+
+
+class Decoder:
+    """Takes all sequences that were added forward, step by step. Their models are views of the
+    same weights.
+
+    prefill_step_size: tokens of a prompt read at once, at most (`decode.prefill_step`); in company
+    fewer, so that the others need not wait.
+    """
+
+    def __init__(self, prefill_step_size: int | None = None) -> None:
+        self._step_size = prefill_step(prefill_step_size)
+        self._reading: list[Generation] = []  # in the order they came
+        self._answers: list[Generation] = []
+        self._groups: list[_Group] = []
+        self._loners: set[Generation] = set()  # that could not join others
+        self._flight: _Flight | None = None
+        self._oldest_next = True
+        self._changed = False  # since answers were put together last
+        self._steps = 0
+        # Seconds: of a prompt's token read in company; of a plain step by its number of answers.
+        self._per_token = Average()
+        self._plain: dict[int, Average] = {}
+        self._since_plain = 0  # steps
+
+    def add(self, generation: Generation) -> None:
+        """Take a sequence. What its caches hold of the prompt is not read again."""
+        self._reading.append(generation)
+        self._move_on()
+
+    def leave(self, generation: Generation) -> None:
+        """Take a sequence out, at any time. Its caches then hold the first of its tokens: all but
+        the last, or fewer where the prompt was not read or a step was interrupted."""
+        for some in (self._reading, self._answers):
+            if generation in some:
+                some.remove(generation)
+        self._loners.discard(generation)
+        self._leave_group(generation)
+        self._changed = True
+        # Interrupted, positions may have come unequally far. What comes after the last token
+        # handed out may be a drafter's.
+        caches = generation.caches
+        sure = generation.before + len(generation.tokens) - 1
+        least = min([sure, *(c.offset for c in caches)])
+        for c in caches:
+            if c.offset > least:
+                c.trim(c.offset - least)
+
+    def step(self) -> list[Advance]:
+        """Take every sequence a step forward. Says what it did, first what it read."""
+        started = time.perf_counter()
+        if self._flight is None and (advance := self._round_alone(started)):
+            return [advance]
+        flight, self._flight = self._flight or self._launch(), None
+        if flight is None:
+            return []
+        # On a GPU the next step is started before this one is read, so that the host's work hides
+        # behind the device's. The CPU's queue is short: there it would delay this step's tokens.
+        if device.on_gpu():
+            self._flight = self._launch_after(flight)
+        return self._land(flight, started)
+
+    # ---- Starting a step
+
+    def _launch(self) -> _Flight | None:
+        self._put_together()
+        answers = [g for g in self._in_order() if g.left > 0]
+        reading, chunk = self._next_chunk(len(answers))
+        if not answers and reading is None:
+            return None
+        return self._run(answers, self._guesses(answers), reading, chunk)
+
+    def _launch_after(self, flight: _Flight) -> _Flight | None:
+        """The step after one whose choices are not known yet; None where it may not be plain."""
+        answers = flight.answers
+        if self._changed or self._reading or flight.reading is not None or any(flight.guesses):
+            return None
+        if answers != self._in_order() or min(g.left for g in answers) < 2:
+            return None
+        if self._guess_alone(answers) is not None or any(self._guesses(answers)):
+            return None
+        return self._run(answers, flight.guesses, None, [], flight.choices)
+
+    def _run(
+        self,
+        answers: list[Generation],
+        guesses: list[list[int]],
+        reading: Generation | None,
+        chunk: list[int],
+        ahead: mx.array | None = None,
+    ) -> _Flight:
+        """Start a pass of a token for each answer, its guesses, and a chunk of a prompt.
+
+        `ahead` are the answers' last tokens where the host does not know them yet.
+        """
+        inputs = {g: [g.tokens[-1], *more] for g, more in zip(answers, guesses, strict=True)}
+        parts, rows_run, real, start = [], [], [], 0
+        for members, rows in self._sets():
+            new = [inputs.get(g, []) for g in members]
+            most = max(map(len, new))
+            if not most:
+                continue
+            if ahead is None:
+                tokens = mx.array([more + [0] * (most - len(more)) for more in new])
+            else:
+                tokens = ahead[start : start + len(members), None]
+            if rows is not None:
+                rows.begin([len(more) for more in new])
+                rows_run.append(rows)
+            caches = members[0].caches if rows is None else rows.caches
+            parts.append(Part(members[0].model, tokens, caches))
+            real.append([i * most + j for i, more in enumerate(new) for j in range(len(more))])
+            start += len(members)
+        if reading is not None:
+            parts.append(Part(reading.model, mx.array([chunk]), reading.caches))
+        hidden = run_together(parts)
+        for rows in rows_run:
+            rows.commit()
+        choices = None
+        if answers:
+            states = []
+            for h, indices in zip(hidden, real, strict=False):  # without the chunk's
+                flat = h.reshape(1, -1, h.shape[-1])
+                whole = len(indices) == flat.shape[1]
+                states.append(flat if whole else flat[:, mx.array(indices)])
+            logits = answers[0].model.logits(
+                states[0] if len(states) == 1 else mx.concatenate(states, 1)
+            )
+            choices = _choices(logits[0], answers, guesses, ahead)
+            mx.async_eval(choices)
+        return _Flight(answers, guesses, choices, reading, len(chunk))
+
+    def _sets(self) -> list[tuple[list[Generation], Rows | None]]:
+        """All answers, by the caches they share; those that share none come last."""
+        grouped = {g for group in self._groups for g in group.members}
+        alone: list[tuple[list[Generation], Rows | None]]
+        alone = [([g], None) for g in self._answers if g not in grouped]
+        return [*((group.members, group.rows) for group in self._groups), *alone]
+
+    def _in_order(self) -> list[Generation]:
+        return [g for members, _ in self._sets() for g in members]
+
+    def _next_chunk(self, company: int) -> tuple[Generation | None, list[int]]:
+        """What to read next of a prompt: by turns the oldest, and the one with the least left."""
+        if not self._reading:
+            return None, []
+        self._oldest_next = not self._oldest_next or len(self._reading) == 1
+        oldest = self._reading[0]
+        shortest = min(self._reading, key=lambda g: g.prompt - g.read)
+        generation = oldest if self._oldest_next else shortest
+        length = self._step_size
+        if company:
+            spare = _GAP - self._plain.get(company, Average()).value
+            seen = bool(self._per_token.last)
+            fitting = int(spare / self._per_token.value) if seen else _FIRST_CHUNK
+            length = min(length, max(fitting, _LEAST_CHUNK))
+        start = generation.read
+        return generation, generation.tokens[start : min(start + length, generation.prompt - 1)]
+
+    def _guesses(self, answers: list[Generation]) -> list[list[int]]:
+        """What is guessed for each answer in company; nothing for one that is alone."""
+        self._settle(answers)
+        alone = len(answers) == 1 and not self._reading
+        if alone or self._since_plain >= _REFRESH:
+            return [[] for _ in answers]
+        return [
+            []
+            if g.speculation is None
+            else g.speculation.guess(g.tokens, min(g.left, MOST_TOGETHER) - 1)
+            for g in answers
+        ]
+
+    def _settle(self, answers: list[Generation]) -> None:
+        """What guesses cost depends on how many answers there are."""
+        for g in answers:
+            if g.speculation is not None and g.company != len(answers):
+                g.speculation.policy.new_costs()
+                g.company = len(answers)
+
+    # ---- Finishing a step
+
+    def _land(self, flight: _Flight, started: float) -> list[Advance]:
+        advances, reading = [], flight.reading
+        if reading is not None:
+            mx.eval([c.state for c in reading.caches])
+            advances.append(Advance(reading, []))
+        if flight.choices is not None:
+            advances += self._accept(flight, cast(list[int], flight.choices.tolist()))
+        self._time(flight, advances, time.perf_counter() - started)
+        self._steps += 1
+        if reading is not None or self._steps % 256 == 0:
+            mx.clear_cache()
+        self._move_on()
+        return advances
+
+    def _accept(self, flight: _Flight, choices: list[int]) -> list[Advance]:
+        """Keep the guesses that were chosen too, and the choice after them; take back the rest."""
+        advances, back = [], {}
+        for g, guessed in zip(flight.answers, flight.guesses, strict=True):
+            own, choices = choices[: len(guessed) + 1], choices[len(guessed) + 1 :]
+            held = held_guesses(guessed, own)
+            back[g] = len(guessed) - held
+            if g in self._answers:  # it may have left since the step was started
+                g.tokens += own[: held + 1]
+                advances.append(Advance(g, own[: held + 1]))
+        for members, rows in self._sets() if any(back.values()) else ():
+            if rows is not None:
+                rows.take_back([back.get(g, 0) for g in members])
+            elif count := back.get(members[0]):
+                for c in members[0].caches:
+                    c.trim(count)
+        return advances
+
+    def _guess_alone(self, answers: list[Generation]) -> tuple[str, str, int] | None:
+        """The next round of an answer that is alone, by any drafter; None for a plain step."""
+        if len(answers) != 1 or self._reading:
+            return None
+        (g,) = answers
+        self._settle(answers)
+        return g.speculation.choose(g.tokens, g.left - 1) if g.speculation else None
+
+    def _round_alone(self, started: float) -> Advance | None:
+        if (choice := self._guess_alone(self._answers)) is None:
+            return None
+        (g,), (name, kind, drafts) = self._answers, choice
+        how = cast(Speculation, g.speculation)
+        draft = how.drafters[name].draft(g.tokens, drafts, g.caches, g.sampler, g.chosen)
+        new = verify(g.model, g.tokens[-1], draft, g.caches, g.sampler, g.chosen)
+        how.counted(name, kind, drafts, len(new) - 1, time.perf_counter() - started)
+        g.tokens += new
+        return Advance(g, new)
+
+    def _time(self, flight: _Flight, advances: list[Advance], seconds: float) -> None:
+        """Learn from how long a step took."""
+        answers, company = flight.answers, len(flight.answers)
+        plain = self._plain.setdefault(company, Average())
+        if flight.reading is not None:
+            if company:
+                self._per_token.add(max(seconds - plain.value, 1e-6) / flight.chunk)
+            return
+        guessed = sum(map(len, flight.guesses))
+        if not guessed:
+            plain.add(seconds)
+        self._since_plain = self._since_plain + 1 if guessed else 0
+        # A row's share of a plain step is its unit of cost in company.
+        extra = company * (seconds / plain.value - 1) / guessed if guessed and plain.value else 0.0
+        for advance in advances:
+            g, guesses = advance.generation, flight.guesses[answers.index(advance.generation)]
+            if g.speculation is None:
+                continue
+            if guesses:
+                g.speculation.guessed(len(advance.tokens) - 1, 1.0 + extra * len(guesses))
+            else:
+                g.speculation.plain(seconds if company == 1 else 1.0)
+
+    # ---- Who shares caches
+
+    def _move_on(self) -> None:
+        """Sequences whose prompt has been read, but for the last token, begin to answer."""
+        for g in [g for g in self._reading if g.read >= g.prompt - 1]:
+            self._reading.remove(g)
+            self._answers.append(g)
+            self._changed = True
+
+    def _put_together(self) -> None:
+        """Let answers whose lengths have become alike share their caches."""
+        if not self._changed and self._steps % STEP:
+            return
+        self._changed = False
+        for g in list(self._answers):
+            if g in self._loners or self._grouped(g):
+                continue
+            try:
+                self._share(g)
+            except Exception:  # no memory: alone it goes on as well
+                log.exception("an answer could not share its caches")
+                self._loners.add(g)
+                mx.clear_cache()
+
+    def _share(self, g: Generation) -> None:
+        for group in self._groups:
+            if _alike([*group.members, g]):
+                group.join(g)
+                return
+        for members, rows in self._sets():
+            if rows is None and members[0] is not g and _alike([members[0], g]):
+                self._groups.append(_Group([members[0], g]))
+                return
+
+    def _grouped(self, g: Generation) -> bool:
+        return any(g in group.members for group in self._groups)
+
+    def _leave_group(self, generation: Generation) -> None:
+        for group in [group for group in self._groups if generation in group.members]:
+            group.leave(generation)
+            if len(group.members) == 1:  # its own caches are the faster way for one
+                group.leave(group.members[0])
+            if not group.members:
+                self._groups.remove(group)
+
+
+def _choices(
+    logits: mx.array,
+    answers: Sequence[Generation],
+    guesses: Sequence[list[int]],
+    ahead: mx.array | None,
+) -> mx.array:
+    """The token that follows each of the step's tokens: logits `[N, V]` -> `[N]`."""
+    if all(g.sampler is greedy for g in answers):
+        return greedy(logits)
+    found, start = [], 0
+    for g, guessed in zip(answers, guesses, strict=True):
+        own = logits[start : start + 1 + len(guessed)]
+        found.append(g.sampler(own, g.chosen + (ahead is not None)))
+        start += 1 + len(guessed)
+    return mx.concatenate(found)
+
+
+def generate_step(
+    prompt: Sequence[int],
+    model: Model,
+    *,
+    max_tokens: int = 256,
+    sampler: Sampler = greedy,
+    cache: Sequence[Cache] | None = None,
+    prefill_step_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    speculation: Speculation | None = None,
+    history: Sequence[int] = (),
+) -> Generator[int, None, None]:
+    """Yield up to `max_tokens` tokens that continue `prompt`; the caller decides when to stop.
+
+    `cache` resumes a conversation: `prompt` is then what comes after the tokens it holds, which
+    `history` repeats where guesses are to look there too. However it ends, the cache holds the
+    first `offset` of all tokens read and yielded.
+
+    Raises RequestError for an empty `prompt`, a prefill step below 1, or a speculation made for
+    another model or request.
+    """
+    decoder = Decoder(prefill_step_size)
+    check_prompt(prompt)
+    if speculation is not None:
+        speculation.check_unused(model)
+    cache = model.make_cache() if cache is None else cache
+    tokens, before = [*history, *prompt], int(cache[0].offset) - len(history)
+    # mlx-lm's will do as well: a sequence alone asks no more of them than attention does.
+    caches = cast(Sequence[WindowedKVCache], cache)
+    generation = Generation(model, tokens, caches, max_tokens, sampler, speculation, before)
+    begun, yielded = generation.read, 0
+    try:
+        decoder.add(generation)
+        while generation.left > 0:
+            for _, new in decoder.step():
+                if not new and progress is not None:
+                    progress(generation.read - begun, len(prompt) - 1)
+                for token in new:
+                    yielded += 1
+                    yield token
+    finally:
+        del tokens[generation.prompt + yielded :]
+        decoder.leave(generation)
