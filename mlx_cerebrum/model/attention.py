@@ -57,6 +57,10 @@ def _attend_packed(
     return out.reshape(B, H, L, D).astype(queries.dtype)
 
 
+# What weighs a block's attention and MLP: numbers, or one `[N, 1, 1]` each for the tokens.
+Scales = tuple[float, float] | tuple[mx.array, mx.array]
+
+
 class Span(NamedTuple):
     """Consecutive tokens of a step that attend over one cache: those of `rows` sequences."""
 

@@ -21,13 +21,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_cerebrum import device
-from mlx_cerebrum.model.attention import Spans, attend
+from mlx_cerebrum.model.attention import Scales, Spans, attend
 from mlx_cerebrum.model.cache import Cache, Mask, WindowedKVCache, attention_mask
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.cpu import Embedding, Linear, Rotary
 from mlx_cerebrum.model.entries import check_kv_bits
-
-Scales = tuple[float, float] | tuple[mx.array, mx.array]  # of attention and MLP; [N, 1, 1] a token
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:

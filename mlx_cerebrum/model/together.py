@@ -11,9 +11,9 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_cerebrum.model.attention import Span, Spans
+from mlx_cerebrum.model.attention import Scales, Span, Spans
 from mlx_cerebrum.model.cache import Cache
-from mlx_cerebrum.model.forward import Model, Scales
+from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.schedule import schedule
 
 
