@@ -231,7 +231,7 @@ def test_prompt_from_standard_input(
         (["--prompt", "x", "--revision", "main"], "--revision"),
         (["--prompt", "x", "--q-group-size", "32"], "--q-bits"),
         (["--prompt", "x", "--temp", "1", "--seed", "-1"], "seed"),
-        (["--prompt", "x", "--temp", "1e-60"], "temp"),
+        (["--prompt", "x", "--temp", "-1"], "temp must be"),
         (["--prompt", "x", "--model", ""], "empty"),
         (["--prompt", "x", "--model", "~nosuchuser/x"], "does not exist"),
         ([], "--prompt"),
