@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from time import perf_counter
 
 from mlx_cerebrum.decoding.decode import prefill_step
+from mlx_cerebrum.decoding.decoder import Decoder
 from mlx_cerebrum.decoding.draft_models import stored_order
 from mlx_cerebrum.decoding.prompt_cache import REWORD, PromptCache
 from mlx_cerebrum.decoding.sampling import GREEDY, Sampling
@@ -30,13 +30,11 @@ class Answer:
     prompt: list[int] = field(default_factory=list)
     greedy: bool = False
     last: Response | None = None  # with the figures so far
-    seconds: float = 0.0  # spent on this answer's tokens after the first
 
     @property
     def pace(self) -> float:
         """Tokens a second after the first."""
-        count = self.last.generation_tokens - 1 if self.last else 0
-        return count / self.seconds if count > 0 and self.seconds > 0 else 0.0
+        return self.last.generation_tps if self.last else 0.0
 
     @property
     def tokens(self) -> int:
@@ -75,14 +73,11 @@ class AnswerStream(Iterator[str]):
         if self.stopped():
             self.close()
             raise StopIteration
-        started = perf_counter()
         try:
             response = self._first() if self._responses is None else next(self._responses)
         except _StoppedError:
             self.close()
             raise StopIteration from None
-        if self.answer.last is not None:
-            self.answer.seconds += perf_counter() - started
         self.answer.last = response
         self.answer.text += response.text
         if response.finish_reason is not None:
@@ -276,10 +271,16 @@ class Session:
         if before == len(self.exchanges):
             self.unanswered = question  # /retry and /edit find it, whatever comes
         ids = self.prompt(question, before)
-        return [self._answer(name, ids, temp, names) for name in names]
+        decoder = Decoder(self.options.prefill_step_size)
+        return [self._answer(name, ids, temp, names, decoder) for name in names]
 
     def _answer(
-        self, name: str, ids: list[int], temp: float | None, names: Sequence[str]
+        self,
+        name: str,
+        ids: list[int],
+        temp: float | None,
+        names: Sequence[str],
+        decoder: Decoder,
     ) -> AnswerStream:
         model, options = self.models[name], self.options
         positions = model.config.max_position_embeddings
@@ -308,6 +309,7 @@ class Session:
                 prompt_cache=self.cache(name),
                 prefill_step_size=options.prefill_step_size,
                 progress=progress,
+                decoder=decoder,
             )
 
         def make_room() -> bool:

@@ -10,6 +10,7 @@ share their caches (model/rows.py); one that is alone keeps its own.
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
@@ -50,6 +51,8 @@ class Generation:
     before: int = 0
     prompt: int = field(init=False)  # tokens of it
     company: int = field(init=False, default=1)  # answers in its last step
+    # What `Decoder.run` has yet to hand out, with the time it was there.
+    ready: deque[tuple[int, float]] = field(init=False, default_factory=deque)
 
     def __post_init__(self) -> None:
         self.prompt = len(self.tokens)
@@ -166,8 +169,11 @@ class Decoder:
         sure = generation.before + len(generation.tokens) - 1
         least = min([sure, *(c.offset for c in caches)])
         for c in caches:
-            if c.offset > least:
-                c.trim(c.offset - least)
+            if (more := c.offset - least) > 0:
+                if isinstance(c, WindowedKVCache) and more > c.rewindable():
+                    c.rewind_to(c.reachable(least))
+                else:
+                    c.trim(more)
 
     def step(self) -> list[Advance]:
         """Take every sequence a step forward. Says what it did, first what it read."""
@@ -182,6 +188,30 @@ class Decoder:
         if device.on_gpu():
             self._flight = self._launch_after(flight)
         return self._land(flight, started)
+
+    def run(
+        self, generation: Generation, progress: Callable[[int, int], None] | None = None
+    ) -> Generator[tuple[int, float], None, None]:
+        """Add a sequence, and yield its tokens, each with the time it was there (perf_counter's).
+
+        Several may run at once: whichever is asked for its next token takes all of them forward,
+        and the others find theirs when they are asked. However it ends, the sequence has left.
+        """
+        begun, yielded = generation.read, 0
+        try:
+            self.add(generation)
+            while generation.left > 0 or generation.ready:
+                while not generation.ready:
+                    for other, new in self.step():
+                        now = time.perf_counter()
+                        other.ready.extend((token, now) for token in new)
+                        if other is generation and not new and progress is not None:
+                            progress(generation.read - begun, generation.prompt - 1 - begun)
+                yielded += 1
+                yield generation.ready.popleft()
+        finally:
+            del generation.tokens[generation.prompt + yielded :]
+            self.leave(generation)
 
     # ---- Starting a step
 
@@ -455,7 +485,8 @@ def generate_step(
 
     `cache` resumes a conversation: `prompt` is then what comes after the tokens it holds, which
     `history` repeats where guesses are to look there too. However it ends, the cache holds the
-    first `offset` of all tokens read and yielded.
+    first `offset` of all tokens read and yielded. `progress` is told how many of the prompt's
+    tokens have been read, all but the last, and how many there are.
 
     Raises RequestError for an empty `prompt`, a prefill step below 1, or a speculation made for
     another model or request.
@@ -465,20 +496,9 @@ def generate_step(
     if speculation is not None:
         speculation.check_unused(model)
     cache = model.make_cache() if cache is None else cache
-    tokens, before = [*history, *prompt], int(cache[0].offset) - len(history)
     # mlx-lm's will do as well: a sequence alone asks no more of them than attention does.
     caches = cast(Sequence[WindowedKVCache], cache)
+    tokens, before = [*history, *prompt], int(cache[0].offset) - len(history)
     generation = Generation(model, tokens, caches, max_tokens, sampler, speculation, before)
-    begun, yielded = generation.read, 0
-    try:
-        decoder.add(generation)
-        while generation.left > 0:
-            for _, new in decoder.step():
-                if not new and progress is not None:
-                    progress(generation.read - begun, len(prompt) - 1)
-                for token in new:
-                    yielded += 1
-                    yield token
-    finally:
-        del tokens[generation.prompt + yielded :]
-        decoder.leave(generation)
+    for token, _ in decoder.run(generation, progress):
+        yield token

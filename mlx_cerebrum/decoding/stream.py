@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_cerebrum.decoding.decode import Sampler, check_prompt, greedy, prefill_step
-from mlx_cerebrum.decoding.decoder import generate_step
+from mlx_cerebrum.decoding.decoder import Decoder, Generation
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.speculative import Speculation
 from mlx_cerebrum.decoding.text import AnswerText
@@ -63,13 +63,15 @@ def stream_generate(
     prompt_cache: PromptCache | None = None,
     prefill_step_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    decoder: Decoder | None = None,
 ) -> Generator[Response, None, None]:
     """Yield a Response per token until an EOS id, a `stop` string, or `max_tokens`.
 
     A `str` prompt is encoded as plain text (with BOS where the tokenizer wants one); for a
     conversation pass `tokenizer.apply_chat_template(messages)`. Neither EOS nor the stop string
     is in the text. With a `prompt_cache`, only what it does not hold of the prompt is computed;
-    it then holds prompt and answer. Raises RequestError for an empty or overlong request,
+    it then holds prompt and answer. Streams of several models over the same weights that are given
+    one `decoder` take their steps together. Raises RequestError for an empty or overlong request,
     MemoryBudgetError when its caches and a forward pass can't fit.
     """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -86,26 +88,18 @@ def stream_generate(
         f"the cache for {len(ids)} + {max_tokens} tokens, with what computing them takes,",
         "use a smaller window, fewer tokens or a smaller prefill step",
     )
+    if speculation is not None:
+        speculation.check_unused(model)
     answer = AnswerText(tokenizer, max_tokens, stop)
     rest = prompt_cache.begin(ids)
     started = time.perf_counter()
     first = started
-    steps = generate_step(
-        rest,
-        model,
-        max_tokens=max_tokens,
-        sampler=sampler,
-        cache=prompt_cache.cache,
-        prefill_step_size=chunk,
-        progress=progress,
-        speculation=speculation,
-        history=ids[: len(ids) - len(rest)],
-    )
+    generation = Generation(model, list(ids), prompt_cache.cache, max_tokens, sampler, speculation)
+    steps = (Decoder(chunk) if decoder is None else decoder).run(generation, progress)
     tokens: list[int] = []
     with limits():  # a caller's own stay as they are
         try:
-            for count, token in enumerate(steps, start=1):
-                now = time.perf_counter()
+            for count, (token, now) in enumerate(steps, start=1):
                 if count == 1:
                     first = now
                 tokens.append(token)
