@@ -1,6 +1,7 @@
 """Tiny checkpoints, made where a test wants them."""
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -34,6 +35,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if sys.platform == "linux":
     with contextlib.suppress(OSError):  # some sandboxes refuse it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def pytest_collection_finish() -> None:
+    """What is held to the end of the run, thousands of tests, is not garbage to look for."""
+    gc.freeze()
 
 
 def parameters(model: Model) -> dict[str, mx.array]:
