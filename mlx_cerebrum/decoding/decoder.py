@@ -19,7 +19,9 @@ import mlx.core as mx
 
 from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import Sampler, check_prompt, greedy, prefill_step
+from mlx_cerebrum.decoding.logprobs import ROWS, Logprobs, TokenLogprob
 from mlx_cerebrum.decoding.policy import Average
+from mlx_cerebrum.decoding.sampling import Adjust
 from mlx_cerebrum.decoding.speculative import Speculation, held_guesses, verify
 from mlx_cerebrum.model.cache import STEP, Cache, WindowedKVCache
 from mlx_cerebrum.model.forward import Model
@@ -49,6 +51,10 @@ class Generation:
     sampler: Sampler = greedy
     speculation: Speculation | None = None
     before: int = 0
+    adjust: Adjust | None = None
+    top_logprobs: int | None = None  # alternatives to each token of the answer; None: no report
+    scored: int | None = None  # the same for the prompt's tokens, from the second that is read on
+    prompt_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
     prompt: int = field(init=False)  # tokens of it
     company: int = field(init=False, default=1)  # answers in its last step
     # What `Decoder.run` has yet to hand out, with the time it was there.
@@ -72,12 +78,22 @@ class Generation:
         """Tokens of the answer that may still come."""
         return self.max_tokens - self.chosen
 
+    def choose(self, logits: mx.array, inputs: mx.array, ahead: bool = False) -> mx.array:
+        """The tokens `[L]` that follow `inputs` `[L]`, given logits `[L, V]`. `ahead`: `inputs`
+        come after all of `tokens`, else the first is the last of them."""
+        number = self.chosen + ahead
+        if self.adjust is not None:
+            seen = self.tokens if ahead else self.tokens[:-1]
+            logits = self.adjust(logits, seen, inputs, number)
+        return self.sampler(logits, number)
+
 
 class Advance(NamedTuple):
     """What a step did for a sequence: read on in its prompt (no tokens), or chose tokens."""
 
     generation: Generation
     tokens: list[int]
+    logprobs: Sequence[TokenLogprob] = ()  # of the tokens, where asked for
 
 
 class _Flight(NamedTuple):
@@ -88,6 +104,8 @@ class _Flight(NamedTuple):
     choices: mx.array | None  # for all answers, one more than guesses each
     reading: Generation | None  # whose caches take a chunk of its prompt
     chunk: int  # tokens of it
+    logprobs: dict[Generation, Logprobs]
+    scores: list[Logprobs]  # of the chunk
 
 
 class _Group:
@@ -126,6 +144,20 @@ def _entries(generation: Generation) -> int:
     return seen if cache.window is None else min(seen, cache.window - 1 + cache.rewind)
 
 
+def _go_back(generation: Generation) -> None:
+    """Let a sequence's own caches hold the same tokens, all but its last at most: interrupted,
+    they may have come unequally far, and entries of guesses or of a drafter may be there."""
+    caches = generation.caches
+    sure = generation.before + len(generation.tokens) - 1
+    least = min([sure, *(c.offset for c in caches)])
+    for c in caches:
+        if (more := c.offset - least) > 0:
+            if isinstance(c, WindowedKVCache) and more > c.rewindable():
+                c.rewind_to(c.reachable(least))
+            else:
+                c.trim(more)
+
+
 class Decoder:
     """Takes all sequences that were added forward, step by step. Their models are views of the
     same weights.
@@ -141,6 +173,7 @@ class Decoder:
         self._groups: list[_Group] = []
         self._loners: set[Generation] = set()  # that could not join others
         self._flight: _Flight | None = None
+        self._chosen_to_read: Generation | None = None  # in the step under way
         self._oldest_next = True
         self._changed = False  # since answers were put together last
         self._steps = 0
@@ -163,17 +196,7 @@ class Decoder:
         self._loners.discard(generation)
         self._leave_group(generation)
         self._changed = True
-        # Interrupted, positions may have come unequally far. What comes after the last token
-        # handed out may be a drafter's.
-        caches = generation.caches
-        sure = generation.before + len(generation.tokens) - 1
-        least = min([sure, *(c.offset for c in caches)])
-        for c in caches:
-            if (more := c.offset - least) > 0:
-                if isinstance(c, WindowedKVCache) and more > c.rewindable():
-                    c.rewind_to(c.reachable(least))
-                else:
-                    c.trim(more)
+        _go_back(generation)
 
     def step(self) -> list[Advance]:
         """Take every sequence a step forward. Says what it did, first what it read."""
@@ -202,7 +225,7 @@ class Decoder:
             self.add(generation)
             while generation.left > 0 or generation.ready:
                 while not generation.ready:
-                    for other, new in self.step():
+                    for other, new, _ in self.step():
                         now = time.perf_counter()
                         other.ready.extend((token, now) for token in new)
                         if other is generation and not new and progress is not None:
@@ -212,6 +235,23 @@ class Decoder:
         finally:
             del generation.tokens[generation.prompt + yielded :]
             self.leave(generation)
+
+    def recover(self) -> Generation | None:
+        """After a step that raised: every sequence is as if it had not been begun, and the next
+        step may be tried. Where a prompt was being read, that sequence has left, and is returned:
+        a chunk takes most memory.
+        """
+        self._flight = None
+        reading, self._chosen_to_read = self._chosen_to_read, None
+        for group in self._groups:
+            held = zip(group.rows.offsets, group.members, strict=True)
+            group.rows.take_back([int(at) - g.before - len(g.tokens) + 1 for at, g in held])
+        for g in [*self._answers, *self._reading]:
+            if not self._grouped(g):
+                _go_back(g)
+        if reading is not None:
+            self.leave(reading)
+        return reading
 
     # ---- Starting a step
 
@@ -246,42 +286,47 @@ class Decoder:
 
         `ahead` are the answers' last tokens where the host does not know them yet.
         """
-        inputs = {g: [g.tokens[-1], *more] for g, more in zip(answers, guesses, strict=True)}
+        new = {g: [g.tokens[-1], *more] for g, more in zip(answers, guesses, strict=True)}
         parts, rows_run, real, start = [], [], [], 0
         for members, rows in self._sets():
-            new = [inputs.get(g, []) for g in members]
-            most = max(map(len, new))
+            own = [new.get(g, []) for g in members]
+            most = max(map(len, own))
             if not most:
                 continue
             if ahead is None:
-                tokens = mx.array([more + [0] * (most - len(more)) for more in new])
+                tokens = mx.array([more + [0] * (most - len(more)) for more in own])
             else:
                 tokens = ahead[start : start + len(members), None]
             if rows is not None:
-                rows.begin([len(more) for more in new])
+                rows.begin([len(more) for more in own])
                 rows_run.append(rows)
             caches = members[0].caches if rows is None else rows.caches
             parts.append(Part(members[0].model, tokens, caches))
-            real.append([i * most + j for i, more in enumerate(new) for j in range(len(more))])
+            real.append([i * most + j for i, more in enumerate(own) for j in range(len(more))])
             start += len(members)
         if reading is not None:
             parts.append(Part(reading.model, mx.array([chunk]), reading.caches))
         hidden = run_together(parts)
         for rows in rows_run:
             rows.commit()
-        choices = None
+        choices: mx.array | None = None
+        logprobs: dict[Generation, Logprobs] = {}
         if answers:
             states = []
             for h, indices in zip(hidden, real, strict=False):  # without the chunk's
                 flat = h.reshape(1, -1, h.shape[-1])
                 whole = len(indices) == flat.shape[1]
                 states.append(flat if whole else flat[:, mx.array(indices)])
-            logits = answers[0].model.logits(
-                states[0] if len(states) == 1 else mx.concatenate(states, 1)
-            )
-            choices = _choices(logits[0], answers, guesses, ahead)
-            mx.async_eval(choices)
-        return _Flight(answers, guesses, choices, reading, len(chunk))
+            h = states[0] if len(states) == 1 else mx.concatenate(states, axis=1)
+            logits = answers[0].model.logits(h)[0]
+            if ahead is None:
+                inputs = mx.array([token for g in answers for token in new[g]])
+            else:
+                inputs = ahead
+            choices, logprobs = _choose(logits, answers, guesses, inputs, ahead is not None)
+            mx.async_eval(choices, *(found.arrays for found in logprobs.values()))
+        scores = [] if reading is None else _scores(reading, hidden[-1], len(chunk))
+        return _Flight(answers, guesses, choices, reading, len(chunk), logprobs, scores)
 
     def _sets(self) -> list[tuple[list[Generation], Rows | None]]:
         """All answers, by the caches they share; those that share none come last."""
@@ -295,6 +340,7 @@ class Decoder:
 
     def _next_chunk(self, company: int) -> tuple[Generation | None, list[int]]:
         """What to read next of a prompt: by turns the oldest, and the one with the least left."""
+        self._chosen_to_read = None
         if not self._reading:
             return None, []
         self._oldest_next = not self._oldest_next or len(self._reading) == 1
@@ -307,13 +353,13 @@ class Decoder:
             seen = bool(self._per_token.last)
             fitting = int(spare / self._per_token.value) if seen else _FIRST_CHUNK
             length = min(length, max(fitting, _LEAST_CHUNK))
-        start = generation.read
+        start, self._chosen_to_read = generation.read, generation
         return generation, generation.tokens[start : min(start + length, generation.prompt - 1)]
 
     def _guesses(self, answers: list[Generation]) -> list[list[int]]:
         """What is guessed for each answer in company; nothing for one that is alone."""
         self._settle(answers)
-        alone = len(answers) == 1 and not self._reading
+        alone = len(answers) == 1 and not self._reading and answers[0].top_logprobs is None
         if alone or self._since_plain >= _REFRESH:
             return [[] for _ in answers]
         return [
@@ -335,7 +381,9 @@ class Decoder:
     def _land(self, flight: _Flight, started: float) -> list[Advance]:
         advances, reading = [], flight.reading
         if reading is not None:
-            mx.eval([c.state for c in reading.caches])
+            mx.eval([c.state for c in reading.caches], [found.arrays for found in flight.scores])
+            for found in flight.scores:
+                reading.prompt_logprobs += found.read()
             advances.append(Advance(reading, []))
         if flight.choices is not None:
             advances += self._accept(flight, cast(list[int], flight.choices.tolist()))
@@ -355,7 +403,9 @@ class Decoder:
             back[g] = len(guessed) - held
             if g in self._answers:  # it may have left since the step was started
                 g.tokens += own[: held + 1]
-                advances.append(Advance(g, own[: held + 1]))
+                found = flight.logprobs.get(g)
+                logprobs = found.read()[: held + 1] if found else ()
+                advances.append(Advance(g, own[: held + 1], logprobs))
         for members, rows in self._sets() if any(back.values()) else ():
             if rows is not None:
                 rows.take_back([back.get(g, 0) for g in members])
@@ -366,7 +416,7 @@ class Decoder:
 
     def _guess_alone(self, answers: list[Generation]) -> tuple[str, str, int] | None:
         """The next round of an answer that is alone, by any drafter; None for a plain step."""
-        if len(answers) != 1 or self._reading:
+        if len(answers) != 1 or self._reading or answers[0].top_logprobs is not None:
             return None
         (g,) = answers
         self._settle(answers)
@@ -378,7 +428,7 @@ class Decoder:
         (g,), (name, kind, drafts) = self._answers, choice
         how = cast(Speculation, g.speculation)
         draft = how.drafters[name].draft(g.tokens, drafts, g.caches, g.sampler, g.chosen)
-        new = verify(g.model, g.tokens[-1], draft, g.caches, g.sampler, g.chosen)
+        new = verify(g.model, g.tokens[-1], draft, g.caches, g.choose)
         how.counted(name, kind, drafts, len(new) - 1, time.perf_counter() - started)
         g.tokens += new
         return Advance(g, new)
@@ -452,21 +502,37 @@ class Decoder:
                 self._groups.remove(group)
 
 
-def _choices(
+def _choose(
     logits: mx.array,
     answers: Sequence[Generation],
     guesses: Sequence[list[int]],
-    ahead: mx.array | None,
-) -> mx.array:
-    """The token that follows each of the step's tokens: logits `[N, V]` -> `[N]`."""
-    if all(g.sampler is greedy for g in answers):
-        return greedy(logits)
-    found, start = [], 0
+    inputs: mx.array,
+    ahead: bool,
+) -> tuple[mx.array, dict[Generation, Logprobs]]:
+    """The token that follows each of the step's `inputs` `[N]`, given their logits `[N, V]`."""
+    if all(g.sampler is greedy and g.adjust is None and g.top_logprobs is None for g in answers):
+        return greedy(logits), {}
+    found, logprobs, start = [], {}, 0
     for g, guessed in zip(answers, guesses, strict=True):
-        own = logits[start : start + 1 + len(guessed)]
-        found.append(g.sampler(own, g.chosen + (ahead is not None)))
-        start += 1 + len(guessed)
-    return mx.concatenate(found)
+        own = slice(start, start := start + 1 + len(guessed))
+        found.append(g.choose(logits[own], inputs[own], ahead))
+        if g.top_logprobs is not None:
+            logprobs[g] = Logprobs(logits[own], found[-1], g.top_logprobs)
+    return mx.concatenate(found), logprobs
+
+
+def _scores(generation: Generation, h: mx.array, length: int) -> list[Logprobs]:
+    """Of the tokens that follow those of a chunk, whose hidden states are `[1, L, D]`."""
+    if generation.scored is None:
+        return []
+    following = generation.tokens[generation.read - length + 1 :][:length]
+    found = []
+    for start in range(0, length, ROWS):
+        part = slice(start, start + ROWS)
+        logits = generation.model.logits(h[:, part])[0]
+        found.append(Logprobs(logits, mx.array(following[part]), generation.scored))
+        mx.eval(found[-1].arrays)  # so that one part's logits are held at a time
+    return found
 
 
 def generate_step(

@@ -15,13 +15,12 @@ bfloat16 none at all. A GPU's 16 bits were not measured.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_cerebrum.decoding.decode import Sampler
 from mlx_cerebrum.decoding.drafters import Draft, Drafter, ModelDrafter, NGramDrafter
 from mlx_cerebrum.decoding.policy import MOST_DRAFTS, Policy, bytes_read
 from mlx_cerebrum.errors import RequestError
@@ -127,13 +126,12 @@ def verify(
     token: int,
     draft: Draft,
     cache: Sequence[WindowedKVCache],
-    sampler: Sampler,
-    number: int,
+    choose: Callable[[mx.array, mx.array], mx.array],
 ) -> list[int]:
     """The drafts that the model would choose too, up to the first it would not, and one more token.
 
-    `cache` takes `token` and the drafts that hold. The first choice is token `number` of the
-    answer.
+    `cache` takes `token` and the drafts that hold. `choose` says what follows tokens `[L]`, given
+    their logits `[L, V]`.
     """
     tokens = mx.concatenate([mx.array([token], dtype=mx.int32), draft.tokens.astype(mx.int32)])
     if draft.hidden is None:
@@ -141,7 +139,7 @@ def verify(
     else:
         last = model.run(model.embed(tokens[None, -1:]), cache, 0, draft.shared)
         h = model.run(mx.concatenate([draft.hidden, last], axis=1), cache, draft.shared)
-    choices = sampler(model.logits(h)[0], number)
+    choices = choose(model.logits(h)[0], tokens)
     mx.eval(choices, draft.tokens)
     chosen, guessed = cast(list[int], choices.tolist()), cast(list[int], draft.tokens.tolist())
     held = held_guesses(guessed, chosen)

@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx_cerebrum.decoding.decode import Sampler, check_prompt, greedy, prefill_step
 from mlx_cerebrum.decoding.decoder import Decoder, Generation
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
+from mlx_cerebrum.decoding.sampling import Adjust
 from mlx_cerebrum.decoding.speculative import Speculation
 from mlx_cerebrum.decoding.text import AnswerText
 from mlx_cerebrum.errors import RequestError
@@ -63,6 +64,7 @@ def stream_generate(
     prompt_cache: PromptCache | None = None,
     prefill_step_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    adjust: Adjust | None = None,
     decoder: Decoder | None = None,
 ) -> Generator[Response, None, None]:
     """Yield a Response per token until an EOS id, a `stop` string, or `max_tokens`.
@@ -70,7 +72,8 @@ def stream_generate(
     A `str` prompt is encoded as plain text (with BOS where the tokenizer wants one); for a
     conversation pass `tokenizer.apply_chat_template(messages)`. Neither EOS nor the stop string
     is in the text. With a `prompt_cache`, only what it does not hold of the prompt is computed;
-    it then holds prompt and answer. Streams of several models over the same weights that are given
+    it then holds prompt and answer. `adjust` changes logits before a choice (`Sampling.adjust`).
+    Streams of several models over the same weights that are given
     one `decoder` take their steps together. Raises RequestError for an empty or overlong request,
     MemoryBudgetError when its caches and a forward pass can't fit.
     """
@@ -94,7 +97,9 @@ def stream_generate(
     rest = prompt_cache.begin(ids)
     started = time.perf_counter()
     first = started
-    generation = Generation(model, list(ids), prompt_cache.cache, max_tokens, sampler, speculation)
+    generation = Generation(
+        model, list(ids), prompt_cache.cache, max_tokens, sampler, speculation, adjust=adjust
+    )
     steps = (Decoder(chunk) if decoder is None else decoder).run(generation, progress)
     tokens: list[int] = []
     with limits():  # a caller's own stay as they are

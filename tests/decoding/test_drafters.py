@@ -175,7 +175,7 @@ def test_a_round_runs_shared_positions_once_for_each_token(
     draft = drafter.draft(prompt, drafts, cache, greedy, 0)
     offsets = {i: c.offset - 29 for i, c in enumerate(cache) if c.offset != 29}
     assert offsets == dict.fromkeys(range(drafter.shared), drafts)
-    new = verify(model, prompt[-1], draft, cache, greedy, 0)
+    new = verify(model, prompt[-1], draft, cache, lambda logits, _: greedy(logits))
     assert {c.offset for c in cache} == {29 + len(new)}
     for position in range(len(TARGET)):
         again = position in drafter.positions and position >= drafter.shared

@@ -146,7 +146,7 @@ def test_every_draft_at_every_offset_around_the_window(every: int) -> None:
     """Not only the choices: every row of logits they were made from."""
     rows: list[mx.array] = []
 
-    def recorder(logits: mx.array, number: int = 0) -> mx.array:
+    def recorder(logits: mx.array, inputs: mx.array) -> mx.array:
         rows.append(logits)
         return greedy(logits)
 
@@ -156,7 +156,7 @@ def test_every_draft_at_every_offset_around_the_window(every: int) -> None:
         for drafts in range(1 + seen % every, 17, every):
             held = (0, drafts // 2, drafts)[(seen + drafts) % 3]
             draft = Oracle(TRUTH, [held]).draft(TRUTH[:seen], drafts, cache, greedy, 0)
-            new = verify(TINY, TRUTH[seen - 1], draft, cache, recorder, 0)
+            new = verify(TINY, TRUTH[seen - 1], draft, cache, recorder)
             assert new == TRUTH[seen : seen + held + 1]
             assert off(rows[-1][: held + 1], LOGITS[seen - 1 : seen + held]) < TOLERANCE
             assert {c.offset for c in cache} == {seen + held}
@@ -480,15 +480,15 @@ def accept_all(model: Any, token: int, draft: Draft, *args: Any) -> list[int]:
     return [*np.array(draft.tokens).tolist(), *verify(model, token, draft, *args)[-1:]]
 
 
-OTHER_DRAWS = make_sampler(1.0, seed=77)
+OTHER_DRAWS, _draws = make_sampler(1.0, seed=77), itertools.count()
 
 
-def draw_again(model: Any, token: int, draft: Draft, cache: Any, sampler: Any, n: int) -> list[int]:
+def draw_again(model: Any, token: int, draft: Draft, cache: Any, choose: Any) -> list[int]:
     """A wrong rule: what replaces a guess is drawn anew, the guess not left out."""
-    new = verify(model, token, draft, cache, sampler, n)
+    new = verify(model, token, draft, cache, choose)
     if len(new) <= draft.tokens.size:
         row = model.logits(model.embed(mx.array([[new[-2] if len(new) > 1 else token]])))[0]
-        new[-1:] = np.array(OTHER_DRAWS(row, n)).tolist()
+        new[-1:] = np.array(OTHER_DRAWS(row, next(_draws))).tolist()
     return new
 
 
@@ -509,7 +509,11 @@ def rounds_of(count: int, drafter: str, rule: Verify) -> tuple[np.ndarray[Any, A
             else:
                 made = ModelDrafter(draft_model, model)  # type: ignore[arg-type]  # a stand-in
                 draft = made.draft(tokens, 2, cache, sampler, number)
-            new = rule(model, tokens[-1], draft, cache, sampler, number)
+
+            def choose(logits: mx.array, _: mx.array, number: int = number) -> mx.array:
+                return sampler(logits, number)
+
+            new = rule(model, tokens[-1], draft, cache, choose)
             if len(tokens) == 1:
                 held += len(new) > 1
             number += len(new)
