@@ -136,7 +136,8 @@ def _alike(generations: Sequence[Generation]) -> bool:
     models = {(g.model.config.layer_map, g.model.config.residual_scales) for g in generations}
     bits = {g.caches[0].kv_bits for g in generations}
     room = [_entries(g) + STEP for g in generations]
-    return len(models) == len(bits) == 1 and 2 * min(room) >= max(room)
+    begun = all(g.caches[0].offset for g in generations)  # else there is nothing to share yet
+    return begun and len(models) == len(bits) == 1 and 2 * min(room) >= max(room)
 
 
 def _entries(generation: Generation) -> int:
@@ -148,12 +149,15 @@ def _go_back(generation: Generation) -> None:
     """Let a sequence's own caches hold the same tokens, all but its last at most: interrupted,
     they may have come unequally far, and entries of guesses or of a drafter may be there."""
     caches = generation.caches
-    sure = generation.before + len(generation.tokens) - 1
-    least = min([sure, *(c.offset for c in caches)])
+    least = min([generation.before + len(generation.tokens) - 1, *(c.offset for c in caches)])
+    ours = [c for c in caches if isinstance(c, WindowedKVCache)]
+    # What one can go back to is gone where another has come further and moved its window on.
+    while (reachable := min([least, *(c.reachable(least) for c in ours)])) < least:
+        least = reachable
     for c in caches:
         if (more := c.offset - least) > 0:
             if isinstance(c, WindowedKVCache) and more > c.rewindable():
-                c.rewind_to(c.reachable(least))
+                c.rewind_to(least)
             else:
                 c.trim(more)
 
@@ -469,7 +473,8 @@ class Decoder:
         """Let answers whose lengths have become alike share their caches."""
         if not self._changed and self._steps % STEP:
             return
-        self._changed = False
+        # A prompt of one token has no entries to share before its first step.
+        self._changed = not all(g.caches[0].offset for g in self._answers)
         for g in list(self._answers):
             if g in self._loners or self._grouped(g):
                 continue

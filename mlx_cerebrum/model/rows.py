@@ -180,59 +180,63 @@ class Rows:
     def join(self, own: Sequence[WindowedKVCache]) -> None:
         """Take in a sequence with its own caches, which have seen at least one token.
 
-        It goes below the others, whose columns stay where they are: where memory runs out in the
-        middle, they are as they were, and the error is raised.
+        It goes below the others. Where memory runs out in the middle, all are as they were, and
+        the error is raised.
         """
-        arrived = [c.lend() for c in own]
-        start, end = arrived[0].start, arrived[0].end
-        length, count, wide = end - start, len(self), self.columns.shape[1]
-        used = max(self.used, length)
-        room = max(wide, used + self.step)
-
-        def widened(entries: mx.array) -> mx.array:
-            B, H, T, D = entries.shape
-            if room == T:
-                return entries
-            return mx.concatenate([entries, mx.zeros((B, H, room - T, D), entries.dtype)], axis=2)
-
-        def below(new: mx.array, *above: mx.array) -> mx.array:
-            return mx.concatenate([widened(entries) for entries in (*above, new)], axis=0)
-
+        if len(self):  # all is copied anyway: holes need not be
+            self._repack(0)
+        arrived: list[Stretch] = []
+        count, wide = len(self), self.columns.shape[1]
         try:
+            for mine in own:
+                arrived.append(mine.lend())
+            start, end = arrived[0].start, arrived[0].end
+            used = max(self.used, end - start)
+            room = max(wide, used + self.step)
+
+            def widened(entries: mx.array) -> mx.array:
+                B, H, T, D = entries.shape
+                if room == T:
+                    return entries
+                more = mx.zeros((B, H, room - T, D), entries.dtype)
+                return mx.concatenate([entries, more], axis=2)
+
+            def below(new: mx.array, *above: mx.array) -> mx.array:
+                return mx.concatenate([widened(entries) for entries in (*above, new)], axis=0)
+
             for c, new in zip(self.caches, arrived, strict=True):
                 above = ((c.keys,), (c.values,)) if count else ((), ())
                 keys, values = each(below, new.keys, *above[0]), each(below, new.values, *above[1])
                 mx.eval(keys, values)  # one position's memory at a time
                 c.keys, c.values = keys, values
         except BaseException:
-            for c, new, mine in zip(self.caches, arrived, own, strict=True):
-                if count:
-                    c.keys, c.values = (
-                        each(lambda a: a[:count, :, :wide], kv) for kv in (c.keys, c.values)
-                    )
+            for c in self.caches:
+                c.keys, c.values = (
+                    each(lambda a: a[:count, :, :wide], kv) if count else None
+                    for kv in (c.keys, c.values)
+                )
+            for mine, new in zip(own, arrived, strict=False):
                 mine.take_over(new)
             raise
         columns = np.full((count + 1, room), _NONE)
-        columns[:-1, :wide] = self.columns
-        columns[-1, :length] = np.arange(start, end)
+        columns[:-1, : self.used] = self.columns[:, : self.used]
+        columns[-1, : end - start] = np.arange(start, end)
         self.columns, self.used = columns, used
         self.offsets = np.append(self.offsets, end)
         self.own.append(own)
 
-    def leave(self, row: int, keep: bool = True) -> None:
-        """A sequence goes. Its own caches get its entries back, or are left empty where `keep` is
-        false; the rows below it move up."""
-        own, rest = self.own.pop(row), [r for r in range(len(self) + 1) if r != row]
+    def leave(self, row: int) -> None:
+        """A sequence goes: its own caches get its entries back, and the rows below it move up.
+
+        Where memory runs out, it has not left.
+        """
         live = np.nonzero(self.columns[row, : self.used] >= 0)[0]
-        if keep and live.size:
-            end = int(self.offsets[row])
-            start = end - live.size
-            for c, mine in zip(self.caches, own, strict=True):
-                mine.take_over(self._stretch(c, row, live, start, end))
-            mx.eval([mine.state[:2] for mine in own])
-        elif not keep:
-            for mine in own:
-                mine.rewind_to(0)
+        end = int(self.offsets[row])
+        back = [self._stretch(c, row, live, end - live.size, end) for c in self.caches]
+        mx.eval([(stretch.keys, stretch.values) for stretch in back])
+        for mine, stretch in zip(self.own.pop(row), back, strict=True):
+            mine.take_over(stretch)
+        rest = [r for r in range(len(self) + 1) if r != row]
         self.columns, self.offsets = self.columns[rest], self.offsets[rest]
         for c in self.caches:
             c.keys, c.values = (

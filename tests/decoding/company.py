@@ -1,0 +1,177 @@
+"""Random company for the decoder: sequences that come, guess, are cancelled and end."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_unflatten
+from tiny import tiny_config, tiny_weights
+
+from mlx_cerebrum.decoding.decoder import Decoder, Generation
+from mlx_cerebrum.decoding.drafters import Drafter, ModelDrafter, NGramDrafter
+from mlx_cerebrum.decoding.policy import Policy
+from mlx_cerebrum.decoding.sampling import Sampling
+from mlx_cerebrum.decoding.speculative import Speculation
+from mlx_cerebrum.model.cache import WindowedKVCache
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import Model
+
+Map = tuple[int, ...]
+TOLERANCE = 1e-4  # on a logit: rows computed together round otherwise than alone
+VOCABULARY = 12  # so few that the same pairs come again, and what follows them is guessed
+
+
+def tiny_views(
+    window: int | None, maps: Sequence[Map], seed: int = 3, **changes: Any
+) -> list[Model]:
+    """Views over the same blocks: each map by itself, and the longest also with scales."""
+    blocks = 1 + max(block for one in maps for block in one)
+    sizes = {"num_hidden_layers": blocks, "sliding_window": window, "vocab_size": VOCABULARY}
+    raw = tiny_config(**(sizes | changes))
+    model = Model(ModelConfig.from_dict(raw))
+    # Blocks that write more than the stream began with: the answer depends on all that came before.
+    weights = tiny_weights(raw, seed, write=0.05 / blocks)
+    model.update(tree_unflatten([(k, mx.array(v)) for k, v in weights.items()]))
+    longest = max(maps, key=len)
+    scales = tuple((1.0, 0.9) if i % 2 else (0.7, 1.2) for i in range(len(longest)))
+    return [*(model.view(one) for one in maps), model.view(longest, scales)]
+
+
+class Eager(Policy):
+    """Guesses whenever it can, as much as it likes: what is measured must not decide a test."""
+
+    def __init__(self, names: Sequence[str], draw: random.Random) -> None:
+        super().__init__(dict.fromkeys(names, 0.0))
+        self.draw = draw
+
+    def choose(self, offers: Any) -> tuple[str, int] | None:
+        if not offers or self.draw.random() < 0.1:
+            return None
+        name = self.draw.choice(sorted(offers))
+        return name, self.draw.randint(1, min(self.most, offers[name][1]))
+
+
+class Counted(NGramDrafter):
+    """N-grams, also of one token, that are counted."""
+
+    made = 0
+
+    def guesses(self, tokens: Sequence[int], count: int) -> list[int]:
+        Counted.made += count
+        return super().guesses(tokens, count)
+
+
+@dataclass
+class Job:
+    """A sequence, and how it came to be."""
+
+    generation: Generation
+    prompt: list[int]
+    sampling: Sampling
+
+    def chosen(self, logits: mx.array) -> list[int]:
+        """What follows the prompt and each token of the answer, given their logits."""
+        tokens, first = self.generation.tokens, len(self.prompt) - 1
+        logits, adjust = logits[first:], self.sampling.adjust(self.prompt, [5])
+        if adjust is not None:
+            logits = adjust(logits, tokens[:first], mx.array(tokens[first:]), 0)
+        return cast(list[int], self.sampling.sampler()(logits, 0).tolist())
+
+
+class Company:
+    """A decoder with sequences in it, each of which is checked as it leaves."""
+
+    def __init__(
+        self,
+        draw: random.Random,
+        views: Sequence[Model],
+        rewind: int,
+        step: int,
+        prefill_step: int,
+    ) -> None:
+        self.draw, self.views, self.rewind, self.step_size = draw, views, rewind, step
+        self.decoder = Decoder(prefill_step)
+        self.jobs: list[Job] = []
+        self.left = 0  # sequences that were checked
+        self.most = 0  # answers in one step
+        self.held = 0  # guesses
+
+    def add(self, model: Model | None = None) -> Job:
+        draw = self.draw
+        model = draw.choice(self.views) if model is None else model
+        pattern = [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, 7))]
+        prompt = (pattern * 40)[: draw.choice([1, 2, draw.randint(1, 25)])]
+        sampling = Sampling()
+        if draw.random() < 0.4:
+            sampling = Sampling(0.6, top_p=0.9, seed=draw.randrange(2**32))
+        if draw.random() < 0.3:
+            sampling = replace(
+                sampling, repetition_penalty=1.1, frequency_penalty=0.1, min_tokens=9
+            )
+        window, positions = model.config.sliding_window, model.config.layer_map
+        generation = Generation(
+            model,
+            list(prompt),
+            [WindowedKVCache(window, self.rewind, self.step_size) for _ in positions],
+            draw.randint(1, 24),
+            sampling.sampler(),
+            adjust=sampling.adjust(prompt, [5]),
+        )
+        job = Job(generation, prompt, sampling)
+        if draw.random() < 0.7:
+            drafters: list[Drafter] = [Counted(shortest=1)]
+            shorter = self.views[0]
+            if shorter is not model and draw.random() < 0.5:
+                drafters.append(ModelDrafter(shorter, model, "model"))
+            named = {d.name: d for d in drafters}
+            policy = Eager(list(named), draw)
+            policy.most = self.rewind - 1
+            generation.speculation = Speculation(named, policy)
+        self.jobs.append(job)
+        self.decoder.add(generation)
+        return job
+
+    def step(self) -> None:
+        for generation, new, _ in self.decoder.step():
+            self.most = max(self.most, generation.company)
+            assert generation.left >= 0
+            self.held += max(0, len(new) - 1)
+        for job in [job for job in self.jobs if job.generation.left <= 0]:
+            self.leave(job)
+
+    def leave(self, job: Job) -> None:
+        self.jobs.remove(job)
+        self.decoder.leave(job.generation)
+        self.check(job)
+        self.left += 1
+
+    def check(self, job: Job) -> None:
+        """Its answer is what it is alone and unguessed, and its caches hold the beginning of it."""
+        generation = job.generation
+        tokens, caches = generation.tokens, generation.caches
+        assert tokens[: len(job.prompt)] == job.prompt
+        logits = generation.model(mx.array([tokens]))[0]
+        assert tokens[len(job.prompt) :] == job.chosen(logits)[:-1]
+        offset = caches[0].offset
+        assert [c.offset for c in caches] == [offset] * len(caches)
+        assert offset < len(tokens)
+        more = generation.model(mx.array([[tokens[offset]]]), caches)[0, 0]
+        np.testing.assert_allclose(np.array(more), np.array(logits[offset]), atol=TOLERANCE)
+
+    def finish(self) -> None:
+        while self.jobs:
+            self.step()
+
+    def run(self, count: int) -> None:
+        """So many sequences, that come at any time; some are cancelled, all others end."""
+        came = 0
+        while came < count or self.jobs:
+            if came < count and len(self.jobs) < 6 and self.draw.random() < 0.5:
+                self.add()
+                came += 1
+            if self.jobs and self.draw.random() < 0.03:
+                self.leave(self.draw.choice(self.jobs))
+            self.step()
