@@ -1,6 +1,5 @@
 """Tiny checkpoints, made where a test wants them."""
 
-import contextlib
 import gc
 import json
 import os
@@ -29,12 +28,8 @@ for _signum in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
     if signal.getsignal(_signum) is signal.SIG_IGN:
         signal.signal(_signum, lambda signum, frame: None)
 
-# Each worker fills one core, so its BLAS needs no second thread; and MLX hands every operation to
-# a thread of its own, which under SCHED_BATCH does not interrupt the one still handing over.
+# Each worker fills one core: a second thread of its BLAS would only take another's.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-if sys.platform == "linux":
-    with contextlib.suppress(OSError):  # some sandboxes refuse it
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def pytest_collection_finish() -> None:
