@@ -205,6 +205,7 @@ class Decoder:
     def step(self) -> list[Advance]:
         """Take every sequence a step forward. Says what it did, first what it read."""
         started = time.perf_counter()
+        self._chosen_to_read = None
         if self._flight is None and (advance := self._round_alone(started)):
             return [advance]
         flight, self._flight = self._flight or self._launch(), None
@@ -344,7 +345,6 @@ class Decoder:
 
     def _next_chunk(self, company: int) -> tuple[Generation | None, list[int]]:
         """What to read next of a prompt: by turns the oldest, and the one with the least left."""
-        self._chosen_to_read = None
         if not self._reading:
             return None, []
         self._oldest_next = not self._oldest_next or len(self._reading) == 1

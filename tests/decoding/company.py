@@ -1,8 +1,10 @@
 """Random company for the decoder: sequences that come, guess, are cancelled and end."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, cast
 
 import mlx.core as mx
@@ -17,9 +19,10 @@ from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.decoding.speculative import Speculation
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
-from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.forward import Model, TransformerBlock
 
 Map = tuple[int, ...]
+Fault = Callable[["Company"], AbstractContextManager[None]]
 TOLERANCE = 1e-4  # on a logit: rows computed together round otherwise than alone
 VOCABULARY = 12  # so few that the same pairs come again, and what follows them is guessed
 
@@ -98,12 +101,24 @@ class Company:
         self.left = 0  # sequences that were checked
         self.most = 0  # answers in one step
         self.held = 0  # guesses
+        self.failed = 0  # steps
 
-    def add(self, model: Model | None = None) -> Job:
+    def add(
+        self, model: Model | None = None, length: int | None = None, most: int | None = None
+    ) -> Job:
+        """A sequence of its own kind; its prompt repeats itself, so that there is what to guess."""
+        job = self.made(model, length, most)
+        self.jobs.append(job)
+        self.decoder.add(job.generation)
+        return job
+
+    def made(
+        self, model: Model | None = None, length: int | None = None, most: int | None = None
+    ) -> Job:
         draw = self.draw
-        model = draw.choice(self.views) if model is None else model
+        model = model or draw.choice(self.views)
         pattern = [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, 7))]
-        prompt = (pattern * 40)[: draw.choice([1, 2, draw.randint(1, 25)])]
+        prompt = (pattern * 100)[: length or draw.choice([1, 2, draw.randint(1, 25)])]
         sampling = Sampling()
         if draw.random() < 0.4:
             sampling = Sampling(0.6, top_p=0.9, seed=draw.randrange(2**32))
@@ -116,10 +131,14 @@ class Company:
             model,
             list(prompt),
             [WindowedKVCache(window, self.rewind, self.step_size) for _ in positions],
-            draw.randint(1, 24),
+            most or draw.randint(1, 24),
             sampling.sampler(),
             adjust=sampling.adjust(prompt, [5]),
         )
+        if draw.random() < 0.3:
+            for c in generation.caches:
+                c.mark(len(prompt) // 2)
+                c.mark(len(prompt) - 1)
         job = Job(generation, prompt, sampling)
         if draw.random() < 0.7:
             drafters: list[Drafter] = [Counted(shortest=1)]
@@ -130,12 +149,19 @@ class Company:
             policy = Eager(list(named), draw)
             policy.most = self.rewind - 1
             generation.speculation = Speculation(named, policy)
-        self.jobs.append(job)
-        self.decoder.add(generation)
         return job
 
-    def step(self) -> None:
-        for generation, new, _ in self.decoder.step():
+    def step(self, fault: Fault | None = None) -> None:
+        """One step, at the `fault`'s place in vain: then all must be as if it had not begun."""
+        try:
+            with fault(self) if fault else nullcontext():
+                advances = self.decoder.step()
+        except FaultError:
+            self.failed += 1
+            if (dropped := self.decoder.recover()) is not None:
+                self.left_with(next(job for job in self.jobs if job.generation is dropped))
+            return
+        for generation, new, _ in advances:
             self.most = max(self.most, generation.company)
             assert generation.left >= 0
             self.held += max(0, len(new) - 1)
@@ -143,8 +169,11 @@ class Company:
             self.leave(job)
 
     def leave(self, job: Job) -> None:
-        self.jobs.remove(job)
         self.decoder.leave(job.generation)
+        self.left_with(job)
+
+    def left_with(self, job: Job) -> None:
+        self.jobs.remove(job)
         self.check(job)
         self.left += 1
 
@@ -158,20 +187,69 @@ class Company:
         offset = caches[0].offset
         assert [c.offset for c in caches] == [offset] * len(caches)
         assert offset < len(tokens)
-        more = generation.model(mx.array([[tokens[offset]]]), caches)[0, 0]
-        np.testing.assert_allclose(np.array(more), np.array(logits[offset]), atol=TOLERANCE)
+        for point in (offset, *(p for p in reversed(caches[0].marks) if p <= offset)):
+            for c in caches:
+                c.rewind_to(point)
+            more = generation.model(mx.array([[tokens[point]]]), caches)[0, 0]
+            np.testing.assert_allclose(np.array(more), np.array(logits[point]), atol=TOLERANCE)
 
     def finish(self) -> None:
         while self.jobs:
             self.step()
 
-    def run(self, count: int) -> None:
+    def run(self, sequences: int) -> None:
         """So many sequences, that come at any time; some are cancelled, all others end."""
         came = 0
-        while came < count or self.jobs:
-            if came < count and len(self.jobs) < 6 and self.draw.random() < 0.5:
+        while came < sequences or self.jobs:
+            if came < sequences and len(self.jobs) < 6 and self.draw.random() < 0.5:
                 self.add()
                 came += 1
             if self.jobs and self.draw.random() < 0.03:
                 self.leave(self.draw.choice(self.jobs))
-            self.step()
+            self.step(self.draw.choice(FAULTS) if self.draw.random() < 0.03 else None)
+
+
+# Faults in a step.
+
+
+class FaultError(Exception):
+    """What a fault raises."""
+
+
+@contextmanager
+def in_a_sampler(company: Company) -> Iterator[None]:
+    """Of one sequence, when its logits are there."""
+
+    def sampler(logits: mx.array, number: int) -> mx.array:
+        raise FaultError
+
+    if not company.jobs:
+        yield
+        return
+    generation = company.draw.choice(company.jobs).generation
+    own, generation.sampler = generation.sampler, sampler
+    try:
+        yield
+    finally:
+        generation.sampler = own
+
+
+@contextmanager
+def in_a_block(company: Company) -> Iterator[None]:
+    """So that some positions have taken their tokens, and the others have not."""
+    original, calls = TransformerBlock.__call__, count()
+    at = company.draw.randrange(6)
+
+    def block(self: TransformerBlock, *args: Any) -> mx.array:
+        if next(calls) == at:
+            raise FaultError
+        return original(self, *args)
+
+    TransformerBlock.__call__ = block  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        TransformerBlock.__call__ = original  # type: ignore[method-assign]
+
+
+FAULTS = (in_a_sampler, in_a_block)

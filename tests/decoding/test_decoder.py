@@ -1,36 +1,296 @@
-"""One decoder for all: each sequence says what it says alone and unguessed, in any company."""
+"""One decoder for all: each sequence says what it says alone and unguessed, in any company.
 
+`CEREBRUM_TEST_COMPANY=50 make test-long` takes 50 times as many random sequences.
+"""
+
+import itertools
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
-from company import Company, Counted, tiny_views
+from company import FAULTS, Company, Counted, FaultError, in_a_sampler, tiny_views
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from mlx_cerebrum.decoding import decoder
+from mlx_cerebrum.decoding.decoder import Decoder, Generation
+from mlx_cerebrum.model import together
+from mlx_cerebrum.model.forward import Model, TransformerBlock
+from mlx_cerebrum.model.rows import Rows
+from mlx_cerebrum.model.schedule import schedule
+from mlx_cerebrum.plan.layer_plan import resolve
 
 SHORT = (0, 1, 2, 3)
 LONG = (0, 1, 1, 2, 2, 3)  # half of the blocks twice, as the 12.25B has them
 VIEWS = {window: tiny_views(window, (SHORT, LONG)) for window in (12, None)}
+Patch = pytest.MonkeyPatch
 
 
-def company(draw: random.Random, window: int | None) -> Company:
-    """Settings drawn small, so that buffers fill up and are moved all the time."""
-    return Company(
-        draw, VIEWS[window], draw.choice([8, 64]), draw.choice([4, 16, 256]), draw.randint(1, 7)
-    )
+def company(draw: random.Random, views: list[Model], ahead: bool, patch: Patch) -> Company:
+    """Settings drawn small, so that buffers fill up and are moved all the time.
+
+    ahead: on a GPU a step is started before the last one's choices are known.
+    """
+    step = draw.choice([4, 16, 256])
+    patch.setattr(decoder, "device", SimpleNamespace(on_gpu=lambda: ahead))
+    patch.setattr(decoder, "STEP", step)
+    return Company(draw, views, draw.choice([9, 64]), step, draw.randint(1, 7))
 
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("window", [12, None])
 @pytest.mark.parametrize("seed", range(3))
-def test_random_company(
-    seed: int, window: int | None, ahead: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decoder, "device", SimpleNamespace(on_gpu=lambda: ahead))
-    there = company(random.Random(seed), window)
-    monkeypatch.setattr(decoder, "STEP", there.step_size)
+def test_random_company(seed: int, window: int | None, ahead: bool, monkeypatch: Patch) -> None:
     monkeypatch.setattr(Counted, "made", 0)
+    there = company(random.Random(seed), VIEWS[window], ahead, monkeypatch)
     there.run(13)
     assert there.left == 13
-    assert there.most > 2
-    assert Counted.made > there.held > 0
+    assert there.most > 1
+    assert Counted.made > there.held > 0  # guesses
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("window", [12, None])
+@pytest.mark.parametrize("seed", range(25))
+def test_much_random_company(
+    seed: int, window: int | None, ahead: bool, monkeypatch: Patch
+) -> None:
+    there = company(random.Random(100 + seed), VIEWS[window], ahead, monkeypatch)
+    there.run(50)
+    assert there.left == 50
+
+
+@pytest.fixture(scope="module")
+def cerebrum() -> dict[int | None, list[Model]]:
+    """The 7B's and the 12.25B's orders over the same 32 tiny blocks."""
+    orders = [resolve(name).layer_map(32) for name in ("cerebrum-7b", "cerebrum-12.25b")]
+    return {window: tiny_views(window, orders) for window in (12, None)}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("window", [12, None])
+@pytest.mark.parametrize("seed", range(25))
+def test_both_orders_in_random_company(
+    seed: int,
+    window: int | None,
+    ahead: bool,
+    cerebrum: dict[int | None, list[Model]],
+    monkeypatch: Patch,
+) -> None:
+    there = company(random.Random(200 + seed), cerebrum[window], ahead, monkeypatch)
+    there.run(50)
+    assert there.left == 50
+
+
+class Machine(RuleBasedStateMachine):
+    """The same with steps that hypothesis chooses, and makes fewer of where one fails."""
+
+    @initialize(seed=st.integers(0, 2**20), window=st.sampled_from([12, None]), ahead=st.booleans())
+    def begin(self, seed: int, window: int | None, ahead: bool) -> None:
+        self.patch = pytest.MonkeyPatch()
+        self.there = company(random.Random(seed), VIEWS[window], ahead, self.patch)
+
+    @precondition(lambda self: len(self.there.jobs) < 6)
+    @rule(view=st.integers(0, 2))
+    def come(self, view: int) -> None:
+        self.there.add(self.there.views[view])
+
+    @rule(steps=st.integers(1, 9))
+    def go(self, steps: int) -> None:
+        for _ in range(steps):
+            self.there.step()
+
+    @precondition(lambda self: self.there.jobs)
+    @rule(which=st.integers(0, 5))
+    def cancel(self, which: int) -> None:
+        self.there.leave(self.there.jobs[which % len(self.there.jobs)])
+
+    @rule(fault=st.sampled_from(FAULTS))
+    def fail(self, fault: Any) -> None:
+        self.there.step(fault)
+
+    def teardown(self) -> None:
+        if hasattr(self, "there"):
+            self.there.finish()
+            self.patch.undo()
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=12, stateful_step_count=20, deadline=None)
+
+
+# Sequences that are chosen.
+
+
+def some(count: int, **changes: Any) -> Company:
+    """So many that answer, of every view by turns."""
+    there = Company(random.Random(1), VIEWS[12], 64, 16, 7)
+    for i in range(count):
+        there.add(there.views[i % 3], **({"length": 12, "most": 12} | changes))
+    while there.decoder._reading:
+        there.step()
+    return there
+
+
+def test_one_that_leaves_between_rounds_of_guesses() -> None:
+    """At every place."""
+    for steps in range(8):
+        there = some(4)
+        for _ in range(steps):
+            there.step()
+        there.leave(there.jobs[len(there.jobs) // 2])
+        there.finish()
+
+
+def test_one_that_has_said_all_and_stays() -> None:
+    """It takes no part in steps, and its neighbours' entries grow beside its own."""
+    there = some(3)
+    there.add(there.views[0], most=3)
+    while any(job.generation.left > 0 for job in there.jobs):
+        there.decoder.step()
+    assert [job.generation.chosen for job in there.jobs] == [12, 12, 12, 3]
+    assert there.decoder.step() == []
+    there.finish()
+
+
+def test_a_sampler_that_raises_ends_no_other() -> None:
+    """The step is taken back for all, those guessed and those that share caches too."""
+    there = some(4, most=20)
+    for _ in range(5):
+        there.step()
+        before = [list(job.generation.tokens) for job in there.jobs]
+        with pytest.raises(FaultError), in_a_sampler(there):
+            there.decoder.step()
+        assert there.decoder.recover() is None
+        assert [job.generation.tokens for job in there.jobs] == before
+    there.finish()
+
+
+def test_without_recovering_others_would_say_something_else() -> None:
+    """Their last token is in their caches, and the next step gives it again."""
+    there = some(4, most=20)
+    with pytest.raises(FaultError), in_a_sampler(there):
+        there.decoder.step()
+    with pytest.raises(AssertionError):
+        there.finish()
+
+
+@pytest.mark.parametrize("length", [9, 40])
+def test_interrupted_while_two_run(length: int, monkeypatch: Patch) -> None:
+    """As the terminal's /compare: wherever it is, both caches hold what the target computed."""
+    original = TransformerBlock.__call__
+    for call in itertools.count(0, 3):
+        calls = itertools.count()
+
+        def block(self: TransformerBlock, *args: Any, at: int = call, n: Any = calls) -> mx.array:
+            if next(n) == at:
+                raise KeyboardInterrupt
+            return original(self, *args)
+
+        there = Company(random.Random(call), VIEWS[12], 9, 4, 30)
+        jobs = [there.made(model, length, most=6) for model in VIEWS[12][:2]]
+        both = [there.decoder.run(job.generation) for job in jobs]
+        handed: list[list[int]] = [[], []]
+        monkeypatch.setattr(TransformerBlock, "__call__", block)
+        try:
+            for turn in itertools.cycle((0, 1)):
+                handed[turn].append(next(both[turn])[0])
+        except StopIteration:
+            break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            monkeypatch.setattr(TransformerBlock, "__call__", original)
+            for run in both:
+                run.close()
+            for job, tokens in zip(jobs, handed, strict=True):
+                assert job.generation.tokens == [*job.prompt, *tokens]
+                there.check(job)
+    assert call > 20
+
+
+def test_positions_that_came_unequally_far_go_back_to_one_point(monkeypatch: Patch) -> None:
+    """A chunk longer than what can be taken back is interrupted in its second position."""
+    model = VIEWS[12][1]
+    there = Company(random.Random(0), VIEWS[12], 9, 4, 30)
+    job = there.add(model, 90)
+    there.step()
+    original, calls = TransformerBlock.__call__, itertools.count()
+
+    def block(self: TransformerBlock, *args: Any) -> mx.array:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(TransformerBlock, "__call__", block)
+    with pytest.raises(KeyboardInterrupt):
+        there.decoder.step()
+    monkeypatch.undo()
+    there.leave(job)
+
+
+def test_a_prompt_of_one_token_shares_from_its_second_step_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, there = VIEWS[12][1], Decoder()
+    sequences = [Generation(model, [token], model.make_cache(), 5) for token in (5, 6)]
+    for g in sequences:
+        there.add(g)
+    there.step()
+    there.step()
+    (group,) = there._groups
+    assert set(group.members) == set(sequences)
+    assert not caplog.records
+
+
+# Faults that these tests must notice.
+
+
+def window_ignored(rows: Rows, lengths: Any) -> None:
+    window, rows.window = rows.window, None
+    begin(rows, lengths)
+    rows.window = window
+
+
+def no_holes(rows: Rows, counts: Any) -> None:
+    rows.offsets = rows.offsets - np.asarray(counts)
+
+
+def offsets_swapped(rows: Rows, lengths: Any) -> None:
+    begin(rows, lengths)
+    rows.next_positions = rows.next_positions[::-1]
+
+
+def two_entries_swapped(maps: Any) -> Any:
+    order = list(schedule(maps) or ())
+    order[2:4] = order[3:1:-1]
+    return tuple(order) or None
+
+
+def all_guesses_held(guesses: Any, chosen: Any) -> int:
+    return len(guesses)
+
+
+begin = Rows.begin
+MUTANTS: list[tuple[Any, str, Callable[..., Any]]] = [
+    (Rows, "begin", window_ignored),
+    (Rows, "take_back", no_holes),
+    (Rows, "begin", offsets_swapped),
+    (together, "schedule", two_entries_swapped),
+    (decoder, "held_guesses", all_guesses_held),
+]
+
+
+@pytest.mark.parametrize(("place", "name", "fault"), MUTANTS)
+def test_a_fault_would_be_noticed(place: Any, name: str, fault: Any, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(place, name, fault)
+    there = company(random.Random(1), VIEWS[12], False, monkeypatch)
+    with pytest.raises((AssertionError, ValueError)):
+        there.run(13)
