@@ -337,6 +337,14 @@ def test_bytes_are_twice_those_of_the_rows_alone_at_most(
             row.seen += [0] * count
         there.take_back([count - 1 for count in lengths])
         within()
+    while rows.used + 8 <= rows.columns.shape[1]:  # until there is no room, most of it holes
+        rows.begin([8] * len(rows))
+        rows.commit()
+        rows.take_back([7] * len(rows))
+        for row in there.members:
+            row.seen += [0]
+    there.join(there.fresh(len(there.members[-1].seen)))
+    within()
     there.members.pop(0)
     rows.leave(0)
     within()
