@@ -5,7 +5,7 @@ import argparse
 from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.sampling import Sampling
-from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.errors import RequestError, shown
 from mlx_cerebrum.model.entries import KV_BITS
 from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.text import tell
@@ -108,7 +108,7 @@ def add_max_tokens_flag(p: Flags, default: int) -> None:
 
 
 def add_sampling_flags(p: Flags) -> None:
-    """Add --temp, --top-p and --min-p."""
+    """Add how the next token is chosen: all of `Sampling` but the seed."""
     p.add_argument("--temp", type=float, default=0.0, help="temperature; 0 is greedy (default: 0)")
     p.add_argument(
         "--top-p", type=float, default=1.0, help="probability mass to draw from (default: 1, all)"
@@ -119,6 +119,74 @@ def add_sampling_flags(p: Flags) -> None:
         default=0.0,
         help="least probability, as a share of the best token's (default: 0)",
     )
+    p.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="draw from this many of the likeliest tokens, 0 for all (default: 0)",
+    )
+    p.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="FACTOR",
+        help="make tokens that were there a little before less likely: their logits are divided by"
+        " this, or multiplied where below 0 (default: 1, none)",
+    )
+    p.add_argument(
+        "--repetition-context",
+        type=int,
+        default=20,
+        metavar="TOKENS",
+        help="how far --repetition-penalty looks back over prompt and answer (default: 20 tokens)",
+    )
+    p.add_argument(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        metavar="LOGITS",
+        help="subtracted from a token's logit for each time it is in the answer, -2 to 2"
+        " (default: 0)",
+    )
+    p.add_argument(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        metavar="LOGITS",
+        help="subtracted once from a token's logit if it is in the answer, -2 to 2 (default: 0)",
+    )
+    p.add_argument(
+        "--logit-bias",
+        type=_bias,
+        action="append",
+        default=[],
+        metavar="ID=BIAS",
+        help="add this, -100 to 100, to the logit of a token id; may be repeated (default: none)",
+    )
+    p.add_argument(
+        "--min-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="no end of text before the answer has so many tokens (default: 0)",
+    )
+    p.add_argument(
+        "--ignore-eos",
+        action="store_true",
+        help="no end of text at all: answer until --max-tokens, or a stop string"
+        " (default: end where the model does)",
+    )
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """The type of a --logit-bias; `Sampling` says which numbers it may have."""
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        message = f"{shown(text)} is not a token id and a number, such as 42=-5"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def add_seed_flag(p: Flags, more: str = "") -> None:
@@ -164,9 +232,31 @@ def add_prefill_flag(p: Flags, more: str = "") -> None:
     )
 
 
+def sampling_of(args: argparse.Namespace, seed: int | None = None) -> Sampling:
+    """How the flags say to choose tokens. Raises RequestError for what is out of range."""
+    if args.min_tokens > args.max_tokens:
+        raise RequestError(
+            f"min-tokens is {args.min_tokens}, and max-tokens {args.max_tokens}; raise max-tokens"
+        )
+    return Sampling(
+        temp=args.temp,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=seed,
+        top_k=args.top_k,
+        repetition_penalty=args.repetition_penalty,
+        repetition_context=args.repetition_context,
+        frequency_penalty=args.frequency_penalty,
+        presence_penalty=args.presence_penalty,
+        logit_bias=tuple(args.logit_bias),
+        min_tokens=args.min_tokens,
+        ignore_eos=args.ignore_eos,
+    )
+
+
 def asked_sampling(args: argparse.Namespace) -> Sampling:
-    """How the flags say to draw. Raises RequestError for what is out of range or without effect."""
-    sampling = Sampling(args.temp, args.top_p, args.min_p, args.seed)
+    """As `sampling_of`, with --seed; also raises RequestError for what would change nothing."""
+    sampling = sampling_of(args, args.seed)
     sampling.check_used()
     return sampling
 

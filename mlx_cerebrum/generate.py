@@ -213,6 +213,7 @@ def _answer(
     else:
         ids = tokenizer.apply_chat_template(asked)
     check_request(config, ids, args.max_tokens)
+    sampling.check_vocabulary(config.vocab_size)
 
     more = copy_bytes(draft, args.draft_bits, storage.dtype.size) if args.draft_bits else 0
     kept, same = args.prompt_cache, {}

@@ -13,6 +13,14 @@ import pytest
 from conftest import MakeCheckpoint
 
 from mlx_cerebrum import cli
+from mlx_cerebrum.decoding.sampling import Sampling
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.flags import (
+    add_max_tokens_flag,
+    add_sampling_flags,
+    add_seed_flag,
+    asked_sampling,
+)
 
 ROOT = Path(__file__).parent.parent
 # Every command line of the package, of convert and of bench; the first only picks another.
@@ -98,7 +106,13 @@ def test_a_number_that_is_taken_works(
     monkeypatch.setattr(listening.Server, "run", serve)
     main: Callable[[list[str]], int] = importlib.import_module(module).main
     base = ["--model", str(checkpoint(num_hidden_layers=1)), "--dtype", "float32", *flags]
-    needs = {"seed": ["--temp=1"], "draft_tokens": ["--draft=ngram"], "q_group_size": []}
+    needs = {
+        "seed": ["--temp=1"],
+        "top_k": ["--temp=1"],
+        "repetition_context": ["--repetition-penalty=2"],
+        "draft_tokens": ["--draft=ngram"],
+        "q_group_size": [],
+    }
     for action in numbers(parser_of(module, monkeypatch)):
         if action.choices is not None:
             continue
@@ -115,6 +129,59 @@ def test_a_number_that_is_taken_works(
             said = [line for line in err.splitlines() if line.startswith("error: ")]
             chat_goes_on = "chat" in module and code == 2  # a question was refused
             assert code == 0 or len(said) == 1 or chat_goes_on, (argv[-1], err)
+
+
+def sampling_asked(*argv: str) -> Sampling:
+    parser = cli.ArgumentParser()
+    add_sampling_flags(parser)
+    add_seed_flag(parser)
+    add_max_tokens_flag(parser, 100)
+    return asked_sampling(parser.parse_args(argv))
+
+
+def test_the_flags_of_sampling() -> None:
+    assert sampling_asked() == Sampling(top_k=0)
+    drawn = ["--temp=0.0001", "--top-p=0.9", "--min-p=0.1", "--top-k=40", "--seed=3"]
+    assert sampling_asked(*drawn) == Sampling(0.0001, 0.9, 0.1, 3, 40)
+    changed = ["--repetition-penalty=1.1", "--repetition-context=64", "--frequency-penalty=-0.5"]
+    changed += ["--presence-penalty=0.5", "--logit-bias=7=-100", "--logit-bias", "9=1.5"]
+    assert sampling_asked(*changed, "--min-tokens=8") == Sampling(
+        top_k=0,
+        repetition_penalty=1.1,
+        repetition_context=64,
+        frequency_penalty=-0.5,
+        presence_penalty=0.5,
+        logit_bias=((7, -100.0), (9, 1.5)),
+        min_tokens=8,
+    )
+    assert sampling_asked("--ignore-eos") == Sampling(top_k=0, ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--top-k=40"], "change nothing at temp 0"),
+        (["--repetition-context=40"], "changes nothing without --repetition-penalty"),
+        (["--repetition-penalty=0"], "repetition-penalty must be above 0"),
+        (["--frequency-penalty=3"], "frequency-penalty must be from -2 to 2"),
+        (["--logit-bias=7=101"], "logit-bias must be from -100 to 100"),
+        (["--logit-bias=7=nan"], "logit-bias must be from -100 to 100"),
+        (["--logit-bias=-7=1"], "logit-bias must name a token id, not -7"),
+        (["--logit-bias=7=1", "--logit-bias=7=2"], "logit-bias names a token twice"),
+        (["--min-tokens=101"], "min-tokens is 101, and max-tokens 100; raise max-tokens"),
+    ],
+)
+def test_sampling_that_cannot_be(argv: list[str], message: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)):
+        sampling_asked(*argv)
+
+
+@pytest.mark.parametrize("bias", ["", "7", "7=", "=1", "x=1", "7=x", "7:1", "1" * 5000 + "=1"])
+def test_what_is_no_bias(bias: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sampling_asked(f"--logit-bias={bias}")
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"error: argument --logit-bias: .{2,100} such as 42=-5 .*\n", err)
 
 
 def test_a_flag_of_several_commands_is_one_flag(monkeypatch: pytest.MonkeyPatch) -> None:

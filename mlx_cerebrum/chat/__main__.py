@@ -19,6 +19,7 @@ from mlx_cerebrum.chat.prompt import (
 from mlx_cerebrum.chat.screen import FullScreen, PlainScreen, Screen, is_full
 from mlx_cerebrum.chat.session import DecodingOptions, Messages, Session
 from mlx_cerebrum.chat.signals import orderly_end
+from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import (
     add_draft_flag,
@@ -76,7 +77,7 @@ def _run(args: argparse.Namespace) -> int:
 def _talk(
     args: argparse.Namespace, spec: ModelSpec, options: DecodingOptions, messages: Messages | None
 ) -> int:
-    models, tokenizer = _loaded(args, spec)
+    models, tokenizer = _loaded(args, spec, options.sampling)
     say_assumed(tokenizer)
     session = Session(models, tokenizer, options)
     chat = _chat(session, args)
@@ -88,9 +89,12 @@ def _talk(
     return chat.run()
 
 
-def _loaded(args: argparse.Namespace, spec: ModelSpec) -> tuple[dict[str, Model], Tokenizer]:
+def _loaded(
+    args: argparse.Namespace, spec: ModelSpec, sampling: Sampling
+) -> tuple[dict[str, Model], Tokenizer]:
     opened = open_model(spec)
     check_kv_bits(opened.config, args.kv_bits)
+    sampling.check_vocabulary(opened.config.vocab_size)
     with progress("loading", show=is_full(args.plain)) as report:
         return load_views(opened, args.plan, report)
 

@@ -14,7 +14,6 @@ import mlx.core as mx
 
 from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.decode import prefill_step
-from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import (
     add_max_tokens_flag,
@@ -24,6 +23,7 @@ from mlx_cerebrum.flags import (
     add_sampling_flags,
     memory_limit,
     model_spec,
+    sampling_of,
     say_assumed,
 )
 from mlx_cerebrum.model.limits import limits
@@ -57,7 +57,9 @@ def _run(args: argparse.Namespace) -> int:
     settings = replace(settings_of(args), room=Room.within_limits())
     with bind(args.host, args.port, settings.api_key is not None) as listening:
         with limits(memory), progress("loading", not args.quiet) as report:
-            models, tokenizer = load_views(open_model(spec), args.plan, report)
+            opened = open_model(spec)
+            settings.defaults.sampling.check_vocabulary(opened.config.vocab_size)
+            models, tokenizer = load_views(opened, args.plan, report)
         say_assumed(tokenizer)
         dtype = next(iter(models.values())).dtype
         engine = BatchEngine(
@@ -202,7 +204,7 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str] = os.en
         value, flag = getattr(args, name), name.replace("_", "-")
         if not least <= value <= most:
             raise RequestError(f"{flag} must be from {least:g} to {most:g}, not {value:g}")
-    sampling = Sampling(args.temp, args.top_p, args.min_p)
+    sampling = sampling_of(args)
     for host in args.allowed_host:
         if not re.fullmatch(r"[A-Za-z0-9.:-]+", host) or "://" in host:
             raise RequestError(f"allowed-host must be a name such as mac.local, not {host!r}")

@@ -306,7 +306,9 @@ def check_job(job: Job, models: Mapping[str, Model], max_batch: int) -> None:
     """Raise RequestError for a job that can never run, however much memory there is."""
     if job.model not in models:
         raise RequestError(f"there is no model {job.model!r}; there are {', '.join(models)}")
-    check_request(models[job.model].config, job.prompt, job.max_tokens)
+    config = models[job.model].config
+    check_request(config, job.prompt, job.max_tokens)
+    job.sampling.check_vocabulary(config.vocab_size)
     if not 1 <= job.n <= max_batch:
         raise RequestError(f"n must be from 1 to {max_batch}, not {job.n}")
     k = job.top_logprobs

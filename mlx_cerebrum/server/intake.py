@@ -1,8 +1,9 @@
 """From a request's body to jobs for the engine: parsed, checked, tokenized."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
+from typing import Any
 
 from mlx_cerebrum import __version__
 from mlx_cerebrum.decoding.sampling import GREEDY, Sampling
@@ -109,18 +110,15 @@ class Intake:
         top_logprobs: int | None,
         owner: str,
     ) -> Job:
-        defaults, seed = self._defaults.sampling, request.seed
-        sampling = Sampling(
-            temp=_given(request.temperature, defaults.temp),
-            top_p=_given(request.top_p, defaults.top_p),
-            min_p=_given(request.min_p, defaults.min_p),
-            seed=None if seed is None else seed % 2**64,
-        )
+        most = self._room(model, len(ids), request.most_tokens, param)
+        if (request.min_tokens or 0) > most:
+            message = f"min_tokens: there can be {most} tokens at most"
+            raise ApiError(400, message, code="invalid_value", param="min_tokens")
         return Job(
             model=model,
             prompt=tuple(ids),
-            max_tokens=self._room(model, len(ids), request.most_tokens, param),
-            sampling=sampling,
+            max_tokens=most,
+            sampling=sampling(request, self._defaults.sampling),
             n=request.n or 1,
             stop=stop,
             top_logprobs=top_logprobs,
@@ -151,5 +149,22 @@ class Intake:
         return most
 
 
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value
+def sampling(request: Sampled, defaults: Sampling) -> Sampling:
+    """How a request says to choose tokens, and `defaults` what it does not say."""
+    top_k, seed, biases = request.top_k, request.seed, request.logit_bias
+    asked = {
+        "temp": request.temperature,
+        "top_p": request.top_p,
+        "min_p": request.min_p,
+        "seed": None if seed is None else seed % 2**64,
+        "top_k": None if top_k is None else max(top_k, 0),
+        "repetition_penalty": request.repetition_penalty,
+        "repetition_context": request.repetition_context_size,
+        "frequency_penalty": request.frequency_penalty,
+        "presence_penalty": request.presence_penalty,
+        "logit_bias": None if biases is None else tuple((int(t), b) for t, b in biases.items()),
+        "min_tokens": request.min_tokens,
+        "ignore_eos": request.ignore_eos,
+    }
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    return replace(defaults, **given)

@@ -4,6 +4,7 @@ Parameters that can't be honoured are declared with the values that ask for noth
 `enum`), since many clients send those; any other value is refused by name.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -134,6 +135,29 @@ def _stop_schema(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [_STOP, several, {"type": "null"}]
 
 
+_TOKEN = re.compile(r"0|[1-9][0-9]{0,8}")
+
+
+def _biases(value: Any) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(type(b) in (int, float) for b in value.values()):
+        raise PydanticCustomError("logit_bias_type", "must be an object of numbers by token id")
+    if not all(_TOKEN.fullmatch(token) for token in value):
+        raise PydanticCustomError("logit_bias", 'must name token ids, such as "42"')
+    if not all(-100 <= bias <= 100 for bias in value.values()):
+        raise PydanticCustomError("logit_bias", "must be from -100 to 100")
+    return value
+
+
+def _bias_schema(schema: dict[str, Any]) -> None:
+    schema["anyOf"][0] = {
+        "type": "object",
+        "propertyNames": {"pattern": f"^({_TOKEN.pattern})$"},
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    }
+
+
 def _labels(value: Any) -> Any:
     if isinstance(value, dict) and not all(isinstance(one, str) for one in value.values()):
         raise PydanticCustomError("labels_type", "must be an object of texts")
@@ -153,6 +177,9 @@ class Sampled(Strict):
     temperature: float | None = Field(
         None, ge=0, le=2, description="Without it the server's --temp; 0 is greedy, its default"
     )
+    top_k: int | None = Field(
+        None, ge=-1, lt=2**31, description="Likeliest tokens to draw from; 0 and -1 are all"
+    )
     top_p: float | None = Field(None, gt=0, le=1, description="Probability mass to draw from")
     min_p: float | None = Field(
         None, ge=0, lt=1, description="Least probability, as a share of the likeliest token's"
@@ -171,16 +198,41 @@ class Sampled(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Taken, and not used")
-    frequency_penalty: Any = neutral(0)
-    presence_penalty: Any = neutral(0)
-    logit_bias: Any = neutral({})
-
-    @field_validator("temperature")
-    @classmethod
-    def _drawable(cls, value: float | None) -> float | None:
-        if value is not None and 0 < value < 1e-3:
-            raise PydanticCustomError("too_small", "must be 0 (greedy) or at least 0.001")
-        return value
+    # Not llama.cpp's `repeat_penalty`: it looks at 64 tokens, and would do another thing here.
+    repetition_penalty: float | None = Field(
+        None,
+        gt=0,
+        description="What the logits of tokens among the last ones are divided by (multiplied,"
+        " below 0)",
+    )
+    repetition_context_size: int | None = Field(
+        None,
+        ge=1,
+        lt=2**31,
+        description="How many of prompt and answer; without it the server's --repetition-context",
+    )
+    frequency_penalty: float | None = Field(
+        None,
+        ge=-2,
+        le=2,
+        description="Subtracted from a token's logit for each time it is in the answer",
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Subtracted once if it is in the answer"
+    )
+    logit_bias: Annotated[
+        dict[str, float] | None,
+        BeforeValidator(_biases),
+        Field(
+            description="What is added to the logits of token ids", json_schema_extra=_bias_schema
+        ),
+    ] = None
+    min_tokens: int | None = Field(
+        None, ge=0, lt=2**31, description="No end of text before the answer has so many tokens"
+    )
+    ignore_eos: bool | None = Field(
+        None, description="No end of text at all: the answer goes on until max_tokens, or a stop"
+    )
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Self:

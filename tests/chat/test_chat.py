@@ -481,6 +481,7 @@ def test_on_a_pipe_that_ends_well(tmp_path: Path) -> None:
     ("flags", "says"),
     [
         (["--seed", "3"], "change nothing at temp 0"),
+        (["--logit-bias", "999999=1"], "logit-bias: token id 999999 is not below"),
         (["--max-tokens", "0"], "max-tokens must be at least 1"),
         (["--prefill-step-size", "0"], "prefill-step-size must be at least 1"),
         (["--plan", "nowhere.yml"], "neither a file nor a named plan"),

@@ -232,6 +232,7 @@ def test_prompt_from_standard_input(
         (["--prompt", "x", "--q-group-size", "32"], "--q-bits"),
         (["--prompt", "x", "--temp", "1", "--seed", "-1"], "seed"),
         (["--prompt", "x", "--temp", "-1"], "temp must be"),
+        (["--prompt", "x", "--logit-bias", "999999=1"], "logit-bias: token id 999999 is not below"),
         (["--prompt", "x", "--model", ""], "empty"),
         (["--prompt", "x", "--model", "~nosuchuser/x"], "does not exist"),
         ([], "--prompt"),

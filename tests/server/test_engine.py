@@ -297,6 +297,7 @@ def test_logprobs_are_of_the_plain_distribution(make: Make, loaded: Any, k: int)
         ({"n": 5}, "n must be from 1 to 4"),
         ({"top_logprobs": 21}, "top_logprobs must be from 0 to 20"),
         ({"stop": ("",)}, "a stop string is empty"),
+        ({"sampling": Sampling(logit_bias=((260, 1.0),))}, "token id 260 is not below 260"),
     ],
 )
 def test_jobs_that_can_never_run(make: Make, changes: dict[str, Any], said: str) -> None:

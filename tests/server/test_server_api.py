@@ -105,6 +105,12 @@ def test_what_the_engine_is_asked(server: Running, engine: FakeEngine) -> None:
     assert engine.tokenizer.decode(job.prompt).startswith("Be\nUser: Hi")
 
 
+def test_more_tokens_at_least_than_at_most(server: Running) -> None:
+    answer = post(server, **chat(max_tokens=2, min_tokens=3))
+    assert error(answer) == (400, "invalid_value", "min_tokens")
+    assert post(server, **chat(max_tokens=3, min_tokens=3)).status_code == 200
+
+
 def test_defaults(server: Running, engine: FakeEngine) -> None:
     post(server, messages=[{"role": "user", "content": "Hi"}])
     job = engine.jobs[0]

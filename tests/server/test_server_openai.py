@@ -229,7 +229,7 @@ def test_errors(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="gpt-4", messages=HI)
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model="small", messages=HI, presence_penalty=1)
+        client.chat.completions.create(model="small", messages=HI, presence_penalty=3)
     assert refused.value.param == "presence_penalty"
     assert refused.value.type == "invalid_request_error"
     with pytest.raises(openai.BadRequestError, match="2048 positions"):

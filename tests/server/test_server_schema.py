@@ -2,13 +2,16 @@
 
 import contextlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_cerebrum.decoding.sampling import GREEDY, Sampling
 from mlx_cerebrum.server.faults import ApiError
+from mlx_cerebrum.server.intake import sampling
 from mlx_cerebrum.server.schema import (
     MOST_CHOICES,
     ChatRequest,
@@ -59,10 +62,6 @@ def test_what_clients_send_for_nothing_is_taken() -> None:
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"frequency_penalty": False}, "frequency_penalty"),
-        ({"presence_penalty": -1}, "presence_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -87,7 +86,25 @@ def test_what_is_not_honoured_is_refused_by_name(more: dict[str, Any], param: st
         ({"stream": True, "stream_options": {"foo": 1}}, "stream_options.foo", "unknown_parameter"),
         ({"temperature": 2.1}, "temperature", "invalid_value"),
         ({"temperature": "1"}, "temperature", "invalid_type"),
-        ({"temperature": 1e-5}, "temperature", "invalid_value"),
+        ({"top_k": -2}, "top_k", "invalid_value"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+        ({"repetition_context_size": 0}, "repetition_context_size", "invalid_value"),
+        ({"repeat_penalty": 1.1}, "repeat_penalty", "unknown_parameter"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty", "invalid_value"),
+        ({"frequency_penalty": False}, "frequency_penalty", "invalid_type"),
+        ({"presence_penalty": -2.1}, "presence_penalty", "invalid_value"),
+        ({"logit_bias": [1]}, "logit_bias", "invalid_type"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias", "invalid_type"),
+        ({"logit_bias": {"5": True}}, "logit_bias", "invalid_type"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5": 10**400}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"05": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"five": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {str(10**9): 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"\u0665": 1}}, "logit_bias", "invalid_value"),
+        ({"min_tokens": -1}, "min_tokens", "invalid_value"),
+        ({"ignore_eos": 1}, "ignore_eos", "invalid_type"),
         ({"top_p": 0}, "top_p", "invalid_value"),
         ({"min_p": 1}, "min_p", "invalid_value"),
         ({"n": 0}, "n", "invalid_value"),
@@ -126,6 +143,31 @@ def test_what_is_not_honoured_is_refused_by_name(more: dict[str, Any], param: st
 )
 def test_what_is_wrong_is_named(more: dict[str, Any], param: str, code: str) -> None:
     assert refusal(ChatRequest, HI | more)[:2] == (param, code)
+
+
+def test_how_a_request_says_to_choose() -> None:
+    asked = chat(
+        temperature=1e-30,
+        top_p=0.9,
+        min_p=0.1,
+        seed=-1,
+        top_k=40,
+        repetition_penalty=1.1,
+        repetition_context_size=64,
+        frequency_penalty=2,
+        presence_penalty=-2.0,
+        logit_bias={"5": -100, "0": 1.5},
+        min_tokens=3,
+        ignore_eos=True,
+    )
+    biases = ((5, -100.0), (0, 1.5))
+    wanted = Sampling(1e-30, 0.9, 0.1, 2**64 - 1, 40, 1.1, 64, 2.0, -2.0, biases, 3, True)
+    assert sampling(asked, GREEDY) == wanted
+    assert sampling(chat(), wanted) == wanted
+    unset = chat(top_k=-1, logit_bias={}, min_tokens=0, ignore_eos=False, temperature=0)
+    assert sampling(unset, wanted) == replace(
+        wanted, temp=0, top_k=0, logit_bias=(), min_tokens=0, ignore_eos=False
+    )
 
 
 @pytest.mark.parametrize(

@@ -374,6 +374,8 @@ def test_keys_of_flag_and_environment() -> None:
         (("--prefill-step-size", "0"), "prefill-step-size"),
         (("--temp", "-1"), "temp"),
         (("--top-p", "0"), "top-p"),
+        (("--presence-penalty", "3"), "presence-penalty"),
+        (("--min-tokens", "1025"), "min-tokens"),
     ],
 )
 def test_flags_that_cannot_be_honoured(flags: tuple[str, ...], message: str) -> None:

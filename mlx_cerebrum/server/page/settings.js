@@ -42,7 +42,6 @@ function problem(name, value) {
   if (above && (value <= min || value > max)) return `Above ${min}, to ${max}, or nothing.`;
   if (below && (value < min || value >= max)) return `From ${min} to below ${max}, or nothing.`;
   if (value < min || value > max) return `A number ${range}, or nothing.`;
-  if (name === "temperature" && value && value < 0.001) return "0, or at least 0.001.";
   return null;
 }
 
