@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from bench.bootstrap import interval, paired
 from bench.likelihood import Ids
 from bench.suite import Results
+from mlx_cerebrum.decoding.decoder import Decoder, Generation
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
@@ -42,21 +43,22 @@ def continuations(
     model: Model, tokenizer: Tokenizer, prompts: Sequence[Ids], most: int | list[int]
 ) -> list[Ids]:
     """Greedy continuations by `most` tokens, many at once; none holds an end token."""
-    from mlx_lm.generate import batch_generate  # seconds, which a page drawn again can do without
-
-    from mlx_cerebrum.server.batch import BatchModel
-    from mlx_cerebrum.server.prefix_cache import make_caches
-
-    caches = [make_caches(model.config) for _ in prompts]
-    found: list[Ids] = batch_generate(
-        BatchModel(model),
-        tokenizer,
-        prompts,
-        prompt_caches=caches,
-        max_tokens=most,
-        return_token_ids=True,
-    ).token_ids
-    return found
+    decoder, limits = Decoder(), [most] * len(prompts) if isinstance(most, int) else most
+    writing = [
+        Generation(model, list(ids), model.make_cache(), limit)
+        for ids, limit in zip(prompts, limits, strict=True)
+    ]
+    found = {generation: list[int]() for generation in writing}
+    for generation in writing:
+        decoder.add(generation)
+    while writing:
+        for generation, tokens, _ in decoder.step():
+            ends = [i for i, token in enumerate(tokens) if token in tokenizer.eos_token_ids]
+            found[generation] += tokens[: ends[0]] if ends else tokens
+            if ends or (tokens and not generation.left):
+                decoder.leave(generation, keep=False)
+                writing.remove(generation)
+    return list(found.values())
 
 
 def repeated(ids: Ids, n: int = 4) -> float:

@@ -239,6 +239,7 @@ def _answer(
                 ids,
                 max_tokens=args.max_tokens,
                 sampler=sampling.sampler(),
+                adjust=sampling.adjust(ids, tokenizer.eos_token_ids),
                 stop=args.stop if args.raw else [*args.stop, *tokenizer.stop_strings],
                 speculation=drafting,
                 prompt_cache=prompt_cache,

@@ -12,16 +12,9 @@ from typing import Any
 import httpx
 from conftest import byte_tokenizer
 
+from mlx_cerebrum.decoding.logprobs import TokenLogprob
 from mlx_cerebrum.server.app import Service, Settings
-from mlx_cerebrum.server.jobs import (
-    Engine,
-    Event,
-    Failed,
-    Job,
-    Piece,
-    Stats,
-    TokenLogprob,
-)
+from mlx_cerebrum.server.jobs import Engine, Event, Failed, Job, Piece, Stats
 from mlx_cerebrum.server.listening import Server, bind, url
 from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer

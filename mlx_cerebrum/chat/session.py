@@ -304,6 +304,7 @@ class Session:
                 ids,
                 max_tokens=min(options.max_tokens, positions - len(ids)),
                 sampler=sampling.sampler(),
+                adjust=sampling.adjust(ids, self.tokenizer.eos_token_ids),
                 stop=self.tokenizer.stop_strings,
                 speculation=self._speculation(model),
                 prompt_cache=self.cache(name),

@@ -126,8 +126,8 @@ class _Group:
         self.rows.join(generation.caches)
         self.members.append(generation)
 
-    def leave(self, generation: Generation) -> None:
-        self.rows.leave(self.members.index(generation))
+    def leave(self, generation: Generation, keep: bool = True) -> None:
+        self.rows.leave(self.members.index(generation), keep)
         self.members.remove(generation)
 
 
@@ -191,16 +191,24 @@ class Decoder:
         self._reading.append(generation)
         self._move_on()
 
-    def leave(self, generation: Generation) -> None:
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all caches now."""
+        own = {id(c): c for g in [*self._reading, *self._answers] for c in g.caches}
+        return sum(c.nbytes for c in own.values()) + sum(g.rows.nbytes for g in self._groups)
+
+    def leave(self, generation: Generation, keep: bool = True) -> None:
         """Take a sequence out, at any time. Its caches then hold the first of its tokens: all but
-        the last, or fewer where the prompt was not read or a step was interrupted."""
+        the last, or fewer where the prompt was not read or a step was interrupted. Where they are
+        not to be kept they may be left empty."""
         for some in (self._reading, self._answers):
             if generation in some:
                 some.remove(generation)
         self._loners.discard(generation)
-        self._leave_group(generation)
+        self._leave_group(generation, keep)
         self._changed = True
-        _go_back(generation)
+        if keep:
+            _go_back(generation)
 
     def step(self) -> list[Advance]:
         """Take every sequence a step forward. Says what it did, first what it read."""
@@ -498,9 +506,9 @@ class Decoder:
     def _grouped(self, g: Generation) -> bool:
         return any(g in group.members for group in self._groups)
 
-    def _leave_group(self, generation: Generation) -> None:
+    def _leave_group(self, generation: Generation, keep: bool) -> None:
         for group in [group for group in self._groups if generation in group.members]:
-            group.leave(generation)
+            group.leave(generation, keep)
             if len(group.members) == 1:  # its own caches are the faster way for one
                 group.leave(group.members[0])
             if not group.members:

@@ -1,7 +1,10 @@
 """What a conversation's caches already hold, so that each turn computes only what is new."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
+
+import mlx.core as mx
 
 from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.model.cache import STEP, WindowedKVCache
@@ -58,13 +61,39 @@ class PromptCache:
         """Bytes allocated, room to grow included."""
         return sum(c.nbytes for c in self.cache)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the entries that `compact` would leave."""
+        return sum(c.held_bytes for c in self.cache)
+
+    def compact(self) -> None:
+        """Give up the room to grow."""
+        for c in self.cache:
+            c.compact()
+            mx.eval(c.state[:2])
+
+    def copy(self) -> "PromptCache":
+        """Another cache of the same tokens. Their entries are shared until either side writes."""
+        other = copy.copy(self)
+        other.tokens, other.cache = list(self.tokens), copy.deepcopy(self.cache)
+        return other
+
+    def reachable(self, point: int) -> int:
+        """The latest point at or before this one that all positions can go back to.
+
+        Not all can go back equally far: with a draft model some drop entries earlier than others.
+        """
+        while (found := min(c.reachable(point) for c in self.cache)) < point:
+            point = found
+        return point
+
     def begin(self, prompt: Sequence[int]) -> list[int]:
         """Go back to what `prompt` shares with the tokens held; return the rest, to be computed.
 
         The last token is always computed again: its logits give the first token of the answer.
         """
         most = min(len(self.tokens), max(0, len(prompt) - 1))
-        self._go_back(next((i for i in range(most) if self.tokens[i] != prompt[i]), most))
+        self.go_back(next((i for i in range(most) if self.tokens[i] != prompt[i]), most))
         begun, end = len(self.tokens), len(prompt) - 1
         if self._most:
             for c in self.cache:
@@ -78,15 +107,11 @@ class PromptCache:
     def end(self, tokens: Sequence[int]) -> None:
         """A request is over: `tokens` are all it read and generated, from the first one on."""
         self.tokens = list(tokens)
-        self._go_back(min(len(tokens), *(c.offset for c in self.cache)))
+        self.go_back(min(len(tokens), *(c.offset for c in self.cache)))
 
-    def _go_back(self, point: int) -> None:
-        """Rewind to the latest point at or before this one that all positions can go to.
-
-        Not all can go back equally far: with a draft model some drop entries earlier than others.
-        """
-        while (reachable := min(c.reachable(point) for c in self.cache)) < point:
-            point = reachable
+    def go_back(self, point: int) -> None:
+        """Rewind to the latest point at or before this one that all positions can go to."""
+        point = self.reachable(point)
         self.tokens = self.tokens[:point]
         for c in self.cache:
             c.rewind_to(point)

@@ -240,6 +240,22 @@ class WindowedKVCache:
     def _live(self) -> Stretch:
         return Stretch(self.keys, self.values, self._start, self.offset)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of `nbytes` that `compact` would leave, or a little more."""
+        live = 0 if self.keys is None else nbytes(self.keys) + nbytes(self.values)
+        return self.nbytes - live + (live * self._used() // self._room() if live else 0)
+
+    def compact(self) -> None:
+        """Give up the room to grow; the next token takes new room."""
+
+        def copied(entries: mx.array) -> mx.array:  # a slice may stay a view of the whole
+            return mx.contiguous(entries)
+
+        if self.keys is not None:
+            keys, values, *where = self.lend()
+            self.take_over(Stretch(each(copied, keys), each(copied, values), *where))
+
     def lend(self) -> Stretch:
         """Give the live entries away, to go on elsewhere (`rows.Rows`); the cache keeps its marks,
         and what they need besides. `take_over` brings entries back."""

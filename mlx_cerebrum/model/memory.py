@@ -93,13 +93,25 @@ class Workload:
     drafts: int = 0
 
     @property
-    def cache_bytes(self) -> int:
-        """Bytes that the caches of all positions take at most, room to grow included."""
+    def entry_bytes(self) -> int:
+        """Bytes of one token's entries in the caches of all positions."""
         width = self.config.head_dim
         row = width * self.item_bytes
         if self.kv_bits is not None:  # each group has a scale and a bias, which are not packed
             row = width * self.kv_bits // 8 + width // kv_group(width) * 2 * self.item_bytes
-        return self.config.kv_values_per_token() // width * row * self._entries()
+        return self.config.kv_values_per_token() // width * row
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the caches of all positions take at most, room to grow included."""
+        return self.entry_bytes * self._entries()
+
+    @property
+    def shared_bytes(self) -> int:
+        """The same for its row of caches that several sequences share, none longer than it."""
+        total, window = self.prompt + self.generated, self.config.sliding_window
+        kept = total if window is None else min(total, window - 1 + REWIND)
+        return self.entry_bytes * (kept + max(STEP, self.drafts + 2))
 
     def _entries(self) -> int:
         """Most entries a position's buffer has room for; with drafts a bound, without them exact.

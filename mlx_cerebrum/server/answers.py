@@ -11,7 +11,8 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from mlx_cerebrum.server.jobs import Piece, TokenLogprob
+from mlx_cerebrum.decoding.logprobs import TokenLogprob
+from mlx_cerebrum.server.jobs import Piece
 from mlx_cerebrum.tokenizer.detokenizer import SPACE_MARK, StreamingDetokenizer
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 

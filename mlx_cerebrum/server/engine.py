@@ -10,15 +10,15 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_cerebrum.decoding.decode import prefill_step
+from mlx_cerebrum.decoding.prompt_store import PromptStore
 from mlx_cerebrum.decoding.stream import check_request
 from mlx_cerebrum.decoding.text import StopText
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits, release
 from mlx_cerebrum.model.memory import HEADROOM, available_bytes, human
-from mlx_cerebrum.server.batch import Batch, job_bytes
+from mlx_cerebrum.server.batch import Batch, jobs_bytes
 from mlx_cerebrum.server.jobs import BusyError, ClosedError, Event, Failed, Job, Stats
-from mlx_cerebrum.server.prefix_cache import PrefixCache
 from mlx_cerebrum.server.task import Counts, Task, said
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
@@ -39,6 +39,8 @@ class BatchEngine:
     prefill_step_size: tokens of a prompt read at a time; other answers wait for that long. By
         default as `generate` reads them.
     memory_limit: most bytes MLX should hold, weights included; by default what is free now.
+    kv_bits: bits a value of cache entries, 8 or 4; None leaves them as they are.
+    draft: where guesses of the next tokens come from: "off", "ngram" or "auto".
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class BatchEngine:
         cache_bytes: int = 0,
         prefill_step_size: int | None = None,
         memory_limit: int | None = None,
+        kv_bits: int | None = None,
+        draft: str = "off",
     ) -> None:
         self._models = dict(models)
         self._tokenizer = tokenizer
@@ -58,6 +62,7 @@ class BatchEngine:
         self._cache_bytes = cache_bytes
         self._prefill_step_size = prefill_step(prefill_step_size)
         self._memory_limit = memory_limit
+        self._kv_bits, self._draft = kv_bits, draft
         self._budget = 0  # bytes for jobs and the prefix cache together
         self._counts = Counts()
         self._kept_bytes = self._kv_bytes = self._active = 0  # as last seen by the thread
@@ -135,7 +140,8 @@ class BatchEngine:
     def _check(self, job: Job) -> None:
         """Raise RequestError for a job that can never run."""
         check_job(job, self._models, self._max_batch)
-        needed = job_bytes(self._models[job.model], self._prefill_step_size, job)
+        how = self._prefill_step_size, self._kv_bits, self._draft
+        needed = jobs_bytes(self._models, [job], *how)
         if needed > self._budget:
             raise RequestError(
                 f"a prompt of {len(job.prompt)} tokens with {job.n} x {job.max_tokens} more needs"
@@ -177,24 +183,23 @@ class BatchEngine:
         self._budget = int(available_bytes() * HEADROOM)
         if self._budget <= 0:
             raise MemoryBudgetError("no memory is left for requests; use a smaller model")
-        self._prefixes = PrefixCache(min(self._cache_bytes, self._budget))
-        self._batches = {
-            name: Batch(
-                model,
-                self._prefixes,
-                self._counts,
-                self._left,
-                max_rows=self._max_batch,
-                prefill_step_size=self._prefill_step_size,
-            )
-            for name, model in self._models.items()
-        }
+        self._prompts = PromptStore(min(self._cache_bytes, self._budget))
+        self._batch = Batch(
+            self._models,
+            self._prompts,
+            self._counts,
+            self._left,
+            max_rows=self._max_batch,
+            prefill_step_size=self._prefill_step_size,
+            kv_bits=self._kv_bits,
+            draft=self._draft,
+        )
 
     def _turn(self) -> bool:
-        """One step of every batch with work; False when the engine is to stop."""
-        running = any(batch.tasks for batch in self._batches.values())
+        """One step of all jobs that run; False when the engine is to stop."""
+        running = bool(self._batch.tasks)
         if not running or time.monotonic() >= self._release_next:
-            release()  # batches grow and shrink: what they leave adds up to gigabytes
+            release()  # caches grow and shrink: what they leave adds up to gigabytes
             self._release_next = time.monotonic() + _RELEASE
         with self._changed:
             while not (running or self._arrived or self._deadline is not None):
@@ -206,18 +211,16 @@ class BatchEngine:
             self._fail_queued(_CLOSING)
         else:
             self._admit()
-        for batch in self._batches.values():
-            if batch.tasks:
-                self._guarded(batch, batch.step)
-        self._prefixes.limit(self._budget - self._predicted())
+        if self._batch.tasks:
+            self._guarded(self._batch.step)
+        self._prompts.limit(self._budget - self._batch.predicted())
         self._look()
         return True
 
     def _look(self) -> None:
-        batches = self._batches.values()
-        self._active = sum(batch.rows for batch in batches)
-        self._kv_bytes = sum(batch.kv_bytes for batch in batches)
-        self._kept_bytes = self._prefixes.nbytes
+        self._active = self._batch.rows()
+        self._kv_bytes = self._batch.kv_bytes
+        self._kept_bytes = self._prompts.nbytes
 
     def _admit(self) -> None:
         """Start queued jobs in the order they came, as far as places and memory go.
@@ -226,27 +229,26 @@ class BatchEngine:
         up all that came after it: else small ones could keep it waiting for ever.
         """
         for task in self._oldest_first():
-            batch = self._batches[task.job.model]
-            if batch.places < task.job.n:
+            if self._batch.places(task.job.model) < task.job.n:
                 continue
-            needed = self._predicted(task)
+            needed = self._batch.predicted(task)
             if needed > self._budget:
                 return
-            self._prefixes.limit(self._budget - needed)
+            self._prompts.limit(self._budget - needed)
             with self._changed:
                 if task not in self._arrived:  # cancelled meanwhile
                     continue
                 self._dequeue(task)
-            self._guarded(batch, partial(batch.start, task))
+            self._guarded(partial(self._batch.start, task))
 
-    def _guarded(self, batch: Batch, do: Callable[[], None]) -> None:
-        """`do` something with a batch. It handles its jobs' errors itself; one that gets past it
-        ends all its jobs, and no other batch's."""
+    def _guarded(self, do: Callable[[], None]) -> None:
+        """`do` something with the batch. It handles its jobs' errors itself; one that gets past it
+        ends all jobs."""
         try:
             do()
         except Exception as error:
             log.exception("a batch failed")
-            batch.fail_all(said(error))
+            self._batch.fail_all(said(error))
 
     def _oldest_first(self) -> Iterator[Task]:
         """Queued tasks, the oldest first. After one that was not started, none of its model's."""
@@ -264,17 +266,9 @@ class BatchEngine:
                 if task in self._arrived:
                     passed.add(task.job.model)
 
-    def _predicted(self, new: Task | None = None) -> int:
-        """Bytes that all jobs, and `new`, may need at most."""
-        sizes = [
-            batch.predicted(new if new is not None and new.job.model == name else None)
-            for name, batch in self._batches.items()
-        ]
-        return sum(caches for caches, _ in sizes) + max((one for _, one in sizes), default=0)
-
     def _left(self, task: Task) -> None:
         """A started job is over; its places are free."""
-        self._active = sum(batch.rows for batch in self._batches.values())
+        self._active = self._batch.rows()
         with self._changed:
             self._places_taken[task.job.model] -= task.job.n
 
@@ -293,12 +287,10 @@ class BatchEngine:
             if self._deadline is None:  # an error ended the thread
                 self._deadline, self._why = time.monotonic(), _STOPPED
         self._fail_queued(self._why)
-        if self._failure is None and hasattr(self, "_batches"):
-            for batch in self._batches.values():
-                batch.fail_all(self._why)
-            self._prefixes.clear()
+        if self._failure is None and hasattr(self, "_batch"):
+            self._batch.fail_all(self._why)
+            self._prompts.clear()
             self._look()
-            self._batches = {}
         mx.clear_cache()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from mlx_cerebrum.decoding.logprobs import TokenLogprob
 from mlx_cerebrum.decoding.sampling import GREEDY, Sampling
 from mlx_cerebrum.errors import CerebrumError
 
@@ -31,15 +32,6 @@ class Job:
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None  # alternatives a token; None: no log-probabilities at all
     owner: str = ""  # whose prompts: caches are never shared between owners
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token's natural log-probability before temperature and filters, and the likeliest."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()  # (token, logprob), likeliest first
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import mlx.core as mx
-
-from mlx_cerebrum.decoding.decode import Sampler, greedy
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.decoding.text import AnswerText
 from mlx_cerebrum.server.jobs import Event, Job
@@ -38,6 +35,7 @@ class Task:
         forget: Callable[["Task"], None],
     ) -> None:
         self.job = job
+        self.end_ids = tokenizer.eos_token_ids
         self.texts = [AnswerText(tokenizer, job.max_tokens, job.stop) for _ in range(job.n)]
         self.reasons: list[str] = []  # of the choices that are over
         self.cached_tokens = 0
@@ -68,25 +66,10 @@ class Task:
             log.exception("an event could not be delivered; its job is dropped")
             self.cancelled = True
 
-    def sampler(self, choice: int) -> Callable[[mx.array], mx.array]:
-        """A new one for this choice: tokens `[L]` from log-probabilities `[L, V]`."""
+    def sampling(self, choice: int) -> Sampling:
+        """How this choice is drawn."""
         sampling = self.job.sampling
-        if sampling.temp == 0:
-            return greedy  # the same for all: mlx-lm then calls it once for the whole batch
-        return _Counted(replace(sampling, seed=choice_seed(sampling, choice)).sampler())
-
-
-class _Counted:
-    """A sampler that counts the tokens it is called for."""
-
-    def __init__(self, sampler: Sampler) -> None:
-        self._sampler = sampler
-        self._number = 0
-
-    def __call__(self, logprobs: mx.array) -> mx.array:
-        drawn = self._sampler(logprobs, self._number)
-        self._number += 1
-        return drawn
+        return replace(sampling, seed=choice_seed(sampling, choice))
 
 
 def choice_seed(sampling: Sampling, choice: int) -> int | None:

@@ -11,24 +11,17 @@ import pytest
 from conftest import INTERLEAVED_8, plan_yaml, write_checkpoint
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
+from mlx_cerebrum.decoding.logprobs import TokenLogprob
+from mlx_cerebrum.decoding.prompt_store import PromptStore
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.decoding.stream import stream_generate
+from mlx_cerebrum.decoding.text import AnswerText
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import memory_limit
-from mlx_cerebrum.server.batch import Batch, job_bytes
+from mlx_cerebrum.server.batch import Batch, jobs_bytes
 from mlx_cerebrum.server.engine import BatchEngine
-from mlx_cerebrum.server.jobs import (
-    BusyError,
-    ClosedError,
-    Event,
-    Failed,
-    Job,
-    Piece,
-    Reading,
-    TokenLogprob,
-)
-from mlx_cerebrum.server.prefix_cache import PrefixCache
+from mlx_cerebrum.server.jobs import BusyError, ClosedError, Event, Failed, Job, Piece, Reading
 from mlx_cerebrum.server.task import choice_seed
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
@@ -445,6 +438,10 @@ def test_a_job_may_be_cancelled_from_its_own_event(make: Make, loaded: Any) -> N
     assert sum(isinstance(event, Piece) for event in heard) == 1
 
 
+def job_bytes(models: dict[str, Model], *jobs: Job) -> int:
+    return jobs_bytes(models, jobs, 5, None, "off")
+
+
 def _limit(engine_bytes: float) -> int:
     mx.clear_cache()
     return int(mx.get_active_memory() + engine_bytes)
@@ -476,9 +473,9 @@ def test_a_job_that_does_not_fit_now_waits_and_is_not_passed(make: Make, loaded:
     models = loaded[0]
     first, big = job(9, 40), job(9, 20, 1, n=8)
     small = job(5, 3, 2, model="plan")
-    engine._budget = job_bytes(models["small"], 5, big)
+    engine._budget = job_bytes(models, big)
     # It is the big one that waits: the small one would fit beside the first.
-    alone = job_bytes(models["small"], 5, first) + job_bytes(models["plan"], 5, small)
+    alone = job_bytes(models, first, small)
     assert alone <= engine._budget
     held = Client(engine, first, hold=True).started()
     started: list[Job] = []
@@ -495,14 +492,14 @@ def test_the_prefix_cache_gives_way_to_jobs(make: Make, loaded: Any) -> None:
     for seed in range(4):
         Client(engine, job(40, 3, seed)).done()
     wanted = job(40, 3, 9)
-    needed = job_bytes(loaded[0]["small"], 5, wanted)
-    before = engine._prefixes.nbytes
+    needed = job_bytes(loaded[0], wanted)
+    before = engine._prompts.nbytes
     engine._budget = needed + before // 2
     kept: list[int] = []
 
     class Looking(Client):
         def _deliver(self, event: Event) -> None:
-            kept.append(engine._prefixes.nbytes)
+            kept.append(engine._prompts.nbytes)
             super()._deliver(event)
 
     is_right(loaded, Looking(engine, wanted).done())
@@ -512,16 +509,16 @@ def test_the_prefix_cache_gives_way_to_jobs(make: Make, loaded: Any) -> None:
 def test_a_job_that_waits_for_memory_costs_no_prefix(make: Make, loaded: Any) -> None:
     engine = make(cache_bytes=10**8, max_batch=9)
     Client(engine, job(40, 3)).done()
-    before = engine._prefixes.nbytes
+    before = engine._prompts.nbytes
     assert before
     first, big = job(9, 40, 1), job(9, 20, 2, n=8)
-    engine._budget = job_bytes(loaded[0]["small"], 5, big)
-    assert job_bytes(loaded[0]["small"], 5, first) + before <= engine._budget
+    engine._budget = job_bytes(loaded[0], big)
+    assert job_bytes(loaded[0], first) + before <= engine._budget
     kept: list[int] = []
 
     class Looking(Client):
         def _deliver(self, event: Event) -> None:
-            kept.append(engine._prefixes.nbytes)
+            kept.append(engine._prompts.nbytes)
             super()._deliver(event)
 
     held = Looking(engine, first, hold=True).started()
@@ -568,7 +565,7 @@ def test_the_engine_outlives_an_error(
     make: Make, loaded: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = make()
-    armed = _failing(monkeypatch, "_hand_out", RuntimeError("no /such/file"))
+    armed = _failing(monkeypatch, "add", RuntimeError("no /such/file"), AnswerText)
     held = Client(engine, job(5, 9), hold=True).started()
     armed.set()
     waiting = Client(engine, job(40, 9, 1))
@@ -580,7 +577,7 @@ def test_the_engine_outlives_an_error(
     assert "no /such/file" in caplog.text  # for who runs the server
 
 
-@pytest.mark.parametrize("where", ["find", "step", "_drop_cancelled", "_next_prompt"])
+@pytest.mark.parametrize("where", ["find", "step", "_advance", "_leave"])
 def test_a_fault_anywhere_ends_in_an_answer(
     make: Make,
     loaded: Any,
@@ -589,7 +586,7 @@ def test_a_fault_anywhere_ends_in_an_answer(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     engine = make()
-    of = PrefixCache if where == "find" else Batch
+    of = PromptStore if where == "find" else Batch
     _failing(monkeypatch, where, RuntimeError("a fault"), of).set()
     assert Client(engine, job(5, 9)).done().failed is not None
     assert "a fault" in caplog.text

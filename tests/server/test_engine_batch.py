@@ -1,6 +1,6 @@
 """Jobs decoded together get, token for token, what each would get alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum import load
-from mlx_cerebrum.decoding.decode import greedy
+from mlx_cerebrum.decoding import decoder
 from mlx_cerebrum.decoding.decoder import generate_step
+from mlx_cerebrum.decoding.prompt_store import PromptStore
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.server.batch import Batch, BatchModel
+from mlx_cerebrum.model.together import Part, run_together
+from mlx_cerebrum.server.batch import Batch
 from mlx_cerebrum.server.jobs import Event, Failed, Job, Piece, Reading
-from mlx_cerebrum.server.prefix_cache import PrefixCache
 from mlx_cerebrum.server.task import Counts, Task
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
@@ -45,9 +46,10 @@ class Desk:
         self.model, self.tokenizer = loaded
         self.counts = Counts()
         self.ended: list[Task] = []
-        self.prefixes = PrefixCache(options.pop("cache_bytes", 0))
+        self.prompts = PromptStore(options.pop("cache_bytes", 0))
         settings = {"max_rows": 8, "prefill_step_size": 5} | options
-        self.batch = Batch(self.model, self.prefixes, self.counts, self.ended.append, **settings)
+        models = {"m": self.model}
+        self.batch = Batch(models, self.prompts, self.counts, self.ended.append, **settings)
         self.events: dict[Task, list[Event]] = {}
 
     def task(self, job: Job) -> Task:
@@ -135,17 +137,17 @@ def test_any_joining_and_leaving_changes_no_token(
         limits[new] = 10**6 if cancelled_after is None else cancelled_after
         for _ in range(wait):
             desk.batch.step()
-        while desk.batch.places < n:
+        while desk.batch.places("m") < n:
             desk.batch.step()
         desk.batch.start(new)
         for task, most in limits.items():
             if len(desk.events[task]) > most and task in desk.batch.tasks:
                 task.cancel()
-        assert desk.batch.kv_bytes <= desk.batch.predicted()[0]
+        assert desk.batch.kv_bytes <= desk.batch.predicted()
     desk.run()
     for task in limits:
         is_right(desk, task)
-    assert desk.batch.rows == desk.batch.kv_bytes == 0
+    assert desk.batch.rows() == desk.batch.kv_bytes == 0
     assert sum(desk.counts.finished.values()) == len(desk.ended) == len(limits)
 
 
@@ -164,7 +166,7 @@ def test_far_past_the_window_with_others_coming_and_going(
         is_right(desk, task)
 
 
-def test_a_batch_of_rows_at_one_length_rotates_together(loaded: Callable[[int], Loaded]) -> None:
+def test_rows_of_one_length_pass_the_window_together(loaded: Callable[[int], Loaded]) -> None:
     desk = Desk(loaded(WINDOW))
     tasks = [desk.start(job(20, 50, seed)) for seed in range(4)]
     desk.run()
@@ -173,22 +175,20 @@ def test_a_batch_of_rows_at_one_length_rotates_together(loaded: Callable[[int], 
     assert len({tuple(desk.tokens(task)) for task in tasks}) == 4
 
 
-def test_choices_share_the_work_on_the_prompt(loaded: Callable[[int], Loaded]) -> None:
+def test_choices_share_the_work_on_the_prompt(
+    loaded: Callable[[int], Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
     desk = Desk(loaded(WINDOW), prefill_step_size=10)
-    seen = []
-    real = desk.model
+    read: list[tuple[int, ...]] = []
 
-    class Counting:
-        config, model = real.config, real.model
+    def counting(parts: Sequence[Part]) -> list[mx.array]:
+        read.extend(part.tokens.shape for part in parts if part.tokens.shape[1] > 1)
+        return run_together(parts)
 
-        def __call__(self, tokens: mx.array, caches: Any) -> mx.array:
-            seen.append(tuple(tokens.shape))
-            return real(tokens, caches)
-
-    desk.batch.model = Counting()  # type: ignore[assignment]  # what reads prompts calls this one
+    monkeypatch.setattr(decoder, "run_together", counting)
     task = desk.start(job(41, 3, n=4))
     desk.run()
-    assert seen == [(1, 10)] * 4
+    assert read == [(1, 10)] * 4
     is_right(desk, task)
     assert desk.counts.finished == {"length": 1}
     assert desk.counts.generated_tokens == 12
@@ -228,7 +228,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_nor_starve_it(
     assert not desk.tokens(long)
     rounds = 0
     while not desk.tokens(long):  # short ones keep coming: every other chunk stays the oldest's
-        if desk.batch.places:
+        if desk.batch.places("m"):
             desk.start(job(7, 1, seed=2 + rounds))
         desk.batch.step()
         rounds += 1
@@ -263,7 +263,7 @@ def test_a_cancelled_job_is_gone_with_the_next_step(
     told = len(desk.events[task])
     desk.batch.step()
     assert desk.ended == [task]
-    assert desk.batch.rows == 1
+    assert desk.batch.rows() == 1
     desk.run()
     assert len(desk.events[task]) == told  # nothing more
     is_right(desk, other)
@@ -284,25 +284,19 @@ def test_who_cannot_be_told_is_dropped(loaded: Callable[[int], Loaded]) -> None:
     assert desk.counts.finished == {"cancelled": 1, "length": 1}
 
 
-class Breaking:
-    """A model that fails once, when told to."""
+@pytest.fixture
+def fail_next(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
+    """Lets the next step fail, halfway."""
+    errors: list[Exception] = []
 
-    def __init__(self, model: Model, error: Exception) -> None:
-        self.real, self.config, self.dtype, self.error = model, model.config, model.dtype, error
-        self.broken = False
+    def broken(parts: Sequence[Part]) -> list[mx.array]:
+        found = run_together(parts)
+        if errors:
+            raise errors.pop()
+        return found
 
-    def __call__(self, *args: Any) -> mx.array:
-        if self.broken:
-            self.broken = False
-            raise self.error
-        return self.real(*args)
-
-
-def _broken(loaded: Loaded, error: Exception) -> tuple[Desk, Breaking]:
-    model = Breaking(loaded[0], error)
-    desk = Desk((model, loaded[1]))  # type: ignore[arg-type]  # it stands in for the model
-    desk.model = loaded[0]
-    return desk, model
+    monkeypatch.setattr(decoder, "run_together", broken)
+    return errors.append
 
 
 @pytest.mark.parametrize(
@@ -312,15 +306,17 @@ def _broken(loaded: Loaded, error: Exception) -> tuple[Desk, Breaking]:
         (RuntimeError("[malloc] Unable to allocate 99 bytes."), "the device ran out of memory"),
     ],
 )
-def test_a_step_that_fails_ends_its_jobs_and_no_other(
-    loaded: Callable[[int], Loaded], error: Exception, said: str
+def test_a_step_that_fails_ends_its_jobs_and_no_later_ones(
+    loaded: Callable[[int], Loaded],
+    fail_next: Callable[[Exception], None],
+    error: Exception,
+    said: str,
 ) -> None:
-    desk, model = _broken(loaded(WINDOW), error)
+    desk = Desk(loaded(WINDOW))
     writing = [desk.start(job(4, 30, seed)) for seed in range(2)]
     while not all(desk.tokens(task) for task in writing):
         desk.batch.step()
-    reading = desk.start(job(40, 8, seed=5))
-    model.broken = True
+    fail_next(error)
     desk.batch.step()
     for task in writing:
         failed = desk.events[task][-1]
@@ -328,34 +324,30 @@ def test_a_step_that_fails_ends_its_jobs_and_no_other(
         assert failed.message.startswith(said)
         assert "/" not in failed.message
         assert "\n" not in failed.message
-    assert desk.batch.tasks == [reading]
-    assert desk.batch._generator.prompt_cache_nbytes == 0  # a new one
+    assert desk.batch.tasks == []
+    assert desk.batch.kv_bytes == 0
     after = desk.start(job(13, 20, seed=6))
     desk.run()
-    is_right(desk, reading)
     is_right(desk, after)
-    assert desk.counts.finished == {"failed": 2, "length": 2}
+    assert desk.counts.finished == {"failed": 2, "length": 1}
 
 
-def test_a_prompt_that_fails_leaves_the_batch_alone(loaded: Callable[[int], Loaded]) -> None:
-    desk, model = _broken(loaded(WINDOW), RuntimeError("no"))
-    writing = desk.start(job(4, 30))
-    while not desk.tokens(writing):
+@pytest.mark.parametrize("others", [1, 3])
+def test_a_prompt_that_fails_leaves_the_others_alone(
+    loaded: Callable[[int], Loaded], fail_next: Callable[[Exception], None], others: int
+) -> None:
+    desk = Desk(loaded(WINDOW))
+    writing = [desk.start(job(4 + seed, 30, seed)) for seed in range(others)]
+    while not all(desk.tokens(task) for task in writing):
         desk.batch.step()
     reading = desk.start(job(40, 8, seed=5))
-    real = desk.batch._generator.next
-
-    def then_break() -> Any:
-        made = real()
-        model.broken = True
-        return made
-
-    desk.batch._generator.next = then_break
     desk.batch.step()
-    desk.batch._generator.next = real
+    fail_next(RuntimeError("no"))
+    desk.batch.step()
     assert isinstance(desk.events[reading][-1], Failed)
     desk.run()
-    is_right(desk, writing)
+    for task in writing:
+        is_right(desk, task)
 
 
 def test_a_token_outside_the_vocabulary_fails_its_job_only(
@@ -380,13 +372,13 @@ def test_all_can_be_failed_at_once(loaded: Callable[[int], Loaded]) -> None:
         desk.batch.step()
     desk.batch.fail_all("over")
     assert [desk.events[task][-1] for task in tasks] == [Failed("over")] * 2
-    assert desk.batch.rows == desk.batch.kv_bytes == 0
+    assert desk.batch.rows() == desk.batch.kv_bytes == 0
     later = desk.start(job(30, 9))
     desk.run()
     is_right(desk, later)
 
 
-def test_rows_of_a_batch_share_one_greedy_call(
+def test_rows_share_one_greedy_call(
     loaded: Callable[[int], Loaded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes: list[tuple[int, ...]] = []
@@ -395,27 +387,14 @@ def test_rows_of_a_batch_share_one_greedy_call(
         shapes.append(tuple(logits.shape))
         return mx.argmax(logits, axis=-1)
 
-    monkeypatch.setattr("mlx_cerebrum.server.task.greedy", counting)
+    monkeypatch.setattr(decoder, "greedy", counting)
+    monkeypatch.setattr("mlx_cerebrum.decoding.sampling.greedy", counting)
     desk = Desk(loaded(WINDOW))
     for seed in range(3):
         ignored = Sampling(temp=0, seed=seed, top_p=0.3)  # but for the temperature
         desk.start(job(4, 20, seed, sampling=ignored))
     desk.run()
     assert (3, 260) in shapes
-
-
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
-def test_rows_in_sixteen_bits_choose_by_their_logits(dtype: mx.Dtype) -> None:
-    """Log-probabilities in 16 bits are so coarse that unlike tokens tie: they are float32."""
-    logits = mx.zeros((1, 1, 260), dtype=dtype)
-    logits[..., 7], logits[..., 9] = 0.25, 0.252
-
-    def chosen(logits: mx.array) -> Any:
-        return greedy(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).item()
-
-    decoder = BatchModel(lambda tokens, cache: logits)  # type: ignore[arg-type]  # of no model
-    assert chosen(logits) == 7
-    assert chosen(decoder(mx.array([[1]]), [])) == 9
 
 
 def _taken(do: Callable[[], None]) -> int:
@@ -442,7 +421,7 @@ def test_no_more_memory_than_predicted(
         nonlocal predicted
         for seed, (length, max_tokens, n) in enumerate(jobs):
             desk.start(job(length, max_tokens, seed, n=n))
-            predicted = max(predicted, sum(desk.batch.predicted()))
+            predicted = max(predicted, desk.batch.predicted())
             desk.batch.step()
         desk.run()
 
@@ -464,7 +443,7 @@ def test_a_batch_that_is_never_empty_does_not_grow(
         tasks.append(desk.start(job(40, 60, seed)))
         for _ in range(40):
             desk.batch.step()
-            assert desk.batch.kv_bytes <= desk.batch.predicted()[0]
+            assert desk.batch.kv_bytes <= desk.batch.predicted()
     desk.run()
     for task in tasks:
         is_right(desk, task)

@@ -29,10 +29,11 @@ from server_room import (
     until_closed,
 )
 
+from mlx_cerebrum.decoding.logprobs import TokenLogprob
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.server.answers import ChatCompletion, TextCompletion
-from mlx_cerebrum.server.jobs import BusyError, Event, Failed, Piece, TokenLogprob
+from mlx_cerebrum.server.jobs import BusyError, Event, Failed, Piece
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 
