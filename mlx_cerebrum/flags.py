@@ -198,10 +198,15 @@ def add_seed_flag(p: Flags, more: str = "") -> None:
     )
 
 
+def _none_where_off(word: str) -> str:
+    return "none" if word == "off" else word
+
+
 def add_draft_flag(p: Flags, default: str | None, told: str) -> None:
     """Add --draft; `told` says in words what `default` does."""
     p.add_argument(
         "--draft",
+        type=_none_where_off,
         choices=("none", "auto", "ngram"),
         default=default,
         help="guess several tokens, check them at once: from the text itself (ngram), or also with"

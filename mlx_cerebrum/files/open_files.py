@@ -1,25 +1,9 @@
 """How many files, connections among them, this process may have open."""
 
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 from mlx_cerebrum.errors import RequestError
-
-
-@contextmanager
-def limit_kept() -> Iterator[None]:
-    """Keep the limit of open files as the user has it, while mlx_lm is imported.
-
-    mlx_lm sets it to 2048, and its upper bound to 4096: that fails where fewer are allowed, and
-    takes files away where more are.
-    """
-    set_limit = resource.setrlimit
-    resource.setrlimit = lambda *_: None
-    try:
-        yield
-    finally:
-        resource.setrlimit = set_limit
 
 
 def raise_limit(wanted: int, least: int, why: str) -> int:

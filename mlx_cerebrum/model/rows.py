@@ -225,17 +225,22 @@ class Rows:
         self.offsets = np.append(self.offsets, end)
         self.own.append(own)
 
-    def leave(self, row: int) -> None:
+    def leave(self, row: int, keep: bool = True) -> None:
         """A sequence goes: its own caches get its entries back, and the rows below it move up.
 
-        Where memory runs out, it has not left.
+        Where memory runs out, it has not left. Without `keep` its caches are left empty.
         """
         live = np.nonzero(self.columns[row, : self.used] >= 0)[0]
         end = int(self.offsets[row])
-        back = [self._stretch(c, row, live, end - live.size, end) for c in self.caches]
-        mx.eval([(stretch.keys, stretch.values) for stretch in back])
-        for mine, stretch in zip(self.own.pop(row), back, strict=True):
-            mine.take_over(stretch)
+        if keep:
+            back = [self._stretch(c, row, live, end - live.size, end) for c in self.caches]
+            mx.eval([(stretch.keys, stretch.values) for stretch in back])
+            for mine, stretch in zip(self.own[row], back, strict=True):
+                mine.take_over(stretch)
+        else:
+            for mine in self.own[row]:
+                mine.rewind_to(0)
+        del self.own[row]
         rest = [r for r in range(len(self) + 1) if r != row]
         self.columns, self.offsets = self.columns[rest], self.offsets[rest]
         for c in self.caches:

@@ -9,11 +9,11 @@ The way of a request, from HTTP to the first thing its client reads:
    (`jobs.Job`), which asks for `n` **choices**: texts that answer the same prompt.
 3. `streaming.RunningRequest` submits the jobs to the `jobs.Engine`.
 4. `engine.BatchEngine` queues each job as a **task** (`task.Task`). On its own thread, the only one
-   that touches MLX, it starts the task in the `batch.Batch` of its model once there is room.
-5. The batch reads the prompt in chunks, then writes a token of every choice at a time (mlx-lm's
-   `BatchGenerator` decodes). Each chunk and each token is an **event** of its job (`jobs.Reading`,
-   `jobs.Piece`; `jobs.Failed` ends one that can't go on). The task hands it to the
-   `RunningRequest`, which keeps it for the event loop.
+   that touches MLX, it starts the task in the `batch.Batch` once there is room.
+5. The batch makes a sequence of each choice, and lets the `decoding.Decoder` take all sequences
+   forward together, whatever their models: a chunk of one prompt and a token of every choice at a
+   time. Each is an **event** of its job (`jobs.Reading`, `jobs.Piece`; `jobs.Failed` ends one that
+   can't go on). The task hands it to the `RunningRequest`, which keeps it for the event loop.
 6. `streaming.StreamResponse` says at once who answers, then sends events as they come;
    `streaming.WholeResponse` sends all at the end. Both send the objects of OpenAI's API that
    `answers` describes.

@@ -16,6 +16,8 @@ from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import (
+    add_draft_flag,
+    add_kv_bits_flag,
     add_max_tokens_flag,
     add_model_flags,
     add_plans_flag,
@@ -70,6 +72,8 @@ def _run(args: argparse.Namespace) -> int:
             cache_bytes=cache_bytes(args),
             prefill_step_size=args.prefill_step_size,
             memory_limit=memory,
+            kv_bits=args.kv_bits,
+            draft=args.draft,
         )
         try:
             described = {name: describe(model) for name, model in models.items()}
@@ -165,7 +169,9 @@ def parser() -> cli.ArgumentParser:
         metavar="MB",
         help="largest request body, 10^6 bytes (default: 2)",
     )
-    add_prefill_flag(load, "; other answers wait for that long")
+    add_prefill_flag(load, "; fewer while others are answered, so that they need not wait")
+    add_kv_bits_flag(load)
+    add_draft_flag(load, "ngram", "ngram")
     load.add_argument(
         "--grace",
         type=float,

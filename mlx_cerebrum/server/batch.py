@@ -26,7 +26,7 @@ class Batch:
     is over.
 
     max_rows: sequences of one model at once, at most.
-    draft: where guesses come from: "off", "ngram", or "auto" for a shorter order of the blocks too.
+    draft: where guesses come from: "none", "ngram", or "auto": a shorter order of the blocks too.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Batch:
         max_rows: int,
         prefill_step_size: int,
         kv_bits: int | None = None,
-        draft: str = "off",
+        draft: str = "none",
     ) -> None:
         self.tasks: list[Task] = []  # started and not over
         self._models = models
@@ -122,7 +122,7 @@ class Batch:
             self._add(task, choice, cache.copy())
 
     def _speculation(self, job: Job) -> Speculation | None:
-        if self._draft == "off":
+        if self._draft == "none":
             return None
         shorter = self._shorter[job.model]
         return speculation(self._models[job.model], [] if shorter is None else [shorter])
@@ -240,7 +240,7 @@ def jobs_bytes(
     """
     if not jobs:
         return 0
-    drafts = 0 if draft == "off" else MOST_TOGETHER - 1
+    drafts = 0 if draft == "none" else MOST_TOGETHER - 1
     caches, joining, chunks, keys = 0, 0, [0], 0
     for name in {job.model for job in jobs}:
         model, own = models[name], []

@@ -40,7 +40,7 @@ class BatchEngine:
         default as `generate` reads them.
     memory_limit: most bytes MLX should hold, weights included; by default what is free now.
     kv_bits: bits a value of cache entries, 8 or 4; None leaves them as they are.
-    draft: where guesses of the next tokens come from: "off", "ngram" or "auto".
+    draft: where guesses of the next tokens come from: "none", "ngram" or "auto".
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class BatchEngine:
         prefill_step_size: int | None = None,
         memory_limit: int | None = None,
         kv_bits: int | None = None,
-        draft: str = "off",
+        draft: str = "none",
     ) -> None:
         self._models = dict(models)
         self._tokenizer = tokenizer
@@ -63,7 +63,7 @@ class BatchEngine:
         self._prefill_step_size = prefill_step(prefill_step_size)
         self._memory_limit = memory_limit
         self._kv_bits, self._draft = kv_bits, draft
-        self._budget = 0  # bytes for jobs and the prefix cache together
+        self._budget = 0  # bytes for jobs and kept prompts together
         self._counts = Counts()
         self._kept_bytes = self._kv_bytes = self._active = 0  # as last seen by the thread
         # What follows is shared between threads; whoever touches it holds `_changed`.

@@ -50,7 +50,7 @@ class Piece:
     token: int
     text: str
     finish_reason: str | None  # "stop" or "length" on a choice's last
-    cached_tokens: int  # of the prompt, found in the prefix cache
+    cached_tokens: int  # of the prompt, that were kept of earlier ones
     logprob: TokenLogprob | None = None  # None for a token that ends it unshown
 
 
@@ -74,7 +74,7 @@ class Stats:
     cached_tokens: int
     generated_tokens: int
     finished: Mapping[str, int]  # jobs by how they ended: stop, length, cancelled, failed
-    cache_bytes: int  # of the prefix cache
+    cache_bytes: int  # of prompts that are kept
     kv_bytes: int  # of the batches
 
 

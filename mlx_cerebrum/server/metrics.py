@@ -60,7 +60,10 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"cerebrum_{name}", text, value)
         counters = {
             "prompt_tokens": ("Prompt tokens, cached ones too", stats.prompt_tokens),
-            "cached_tokens": ("Prompt tokens found in the prefix cache", stats.cached_tokens),
+            "cached_tokens": (
+                "Prompt tokens that were kept of earlier prompts",
+                stats.cached_tokens,
+            ),
             "generated_tokens": ("Tokens generated", stats.generated_tokens),
         }
         for name, (text, value) in counters.items():

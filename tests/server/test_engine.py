@@ -439,7 +439,7 @@ def test_a_job_may_be_cancelled_from_its_own_event(make: Make, loaded: Any) -> N
 
 
 def job_bytes(models: dict[str, Model], *jobs: Job) -> int:
-    return jobs_bytes(models, jobs, 5, None, "off")
+    return jobs_bytes(models, jobs, 5, None, "none")
 
 
 def _limit(engine_bytes: float) -> int:
