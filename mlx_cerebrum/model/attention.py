@@ -84,11 +84,15 @@ class Spans(NamedTuple):
             own = slice(start, start := start + tokens)
             q, k, v = (_rows(part[own], rows) for part in (queries, keys, values))
             out = attend(q, *cache.update_and_fetch(k, v), scale, mask)
-            found.append(out.swapaxes(1, 2).reshape(tokens, -1, 1, out.shape[-1]))
+            if tokens > rows:
+                out = out.swapaxes(1, 2).reshape(tokens, -1, 1, out.shape[-1])
+            found.append(out)
         return mx.concatenate(found, axis=0)
 
 
 def _rows(tokens: mx.array, rows: int) -> mx.array:
     """`[rows * L, H, 1, D]` -> `[rows, H, L, D]`."""
-    _, heads, _, width = tokens.shape
+    count, heads, _, width = tokens.shape
+    if count == rows:
+        return tokens
     return tokens.reshape(rows, -1, heads, width).swapaxes(1, 2)

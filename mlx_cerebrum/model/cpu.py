@@ -9,6 +9,7 @@ for decoding a small one (50 MB), 1.00 to 2.08 a large one (2.6 GB), 1.04 to 1.3
 """
 
 import math
+from collections import deque
 from functools import cache, lru_cache
 from threading import get_ident
 from typing import Any
@@ -99,8 +100,9 @@ def _tables_of_one(thread: int, width: int, base: float, offset: int, length: in
     return _tables(positions[:, None], width, base)
 
 
-# The last batch's: offsets, what else they were made for, tables.
-_batch: tuple[mx.array, tuple[int, float, int], Tables] | None = None
+# The last batches': offsets, what else they were made for, tables. Several, since a step may change
+# between companies of sequences.
+_batches: deque[tuple[mx.array, tuple[int, float, int], Tables]] = deque(maxlen=4)
 
 
 def _tables_of_batch(width: int, base: float, offsets: mx.array, length: int) -> Tables:
@@ -108,13 +110,13 @@ def _tables_of_batch(width: int, base: float, offsets: mx.array, length: int) ->
 
     Positions whose caches share one array of offsets share the tables made for it.
     """
-    global _batch
-    last, made_for = _batch, (width, base, length)
-    if last is not None and last[0] is offsets and last[1] == made_for:
-        return last[2]
+    made_for = width, base, length
+    for known, what, tables in list(_batches):
+        if known is offsets and what == made_for:
+            return tables
     positions = offsets.reshape(-1, 1, 1, 1) + mx.arange(length)[:, None]
     tables = _tables(positions.astype(mx.float32), width, base)
-    _batch = offsets, made_for, tables
+    _batches.append((offsets, made_for, tables))
     return tables
 
 

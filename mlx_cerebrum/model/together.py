@@ -54,8 +54,8 @@ class _Walk:
         self.map, self.scales, self.at = config.layer_map, config.residual_scales, 0
         if len(self.caches) != len(self.map):
             raise ValueError(f"{len(self.caches)} caches for {len(self.map)} positions")
-        self.shape = self.rows, length = tokens.shape
-        self.h = model.embed(tokens).reshape(tokens.size, 1, -1)  # [B * L, 1, D]
+        self.rows, length = tokens.shape
+        self.h = model.embed(tokens)  # [B, L, D]
         first = self.caches[0]
         self.mask = first.make_mask(length, return_array=False, window_size=config.sliding_window)
         # Of every token, in the sequence; as numpy, so that parts can be joined at any entry.
@@ -71,30 +71,38 @@ class _Walk:
 def _along(order: Sequence[int], parts: Sequence[Part]) -> list[mx.array]:
     walks = [_Walk(part) for part in parts]
     layers = parts[0].model.model.layers
-    together: list[_Walk] = []  # whose tokens are the rows of `h`, in this order
-    h = offset = mx.array([])
+    together: list[_Walk] = []  # several, whose tokens are the rows of `h`, in this order
+    h = mx.array([])
+    offsets: dict[tuple[_Walk, ...], mx.array] = {}  # one array for each company: see cpu.Rotary
     for block in order:
         now = [walk for walk in walks if walk.block == block]
         if now != together:
             _take_apart(h, together)
-            together, h = now, mx.concatenate([walk.h for walk in now], axis=0)
-            offset = mx.array(np.concatenate([walk.positions for walk in now]))
-        spans = [
-            Span(walk.rows, walk.positions.size, walk.caches[walk.at], walk.mask) for walk in now
-        ]
-        h = layers[block](h, None, Spans(offset, spans), _scales(now, h.dtype))
+            together = now if len(now) > 1 else []
+            if together:
+                h = mx.concatenate([w.h.reshape(w.positions.size, 1, -1) for w in now], axis=0)
+        if together:
+            if (company := tuple(now)) not in offsets:
+                offsets[company] = mx.array(np.concatenate([walk.positions for walk in now]))
+            spans = [Span(w.rows, w.positions.size, w.caches[w.at], w.mask) for w in now]
+            h = layers[block](h, None, Spans(offsets[company], spans), _scales(now, h.dtype))
+        else:
+            (walk,) = now
+            scales = None if walk.scales is None else walk.scales[walk.at]
+            walk.h = layers[block](walk.h, walk.mask, walk.caches[walk.at], scales)
         for walk in now:
             walk.at += 1
     _take_apart(h, together)
-    return [walk.h.reshape(*walk.shape, -1) for walk in walks]
+    return [walk.h for walk in walks]
 
 
 def _take_apart(h: mx.array, walks: Sequence[_Walk]) -> None:
-    """Give each its rows of `h`."""
+    """Give each its rows of `h`, `[B, L, D]`."""
     start = 0
     for walk in walks:
-        walk.h = h[start : start + walk.positions.size]
-        start += walk.positions.size
+        end = start + walk.positions.size
+        walk.h = h[start:end].reshape(walk.rows, -1, h.shape[-1])
+        start = end
 
 
 def _scales(walks: Sequence[_Walk], dtype: mx.Dtype) -> Scales | None:
