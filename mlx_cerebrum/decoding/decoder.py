@@ -238,11 +238,17 @@ class Decoder:
             self.add(generation)
             while generation.left > 0 or generation.ready:
                 while not generation.ready:
-                    for other, new, _ in self.step():
-                        now = time.perf_counter()
+                    try:
+                        advances = self.step()
+                    except BaseException:
+                        self._take_back()
+                        raise
+                    now = time.perf_counter()
+                    for other, new, _ in advances:
                         other.ready.extend((token, now) for token in new)
-                        if other is generation and not new and progress is not None:
-                            progress(generation.read - begun, generation.prompt - 1 - begun)
+                    read = any(g is generation and not new for g, new, _ in advances)
+                    if read and progress is not None:  # last: it may raise, to end this one
+                        progress(generation.read - begun, generation.prompt - 1 - begun)
                 yielded += 1
                 yield generation.ready.popleft()
         finally:
@@ -254,17 +260,21 @@ class Decoder:
         step may be tried. Where a prompt was being read, that sequence has left, and is returned:
         a chunk takes most memory.
         """
-        self._flight = None
+        self._take_back()
         reading, self._chosen_to_read = self._chosen_to_read, None
+        if reading is not None:
+            self.leave(reading)
+        return reading
+
+    def _take_back(self) -> None:
+        """Undo a step that raised."""
+        self._flight = None
         for group in self._groups:
             held = zip(group.rows.offsets, group.members, strict=True)
             group.rows.take_back([int(at) - g.before - len(g.tokens) + 1 for at, g in held])
         for g in [*self._answers, *self._reading]:
             if not self._grouped(g):
                 _go_back(g)
-        if reading is not None:
-            self.leave(reading)
-        return reading
 
     # ---- Starting a step
 

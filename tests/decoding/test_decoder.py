@@ -217,6 +217,34 @@ def test_interrupted_while_two_run(length: int, monkeypatch: Patch) -> None:
     assert call > 20
 
 
+def test_one_of_two_that_run_ends_in_an_error() -> None:
+    """In its report of progress, or its sampler: the other says what it would have said."""
+
+    def stop(done: int, total: int) -> None:
+        if done > 20:
+            raise FaultError
+
+    def sampler(logits: mx.array, number: int) -> mx.array:
+        raise FaultError
+
+    for fault in (stop, sampler):
+        there = Company(random.Random(3), VIEWS[12], 64, 16, 3)
+        short = there.made(there.views[0], 4, most=30)
+        long = there.made(there.views[1], 30, most=30)
+        said = there.decoder.run(short.generation)
+        tokens = [next(said)[0] for _ in range(3)]
+        if fault is sampler:
+            long.generation.sampler = sampler
+        other = there.decoder.run(long.generation, stop if fault is stop else None)
+        with pytest.raises(FaultError):
+            next(other)
+        tokens += [token for token, _ in said]
+        assert short.generation.tokens == [*short.prompt, *tokens]
+        assert len(tokens) == 30
+        there.check(short)
+        there.check(long)
+
+
 def test_positions_that_forgot_unequally_much_go_back_to_one_point() -> None:
     """A draft model uses some positions' caches, which then move their entries at other times."""
     model, points = VIEWS[12][1], set()
