@@ -1,30 +1,35 @@
 """One decoder for all: each sequence says what it says alone and unguessed, in any company.
 
-`CEREBRUM_TEST_COMPANY=50 make test-long` takes 50 times as many random sequences.
+`make test-long` takes 5,000 random sequences over four blocks, and 5,000 over the real orders' 32.
 """
 
 import itertools
 import random
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from company import FAULTS, TOLERANCE, Company, Counted, FaultError, in_a_sampler, tiny_views
+from company import FAULTS, TOLERANCE, Company, Counted, Eager, FaultError, in_a_sampler, tiny_views
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from mlx_cerebrum.decoding import decoder
-from mlx_cerebrum.decoding.decoder import Decoder, Generation
+from mlx_cerebrum.decoding.decoder import Decoder, Generation, generate_step
+from mlx_cerebrum.decoding.drafters import Drafter, NGramDrafter
+from mlx_cerebrum.decoding.speculative import Speculation
 from mlx_cerebrum.model import together
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.forward import Model, TransformerBlock
 from mlx_cerebrum.model.rows import Rows
 from mlx_cerebrum.model.schedule import schedule
 from mlx_cerebrum.plan.layer_plan import resolve
+from mlx_cerebrum.weights.opening import ModelSpec, open_model
+from mlx_cerebrum.weights.views import load_views
 
 SHORT = (0, 1, 2, 3)
 LONG = (0, 1, 1, 2, 2, 3)  # half of the blocks twice, as the 12.25B has them
@@ -88,6 +93,37 @@ def test_both_orders_in_random_company(
     there = company(random.Random(200 + seed), cerebrum[window], ahead, monkeypatch)
     there.run(50)
     assert there.left == 50
+
+
+@pytest.mark.long
+def test_trained_model_in_company(demo: Path) -> None:
+    """Both orders of the demo model, from texts of this repository."""
+    views, tokenizer = load_views(open_model(ModelSpec(str(demo))), ["demo-interleaved"])
+    draw, there, waiting = random.Random(4), Decoder(), []
+    texts = [
+        path.read_text(encoding="utf-8") for path in Path(decoder.__file__).parent.glob("*.py")
+    ]
+    for _ in range(24):
+        text = draw.choice(texts)
+        start = draw.randrange(len(text) - 400)
+        ids = tokenizer.encode(text[start : start + draw.randint(20, 400)])
+        model, how = draw.choice([*views.values()]), Eager(["ngram"], draw)
+        drafters: dict[str, Drafter] = {"ngram": NGramDrafter()}
+        g = Generation(model, ids, model.make_cache(), draw.randint(1, 28))
+        g.speculation = Speculation(drafters, how)
+        waiting.append(g)
+    present: list[Generation] = []
+    while waiting or present:
+        if waiting and len(present) < 8 and draw.random() < 0.5:
+            present.append(waiting.pop())
+            there.add(present[-1])
+        there.step()
+        for g in [g for g in present if g.left <= 0]:
+            there.leave(g)
+            present.remove(g)
+            prompt = g.tokens[: g.prompt]
+            alone = list(generate_step(prompt, g.model, max_tokens=g.max_tokens))
+            assert g.tokens[g.prompt :] == alone
 
 
 class Machine(RuleBasedStateMachine):
@@ -215,6 +251,29 @@ def test_interrupted_while_two_run(length: int, monkeypatch: Patch) -> None:
                 assert job.generation.tokens == [*job.prompt, *tokens]
                 there.check(job)
     assert call > 20
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_no_memory_to_share_caches(
+    at: int, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That one goes on alone, and says the same."""
+    original, calls = Rows.join, itertools.count()
+
+    def join(self: Rows, own: Any) -> None:
+        if next(calls) == at:
+            raise RuntimeError("no memory")
+        original(self, own)
+
+    monkeypatch.setattr(Rows, "join", join)
+    there = Company(random.Random(at), VIEWS[12], 64, 16, 7)
+    for _ in range(4):
+        there.add(there.views[1], 9, most=20)
+    while there.decoder._reading or there.decoder._changed:
+        there.step()
+    assert len(there.decoder._loners) == 1
+    assert "could not share" in caplog.text
+    there.finish()
 
 
 def test_one_of_two_that_run_ends_in_an_error() -> None:
