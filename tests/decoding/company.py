@@ -3,17 +3,19 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 from tiny import tiny_config, tiny_weights
 
 from mlx_cerebrum.decoding.decoder import Decoder, Generation
 from mlx_cerebrum.decoding.drafters import Drafter, ModelDrafter, NGramDrafter
+from mlx_cerebrum.decoding.logprobs import TokenLogprob
 from mlx_cerebrum.decoding.policy import Policy
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.decoding.speculative import Speculation
@@ -74,6 +76,7 @@ class Job:
     generation: Generation
     prompt: list[int]
     sampling: Sampling
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the answer, as reported
 
     def chosen(self, logits: mx.array) -> list[int]:
         """What follows the prompt and each token of the answer, given their logits."""
@@ -108,6 +111,8 @@ class Company:
     ) -> Job:
         """A sequence of its own kind; its prompt repeats itself, so that there is what to guess."""
         job = self.made(model, length, most)
+        if self.draw.random() < 0.2:
+            job.generation.top_logprobs = job.generation.scored = 2
         self.jobs.append(job)
         self.decoder.add(job.generation)
         return job
@@ -143,7 +148,8 @@ class Company:
         if draw.random() < 0.7:
             drafters: list[Drafter] = [Counted(shortest=1)]
             shorter = self.views[0]
-            if shorter is not model and draw.random() < 0.5:
+            fits = {*shorter.config.layer_map} <= {*positions}
+            if fits and shorter is not model and draw.random() < 0.5:
                 drafters.append(ModelDrafter(shorter, model, "model"))
             named = {d.name: d for d in drafters}
             policy = Eager(list(named), draw)
@@ -161,7 +167,9 @@ class Company:
             if (dropped := self.decoder.recover()) is not None:
                 self.left_with(next(job for job in self.jobs if job.generation is dropped))
             return
-        for generation, new, _ in advances:
+        for generation, new, logprobs in advances:
+            job = next(job for job in self.jobs if job.generation is generation)
+            job.logprobs += logprobs
             self.most = max(self.most, generation.company)
             assert generation.left >= 0
             self.held += max(0, len(new) - 1)
@@ -169,7 +177,11 @@ class Company:
             self.leave(job)
 
     def leave(self, job: Job) -> None:
-        self.decoder.leave(job.generation)
+        keep = self.draw.random() < 0.8
+        self.decoder.leave(job.generation, keep)
+        if not keep:  # then a check of the caches has nothing to go on from
+            for c in job.generation.caches:
+                c.rewind_to(0)
         self.left_with(job)
 
     def left_with(self, job: Job) -> None:
@@ -184,6 +196,8 @@ class Company:
         assert tokens[: len(job.prompt)] == job.prompt
         logits = generation.model(mx.array([tokens]))[0]
         assert tokens[len(job.prompt) :] == job.chosen(logits)[:-1]
+        if generation.scored is not None:
+            self.check_logprobs(job, np.array(nn.log_softmax(logits, axis=-1)))
         offset = caches[0].offset
         assert [c.offset for c in caches] == [offset] * len(caches)
         assert offset < len(tokens)
@@ -192,6 +206,20 @@ class Company:
                 c.rewind_to(point)
             more = generation.model(mx.array([[tokens[point]]]), caches)[0, 0]
             np.testing.assert_allclose(np.array(more), np.array(logits[point]), atol=TOLERANCE)
+
+    def check_logprobs(self, job: Job, logprobs: np.ndarray[Any, Any]) -> None:
+        """Of every token of the answer, and of the prompt as far as it was read."""
+        generation, read = job.generation, len(job.prompt)
+        of_prompt = generation.prompt_logprobs
+        assert generation.chosen == 0 or len(of_prompt) == read - 1
+        assert len(job.logprobs) == generation.chosen
+        for first, reported in ((1, of_prompt), (read, job.logprobs)):
+            for i, one in enumerate(reported, first):
+                row = logprobs[i - 1]
+                assert one.token == generation.tokens[i]
+                told = [one.logprob, *(value for _, value in one.top)]
+                wanted = [row[one.token], *sorted(row)[:-3:-1]]
+                np.testing.assert_allclose(told, wanted, atol=TOLERANCE)
 
     def finish(self) -> None:
         while self.jobs:

@@ -60,6 +60,13 @@ def test_random_company(seed: int, window: int | None, ahead: bool, monkeypatch:
     assert Counted.made > there.held > 0  # guesses
 
 
+def test_orders_that_share_nothing(monkeypatch: Patch) -> None:
+    """They take their steps one after the other."""
+    views = tiny_views(12, ((0, 1), (2, 3)))
+    assert schedule(view.config.layer_map for view in views) is None
+    company(random.Random(5), views, False, monkeypatch).run(10)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("window", [12, None])
