@@ -10,7 +10,7 @@ is, each in one run whose sides take turns:
 - orders: an answer of each plan at once, against one after the other. Where reading weights is all
   that takes time the gain is the limit: both maps' positions over the schedule's.
 - rows: several answers of one plan, against mlx-lm's `BatchGenerator` over the same model.
-- halves: half of 8 answers on each plan, against two `BatchGenerator`s in turns.
+- halves: half of 8 answers on each plan, against two `BatchGenerator`s.
 - graph: primitives of a decode step with 8 rows, ours and `BatchGenerator`'s, as bench.primitives
   counts them.
 
@@ -147,16 +147,15 @@ def _of_model(name: str, args: argparse.Namespace) -> Results:
     else:
         pair = open_pair(name, q_bits=args.q_bits)
     configs = [side.config for side in pair.sides]
+    order = schedule(config.layer_map for config in configs)
+    positions = [config.num_positions for config in configs]
     found: Results = {
-        "names": list(pair.names),
-        "positions": [config.num_positions for config in configs],
-        "schedule": len(schedule(config.layer_map for config in configs) or ()),
+        "positions": positions,
+        "schedule": len(order) if order else sum(positions),
         "bits": args.q_bits,
     }
     if "graph" in args.only:
         found["graph"] = _graphs(pair)
-    if args.only == ["graph"]:  # which needs no weights
-        return found
     tell(f"{name}: {pair.storage().nbytes / GB:.1f} GB of weights")
     a, b = pair.models()
     ids = prompt_ids(pair.checkpoint(), _PROMPT + max(*args.rows, HALVES))
@@ -170,10 +169,11 @@ def _of_model(name: str, args: argparse.Namespace) -> Results:
         together = Ours(jobs(1, a, b))
         apart = [Ours(jobs(1, model)) for model in (a, b)]
         found["orders"] = _paces({"at once": [together], "one after the other": apart}, args)
-        order = schedule([a.config.layer_map, b.config.layer_map])
-        read = [bytes_read(model) for model in (a, b)]
-        found["read"] = {"one after the other": sum(read)}
-        found["read"]["at once"] = bytes_read(a.view(order)) if order else sum(read)
+        both = bytes_read(a) + bytes_read(b)
+        found["read"] = {
+            "at once": bytes_read(a.view(order)) if order else both,
+            "one after the other": both,
+        }
     if "rows" in args.only:
         found["rows"] = {}
         for count in args.rows:
@@ -259,18 +259,17 @@ def _primitives(each: Sequence[Ours | Peer], backend: str, head_dim: int) -> dic
 
 
 def text(results: Results) -> list[str]:
-    """What each part found, of all models, in a table each."""
-    parts: list[str] = []
+    """What the parts found, of all models."""
     orders, rows, graphs = [], [], []
     for name, found in results.items():
         a, b = found["positions"]
         label = f"{name}, {found['bits']} bits" if found["bits"] else name
         if "orders" in found:
-            apart, at_once = (found["read"][side] for side in ("one after the other", "at once"))
-            paces = _cells(found["orders"], "at once", "one after the other")
-            limit = f"{(a + b) / found['schedule']:.2f}" if found["schedule"] else "-"
-            read = f"{apart / 2 / GB:.2f}", f"{at_once / 2 / GB:.2f}"
-            positions = f"{a} + {b} -> {found['schedule'] or a + b}"
+            sides = "at once", "one after the other"
+            paces = _cells(found["orders"], *sides)
+            limit = f"{(a + b) / found['schedule']:.2f}"
+            read = [f"{found['read'][side] / 2 / GB:.2f}" for side in sides]
+            positions = f"{a} + {b} in {found['schedule']}"
             orders.append([label, positions, *paces[:3], limit, *read, paces[3]])
         for number, paces in found.get("rows", {}).items():
             rows.append([f"{label}, {number} rows", *_cells(paces, "ours", "mlx-lm")])
@@ -278,31 +277,35 @@ def text(results: Results) -> list[str]:
             halves = _cells(found["halves"], "ours", "mlx-lm")
             rows.append([f"{label}, half of {HALVES} on each plan", *halves])
         for backend, companies in found.get("graph", {}).items():
-            for company, sides in companies.items():
-                cells = [f"{s['primitives']} ({s['kernels']})" for s in sides.values()]
-                ours, theirs = (sides[side]["kernels"] for side in ("ours", "mlx-lm"))
+            for company, counts in companies.items():
+                cells = [f"{one['primitives']} ({one['kernels']})" for one in counts.values()]
+                ours, theirs = (counts[side]["kernels"] for side in ("ours", "mlx-lm"))
                 graphs.append([f"{label}, {company}, {backend}", *cells, f"{ours / theirs:.2f}"])
-    if orders:
-        header = ["model", "positions", "at once", "one after the other", "ratio", "limit"]
-        header += ["GB a token, apart", "at once", "same tokens"]
-        parts += [
-            "An answer of each plan, tokens/s of both together. The limit is both plans' positions"
-            " over the schedule's; GB are of weights, computed.",
-            table(header, orders),
-        ]
-    if rows:
-        parts += [
+    reads = "GB a token at once", "apart"
+    said = [
+        (
+            "An answer of each plan, tokens/s of both together: at once, and one after the other"
+            " (apart). The limit is both plans' positions over the schedule's; GB are of weights,"
+            " computed.",
+            ["model", "positions", "at once", "apart", "ratio", "limit", *reads, "same tokens"],
+            orders,
+        ),
+        (
             "Several answers, tokens/s of all together, against mlx-lm's `BatchGenerator` over the"
-            " same model; for two plans against two of them in turns.",
-            table(["model, answers", "ours", "mlx-lm", "ours/its", "same tokens"], rows),
-        ]
-    if graphs:
-        parts += [
+            " same model; for two plans against two of them, one after the other.",
+            ["model, answers", "ours", "mlx-lm", "ours/its", "same tokens"],
+            rows,
+        ),
+        (
             f"Primitives of a decode step of {HALVES} rows, and in brackets those of them that"
             " compute: kernels to launch.",
-            table(["model, rows, backend", "ours", "mlx-lm", "kernels, ours/its"], graphs),
-        ]
-    return parts
+            ["model, rows, backend", "ours", "mlx-lm", "kernels, ours/its"],
+            graphs,
+        ),
+    ]
+    return [
+        part for words, header, lines in said if lines for part in (words, table(header, lines))
+    ]
 
 
 def _cells(found: Results, mine: str, other: str) -> list[str]:

@@ -341,7 +341,7 @@ class Decoder:
                 whole = len(indices) == flat.shape[1]
                 states.append(flat if whole else flat[:, mx.array(indices)])
             h = states[0] if len(states) == 1 else mx.concatenate(states, axis=1)
-            logits = answers[0].model.logits(h)[0]
+            logits = answers[0].model.logits(h).squeeze(0)
             if ahead is None:
                 inputs = mx.array([token for g in answers for token in new[g]])
             else:
