@@ -14,7 +14,7 @@ from conftest import byte_tokenizer
 
 from mlx_cerebrum.decoding.logprobs import TokenLogprob
 from mlx_cerebrum.server.app import Service, Settings
-from mlx_cerebrum.server.jobs import Engine, Event, Failed, Job, Piece, Stats
+from mlx_cerebrum.server.jobs import NO_TOKEN, Engine, Event, Failed, Job, Piece, Stats
 from mlx_cerebrum.server.listening import Server, bind, url
 from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
@@ -86,6 +86,8 @@ class FakeEngine:
         def script(task: FakeTask) -> Iterator[Event]:
             job = task.job
             tokens = self.tokenizer.encode(text, add_bos=False)[: job.max_tokens]
+            if not tokens:
+                yield from (Piece(choice, NO_TOKEN, "", "length", 1) for choice in range(job.n))
             for number, token in enumerate(tokens):
                 last = number == len(tokens) - 1
                 reason = ("length" if len(tokens) == job.max_tokens else "stop") if last else None
@@ -96,7 +98,9 @@ class FakeEngine:
 
         return script
 
-    def submit(self, job: Job, deliver: Callable[[Event], None]) -> Callable[[], None]:
+    def submit(
+        self, job: Job, deliver: Callable[[Event], None], *, follows: bool = False
+    ) -> Callable[[], None]:
         if self.refuse is not None:
             raise self.refuse
         task = FakeTask(job)

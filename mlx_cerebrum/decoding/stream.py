@@ -36,12 +36,14 @@ class Response:
     cached_tokens: int  # of the prompt, found in the prompt cache
 
 
-def check_request(config: ModelConfig, prompt: Sequence[int], max_tokens: int) -> None:
+def check_request(
+    config: ModelConfig, prompt: Sequence[int], max_tokens: int, least: int = 1
+) -> None:
     """Raise RequestError for a request that is empty, longer than the model's positions, or has
     tokens that the model does not."""
     check_prompt(prompt)
-    if max_tokens < 1:
-        raise RequestError(f"max-tokens must be at least 1, not {max_tokens}")
+    if max_tokens < least:
+        raise RequestError(f"max-tokens must be at least {least}, not {max_tokens}")
     if len(prompt) + max_tokens > config.max_position_embeddings:
         raise RequestError(
             f"prompt ({len(prompt)} tokens) and max-tokens ({max_tokens}) are more than the"

@@ -36,13 +36,23 @@ class StopText:
 class AnswerText:
     """The text of one answer: it ends with an end token, a stop string or the last token allowed.
 
-    Neither the end token nor the stop string is in it. Raises RequestError for an empty stop.
+    Neither the end token nor the stop string is in it. Where it is to be read right after the text
+    of the tokens `before`, it keeps the space that a text does not begin with. Raises RequestError
+    for an empty stop.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        before: Sequence[int] = (),
+    ) -> None:
         self._left = max_tokens
         self._ends = tokenizer.eos_token_ids
         self._detokenizer = tokenizer.detokenizer()
+        for token in before:
+            self._detokenizer.add(token)
         self._stops = StopText(stop)
 
     def add(self, token: int) -> tuple[str, str | None]:

@@ -5,7 +5,7 @@ shapes: the log-probabilities of one answer can be a million of them.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -94,8 +94,8 @@ class ChatCompletion(Headed):
 
 class TextLogprobs(ApiObject):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]  # None for the first token of an echoed prompt
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -140,7 +140,7 @@ class Health(ApiObject):
 
 def streamed(kind: type[ApiObject]) -> dict[str, Any]:
     """The OpenAPI document's entry for an answer that may come in pieces instead."""
-    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    stream: Json = {"text/event-stream": {}}  # a schema would be taken for that of each event
     return {"model": kind, "description": "The answer, or its pieces as events", "content": stream}
 
 
@@ -184,7 +184,8 @@ class _HeldLogprobs:
         """The log-probabilities that can be sent now: the text of their tokens is final."""
         if piece.logprob is not None:
             self._held.append(piece.logprob)
-        if not piece.text and piece.finish_reason != "length":
+        ended = piece.finish_reason is not None and piece.logprob is not None
+        if not piece.text and not ended:
             return []
         settled, self._held = self._held, []
         return settled
@@ -198,12 +199,14 @@ class Choice:
     text: str = ""
     finish_reason: str | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    scores: Sequence[TokenLogprob] = ()  # of the prompt
     _held: _HeldLogprobs = field(default_factory=_HeldLogprobs)
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
         self.finish_reason = piece.finish_reason
         self.logprobs += self._held.add(piece)
+        self.scores = self.scores or piece.scores
 
 
 class Shape(Protocol):
@@ -310,40 +313,45 @@ class ChatShape:
 
 
 class TextShape:
-    """/v1/completions."""
+    """/v1/completions.
 
-    def __init__(self, head: Head, spelling: Spelling, logprobs: bool) -> None:
+    echo: each choice's prompt, where the answer begins with it.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        spelling: Spelling,
+        logprobs: bool,
+        echo: Iterable[Sequence[int]] = (),
+    ) -> None:
         self._head, self._spelling, self._logprobs = head, spelling, logprobs
+        self._echo = dict(enumerate(echo))  # of choices that have not begun
         self._held: defaultdict[int, _HeldLogprobs] = defaultdict(_HeldLogprobs)  # by choice
         self._texts: dict[int, StreamingDetokenizer] = {}
         self._offsets: dict[int, int] = {}  # characters of its text before the next token
 
     def whole(self, choices: Iterable[Choice], usage: Json) -> Json:
-        found = [
-            {
-                "index": choice.index,
-                "text": choice.text,
-                "logprobs": self._listed(choice.index, choice.logprobs),
-                "finish_reason": choice.finish_reason,
-            }
-            for choice in choices
-        ]
+        found = []
+        for choice in choices:
+            echo = self._echo.pop(choice.index, ())
+            logprobs = self._listed(choice.index, choice.logprobs, echo, choice.scores)
+            text = self._text(echo) + choice.text
+            found.append(self._choice(choice.index, text, logprobs, choice.finish_reason))
         return {**self._head.fields, "object": "text_completion", "choices": found, "usage": usage}
 
     def opening(self, index: int) -> None:
         return None
 
     def chunk(self, index: int, piece: Piece) -> Json | None:
+        echo = self._echo.pop(index, ())
         settled = self._held[index].add(piece)
-        logprobs = self._listed(index, settled) if settled else None
-        if not piece.text and logprobs is None and piece.finish_reason is None:
+        listed = settled or echo
+        logprobs = self._listed(index, settled, echo, piece.scores) if listed else None
+        text = self._text(echo) + piece.text
+        if not text and logprobs is None and piece.finish_reason is None:
             return None
-        return {
-            "index": index,
-            "text": piece.text,
-            "logprobs": logprobs,
-            "finish_reason": piece.finish_reason,
-        }
+        return self._choice(index, text, logprobs, piece.finish_reason)
 
     def closing(self, index: int, finish_reason: str) -> None:
         return None
@@ -351,17 +359,31 @@ class TextShape:
     def frame(self, choices: list[Json], usage: Json | None = None) -> Json:
         return self._head.frame("text_completion", choices, usage)
 
-    def _listed(self, index: int, found: Iterable[TokenLogprob]) -> Json | None:
+    def _choice(self, index: int, text: str, logprobs: Json | None, reason: str | None) -> Json:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _text(self, tokens: Iterable[int]) -> str:
+        """Of an echoed prompt; what comes after it ends a character that it may have begun."""
+        return "".join(map(self._spelling.detokenizer().add, tokens))
+
+    def _listed(
+        self,
+        index: int,
+        found: Iterable[TokenLogprob],
+        echo: Sequence[int],
+        scores: Iterable[TokenLogprob],
+    ) -> Json | None:
         if not self._logprobs:
             return None
         tokens, logprobs, top, offsets = [], [], [], []
-        for of in found:
-            tokens.append(self._token(of.token))
-            logprobs.append(_finite(of.logprob))
-            top.append(self._top(of))
+        detokenizer = self._texts.setdefault(index, self._spelling.detokenizer())
+        first = [(token, None) for token in echo[:1]]  # nothing before it made it likely
+        for token, of in (*first, *((of.token, of) for of in (*scores, *found))):
+            tokens.append(self._token(token))
+            logprobs.append(None if of is None else _finite(of.logprob))
+            top.append(None if of is None else self._top(of))
             offsets.append(self._offsets.get(index, 0))
-            text = self._texts.setdefault(index, self._spelling.detokenizer())
-            self._offsets[index] = offsets[-1] + len(text.add(of.token))
+            self._offsets[index] = offsets[-1] + len(detokenizer.add(token))
         return {
             "tokens": tokens,
             "token_logprobs": logprobs,

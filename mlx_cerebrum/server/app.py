@@ -171,9 +171,9 @@ class Service:
         body = await self._body(request)
         asked, jobs = await asyncio.to_thread(self._intake.completion, body, request.scope[OWNER])
         head = self._head(asked, jobs, "cmpl")
-        return self._answer(
-            asked, jobs, TextShape(head, self._spelling, asked.logprobs is not None)
-        )
+        echo = [job.prompt for job in jobs for _ in range(job.n) if job.echo]
+        shape = TextShape(head, self._spelling, asked.logprobs is not None, echo)
+        return self._answer(asked, jobs, shape)
 
     def _head(self, asked: Sampled, jobs: list[Job], prefix: str) -> Head:
         model = jobs[0].model

@@ -10,12 +10,13 @@ import mlx.core as mx
 
 from mlx_cerebrum.decoding.decoder import MOST_TOGETHER, Advance, Decoder, Generation
 from mlx_cerebrum.decoding.draft_models import stored_order
+from mlx_cerebrum.decoding.logprobs import ROWS
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_store import PromptStore
 from mlx_cerebrum.decoding.speculative import Speculation, speculation
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import Workload, forward_bytes
-from mlx_cerebrum.server.jobs import Failed, Job, Piece, Reading
+from mlx_cerebrum.server.jobs import NO_TOKEN, Failed, Job, Piece, Reading
 from mlx_cerebrum.server.task import Counts, Task, said
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,8 @@ class Batch:
         return jobs_bytes(self._models, jobs, self._prefill_step_size, self._kv_bits, self._draft)
 
     def start(self, task: Task) -> None:
-        """Take a task. Its prompt is read from where the longest prefix that is cached ends."""
+        """Take a task. Its prompt is read from where the longest prefix that is cached ends, or
+        from its beginning if its tokens are scored: that is done as they are read."""
         self.tasks.append(task)
         try:
             self._start(task)
@@ -85,7 +87,9 @@ class Batch:
 
     def _start(self, task: Task) -> None:
         job, total = task.job, len(task.job.prompt)
-        cache = self._prompts.find((job.owner, job.model), job.prompt)
+        cache = None
+        if job.scored is None:
+            cache = self._prompts.find((job.owner, job.model), job.prompt)
         if cache is None:
             cache = self._empty(job)
         task.cached_tokens = total - len(cache.begin(job.prompt))
@@ -94,7 +98,7 @@ class Batch:
         task.deliver(Reading(task.cached_tokens, total))
         first = self._add(task, 0, cache)
         if first.read == total - 1:
-            self._add_others(task, cache)
+            self._has_read(first)
 
     def _empty(self, job: Job) -> PromptCache:
         return PromptCache(self._models[job.model], self._kv_bits, self._prompts.max_bytes)
@@ -111,15 +115,26 @@ class Batch:
             self._speculation(job),
             adjust=sampling.adjust(job.prompt, task.end_ids),
             top_logprobs=job.top_logprobs,
+            scored=job.scored,
         )
         self._rows[generation] = task, choice, cache
         self._decoder.add(generation)
         return generation
 
-    def _add_others(self, task: Task, cache: PromptCache) -> None:
-        """The other choices go on from what the first has read."""
-        for choice in range(1, task.job.n):
-            self._add(task, choice, cache.copy())
+    def _has_read(self, first: Generation) -> None:
+        """The other choices go on from what the first has read; where none is to generate
+        anything, the job is over."""
+        task, _, cache = self._rows[first]
+        task.scores = first.prompt_logprobs
+        if task.job.max_tokens:
+            for choice in range(1, task.job.n):
+                self._add(task, choice, cache.copy())
+            return
+        task.reasons = ["length"] * task.job.n
+        self._end(task, "length")
+        for choice in range(task.job.n):
+            cached, scores = task.cached_tokens, task.scores
+            task.deliver(Piece(choice, NO_TOKEN, "", "length", cached, scores=scores))
 
     def _speculation(self, job: Job) -> Speculation | None:
         if self._draft == "none":
@@ -153,11 +168,11 @@ class Batch:
 
     def _advance(self, advance: Advance) -> None:
         generation = advance.generation
-        task, choice, cache = self._rows[generation]
+        task, choice, _ = self._rows[generation]
         if not advance.tokens:
             task.deliver(Reading(generation.read, len(task.job.prompt)))
             if generation.read == generation.prompt - 1:
-                self._add_others(task, cache)
+                self._has_read(generation)
         begin = generation.chosen - len(advance.tokens)
         for number, token in enumerate(advance.tokens, start=1):
             if task.cancelled:
@@ -165,9 +180,20 @@ class Batch:
             text, reason = task.texts[choice].add(token)
             self._counts.generated_tokens += 1
             logprob = advance.logprobs[number - 1] if advance.logprobs else None
-            if task.texts[choice].is_end(token) or (reason == "stop" and not text):
-                logprob = None  # it ends the answer unseen
-            piece = Piece(choice, token, text, reason, task.cached_tokens, logprob)
+            if task.texts[choice].is_end(token):
+                # lm-evaluation-harness takes the last one listed for the one generated token's.
+                unseen = not task.job.echo
+            else:
+                unseen = reason == "stop" and not text
+            piece = Piece(
+                choice,
+                token,
+                text,
+                reason,
+                task.cached_tokens,
+                None if unseen else logprob,
+                task.scores if begin + number == 1 else (),
+            )
             if reason is None:
                 task.deliver(piece)
                 continue
@@ -236,7 +262,7 @@ def jobs_bytes(
 
     Sequences that share caches take twice at most what they take alone. While one joins, it is
     there twice, and so is one position's buffer. A pass has a token of each sequence, with its
-    guesses, and a chunk of a prompt.
+    guesses, and a chunk of a prompt, whose tokens may be scored.
     """
     if not jobs:
         return 0
@@ -259,6 +285,8 @@ def jobs_bytes(
         joining = max(joining, max(own))
     rows = sum(job.n for job in jobs) * (1 + drafts)
     config, item = model.config, model.dtype.size
-    # In float32 logits, what sampling makes of them, and log-probabilities.
+    scores = [len(job.prompt) * (2 + job.scored) * 128 for job in jobs if job.scored is not None]
     made = sum(forward_bytes(config, length, keys, item, kv_bits) for length in (rows, max(chunks)))
-    return caches + joining + made + 6 * rows * config.vocab_size * 4
+    # In float32 logits, what sampling makes of them, and log-probabilities.
+    rows += ROWS if scores else 0
+    return caches + joining + made + 6 * rows * config.vocab_size * 4 + sum(scores)

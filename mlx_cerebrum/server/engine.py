@@ -34,7 +34,7 @@ class BatchEngine:
     """Answers jobs with any of `models`, several at once (`jobs.Engine`).
 
     max_batch: sequences of one model decoded together, at most.
-    max_queue: jobs that may wait besides; more are refused.
+    max_queue: jobs that may wait besides; where so many do, no new request is taken.
     cache_bytes: most bytes of prompts' caches kept for later prompts; 0 keeps none.
     prefill_step_size: tokens of a prompt read at a time; other answers wait for that long. By
         default as `generate` reads them.
@@ -90,7 +90,9 @@ class BatchEngine:
     def names(self) -> tuple[str, ...]:
         return tuple(self._models)
 
-    def submit(self, job: Job, deliver: Callable[[Event], None]) -> Callable[[], None]:
+    def submit(
+        self, job: Job, deliver: Callable[[Event], None], *, follows: bool = False
+    ) -> Callable[[], None]:
         """See `jobs.Engine`."""
         self._check(job)
         task = Task(job, self._tokenizer, deliver, self._forget)
@@ -99,7 +101,7 @@ class BatchEngine:
                 raise ClosedError(self._why)
             task.overflows = self._places_taken[job.model] + job.n > self._max_batch
             waiting = sum(queued.overflows for queued in self._arrived)
-            if task.overflows and waiting >= self._max_queue:
+            if task.overflows and waiting >= self._max_queue and not follows:
                 raise BusyError(f"{waiting} requests are waiting already; try again later")
             self._places_taken[job.model] += job.n
             self._queues[job.model].append(task)
@@ -299,7 +301,7 @@ def check_job(job: Job, models: Mapping[str, Model], max_batch: int) -> None:
     if job.model not in models:
         raise RequestError(f"there is no model {job.model!r}; there are {', '.join(models)}")
     config = models[job.model].config
-    check_request(config, job.prompt, job.max_tokens)
+    check_request(config, job.prompt, job.max_tokens, least=0 if job.echo else 1)
     job.sampling.check_vocabulary(config.vocab_size)
     if not 1 <= job.n <= max_batch:
         raise RequestError(f"n must be from 1 to {max_batch}, not {job.n}")

@@ -86,7 +86,8 @@ class Intake:
             if isinstance(prompt, str):
                 self._check_length(prompt, model, "prompt")
             ids = self._ids(prompt)
-            jobs.append(self._job(request, model, ids, "prompt", stop, request.logprobs, owner))
+            job = self._job(request, model, ids, "prompt", stop, request.logprobs, owner)
+            jobs.append(replace(job, echo=bool(request.echo)))
         return request, jobs
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
@@ -142,7 +143,7 @@ class Intake:
             raise ApiError(400, message, code="invalid_value", param=param)
         context = self.layouts[model].context_length
         most = min(self._defaults.max_tokens, context - prompt) if asked is None else asked
-        if most < 1 or prompt + most > context:
+        if most < (asked != 0) or prompt + most > context:
             asks = "" if asked is None else f" and {asked} to generate"
             message = f"{model} has {context} positions; this is {prompt} prompt tokens{asks}"
             raise ApiError(400, message, code="context_length_exceeded", param=param)

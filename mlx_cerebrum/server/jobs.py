@@ -3,13 +3,15 @@
 HTTP is not known here. The package's docstring tells a request's way.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from mlx_cerebrum.decoding.logprobs import TokenLogprob
 from mlx_cerebrum.decoding.sampling import GREEDY, Sampling
 from mlx_cerebrum.errors import CerebrumError
+
+NO_TOKEN = -1
 
 
 class BusyError(CerebrumError):
@@ -26,12 +28,18 @@ class Job:
 
     model: str  # a view's name
     prompt: tuple[int, ...]
-    max_tokens: int
+    max_tokens: int  # 0 only with `echo`
     sampling: Sampling = GREEDY  # choice i draws with a seed made from this one's and i
     n: int = 1
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None  # alternatives a token; None: no log-probabilities at all
     owner: str = ""  # whose prompts: caches are never shared between owners
+    echo: bool = False  # text and log-probabilities are to follow those of the prompt
+
+    @property
+    def scored(self) -> int | None:
+        """Alternatives to each of the prompt's tokens; None: they get no log-probabilities."""
+        return self.top_logprobs if self.echo else None
 
 
 @dataclass(frozen=True)
@@ -47,11 +55,13 @@ class Piece:
     """A generated token of one choice, and the text that is final now that it is known."""
 
     choice: int
-    token: int
+    token: int  # NO_TOKEN where none was to be generated
     text: str
     finish_reason: str | None  # "stop" or "length" on a choice's last
     cached_tokens: int  # of the prompt, that were kept of earlier ones
     logprob: TokenLogprob | None = None  # None for a token that ends it unshown
+    # On a choice's first, where they were asked for: of the prompt's tokens from the second on.
+    scores: Sequence[TokenLogprob] = ()
 
 
 @dataclass(frozen=True)
@@ -84,15 +94,17 @@ class Engine(Protocol):
     @property
     def names(self) -> tuple[str, ...]: ...
 
-    def submit(self, job: Job, deliver: Callable[[Event], None]) -> Callable[[], None]:
+    def submit(
+        self, job: Job, deliver: Callable[[Event], None], *, follows: bool = False
+    ) -> Callable[[], None]:
         """Queue a job. `deliver` gets its events in order, on the engine's thread: it must not
         block. The last is each choice's Piece with a finish reason, or one Failed.
 
         Returns what cancels the job: its place is free within a token, and nothing more is
         delivered. It may be called from any thread at any time.
 
-        Raises RequestError for a job that can never run, BusyError where the queue is full,
-        ClosedError where no more jobs are taken.
+        Raises RequestError for a job that can never run, BusyError where the queue is full and
+        the job `follows` none of the same request, ClosedError where no more jobs are taken.
         """
 
     @property

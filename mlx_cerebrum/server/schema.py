@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from mlx_cerebrum.server.faults import ApiError
 
-MOST_CHOICES = 16  # answers of one request, over all its prompts
+MOST_CHOICES = 128  # answers of one request, over all its prompts
 MOST_STOPS = 16
 PARAM = "param"  # in a custom error's context: the parameter to name, where `loc` can't say
 
@@ -327,8 +327,17 @@ class CompletionRequest(Sampled):
         BeforeValidator(_prompts),
         Field(max_length=MOST_CHOICES, json_schema_extra=_prompt_schema),
     ]
+    max_tokens: int | None = Field(
+        None,
+        ge=0,
+        lt=2**31,
+        description="Tokens at most; without it the server's --max-tokens, or what fits."
+        " 0 with echo only",
+    )
     logprobs: int | None = Field(None, ge=0, le=5)
-    echo: Any = neutral(False)
+    echo: bool | None = Field(
+        None, description="The text begins with the prompt; logprobs are of its tokens too"
+    )
     suffix: Any = neutral("")
     best_of: Any = neutral(1)
 
@@ -338,6 +347,8 @@ class CompletionRequest(Sampled):
             raise wrong("n", f"asks for more than {MOST_CHOICES} answers over all prompts")
         if self.best_of and (self.n or 1) > 1:
             raise wrong("best_of", "is less than n; leave it out")
+        if self.max_tokens == 0 and not self.echo:
+            raise wrong("max_tokens", "0 asks for nothing without echo")
         return self
 
 

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from mlx_cerebrum.server.answers import Choice, Json, Shape
 from mlx_cerebrum.server.faults import ApiError
-from mlx_cerebrum.server.jobs import Engine, Event, Failed, Job, Piece, Reading
+from mlx_cerebrum.server.jobs import NO_TOKEN, Engine, Event, Failed, Job, Piece, Reading
 from mlx_cerebrum.server.metrics import Metrics
 
 MOST_PENDING = 4096  # tokens kept for a client that does not read them
@@ -61,7 +61,8 @@ class RunningRequest:
         self._cancels: list[Callable[[], None]] = []  # of each job
         try:
             for number, job in enumerate(jobs):
-                self._cancels.append(engine.submit(job, partial(self._deliver, number)))
+                deliver = partial(self._deliver, number)
+                self._cancels.append(engine.submit(job, deliver, follows=number > 0))
         except BaseException:
             self.cancel()
             raise
@@ -128,12 +129,13 @@ class RunningRequest:
 
     def _count(self, when: float, job: int, piece: Piece) -> int:
         key = (job, piece.choice)
-        if key in self._last:
-            self._metrics.token_seconds.observe(when - self._last[key])
-        elif not self._last:
-            self._metrics.first_token_seconds.observe(when - self._started)
-        self._last[key] = when
-        self.generated_tokens += 1
+        if piece.token != NO_TOKEN:
+            if key in self._last:
+                self._metrics.token_seconds.observe(when - self._last[key])
+            elif not self._last:
+                self._metrics.first_token_seconds.observe(when - self._started)
+            self._last[key] = when
+            self.generated_tokens += 1
         # The first choice's: the others can find what it has just computed.
         self._cached_tokens.setdefault(job, piece.cached_tokens)
         if piece.finish_reason is not None:
@@ -237,11 +239,10 @@ class StreamResponse(Response):
             except ApiError as failed:  # too late for a status
                 await self._write(send, [_data(failed.body)])
                 break
-            events = []
-            for index, piece in pieces:
-                events.append(self._event(self._shape.chunk(index, piece)))
-                if piece.finish_reason is not None:
-                    events.append(self._event(self._shape.closing(index, piece.finish_reason)))
+            if any(piece.scores for _, piece in pieces):  # thousands: not on the event loop
+                events = await asyncio.to_thread(self._said, pieces)
+            else:
+                events = self._said(pieces)
             if not pieces:  # only more of the prompt, or nothing
                 reading = self._running.reading
                 if reading is None or reading == told:
@@ -256,6 +257,14 @@ class StreamResponse(Response):
             await self._write(send, [*last, b"data: [DONE]\n\n"])
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return True
+
+    def _said(self, pieces: Sequence[tuple[int, Piece]]) -> list[bytes]:
+        events = []
+        for index, piece in pieces:
+            events.append(self._event(self._shape.chunk(index, piece)))
+            if piece.finish_reason is not None:
+                events.append(self._event(self._shape.closing(index, piece.finish_reason)))
+        return events
 
     def _event(self, choice: dict[str, Any] | None) -> bytes:
         return b"" if choice is None else _data(self._shape.frame([choice], None))

@@ -3,9 +3,10 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from mlx_cerebrum.decoding.logprobs import TokenLogprob
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.decoding.text import AnswerText
 from mlx_cerebrum.server.jobs import Event, Job
@@ -36,7 +37,9 @@ class Task:
     ) -> None:
         self.job = job
         self.end_ids = tokenizer.eos_token_ids
-        self.texts = [AnswerText(tokenizer, job.max_tokens, job.stop) for _ in range(job.n)]
+        before = job.prompt if job.echo else ()
+        self.texts = [AnswerText(tokenizer, job.max_tokens, job.stop, before) for _ in range(job.n)]
+        self.scores: Sequence[TokenLogprob] = ()  # of the prompt, once it has been read
         self.reasons: list[str] = []  # of the choices that are over
         self.cached_tokens = 0
         self.cancelled = False

@@ -1,6 +1,7 @@
 """Answers over HTTP, by an engine that says what a test tells it to."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -228,7 +229,8 @@ def test_log_probabilities_are_those_of_the_text(
         for choice, (last, reason) in enumerate([("", "stop"), ("<|", "length")]):
             for token, text in zip(ends[:3], ("a", "b", ""), strict=True):
                 yield piece(task.job, choice, token, text)
-            yield piece(task.job, choice, ends[3], last, reason)
+            ending = piece(task.job, choice, ends[3], last, reason)
+            yield ending if last else replace(ending, logprob=None)  # unseen
 
     engine.script = script
     chatting = "chat" in path
@@ -376,10 +378,10 @@ def test_a_queue_that_fills_between_prompts(
     engine.script = until_closed(engine)
     take = engine.submit
 
-    def one_only(*args: Any) -> Callable[[], None]:
+    def one_only(*args: Any, **more: Any) -> Callable[[], None]:
         if engine.tasks:
             raise BusyError("full")
-        return take(*args)
+        return take(*args, **more)
 
     monkeypatch.setattr(engine, "submit", one_only)
     assert post(server, "/v1/completions", prompt=["a", "b"]).status_code == 429

@@ -235,7 +235,11 @@ def test_what_is_no_prompt(prompt: Any) -> None:
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"echo": True}, "echo"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 0, "echo": False}, "max_tokens"),
+        ({"max_tokens": -1, "echo": True}, "max_tokens"),
+        ({"echo": 1}, "echo"),
+        ({"prompt": ["a"] * (MOST_CHOICES + 1)}, "prompt"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
         ({"best_of": 1, "n": 2}, "best_of"),
@@ -245,6 +249,12 @@ def test_what_is_no_prompt(prompt: Any) -> None:
 )
 def test_what_completions_refuse(more: dict[str, Any], param: str) -> None:
     assert refusal(CompletionRequest, {"prompt": "a"} | more)[0] == param
+
+
+def test_a_prompt_may_come_back() -> None:
+    for more in ({"max_tokens": 0}, {"prompt": ["a"] * MOST_CHOICES}, {"prompt": [1], "n": 2}):
+        body = {"prompt": "a", "logprobs": 1, "echo": True} | more
+        assert parse_body(CompletionRequest, json.dumps(body).encode()).echo
 
 
 JSON = st.recursive(
