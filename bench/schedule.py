@@ -27,15 +27,14 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import mlx.core as mx
 
-from bench import primitives
 from bench.engines import prompt_ids
 from bench.pair import Pair, open_pair
-from bench.primitives import count, count_as_on_metal, hollow, kernels
+from bench.primitives import count, count_as_on_metal, kernels
 from bench.random_model import GEOMETRIES, RandomCheckpoint
 from bench.report import Spread, parser, ratio, rounds, run, table
 from bench.step_profile import forget
@@ -154,10 +153,10 @@ def _of_model(name: str, args: argparse.Namespace) -> Results:
         "schedule": len(order) if order else sum(positions),
         "bits": args.q_bits,
     }
-    if "graph" in args.only:
-        found["graph"] = _graphs(pair)
     tell(f"{name}: {pair.storage().nbytes / GB:.1f} GB of weights")
     a, b = pair.models()
+    if "graph" in args.only:
+        found["graph"] = _graphs(a, b)
     ids = prompt_ids(pair.checkpoint(), _PROMPT + max(*args.rows, HALVES))
 
     def jobs(count: int, *models: Model) -> list[Job]:
@@ -210,11 +209,8 @@ def _pace(each: Sequence[Ours | Peer], steps: int) -> float:
     return tokens / (time.perf_counter() - started)
 
 
-def _graphs(pair: Pair) -> Results:
+def _graphs(a: Model, b: Model) -> Results:
     """By backend and company: primitives of a step and those that compute, of both sides."""
-    config, bits = pair.b.config, pair.packing.bits if pair.packing else None
-    a = cast(Model, hollow(primitives.ours(pair.a.config), bits))
-    b = a.view(config.layer_map, config.residual_scales)
     found: Results = {}
     for backend in dict.fromkeys((device.backend(), "metal")):
         found[backend] = {}
@@ -226,7 +222,7 @@ def _graphs(pair: Pair) -> Results:
                 "mlx-lm": [Peer(own) for own in jobs],
             }
             found[backend][company] = {
-                side: _primitives(each, backend, config.head_dim) for side, each in sides.items()
+                side: _primitives(each, backend, a.config.head_dim) for side, each in sides.items()
             }
     return found
 
