@@ -15,6 +15,7 @@ import pytest
 from conftest import mistral_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from server_room import serving
 
 from bench import harness
 from bench.data import make_arithmetic
@@ -23,8 +24,10 @@ from mlx_cerebrum import load
 from mlx_cerebrum.decoding.stream import generate
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.views import describe
 
 CHATML = (
     "{% for m in messages %}{{ bos_token + m['role'] + '\n' + m['content'] + eos_token + '\n' }}"
@@ -245,6 +248,53 @@ def test_each_request_keeps_its_own_settings(tiny: Loaded) -> None:
 def test_samples_and_beams_are_refused(tiny: Loaded, wanted: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="greedy"):
         Adapter(*tiny).generate_until([request("a", wanted)])
+
+
+# ---- the harness's own client, through the server
+
+
+def served_lm(url: str, tokenizer: Tokenizer, ids: bool, **settings: Any) -> Any:
+    """The harness's `local-completions`, with our tokenizer in place of one of transformers.
+
+    ids: whether prompts are sent as token ids, its default.
+    """
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    class Client(LocalCompletionsAPI):  # type: ignore[misc]
+        def tok_encode(self, string: str, *_: Any, **__: Any) -> list[int]:
+            return tokenizer.encode(string)
+
+        def decode_batch(self, tokens: list[list[int]]) -> list[str]:
+            return [tokenizer.decode(ids) for ids in tokens]
+
+    settings = {"max_length": 400, "max_retries": 1, "eos_string": "</s>"} | settings
+    client = Client(url, None, model="served", **settings)
+    client.tokenizer, client.tokenized_requests = tokenizer, ids
+    return client
+
+
+@pytest.mark.parametrize("ids", [True, False])
+@pytest.mark.parametrize(
+    "settings", [{}, {"batch_size": 64}, {"batch_size": 7, "num_concurrent": 3}], ids=str
+)
+def test_likelihoods_through_the_server_are_the_adapter_s(
+    tiny: Loaded, settings: dict[str, Any], ids: bool
+) -> None:
+    model, tokenizer = tiny
+    contexts = ["The quick brown fox jumps over", "a", "One \u00e9, two:", "x" * 380]
+    requests = [request(text, f" {more}") for text in contexts for more in ("dog", "1", "no, or")]
+    for text in contexts[:3]:  # what the model would write
+        likeliest = next_token(model, tokenizer.encode(text))
+        requests.append(request(text, tokenizer.decode([likeliest])))
+    expected = cerebrum_lm(model, tokenizer).loglikelihood(requests)
+    assert {greedy for _, greedy in expected} == {True, False}
+    engine = BatchEngine({"served": model}, tokenizer, max_batch=4, cache_bytes=10**7)
+    with serving(engine, tokenizer, {"served": describe(model)}) as server:
+        lm = served_lm(f"{server.url}/v1/completions", tokenizer, ids, **settings)
+        found = lm.loglikelihood(requests)
+    for (chance, greedy), (wanted, written) in zip(found, expected, strict=True):
+        assert chance == pytest.approx(wanted, abs=1e-4)
+        assert greedy == written
 
 
 # ---- the questions
