@@ -20,7 +20,7 @@ import mlx.core as mx
 from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import Sampler, check_prompt, greedy, prefill_step
 from mlx_cerebrum.decoding.logprobs import ROWS, Logprobs, TokenLogprob
-from mlx_cerebrum.decoding.policy import Average
+from mlx_cerebrum.decoding.policy import Pace
 from mlx_cerebrum.decoding.sampling import Adjust
 from mlx_cerebrum.decoding.speculative import Speculation, held_guesses, verify
 from mlx_cerebrum.model.cache import STEP, Cache, WindowedKVCache
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 MOST_TOGETHER = 8  # new tokens of a row in company: what Metal's attention for few queries takes
 _GAP = 0.25  # seconds that the others' next tokens wait, at most, for a chunk of a prompt
 _FIRST_CHUNK, _LEAST_CHUNK = 64, 16  # tokens of a prompt read in company
-_REFRESH = 64  # steps with guesses after which a plain step is timed again
 
 
 @dataclass(eq=False)
@@ -56,7 +55,6 @@ class Generation:
     scored: int | None = None  # the same for the prompt's tokens, from the second that is read on
     prompt_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
     prompt: int = field(init=False)  # tokens of it
-    company: int = field(init=False, default=1)  # answers in its last step
     # What `Decoder.run` has yet to hand out, with the time it was there.
     ready: deque[tuple[int, float]] = field(init=False, default_factory=deque)
 
@@ -181,10 +179,7 @@ class Decoder:
         self._oldest_next = True
         self._changed = False  # since answers were put together last
         self._steps = 0
-        # Seconds: of a prompt's token read in company; of a plain step by its number of answers.
-        self._per_token = Average()
-        self._plain: dict[int, Average] = {}
-        self._since_plain = 0  # steps
+        self._pace = Pace()
 
     def add(self, generation: Generation) -> None:
         """Take a sequence. What its caches hold of the prompt is not read again."""
@@ -371,32 +366,21 @@ class Decoder:
         generation = oldest if self._oldest_next else shortest
         length = self._step_size
         if company:
-            spare = _GAP - self._plain.get(company, Average()).value
-            seen = bool(self._per_token.last)
-            fitting = int(spare / self._per_token.value) if seen else _FIRST_CHUNK
+            fitting = self._pace.chunk(company, _GAP, _FIRST_CHUNK)
             length = min(length, max(fitting, _LEAST_CHUNK))
         start, self._chosen_to_read = generation.read, generation
         return generation, generation.tokens[start : min(start + length, generation.prompt - 1)]
 
     def _guesses(self, answers: list[Generation]) -> list[list[int]]:
         """What is guessed for each answer in company; nothing for one that is alone."""
-        self._settle(answers)
         alone = len(answers) == 1 and not self._reading and answers[0].top_logprobs is None
-        if alone or self._since_plain >= _REFRESH:
-            return [[] for _ in answers]
+        row = None if alone else self._pace.row(len(answers))
         return [
             []
-            if g.speculation is None
-            else g.speculation.guess(g.tokens, min(g.left, MOST_TOGETHER) - 1)
+            if g.speculation is None or row is None
+            else g.speculation.guess(g.tokens, min(g.left, MOST_TOGETHER) - 1, row)
             for g in answers
         ]
-
-    def _settle(self, answers: list[Generation]) -> None:
-        """What guesses cost depends on how many answers there are."""
-        for g in answers:
-            if g.speculation is not None and g.company != len(answers):
-                g.speculation.policy.new_costs()
-                g.company = len(answers)
 
     # ---- Finishing a step
 
@@ -409,7 +393,7 @@ class Decoder:
             advances.append(Advance(reading, []))
         if flight.choices is not None:
             advances += self._accept(flight, cast(list[int], flight.choices.tolist()))
-        self._time(flight, advances, time.perf_counter() - started)
+        self._learn(flight, advances, time.perf_counter() - started)
         self._steps += 1
         if reading is not None or self._steps % 256 == 0:
             mx.clear_cache()
@@ -441,7 +425,6 @@ class Decoder:
         if len(answers) != 1 or self._reading or answers[0].top_logprobs is not None:
             return None
         (g,) = answers
-        self._settle(answers)
         return g.speculation.choose(g.tokens, g.left - 1) if g.speculation else None
 
     def _round_alone(self, started: float) -> Advance | None:
@@ -455,28 +438,18 @@ class Decoder:
         g.tokens += new
         return Advance(g, new)
 
-    def _time(self, flight: _Flight, advances: list[Advance], seconds: float) -> None:
-        """Learn from how long a step took."""
-        answers, company = flight.answers, len(flight.answers)
-        plain = self._plain.setdefault(company, Average())
-        if flight.reading is not None:
-            if company:
-                self._per_token.add(max(seconds - plain.value, 1e-6) / flight.chunk)
-            return
-        guessed = sum(map(len, flight.guesses))
-        if not guessed:
-            plain.add(seconds)
-        self._since_plain = self._since_plain + 1 if guessed else 0
-        # A row's share of a plain step is its unit of cost in company.
-        extra = company * (seconds / plain.value - 1) / guessed if guessed and plain.value else 0.0
-        for advance in advances:
-            g, guesses = advance.generation, flight.guesses[answers.index(advance.generation)]
-            if g.speculation is None:
-                continue
-            if guesses:
-                g.speculation.guessed(len(advance.tokens) - 1, 1.0 + extra * len(guesses))
-            else:
-                g.speculation.plain(seconds if company == 1 else 1.0)
+    def _learn(self, flight: _Flight, advances: list[Advance], seconds: float) -> None:
+        """Note how long a step took, and which guesses held."""
+        answers = flight.answers
+        row = self._pace.row(len(answers)) or 0.0
+        self._pace.saw(len(answers), sum(map(len, flight.guesses)), flight.chunk, seconds)
+        alone = len(answers) == 1 and not flight.chunk
+        held = {advance.generation: len(advance.tokens) - 1 for advance in advances}
+        for g, guesses in zip(answers, flight.guesses, strict=True):
+            if g.speculation is not None and guesses:
+                g.speculation.guessed(held.get(g, 0), row)
+            elif g.speculation is not None:
+                g.speculation.plain(seconds if alone else None)
 
     # ---- Who shares caches
 

@@ -137,17 +137,22 @@ class Policy:
         self._since_round = 0  # plain steps
         self._allowance = _AT_FIRST
 
-    def choose(self, offers: Mapping[str, tuple[str, int]]) -> tuple[str, int] | None:
+    def choose(
+        self, offers: Mapping[str, tuple[str, int]], row: float | None = None
+    ) -> tuple[str, int] | None:
         """`(drafter, drafts)` of the next round, or None for a plain step.
 
-        `offers` are each drafter's kind of guess and how many there can be.
+        `offers` are each drafter's kind of guess and how many there can be. `row`: what a row
+        costs, where it is measured for several answers together (`Pace.row`).
         """
-        if len(self._plain.last) < _FIRST or self._since_plain >= _REFRESH:
+        known = row is not None or len(self._plain.last) >= _FIRST
+        if not known or (row is None and self._since_plain >= _REFRESH):
             return None
         best, choice = MARGIN, None
         for name, (kind, most) in offers.items():
-            most = min(most, self.most, self._affordable(name))
-            drafts, gain = best_drafts(self._agreement(kind).rate, self.costs(name), most)
+            costs = self.costs(name) if row is None else Costs(0.0, row)
+            most = min(most, self.most, self._affordable(name, costs))
+            drafts, gain = best_drafts(self._agreement(kind).rate, costs, most)
             if gain > best:
                 best, choice = gain, (name, drafts)
         return choice
@@ -180,19 +185,25 @@ class Policy:
             self._draft[name].add(max(_LEAST, extra - self._row.value))
         else:
             self._row.add(max(_LEAST, extra))
-        costs = self.costs(name)
+        self._gain(accepted, drafts, self.costs(name))
+
+    def round_in_company(self, kind: str, drafts: int, accepted: int, row: float) -> None:
+        """A round was seen to go like this, in a step that was timed for all who were in it."""
+        self._agreement(kind).seen(accepted, drafts)
+        self._age(accepted + 1)
+        self._gain(accepted, drafts, Costs(0.0, row))
+
+    def plain_in_company(self) -> None:
+        """A plain step was taken with others."""
+        self._age(1)
+
+    def _gain(self, accepted: int, drafts: int, costs: Costs) -> None:
         gained = accepted - drafts * (costs.draft + costs.row)
         # A round in which kernels were loaded, or the machine slept, must not count for ever.
         self._allowance = max(_AT_LEAST, min(_AT_MOST, self._allowance + gained))
 
-    def new_costs(self) -> None:
-        """Steps are others from now on: what was measured of them no longer holds."""
-        for average in (self._plain, self._row, *self._draft.values()):
-            average.last = []
-
-    def _affordable(self, name: str) -> int:
+    def _affordable(self, name: str, costs: Costs) -> int:
         """Drafts of a round that does not overdraw the allowance if none of them holds."""
-        costs = self.costs(name)
         seen = (self._draft[name] if self.draft[name] else self._row).last
         return int(self._allowance / max(costs.draft + costs.row, _LEAST if seen else _UNSEEN))
 
@@ -203,3 +214,47 @@ class Policy:
         self._allowance = min(_AT_MOST, self._allowance + tokens * _PER_TOKEN)
         for agreement in self.agreement.values():
             agreement.age(tokens)
+
+
+class Pace:
+    """How long the steps of several answers take, as measured: what chunks of a prompt and guesses
+    cost there."""
+
+    def __init__(self) -> None:
+        self._plain: dict[int, Average] = {}  # seconds of a step, by its number of answers
+        self._row = Average()  # seconds that a guess adds
+        self._token = Average()  # seconds that a token of a prompt adds
+        self._since_plain = 0  # steps
+
+    def plain(self, answers: int) -> float:
+        """Seconds of a step without guesses; of the nearest number of answers that was seen, 0
+        where none was."""
+        near = min(self._plain, key=lambda seen: abs(seen - answers), default=None)
+        return 0.0 if near is None else self._plain[near].value
+
+    def row(self, answers: int) -> float | None:
+        """What a guess costs, in an answer's share of a plain step; None where none should be made
+        now, since that step is to be timed."""
+        plain = self._plain.get(answers, Average()).value
+        if not plain or self._since_plain >= _REFRESH:
+            return None
+        row = self._row.value if self._row.last else Policy.row * plain
+        return max(_LEAST, answers * row / plain)
+
+    def chunk(self, answers: int, gap: float, first: int) -> int:
+        """Tokens of a prompt that can be read in a step of `gap` seconds; `first` to begin with."""
+        if not self._token.last:
+            return first
+        return int((gap - self.plain(answers)) / self._token.value)
+
+    def saw(self, answers: int, guesses: int, chunk: int, seconds: float) -> None:
+        """A step of so many answers, guesses and tokens of a prompt took this long."""
+        more = max(seconds - self.plain(answers), 1e-6)
+        if chunk:
+            self._token.add(more / chunk)
+        elif guesses:
+            self._row.add(more / guesses)
+            self._since_plain += 1
+        else:
+            self._plain.setdefault(answers, Average()).add(seconds)
+            self._since_plain = 0

@@ -44,34 +44,45 @@ class Speculation:
         return self._choose(self.drafters, tokens, most)
 
     def _choose(
-        self, drafters: Mapping[str, Drafter], tokens: Sequence[int], most: int
+        self,
+        drafters: Mapping[str, Drafter],
+        tokens: Sequence[int],
+        most: int,
+        row: float | None = None,
     ) -> tuple[str, str, int] | None:
         offers = {name: drafter.offer(tokens, most) for name, drafter in drafters.items()}
-        choice = self.policy.choose({name: offer for name, offer in offers.items() if offer[1]})
+        able = {name: offer for name, offer in offers.items() if offer[1]}
+        choice = self.policy.choose(able, row)
         return None if choice is None else (choice[0], offers[choice[0]][0], choice[1])
 
-    def guess(self, tokens: Sequence[int], most: int) -> list[int]:
-        """Guesses for a round in company, where only those count that no model is run for."""
+    def guess(self, tokens: Sequence[int], most: int, row: float) -> list[int]:
+        """Guesses for a round in company, where only those count that no model is run for. `row`
+        is what each costs (`Pace.row`)."""
         free = {name: d for name, d in self.drafters.items() if isinstance(d, NGramDrafter)}
-        self._last = self._choose(free, tokens, most)
+        self._last = self._choose(free, tokens, most, row)
         if self._last is None:
             return []
         name, _, count = self._last
         return free[name].guesses(tokens, count)
 
-    def guessed(self, held: int, seconds: float) -> None:
-        """A round of `guess` was seen to go like this."""
+    def guessed(self, held: int, row: float) -> None:
+        """The last `guess` was seen to go like this."""
         if self._last is not None:
-            self.counted(*self._last, held, seconds)
+            name, kind, drafts = self._last
+            self.policy.round_in_company(kind, drafts, held, row)
+            self.rounds[name, drafts, held] += 1
 
     def counted(self, name: str, kind: str, drafts: int, held: int, seconds: float) -> None:
         """A round was seen to go like this."""
         self.policy.round(name, kind, drafts, held, seconds)
         self.rounds[name, drafts, held] += 1
 
-    def plain(self, seconds: float) -> None:
-        """A plain step was seen to take so long."""
-        self.policy.plain(seconds)
+    def plain(self, seconds: float | None) -> None:
+        """A plain step was seen to take so long; None: in company."""
+        if seconds is None:
+            self.policy.plain_in_company()
+        else:
+            self.policy.plain(seconds)
         self.rounds["plain", 0, 0] += 1
 
     def check_unused(self, model: Model) -> None:

@@ -52,7 +52,7 @@ class Eager(Policy):
         super().__init__(dict.fromkeys(names, 0.0))
         self.draw = draw
 
-    def choose(self, offers: Any) -> tuple[str, int] | None:
+    def choose(self, offers: Any, row: float | None = None) -> tuple[str, int] | None:
         if not offers or self.draw.random() < 0.1:
             return None
         name = self.draw.choice(sorted(offers))
@@ -167,10 +167,10 @@ class Company:
             if (dropped := self.decoder.recover()) is not None:
                 self.left_with(next(job for job in self.jobs if job.generation is dropped))
             return
+        self.most = max(self.most, sum(bool(new) for _, new, _ in advances))
         for generation, new, logprobs in advances:
             job = next(job for job in self.jobs if job.generation is generation)
             job.logprobs += logprobs
-            self.most = max(self.most, generation.company)
             assert generation.left >= 0
             self.held += max(0, len(new) - 1)
         for job in [job for job in self.jobs if job.generation.left <= 0]:

@@ -19,6 +19,7 @@ from mlx_cerebrum.decoding.policy import (
     MARGIN,
     Agreement,
     Costs,
+    Pace,
     Policy,
     best_drafts,
     bytes_read,
@@ -444,7 +445,7 @@ def test_offers_of_nothing_are_not_put_to_the_policy() -> None:
     asked: list[Any] = []
 
     class Recorded(Policy):
-        def choose(self, offers: Any) -> None:
+        def choose(self, offers: Any, row: float | None = None) -> None:
             asked.append(dict(offers))
 
     model = tiny_model(TARGET)
@@ -476,3 +477,44 @@ def test_ngrams_of_a_shorter_text_are_found_anew() -> None:
     tokens = [5, 1, 2, 6, 1, 2]
     assert drafter.offer(tokens, 4) == ("ngram-2", 4)
     assert drafter.draft(tokens, 4, [], greedy, 0).tokens.tolist() == [6, 1, 2, 6]
+
+
+def test_what_guesses_cost_in_company() -> None:
+    """A step of 4 answers takes 1 s, and each guess in it 0.1 s more: 0.4 of an answer's share."""
+    pace = Pace()
+    assert pace.row(4) is None  # no plain step was timed
+    for _ in range(5):
+        pace.saw(4, guesses=0, chunk=0, seconds=1.0)
+    assert pace.row(4) == pytest.approx(4 * Policy.row)  # as predicted
+    for _ in range(5):
+        pace.saw(4, guesses=3, chunk=0, seconds=1.3)
+    assert pace.row(4) == pytest.approx(0.4)
+    assert pace.row(5) is None  # another company is timed first
+    assert pace.plain(5) == 1.0  # until then the nearest tells
+    pace.saw(5, guesses=0, chunk=0, seconds=1.25)
+    assert pace.row(5) == pytest.approx(0.4)
+    for _ in range(64):
+        pace.saw(5, guesses=1, chunk=0, seconds=1.35)
+    assert pace.row(5) is None  # a plain step is timed again
+    pace.saw(5, guesses=0, chunk=0, seconds=1.25)
+    assert pace.row(5) == pytest.approx(0.4)
+
+
+def test_chunks_fit_the_gap() -> None:
+    pace = Pace()
+    assert pace.chunk(2, 0.25, 64) == 64
+    pace.saw(2, guesses=0, chunk=0, seconds=0.05)
+    pace.saw(2, guesses=0, chunk=64, seconds=0.05 + 64 * 0.002)
+    assert pace.chunk(2, 0.25, 64) == 100
+
+
+def test_guesses_in_company_are_made_where_they_pay() -> None:
+    for row, made in ((0.1, True), (1.5, False)):
+        policy, rounds = Policy({"ngram": 0.0}), 0
+        for _ in range(200):
+            if (choice := policy.choose({"ngram": ("ngram-3", 7)}, row)) is None:
+                policy.plain_in_company()
+            else:
+                rounds += 1
+                policy.round_in_company("ngram-3", choice[1], choice[1], row)
+        assert (rounds > 100) == made

@@ -105,7 +105,7 @@ class Scripted(Policy):
         super().__init__(dict.fromkeys(names, 0.0))
         self.script = iter(script)
 
-    def choose(self, offers: Any) -> Round:
+    def choose(self, offers: Any, row: float | None = None) -> Round:
         wanted = next(self.script, None)
         if wanted is None or wanted[0] not in offers:
             return None
