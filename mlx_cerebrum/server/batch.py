@@ -287,6 +287,7 @@ def jobs_bytes(
     config, item = model.config, model.dtype.size
     scores = [len(job.prompt) * (2 + job.scored) * 128 for job in jobs if job.scored is not None]
     made = sum(forward_bytes(config, length, keys, item, kv_bits) for length in (rows, max(chunks)))
-    # In float32 logits, what sampling makes of them, and log-probabilities.
-    rows += ROWS if scores else 0
-    return caches + joining + made + 6 * rows * config.vocab_size * 4 + sum(scores)
+    # In float32 logits, what sampling makes of them, and log-probabilities; of a prompt's tokens
+    # the likeliest too.
+    logits = (6 * rows + (8 * ROWS if scores else 0)) * config.vocab_size * 4
+    return caches + joining + made + logits + sum(scores)

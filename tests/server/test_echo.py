@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -12,12 +14,15 @@ from server_room import WAIT, Running, error, events, post, serving
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum import load
+from mlx_cerebrum.decoding import decoder
 from mlx_cerebrum.decoding.logprobs import TokenLogprob
-from mlx_cerebrum.decoding.text import AnswerText
+from mlx_cerebrum.decoding.prompt_store import PromptStore
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.server.answers import TextCompletion
+from mlx_cerebrum.server.batch import Batch
 from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.server.jobs import NO_TOKEN, BusyError, Event, Failed, Job, Piece
+from mlx_cerebrum.server.task import Counts, Task
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.views import describe
 
@@ -98,12 +103,19 @@ def are_right(model: Model, ids: Sequence[int], found: Sequence[TokenLogprob], k
 # ---- the engine
 
 
+@pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("draft", ["none", "ngram"])
 @pytest.mark.parametrize("step", [5, 300])
 def test_scores_are_those_of_one_forward_pass(
-    make: Callable[..., BatchEngine], loaded: Loaded, draft: str, step: int
+    make: Callable[..., BatchEngine],
+    loaded: Loaded,
+    draft: str,
+    step: int,
+    ahead: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Alone and in company, past the window, at chunks' ends, and when the prompt is kept."""
+    monkeypatch.setattr(decoder, "device", SimpleNamespace(on_gpu=lambda: ahead))
     engine = make(prefill_step_size=step, draft=draft)
     asked = [
         (1, 1, 1),
@@ -168,6 +180,30 @@ def test_an_end_token_is_listed_after_a_prompt(
         assert (piece.logprob is not None) == echo
 
 
+@pytest.mark.parametrize("k", [0, 5])
+def test_no_more_memory_than_predicted(tmp_path: Path, k: int) -> None:
+    config = tiny_config(num_hidden_layers=2, vocab_size=32000, max_position_embeddings=400)
+    model, tokenizer = load(write_checkpoint(tmp_path / "m", config, tiny_weights(config, seed=3)))
+    batch = Batch(
+        {"small": model},
+        PromptStore(0),
+        Counts(),
+        lambda task: None,
+        max_rows=1,
+        prefill_step_size=300,
+    )
+    job = Job("small", prompt(400), 0, top_logprobs=k, echo=True)
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    batch.start(Task(job, tokenizer, lambda event: None, lambda task: None))
+    predicted = batch.predicted()
+    while batch.tasks:
+        batch.step()
+    assert mx.get_peak_memory() - before <= predicted
+
+
 def test_a_request_is_taken_whole(make: Callable[..., BatchEngine]) -> None:
     engine = make(max_batch=1, max_queue=1)
     jobs = [Job("small", prompt(6, seed), 40) for seed in range(5)]
@@ -187,7 +223,8 @@ def test_an_answer_keeps_the_space_between_it_and_the_prompt(
     for before, after in [("Once upon", " a time"), (" \u00e9", "\U0001f600 x"), ("</s>\n", "  y")]:
         ids = tokenizer.encode(before + after)
         for cut in range(1, len(ids)):
-            answer = AnswerText(tokenizer, len(ids) - cut, before=ids[:cut])
+            job = Job("small", tuple(ids[:cut]), len(ids) - cut, echo=True)
+            (answer,) = Task(job, tokenizer, lambda event: None, lambda task: None).texts
             shown = "".join(map(tokenizer.detokenizer().add, ids[:cut]))
             assert shown + "".join(answer.add(token)[0] for token in ids[cut:]) == before + after
 
