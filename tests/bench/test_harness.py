@@ -1,4 +1,4 @@
-"""Answer accuracy through lm-evaluation-harness. Needs lm-eval and mistral-common (a data file)."""
+"""Accuracy through lm-evaluation-harness. Needs lm-eval[api] and mistral-common (a data file)."""
 
 import json
 import math
