@@ -31,8 +31,6 @@ from mlx_cerebrum.model.together import Part, run_together
 log = logging.getLogger(__name__)
 
 MOST_TOGETHER = 8  # new tokens of a row in company: what Metal's attention for few queries takes
-_GAP = 0.25  # seconds that the others' next tokens wait, at most, for a chunk of a prompt
-_FIRST_CHUNK, _LEAST_CHUNK = 64, 16  # tokens of a prompt read in company
 
 
 @dataclass(eq=False)
@@ -165,7 +163,7 @@ class Decoder:
     same weights.
 
     prefill_step_size: tokens of a prompt read at once, at most (`decode.prefill_step`); in company
-    fewer, so that the others need not wait.
+    fewer, so that the others need not wait long.
     """
 
     def __init__(self, prefill_step_size: int | None = None) -> None:
@@ -366,8 +364,7 @@ class Decoder:
         generation = oldest if self._oldest_next else shortest
         length = self._step_size
         if company:
-            fitting = self._pace.chunk(company, _GAP, _FIRST_CHUNK)
-            length = min(length, max(fitting, _LEAST_CHUNK))
+            length = min(length, self._pace.chunk(company))
         start, self._chosen_to_read = generation.read, generation
         return generation, generation.tokens[start : min(start + length, generation.prompt - 1)]
 

@@ -39,6 +39,10 @@ _FORGET = 100  # plain steps in a row after which costs are again what was predi
 _AT_FIRST, _PER_TOKEN, _AT_MOST, _AT_LEAST = 0.5, 0.02, 5.0, -5.0
 _LEAST = 0.01  # what a draft costs at least; noise can make one look free
 _UNSEEN = 0.25  # what a draft may turn out to cost, until one was timed
+# A chunk of a prompt read in company: seconds that the others wait for it, if it does not take less
+# than so many of their plain steps, which it delays; tokens of the first, and at least.
+_GAP, _LONGER = 0.25, 6.0
+_FIRST_CHUNK, _LEAST_CHUNK = 64, 16
 # Expected agreement by kind of guess: the longer a run that was seen before, the more often it
 # goes on as it did.
 PRIORS = {"ngram-2": 0.4, "ngram-3": 0.5, "ngram-4": 0.6}
@@ -241,11 +245,12 @@ class Pace:
         row = self._row.value if self._row.last else Policy.row * plain
         return max(_LEAST, answers * row / plain)
 
-    def chunk(self, answers: int, gap: float, first: int) -> int:
-        """Tokens of a prompt that can be read in a step of `gap` seconds; `first` to begin with."""
+    def chunk(self, answers: int) -> int:
+        """Tokens of a prompt that a step with so many answers reads."""
         if not self._token.last:
-            return first
-        return int((gap - self.plain(answers)) / self._token.value)
+            return _FIRST_CHUNK
+        seconds = max(_GAP, _LONGER * self.plain(answers))
+        return max(_LEAST_CHUNK, int(seconds / self._token.value))
 
     def saw(self, answers: int, guesses: int, chunk: int, seconds: float) -> None:
         """A step of so many answers, guesses and tokens of a prompt took this long."""

@@ -501,11 +501,18 @@ def test_what_guesses_cost_in_company() -> None:
 
 
 def test_chunks_fit_the_gap() -> None:
+    """A quarter of a second, or six plain steps where those are longer."""
     pace = Pace()
-    assert pace.chunk(2, 0.25, 64) == 64
-    pace.saw(2, guesses=0, chunk=0, seconds=0.05)
-    pace.saw(2, guesses=0, chunk=64, seconds=0.05 + 64 * 0.002)
-    assert pace.chunk(2, 0.25, 64) == 100
+    assert pace.chunk(2) == 64
+    pace.saw(2, guesses=0, chunk=0, seconds=0.01)
+    pace.saw(2, guesses=0, chunk=64, seconds=0.01 + 64 * 0.002)
+    assert pace.chunk(2) == 125
+    for _ in range(9):
+        pace.saw(2, guesses=0, chunk=0, seconds=0.05)
+    assert pace.chunk(2) == 150
+    for _ in range(9):
+        pace.saw(2, guesses=0, chunk=9, seconds=9.0)
+    assert pace.chunk(2) == 16  # never less
 
 
 def test_guesses_in_company_are_made_where_they_pay() -> None:
