@@ -4,45 +4,46 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlx_cerebrum import device
 from mlx_cerebrum.model.cpu import Embedding, Linear, Rotary, _pieces, multiply
 
 
 @pytest.mark.parametrize(
     ("tokens", "rows", "columns", "pieces"),
     [
-        (1, 576, 576, 1),
-        (1, 3072, 576, 3),
-        (1, 49152, 576, 48),  # 1024 rows of 576
-        (1, 4096, 4096, 32),  # half a million: with 16 pieces it would be just above a million
-        (1, 4096, 14336, 64),
-        (1, 1000003, 16, 1),  # a prime: no equal pieces
-        (1, 8, 2_000_000, 1),  # one row is too much
-        (8, 4096, 4096, 256),
-        (16, 4096, 14336, 1024),
-        (17, 4096, 14336, 1),
-        (2, 3072, 576, 1),  # narrow: no gain
+        (1, 3072, 2048, 1),  # few rows
+        (1, 49152, 576, 1),  # few columns
+        (1, 4096, 4096, 4),  # 1024 rows each
+        (1, 28672, 4096, 28),
+        (2, 28672, 4096, 28),
+        (32, 4096, 14336, 4),
+        (33, 4096, 14336, 1),  # many tokens
+        (1, 6001, 4096, 1),  # 353 times 17: no equal pieces of some size
+        (1, 1000003, 4096, 1),  # a prime
     ],
 )
-def test_matrices_are_cut_into_equal_small_pieces(
+def test_large_matrices_are_cut_into_equal_pieces(
     tokens: int, rows: int, columns: int, pieces: int
 ) -> None:
     assert _pieces(tokens, rows, columns) == pieces
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1152), (1, 5, 1152), (1152,), (2, 1, 1152), (2, 3, 1152), (1, 30, 1152)]
+    "shape", [(1, 1, 1152), (1, 5, 1152), (1152,), (2, 1, 1152), (2, 3, 1152), (1, 40, 1152)]
 )
-@pytest.mark.parametrize("rows", [1152, 2402, 3072])
+@pytest.mark.parametrize("rows", [1152, 4099, 6144])
 def test_a_product_is_the_plain_one(shape: tuple[int, ...], rows: int) -> None:
     x, weight = mx.random.normal(shape), mx.random.normal((rows, 1152))
+    if device.on_linux_cpu():
+        assert (_pieces(x.size // 1152, rows, 1152) > 1) == (rows == 6144 and x.size < 40 * 1152)
     found = multiply(x, weight)
     assert found.shape == (*shape[:-1], rows)
     assert mx.allclose(found, x @ weight.T, rtol=1e-4, atol=1e-4)
 
 
 def test_modules_multiply_so_and_can_be_quantized() -> None:
-    x = mx.random.normal((1, 1, 64))
-    for module in (Linear(64, 2400, bias=False), Embedding(2400, 64)):
+    x = mx.random.normal((1, 1, 1024))
+    for module in (Linear(1024, 4800, bias=False), Embedding(4800, 1024)):
         product = module.as_linear(x) if isinstance(module, Embedding) else module(x)
         assert mx.allclose(product, x @ module.weight.T, rtol=1e-4, atol=1e-4)
         assert isinstance(module.to_quantized(64, 4), (nn.QuantizedLinear, nn.QuantizedEmbedding))
