@@ -12,7 +12,8 @@ from mlx_cerebrum.model.cpu import Embedding, Linear, Rotary, _pieces, multiply
     ("tokens", "rows", "columns", "pieces"),
     [
         (1, 3072, 2048, 1),  # few rows
-        (1, 49152, 576, 1),  # few columns
+        (1, 49152, 576, 48),
+        (2, 49152, 576, 1),  # few columns
         (1, 4096, 4096, 4),  # 1024 rows each
         (1, 28672, 4096, 28),
         (2, 28672, 4096, 28),
