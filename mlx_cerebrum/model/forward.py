@@ -8,8 +8,8 @@ A *block* is one stored decoder layer, a *position* one step of the forward pass
 map names the block of each position: 0..31 for the 7B; for the 12.25B the same 32 blocks in
 56 positions. Every position has its own KV cache, also where two run the same block.
 
-`cpu.Linear`, `cpu.Embedding` and `cpu.Rotary` are MLX's own on a GPU; on a CPU they compute the
-same in another way.
+Several sequences, of any maps over the same blocks, take one step together in `together.py`.
+`cpu.Linear`, `cpu.Embedding` and `cpu.Rotary` are MLX's own on a GPU, and another way on a CPU.
 
 Shapes: B sequences, L new tokens, T visible keys, D = hidden_size, H heads of width `head_dim`.
 """
