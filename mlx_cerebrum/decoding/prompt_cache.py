@@ -7,7 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from mlx_cerebrum.decoding.decode import prefill_step
-from mlx_cerebrum.model.cache import STEP, WindowedKVCache
+from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import Workload
 
@@ -41,20 +41,32 @@ class PromptCache:
         self.tokens: list[int] = []  # those the caches hold
         self.cache: list[WindowedKVCache] = model.make_cache(kv_bits)
         self.max_bytes = max_bytes
-        self._most = self._entries_to_mark(model, max_bytes)
+        window, step = model.config.sliding_window, prefill_step()
+        self._sizes = Workload(model.config, model.dtype.size, 1, 1, step, kv_bits)
+        # How many entries of a position marks may need, besides those of the window in use.
+        self._bound = 0 if window is None else 2 * window + REWORD  # 0: all is there anyway
+        if window is not None and max_bytes is not None:
+            used = replace(self._sizes, prompt=2 * (window + step)).cache_bytes
+            self._bound = min(self._bound, max(0, max_bytes - used) // self._sizes.entry_bytes)
+        self._most = self._bound
 
-    def _entries_to_mark(self, model: Model, max_bytes: int | None) -> int:
-        """How many entries of a position marks may need, besides those of the window in use."""
-        window = model.config.sliding_window
-        if window is None:  # every point can be gone back to
-            return 0
-        if max_bytes is None:
-            return 2 * window + REWORD
-        step = prefill_step()
-        least = Workload(model.config, model.dtype.size, 1, 1, step, self.kv_bits)
-        entry_bytes = least.cache_bytes // STEP  # one token takes the smallest buffer
-        used = replace(least, prompt=2 * (window + step))
-        return max(0, max_bytes - used.cache_bytes) // entry_bytes
+    def marks_bytes(self, tokens: int) -> int:
+        """Bytes that marks may come to take once this many tokens are held, at most."""
+        window = self.model.config.sliding_window
+        if window is None or tokens <= window:
+            return 0  # all is there anyway
+        return min(self._most, tokens) * self._sizes.entry_bytes
+
+    def allow_marks(self, nbytes: int) -> None:
+        """Let marks take this many bytes from now on, within `max_bytes`."""
+        self._most = min(self._bound, max(0, nbytes) // self._sizes.entry_bytes)
+        self._drop_marks()
+
+    def _drop_marks(self) -> None:
+        """Give up the oldest marks, as many as could need more than they may."""
+        while self.cache[0].entries_for_marks() > self._most:
+            for c in self.cache:
+                c.drop_mark()
 
     @property
     def nbytes(self) -> int:
@@ -99,9 +111,7 @@ class PromptCache:
             for c in self.cache:
                 for point in (begun, max(begun, end - REWORD), end):
                     c.mark(point)
-            while self.cache[0].entries_for_marks() > self._most:
-                for c in self.cache:
-                    c.drop_mark()
+            self._drop_marks()
         return list(prompt[begun:])
 
     def end(self, tokens: Sequence[int]) -> None:

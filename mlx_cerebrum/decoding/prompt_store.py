@@ -31,7 +31,7 @@ class PromptStore:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.nbytes = 0
-        self._most = max_bytes
+        self.room = max_bytes  # what `limit` leaves of it
         self._entries: OrderedDict[tuple[Hashable, bytes], _Entry] = OrderedDict()
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class PromptStore:
         """Take a cache over, without its room to grow, where it fits at all."""
         new = _Entry(key, np.asarray(cache.tokens, dtype=np.int64), cache)
         name = key, new.tokens.tobytes()
-        if not cache.tokens or cache.held_bytes > self._most:
+        if not cache.tokens or cache.held_bytes > self.room:
             return
         cache.compact()
         # What an entry holds that this one can go back to is there twice.
@@ -76,7 +76,7 @@ class PromptStore:
 
     def limit(self, nbytes: int) -> None:
         """Hold no more than this from now on (`max_bytes` at most): the memory is needed."""
-        self._most = max(0, min(self.max_bytes, nbytes))
+        self.room = max(0, min(self.max_bytes, nbytes))
         self._make_room(0)
 
     def clear(self) -> None:
@@ -85,7 +85,7 @@ class PromptStore:
         self.nbytes = 0
 
     def _make_room(self, needed: int) -> None:
-        while self._entries and self.nbytes + needed > self._most:
+        while self._entries and self.nbytes + needed > self.room:
             self._drop(next(iter(self._entries)))
 
     def _drop(self, name: tuple[Hashable, bytes]) -> None:

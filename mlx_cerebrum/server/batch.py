@@ -74,7 +74,8 @@ class Batch:
     def predicted(self, new: Task | None = None) -> int:
         """Bytes that all jobs, and `new`, may need at most."""
         jobs = [task.job for task in self.tasks] + ([] if new is None else [new.job])
-        return jobs_bytes(self._models, jobs, self._prefill_step_size, self._kv_bits, self._draft)
+        how = self._prefill_step_size, self._kv_bits, self._draft
+        return jobs_bytes(self._models, jobs, *how) + sum(task.mark_bytes for task in self.tasks)
 
     def start(self, task: Task) -> None:
         """Take a task. Its prompt is read from where the longest prefix that is cached ends, or
@@ -91,7 +92,10 @@ class Batch:
         if job.scored is None:
             cache = self._prompts.find((job.owner, job.model), job.prompt)
         if cache is None:
-            cache = self._empty(job)
+            cache = PromptCache(self._models[job.model], self._kv_bits, self._prompts.max_bytes)
+        # Places to go back to past the window are kept where there is memory for them too.
+        cache.allow_marks(self._prompts.room)
+        task.mark_bytes = cache.marks_bytes(total + job.max_tokens)
         task.cached_tokens = total - len(cache.begin(job.prompt))
         self._counts.prompt_tokens += total
         self._counts.cached_tokens += task.cached_tokens
@@ -99,9 +103,6 @@ class Batch:
         first = self._add(task, 0, cache)
         if first.read == total - 1:
             self._has_read(first)
-
-    def _empty(self, job: Job) -> PromptCache:
-        return PromptCache(self._models[job.model], self._kv_bits, self._prompts.max_bytes)
 
     def _add(self, task: Task, choice: int, cache: PromptCache) -> Generation:
         job, model = task.job, self._models[task.job.model]
@@ -128,7 +129,9 @@ class Batch:
         task.scores = first.prompt_logprobs
         if task.job.max_tokens:
             for choice in range(1, task.job.n):
-                self._add(task, choice, cache.copy())
+                own = cache.copy()
+                own.allow_marks(0)  # it is not kept
+                self._add(task, choice, own)
             return
         task.reasons = ["length"] * task.job.n
         self._end(task, "length")

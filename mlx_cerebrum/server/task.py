@@ -42,6 +42,7 @@ class Task:
         self.scores: Sequence[TokenLogprob] = ()  # of the prompt, once it has been read
         self.reasons: list[str] = []  # of the choices that are over
         self.cached_tokens = 0
+        self.mark_bytes = 0  # that places to go back to may take
         self.cancelled = False
         self.overflows = False  # the batch had no place for it when it came
         self._deliver = deliver

@@ -432,6 +432,25 @@ def test_no_more_memory_than_predicted(
     assert predicted <= 5 * taken or any(predicted <= 5 * _taken(run) for _ in range(9))
 
 
+def test_places_to_go_back_to_are_predicted_and_give_way(loaded: Callable[[int], Loaded]) -> None:
+    """Past the window they take memory of their own: as much as there is, which is then counted."""
+    held: dict[int, int] = {}
+    predicted: dict[int, int] = {}
+    for room in (0, 200_000, 10**9):
+        desk = Desk(loaded(256), prefill_step_size=64, cache_bytes=10**9)
+        desk.prompts.limit(room)
+        for seed in range(4):
+            desk.start(job(1500, 600, seed, n=1 + seed % 2))
+        predicted[room] = desk.batch.predicted()
+        while desk.batch.tasks:
+            desk.batch.step()
+            held[room] = max(held.get(room, 0), desk.batch.kv_bytes)
+    assert predicted[0] < predicted[200_000] < predicted[10**9]
+    assert held[0] < held[200_000] < held[10**9]
+    for room in (200_000, 10**9):
+        assert held[room] - held[0] <= predicted[room] - predicted[0] <= 4 * room
+
+
 @pytest.mark.parametrize("window", [0, 1000])
 def test_a_batch_that_is_never_empty_does_not_grow(
     loaded: Callable[[int], Loaded], window: int
