@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_cerebrum.decoding.decoder import MOST_TOGETHER, Advance, Decoder, Generation
 from mlx_cerebrum.decoding.draft_models import stored_order
 from mlx_cerebrum.decoding.logprobs import ROWS
+from mlx_cerebrum.decoding.policy import MOST_DRAFTS
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_store import PromptStore
 from mlx_cerebrum.decoding.speculative import Speculation, speculation
@@ -269,7 +270,7 @@ def jobs_bytes(
     """
     if not jobs:
         return 0
-    drafts = 0 if draft == "none" else MOST_TOGETHER - 1
+    drafts = 0 if draft == "none" else MOST_DRAFTS  # that one alone makes; in company fewer
     caches, joining, chunks, keys = 0, 0, [0], 0
     for name in {job.model for job in jobs}:
         model, own = models[name], []
@@ -286,7 +287,9 @@ def jobs_bytes(
         shared = min(2 * sum(own), len(own) * widest) if len(own) > 1 else own[0]
         caches += shared + shared // model.config.num_positions
         joining = max(joining, max(own))
-    rows = sum(job.n for job in jobs) * (1 + drafts)
+    rows = sum(job.n for job in jobs)
+    if drafts:
+        rows = max(rows * MOST_TOGETHER, 1 + drafts)
     config, item = model.config, model.dtype.size
     scores = [len(job.prompt) * (2 + job.scored) * 128 for job in jobs if job.scored is not None]
     made = sum(forward_bytes(config, length, keys, item, kv_bits) for length in (rows, max(chunks)))
