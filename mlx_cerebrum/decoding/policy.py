@@ -149,8 +149,8 @@ class Policy:
         `offers` are each drafter's kind of guess and how many there can be. `row`: what a row
         costs, where it is measured for several answers together (`Pace.row`).
         """
-        known = row is not None or len(self._plain.last) >= _FIRST
-        if not known or (row is None and self._since_plain >= _REFRESH):
+        unsure = len(self._plain.last) < _FIRST or self._since_plain >= _REFRESH
+        if row is None and unsure:
             return None
         best, choice = MARGIN, None
         for name, (kind, most) in offers.items():

@@ -238,6 +238,16 @@ def new_batch(model: Model, store: PromptStore, step: int = 8) -> Batch:
     return Batch(models, store, Counts(), lambda task: None, max_rows=4, prefill_step_size=step)
 
 
+def five_tokens(batch: Batch, tokenizer: Tokenizer) -> tuple[Task, list[Event]]:
+    """A job of 50 tokens that has five so far, and what it was told."""
+    events: list[Event] = []
+    task = Task(Job("m", prompt(20), 50), tokenizer, events.append, lambda task: None)
+    batch.start(task)
+    while sum(isinstance(event, Piece) for event in events) < 5:
+        batch.step()
+    return task, events
+
+
 def answer(batch: Batch, tokenizer: Tokenizer, ids: Sequence[int], n: int = 1) -> list[Piece]:
     events: list[Event] = []
     task = Task(Job("m", tuple(ids), 7, n=n), tokenizer, events.append, lambda task: None)
@@ -285,14 +295,7 @@ def test_the_answer_is_found_too(windowed: Loaded, unlimited: Loaded) -> None:
 
 def test_asking_again_computes_the_last_token_only(windowed: Loaded) -> None:
     model, tokenizer = windowed
-    batch = Batch(
-        {"m": model},
-        PromptStore(ROOM),
-        Counts(),
-        lambda task: None,
-        max_rows=4,
-        prefill_step_size=8,
-    )
+    batch = new_batch(model, PromptStore(ROOM))
     first = answer(batch, tokenizer, prompt(40), n=2)
     again = answer(batch, tokenizer, prompt(40), n=2)
     assert {piece.cached_tokens for piece in again} == {39}
@@ -301,19 +304,8 @@ def test_asking_again_computes_the_last_token_only(windowed: Loaded) -> None:
 
 def test_a_cancelled_answer_is_gone_on_from(unlimited: Loaded) -> None:
     model, tokenizer = unlimited
-    batch = Batch(
-        {"m": model},
-        PromptStore(ROOM),
-        Counts(),
-        lambda task: None,
-        max_rows=4,
-        prefill_step_size=8,
-    )
-    events: list[Event] = []
-    task = Task(Job("m", prompt(20), 50), tokenizer, events.append, lambda task: None)
-    batch.start(task)
-    while sum(isinstance(event, Piece) for event in events) < 5:
-        batch.step()
+    batch = new_batch(model, PromptStore(ROOM))
+    task, events = five_tokens(batch, tokenizer)
     task.cancel()
     batch.step()
     said = [event.token for event in events if isinstance(event, Piece)]
@@ -329,19 +321,8 @@ def test_an_answer_cancelled_within_a_step_is_gone_on_from(
 ) -> None:
     """The caches then hold a token that nobody was told."""
     model, tokenizer = windowed if with_window else unlimited
-    batch = Batch(
-        {"m": model},
-        PromptStore(ROOM),
-        Counts(),
-        lambda task: None,
-        max_rows=4,
-        prefill_step_size=8,
-    )
-    events: list[Event] = []
-    task = Task(Job("m", prompt(20), 50), tokenizer, events.append, lambda task: None)
-    batch.start(task)
-    while sum(isinstance(event, Piece) for event in events) < 5:
-        batch.step()
+    batch = new_batch(model, PromptStore(ROOM))
+    task, events = five_tokens(batch, tokenizer)
     real = batch._decoder.step
 
     def meanwhile() -> Any:
