@@ -23,7 +23,7 @@ from mlx_cerebrum.decoding.logprobs import ROWS, Logprobs, TokenLogprob
 from mlx_cerebrum.decoding.policy import Pace
 from mlx_cerebrum.decoding.sampling import Adjust
 from mlx_cerebrum.decoding.speculative import Speculation, held_guesses, verify
-from mlx_cerebrum.model.cache import STEP, Cache, WindowedKVCache
+from mlx_cerebrum.model.cache import STEP, Cache, WindowedKVCache, common_point
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.rows import Rows
 from mlx_cerebrum.model.together import Part, run_together
@@ -146,10 +146,7 @@ def _go_back(generation: Generation) -> None:
     they may have come unequally far, and entries of guesses or of a drafter may be there."""
     caches = generation.caches
     least = min([generation.before + len(generation.tokens) - 1, *(c.offset for c in caches)])
-    ours = [c for c in caches if isinstance(c, WindowedKVCache)]
-    # What one can go back to is gone where another has come further and moved its window on.
-    while (reachable := min([least, *(c.reachable(least) for c in ours)])) < least:
-        least = reachable
+    least = common_point([c for c in caches if isinstance(c, WindowedKVCache)], least)
     for c in caches:
         if (more := c.offset - least) > 0:
             if isinstance(c, WindowedKVCache) and more > c.rewindable():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from mlx_cerebrum.decoding.decode import prefill_step
-from mlx_cerebrum.model.cache import WindowedKVCache
+from mlx_cerebrum.model.cache import WindowedKVCache, common_point
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import Workload
 
@@ -91,13 +91,8 @@ class PromptCache:
         return other
 
     def reachable(self, point: int) -> int:
-        """The latest point at or before this one that all positions can go back to.
-
-        Not all can go back equally far: with a draft model some drop entries earlier than others.
-        """
-        while (found := min(c.reachable(point) for c in self.cache)) < point:
-            point = found
-        return point
+        """The latest point at or before this one that all positions can go back to."""
+        return common_point(self.cache, point)
 
     def begin(self, prompt: Sequence[int]) -> list[int]:
         """Go back to what `prompt` shares with the tokens held; return the rest, to be computed.

@@ -9,6 +9,7 @@ Call signatures are those of mlx-lm's caches (its models/cache.py), so that eith
 generation loop runs on the other's caches.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol, Self
 
 import mlx.core as mx
@@ -305,3 +306,14 @@ class WindowedKVCache:
         cache = cls()
         cache.state = state
         return cache
+
+
+def common_point(caches: Sequence[WindowedKVCache], offset: int) -> int:
+    """The latest point at or before `offset` that all of them can go back to.
+
+    Not all can go back equally far: one that has come further, or that a draft used too, may have
+    given up what another still holds.
+    """
+    while (found := min((c.reachable(offset) for c in caches), default=offset)) < offset:
+        offset = found
+    return offset

@@ -411,10 +411,11 @@ def _taken(do: Callable[[], None]) -> int:
 @pytest.mark.parametrize(
     "jobs", [[(300, 9, 1)], [(40, 150, 4)], [(300, 9, 1), (90, 40, 1), (350, 5, 2)]]
 )
+@pytest.mark.parametrize("draft", ["none", "ngram"])
 def test_no_more_memory_than_predicted(
-    loaded: Callable[[int], Loaded], window: int, jobs: list[tuple[int, int, int]]
+    loaded: Callable[[int], Loaded], window: int, jobs: list[tuple[int, int, int]], draft: str
 ) -> None:
-    desk = Desk(loaded(window), prefill_step_size=128)
+    desk = Desk(loaded(window), prefill_step_size=128, draft=draft)
     predicted = 0
 
     def run() -> None:
@@ -428,8 +429,12 @@ def test_no_more_memory_than_predicted(
     taken = _taken(run)
     assert taken <= predicted
     # How many operations MLX has issued ahead is a matter of timing: on a busy machine several runs
-    # may take little.
-    assert predicted <= 5 * taken or any(predicted <= 5 * _taken(run) for _ in range(9))
+    # may take little. Guesses that nothing calls for may take little too.
+    assert (
+        draft == "ngram"
+        or predicted <= 5 * taken
+        or any(predicted <= 5 * _taken(run) for _ in range(9))
+    )
 
 
 def test_places_to_go_back_to_are_predicted_and_give_way(loaded: Callable[[int], Loaded]) -> None:
