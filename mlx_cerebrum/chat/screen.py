@@ -3,8 +3,8 @@
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice, zip_longest
 from time import perf_counter
 from typing import Protocol
 
@@ -44,6 +44,21 @@ class Screen(Protocol):
         """Two answers as they come."""
 
 
+def one_after_the_other(
+    first: AnswerStream, second: AnswerStream
+) -> tuple[Iterator[str], Iterator[str]]:
+    """Two answers to be shown in turn, though both are written at once: while the first is taken,
+    the second's pieces are put by."""
+    kept: list[str] = []
+
+    def of_first() -> Iterator[str]:
+        for piece in first:
+            kept.extend(islice(second, 1))
+            yield piece
+
+    return of_first(), chain(kept, second)
+
+
 class PlainScreen:
     """Answers to standard output, everything else to standard error."""
 
@@ -61,8 +76,11 @@ class PlainScreen:
             self.notice(f"{name:<{width}}  {text}")
 
     def show(self, stream: AnswerStream) -> None:
+        self._show(stream)
+
+    def _show(self, pieces: Iterable[str]) -> None:
         begun = False
-        for piece in stream:
+        for piece in pieces:
             if piece and not begun:
                 say("\n" * (self._answers > 0), end="")  # an empty line between answers
                 self._answers, begun = self._answers + 1, True
@@ -71,9 +89,10 @@ class PlainScreen:
             say()
 
     def compare(self, streams: tuple[AnswerStream, AnswerStream]) -> None:
-        for number, stream in enumerate(streams, start=1):
+        in_turn = zip(streams, one_after_the_other(*streams), strict=True)
+        for number, (stream, pieces) in enumerate(in_turn, start=1):
             self.notice(f"{number} {stream.answer.model}:")
-            self.show(stream)
+            self._show(pieces)
             self.notice(figures(stream.answer))
 
 
@@ -102,12 +121,12 @@ class FullScreen:
         with quiet_keys(self._region.leave):
             self._show(stream)
 
-    def _show(self, stream: AnswerStream) -> None:
+    def _show(self, stream: AnswerStream, pieces: Iterable[str] | None = None) -> None:
         drawn = MarkdownStream(self._region)
         drawn.status("reading the question")
         stream.progress = lambda done, total: drawn.status(f"reading: {done} of {total} tokens")
         try:
-            for piece in stream:
+            for piece in stream if pieces is None else pieces:
                 drawn.add(piece)
         finally:
             drawn.finish()
@@ -117,9 +136,10 @@ class FullScreen:
             if self._console.width >= LEAST_WIDTH:
                 self._side_by_side(streams)
                 return
-            for number, stream in enumerate(streams, start=1):
+            in_turn = zip(streams, one_after_the_other(*streams), strict=True)
+            for number, (stream, pieces) in enumerate(in_turn, start=1):
                 self._console.print(Text(f"{number} {clean(stream.answer.model)}", style="bold"))
-                self._show(stream)
+                self._show(stream, pieces)
                 self.notice(figures(stream.answer))
 
     def _side_by_side(self, streams: tuple[AnswerStream, AnswerStream]) -> None:
