@@ -3,9 +3,9 @@
 Products with one token's vector, rotary positions, attention over a prompt. On a GPU the modules
 here call MLX's kernels. Where Accelerate does the work (macOS), products and attention are MLX's.
 
-On two cores of an EPYC this took ours / mlx-lm, in tokens/s of float32 models, from 1.33 to 1.51
-for decoding a small one (50 MB), 1.00 to 2.08 a large one (2.6 GB), 1.04 to 1.39 for a prompt of
-2048 tokens, and 1.99 to 3.24 for one of 16384.
+On two cores of an EPYC, in float32, products in pieces make a token of a 1.8 GB model 1.21 times as
+fast (1.16 to 1.25 in five rounds), one of the demo 1.03 times. The rest took ours / mlx-lm, in
+tokens/s, from 1.04 to 1.39 for a prompt of 2048 tokens, and from 1.99 to 3.24 for one of 16384.
 """
 
 import math
@@ -24,9 +24,9 @@ from mlx_cerebrum.model.cache import Mask, causal_mask
 
 # With OpenBLAS 0.3.21 on two cores a matrix of many rows is multiplied faster in pieces, by a few
 # vectors: one of 28672 x 4096 takes 0.76 of the time for 1, 0.71 for 2, 0.82 for 8, 0.90 for 32, in
-# pieces of 900 to 1800 rows. One of 3072 rows takes as long or longer; so does one of few columns,
-# but for 1 vector, where the demo's head in pieces makes a token 1.03 times as fast. (Pieces that
-# shrink as the vectors become more take up to nine times as long.)
+# pieces of 900 to 1800 rows. One of 3072 rows takes as long or longer. One of few columns gains for
+# 1 vector (the demo's head), and for 16 takes 1.3 times as long. (Pieces that shrink as the vectors
+# become more take up to nine times as long.)
 _MANY_ROWS, _MANY_COLUMNS, _FEW_TOKENS = 4096, 1024, 32
 _PIECE = 1200  # rows, at most
 
