@@ -157,10 +157,10 @@ def parser() -> cli.ArgumentParser:
     load.add_argument(
         "--cache-gb",
         type=float,
-        default=1.0,
+        default=2.0,  # with 1 a 12.25B in 16 bits could not go back past its window of 4096
         metavar="GB",
-        help="kept of earlier prompts, for those that begin alike; 10^9 bytes, 0 keeps nothing"
-        " (default: 1)",
+        help="kept of earlier prompts, for those that begin alike, while no answer needs it; 10^9"
+        " bytes, 0 keeps nothing (default: 2)",
     )
     load.add_argument(
         "--max-body-mb",
