@@ -39,7 +39,7 @@ from mlx_cerebrum.decoding.decode import prefill
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.tokenizer.template import check_messages
+from mlx_cerebrum.tokenizer.messages import check_messages
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.tokenizer.vocabulary import AddedToken
 
@@ -176,7 +176,7 @@ class Adapter:
             if not text[-1:].isspace() and text[-1:] not in self._marks:
                 self._open.add(text)
             return text
-        begun = messages[-1]["content"].strip()
+        begun: str = messages[-1]["content"].strip()
         before, found, _ = text.rpartition(begun)
         if not found:
             raise RequestError("the chat template does not show the beginning of an answer")

@@ -53,7 +53,7 @@ from mlx_cerebrum.model.memory import Weights, Workload, fits, human, require
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.text import say, tell
 from mlx_cerebrum.tokenizer.conversation import read_messages
-from mlx_cerebrum.tokenizer.template import check_length
+from mlx_cerebrum.tokenizer.messages import Message, check_length, ends_with_answer
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.opening import ModelSpec, Opened, open_model
 from mlx_cerebrum.weights.quantize import AFFINE_BITS
@@ -77,8 +77,8 @@ def parser() -> cli.ArgumentParser:
         "--messages",
         type=Path,
         metavar="FILE.json",
-        help='a conversation, [{"role": "user", "content": "..."}, ...], which --prompt goes on'
-        " where it ends with an answer (default: none)",
+        help='a conversation, [{"role": "user", "content": "..."}, ...]; where it ends with an'
+        " answer, --prompt asks on, and without one the answer is continued (default: none)",
     )
     p.add_argument("--raw", action="store_true", help="continue the prompt itself: no template")
     add_max_tokens_flag(p, 100)
@@ -124,24 +124,21 @@ def parser() -> cli.ArgumentParser:
     return p
 
 
-def question(args: argparse.Namespace) -> str | list[Any]:
+def question(args: argparse.Namespace) -> str | list[Message]:
     """The raw prompt, or the conversation, that the flags describe."""
     if args.prompt is None and args.messages is None:
         raise RequestError("give the question as --prompt TEXT (or -), or as --messages FILE.json")
-    before = [] if args.system is None else [{"role": "system", "content": args.system}]
+    before: list[Message] = []
+    if args.system is not None:
+        before = [{"role": "system", "content": args.system}]
     if args.messages is not None:
         if args.raw or args.system is not None:
             raise RequestError("--messages is a whole conversation: no --raw or --system with it")
         before = read_messages(args.messages)
-        asked = before[-1]["role"] == "user"
-        if asked and args.prompt is not None:
-            raise RequestError(f"--messages {args.messages} ends with a question: no --prompt too")
-        if asked:
-            return before
         if args.prompt is None:
-            raise RequestError(
-                f"{args.messages} ends with no question to answer; add one as --prompt TEXT"
-            )
+            return before
+        if before[-1]["role"] in ("user", "tool"):
+            raise RequestError(f"--messages {args.messages} ends with a question: no --prompt too")
     if args.prompt == "-" and sys.stdin is None:
         raise RequestError("standard input is closed; pipe the prompt into it")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -201,17 +198,20 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _answer(
-    args: argparse.Namespace, spec: ModelSpec, sampling: Sampling, asked: str | list[Any]
+    args: argparse.Namespace, spec: ModelSpec, sampling: Sampling, asked: str | list[Message]
 ) -> int:
     opened = open_model(spec)
     config, storage = opened.config, opened.storage
     check_kv_bits(config, args.kv_bits)
     draft = check_draft(config, args.draft_plan, args.draft_bits)
     tokenizer = opened.tokenizer
+    joined = False  # to the text of an answer that the conversation ends with
     if isinstance(asked, str):
         ids = tokenizer.encode(asked)
     else:
-        ids = tokenizer.apply_chat_template(asked)
+        begun = ends_with_answer(asked)
+        joined = begun and asked[-1]["content"] != ""
+        ids = tokenizer.apply_chat_template(asked, continue_final_message=begun)
     check_request(config, ids, args.max_tokens)
     sampling.check_vocabulary(config.vocab_size)
 
@@ -245,6 +245,7 @@ def _answer(
                 prompt_cache=prompt_cache,
                 prefill_step_size=args.prefill_step_size,
                 progress=report,
+                joined=joined,
             )
             first = next(responses)
         with closing(responses):  # always: the cache then holds what was printed, no more

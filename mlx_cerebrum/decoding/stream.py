@@ -68,6 +68,7 @@ def stream_generate(
     progress: Callable[[int, int], None] | None = None,
     adjust: Adjust | None = None,
     decoder: Decoder | None = None,
+    joined: bool = False,
 ) -> Generator[Response, None, None]:
     """Yield a Response per token until an EOS id, a `stop` string, or `max_tokens`.
 
@@ -75,6 +76,7 @@ def stream_generate(
     conversation pass `tokenizer.apply_chat_template(messages)`. Neither EOS nor the stop string
     is in the text. With a `prompt_cache`, only what it does not hold of the prompt is computed;
     it then holds prompt and answer. `adjust` changes logits before a choice (`Sampling.adjust`).
+    The text is to stand alone; with `joined`, right after the prompt's, so that it keeps its space.
     Streams of several models over the same weights that are given
     one `decoder` take their steps together. Raises RequestError for an empty or overlong request,
     MemoryBudgetError when its caches and a forward pass can't fit.
@@ -95,7 +97,7 @@ def stream_generate(
     )
     if speculation is not None:
         speculation.check_unused(model)
-    answer = AnswerText(tokenizer, max_tokens, stop)
+    answer = AnswerText(tokenizer, max_tokens, stop, ids if joined else ())
     rest = prompt_cache.begin(ids)
     started = time.perf_counter()
     first = started

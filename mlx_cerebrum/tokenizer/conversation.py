@@ -4,15 +4,16 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.files import json_file
 from mlx_cerebrum.files.replacing import replacing
-from mlx_cerebrum.tokenizer.template import check_messages
+from mlx_cerebrum.tokenizer.messages import Message, check_messages
 
 
-def read_messages(path: Path) -> list[dict[str, str]]:
+def read_messages(path: Path) -> list[Message]:
     """The messages of a file. Raises RequestError where they are no conversation."""
     messages = json_file.read(path, RequestError)
     if not isinstance(messages, list):
@@ -23,7 +24,7 @@ def read_messages(path: Path) -> list[dict[str, str]]:
         raise RequestError(f"{path}: {error}") from None
 
 
-def write_messages(path: Path, messages: Sequence[Mapping[str, str]]) -> None:
+def write_messages(path: Path, messages: Sequence[Mapping[str, Any]]) -> None:
     """Write a conversation that only its user can read; an old file stays whole until it is done.
 
     Raises RequestError for a place that no file can be written to, CheckpointError where another

@@ -9,6 +9,7 @@ The template comes from the checkpoint: it is walked, never run as Python, reach
 its steps, its text and its time are bounded whatever it says.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -18,51 +19,16 @@ from jinja2 import nodes
 
 from mlx_cerebrum.errors import RequestError, TokenizerError
 from mlx_cerebrum.tokenizer.jinja.run import RefusalError, Run, parse, reason
-from mlx_cerebrum.tokenizer.jinja.text import Budget, marks, own
+from mlx_cerebrum.tokenizer.jinja.text import Budget, marks, own, part
+from mlx_cerebrum.tokenizer.messages import characters, size_of
 from mlx_cerebrum.tokenizer.vocabulary import AddedToken
 
-ROLES = ("system", "user", "assistant")
-# Of a conversation, more than any context holds: tokenizing takes up to 350 bytes a character.
-MAX_TEXT, MAX_MESSAGES = 2_000_000, 20_000
 # What a rendering may take (see Budget), and how much more for each message and its characters.
 SECONDS = 5.0
 STEPS, MESSAGE_STEPS = 1_000_000, 1_000
 LETTERS, MESSAGE_LETTERS = 16_000_000, 32
 
 Segment = str | AddedToken
-
-
-def check_messages(messages: Any) -> list[dict[str, str]]:
-    """A conversation as a list of {role, content}; RequestError says which message is wrong."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        raise RequestError("messages must be a list of at least one {role, content} object")
-    if len(messages) > MAX_MESSAGES:
-        raise RequestError(f"{len(messages):,} messages are more than {MAX_MESSAGES:,}: drop some")
-    checked = []
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise RequestError(f"{where} must be an object with exactly role and content")
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            raise RequestError(f"{where}: role must be one of {', '.join(ROLES)}, not {role!r}")
-        if role == "system" and index:
-            raise RequestError(f"{where}: a system message can only come first")
-        if not isinstance(content, str):
-            kind = type(content).__name__
-            raise RequestError(f"{where}: content must be a string, not {kind}")
-        checked.append({"role": role, "content": content})
-    check_length(sum(len(message["content"]) for message in checked))
-    return checked
-
-
-def check_length(characters: int) -> None:
-    """Raise RequestError for a text that no context holds, before memory is taken for its ids."""
-    if characters > MAX_TEXT:
-        raise RequestError(
-            f"{characters:,} characters are more than any context holds ({MAX_TEXT:,} are read):"
-            " shorten the text"
-        )
 
 
 def strip_eos(text: str, eos_texts: Iterable[str]) -> str:
@@ -105,43 +71,92 @@ class ChatTemplate:
         self._hidden = next(char for char in map(chr, range(0xE000, 0xF8FF)) if char not in spelled)
 
     @cached_property
+    def _parsed(self) -> nodes.Template | Exception:
+        try:
+            return parse(self.source)
+        except Exception as error:  # whatever Jinja's parser raises
+            return error  # kept, since a long template takes long to be refused
+
+    @property
     def _tree(self) -> nodes.Template:
-        return parse(self.source)
+        if isinstance(self._parsed, Exception):
+            raise self._parsed.with_traceback(None)
+        return self._parsed
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether it looks at the tools it is given; False where it is no template."""
+        return not isinstance(self._parsed, Exception) and any(
+            name.name == "tools" and name.ctx == "load"
+            for name in self._parsed.find_all(nodes.Name)
+        )
+
+    def unused(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """A character that is neither in the template nor in the conversation."""
+        used = {*self.source, *"".join(self._variables.values())}
+        used.update(json.dumps(messages, ensure_ascii=False))
+        found = next((chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used), None)
+        if found is None:
+            raise RequestError("the messages have too many private characters to be continued")
+        return found
+
+    def budget(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        share: int = 1,
+    ) -> Budget:
+        """What it may take to render these, or a `share`th of that."""
+        calls = sum(len(message.get("tool_calls", ())) for message in messages)
+        steps = STEPS + MESSAGE_STEPS * (len(messages) + calls + len(tools))
+        letters = LETTERS + MESSAGE_LETTERS * (size_of(messages) + characters(tools))
+        return Budget(steps // share, letters // share, SECONDS / share)
 
     def render(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> list[Segment]:
-        """The prompt as text and control tokens in turn.
+        """The prompt as text and control tokens in turn; raises as `text`."""
+        return self.segments(self.text(messages, add_generation_prompt))
+
+    def text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        budget: Budget | None = None,
+    ) -> str:
+        """The prompt's text, which knows what of it is the template's.
 
         Raises RequestError where the template refuses the conversation, TokenizerError
         where the template itself fails.
         """
-        held = sum(len(message["content"]) for message in messages)
-        budget = Budget(
-            STEPS + MESSAGE_STEPS * len(messages), LETTERS + MESSAGE_LETTERS * held, SECONDS
-        )
         variables = {
-            # A role is one of three words, which some templates build a token's name with.
-            "messages": [
-                {"role": own(message["role"]), "content": message["content"]}
-                for message in messages
-            ],
+            # A role is one of four words, which some templates build a token's name with.
+            "messages": [{**message, "role": own(message["role"])} for message in messages],
             "add_generation_prompt": add_generation_prompt,
-            "tools": None,
+            "tools": tools,
             "documents": None,
             **self._variables,
         }
         try:
-            text = Run(budget, variables).render(self._tree)
+            return Run(budget or self.budget(messages), variables).render(self._tree)
         except RefusalError as error:
             raise RequestError(
                 f"the chat template refuses these messages: {reason(error)}"
             ) from None
         except Exception as error:  # a template can raise anything Python can
             raise TokenizerError(f"the chat template fails: {reason(error)}") from None
-        return self._segments(text)
 
-    def _segments(self, text: str) -> list[Segment]:
+    def segments(self, text: str, until: str = "") -> list[Segment]:
+        """A rendered text as text and control tokens in turn: what comes before the last `until`.
+
+        Raises RequestError where that is not in it.
+        """
+        if until:
+            end = text.rfind(until)
+            if end < 0:
+                raise RequestError("the chat template does not show an answer to be continued")
+            text = part(Budget(len(text), len(text), SECONDS), text, slice(end))
         segments: list[Segment] = []
         at, whose = 0, marks(text)
         for match in self._split.finditer(self._visible(text, whose)):

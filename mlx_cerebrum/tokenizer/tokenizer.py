@@ -24,9 +24,11 @@ from mlx_cerebrum.errors import RequestError, TokenizerError
 from mlx_cerebrum.tokenizer.chat_formats import ChatFormat, assumed_format, for_tokens, own_format
 from mlx_cerebrum.tokenizer.detokenizer import StreamingDetokenizer, decode
 from mlx_cerebrum.tokenizer.files import FILES, TokenizerFiles, read_bytes, read_text
+from mlx_cerebrum.tokenizer.fitting import FittedTemplate
 from mlx_cerebrum.tokenizer.gguf_vocabulary import gguf_flag, gguf_token_id, vocabulary_from_gguf
+from mlx_cerebrum.tokenizer.messages import check_messages, check_tools
 from mlx_cerebrum.tokenizer.sentencepiece_model import SentencePieceVocabulary
-from mlx_cerebrum.tokenizer.template import ChatTemplate, Segment, check_messages, strip_eos
+from mlx_cerebrum.tokenizer.template import ChatTemplate, Segment, strip_eos
 from mlx_cerebrum.tokenizer.tokenizer_json import as_llama_class, parse, with_added
 from mlx_cerebrum.tokenizer.vocabulary import (
     MAX_ADDED,
@@ -87,7 +89,8 @@ class Tokenizer:
         self.eos_token_ids = self._own_ends.union(id for id in ends.values() if id is not None)
         self.stop_strings = tuple(text for text, token in ends.items() if token is None)
         self._vocabulary.reserve(chosen.source, self.eos_token_ids)
-        self._template = ChatTemplate(chosen.source, self._vocabulary.controls, variables)
+        controls = self._vocabulary.controls
+        self._template = FittedTemplate(ChatTemplate(chosen.source, controls, variables))
 
     def _is_token(self, text: str) -> bool:
         return self._vocabulary.token_id(text) is not None
@@ -194,26 +197,49 @@ class Tokenizer:
             ) from None
         return self._vocabulary.encode(text, at_start)
 
+    @property
+    def template_takes_tools(self) -> bool:
+        """Whether the chat template looks at `tools`. If not, they are not in the prompt, and
+        calls and results that are in the messages are written as text."""
+        return self._template.takes_tools
+
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Ids of a conversation, ready for the model to answer; exactly one BOS, if any.
 
+        messages: as `check_messages` takes them; what the template does not is mended as far as
+            can be (see fitting.py).
+        continue_final_message: the prompt ends where the last message does, an assistant's, for
+            the model to go on with; add_generation_prompt then says nothing.
+        tools: for a template that takes them, as OpenAI's chat API has them.
         Raises RequestError for messages that are malformed or that the template refuses,
         TokenizerError for a template that fails.
         """
-        return self.encode_segments(self.render(messages, add_generation_prompt))
+        return self.encode_segments(
+            self.render(messages, add_generation_prompt, continue_final_message, tools)
+        )
 
     def render(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Segment]:
-        """The conversation as text and control tokens in turn; raises as `apply_chat_template`."""
+        """The conversation as text and control tokens in turn; as `apply_chat_template`."""
         conversation = check_messages(messages)
         endings = [self._vocabulary.content(token) or "" for token in self.eos_token_ids]
         for message in conversation:
             if message["role"] == "assistant":
                 message["content"] = strip_eos(message["content"], endings)
-        return self._template.render(conversation, add_generation_prompt)
+        return self._template.render(
+            conversation, add_generation_prompt, continue_final_message, check_tools(tools)
+        )
 
     def encode_segments(
         self, segments: Iterable[Segment], add_bos: bool | None = None

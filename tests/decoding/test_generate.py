@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from command import run
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, mistral_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from talker import talker
 from terminal import Program
+from tiny import tiny_config
 
 from mlx_cerebrum import load
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
@@ -25,6 +28,7 @@ from mlx_cerebrum.decoding.stream import generate, stream_generate
 from mlx_cerebrum.decoding.text import StopText
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.generate import main
+from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import Workload
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
@@ -113,6 +117,22 @@ def test_stops_on_eos_without_printing_it(trained: tuple[Model, Tokenizer]) -> N
     assert "<|im_end|>" not in text
 
 
+@pytest.mark.parametrize(("joined", "text"), [(False, "To"), (True, " To")])
+def test_a_text_that_joins_the_prompt_keeps_its_space(
+    tmp_path: Path, joined: bool, text: str
+) -> None:
+    """Mistral's word pieces begin with a space, which a text that stands alone does not have."""
+    shutil.copy(mistral_model(), tmp_path / "tokenizer.model")
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    size = {"vocab_size": 32_000, "hidden_size": 8, "num_attention_heads": 2, "head_dim": 4}
+    model = Model(ModelConfig.from_dict(tiny_config(**size, num_hidden_layers=1)))
+    (token,) = tokenizer.encode("To", add_bos=False)
+    (response,) = stream_generate(
+        model, tokenizer, "Go", max_tokens=1, sampler=lambda *_: mx.array([token]), joined=joined
+    )
+    assert response.text == text
+
+
 def test_stop_string_across_tokens(trained: tuple[Model, Tokenizer]) -> None:
     model, tokenizer = trained
     whole = generate(model, tokenizer, "One, two, three,", max_tokens=12)
@@ -196,6 +216,17 @@ def test_messages_file_is_the_prompt_with_system(
     assert json.loads(one)["token_ids"] == json.loads(two)["token_ids"]
     _, three, _ = run(capsys, *common, "--prompt", "Hi!")
     assert json.loads(one)["prompt_tokens"] != json.loads(three)["prompt_tokens"]
+
+
+def test_an_answer_that_a_file_ends_with_is_continued(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "m.json"
+    common = ["--model", demo, "--max-tokens", 2, "--quiet", "--messages", file]
+    question = {"role": "user", "content": "What is the capital of France?"}
+    for begun, text in (("The capital of France is", " Paris."), ("", "The capital")):
+        file.write_text(json.dumps([question, {"role": "assistant", "content": begun}]))
+        assert run(capsys, *common) == (0, f"{text}\n", "")
 
 
 def test_prompt_from_standard_input(

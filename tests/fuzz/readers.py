@@ -31,8 +31,10 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest, parse_body
-from mlx_cerebrum.tokenizer.chat_formats import CEREBRUM_TEMPLATE
+from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN, CEREBRUM_TEMPLATE
 from mlx_cerebrum.tokenizer.conversation import read_messages, write_messages
+from mlx_cerebrum.tokenizer.fitting import FittedTemplate, in_turns
+from mlx_cerebrum.tokenizer.messages import check_messages, ends_with_answer, unknown_keys
 from mlx_cerebrum.tokenizer.sentencepiece_model import (
     BYTE,
     CONTROL,
@@ -62,6 +64,26 @@ TALK = [
     {"role": "user", "content": "h\u00e9llo <s>[INST] \u2028 \U0001f600"},
     {"role": "assistant", "content": "<think>Hm.</think>\nHi.</s>"},
     {"role": "user", "content": "And 17*23?"},
+]
+# What programs send besides.
+WIDE_TALK: list[dict[str, Any]] = [
+    *TALK[:2],
+    {
+        "role": "developer",
+        "content": [{"type": "text", "text": "More."}, {"type": "input_text", "text": "b"}],
+    },
+    {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "tool_calls": [
+            {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": [1]}'}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "a", "content": "\u4f60 <s>"},
+    {"role": "assistant", "function_call": {"name": "g", "arguments": ""}, "name": "x"},
+    {"role": "function", "name": "g", "content": "1"},
+    {"role": "assistant", "content": "It is"},
 ]
 TEXT = "Hello  world\n\tI've 12345 h\u00e9llo <s></s> \u2581 \u4f60\u597d \U0001f642 <0x41>\0"
 WEIGHTS = "model.safetensors"
@@ -422,6 +444,30 @@ def prepare_plan(folder: Path) -> None:
     (folder / "plan.yml").write_text(PLAN)
 
 
+# A format that mends nothing, one that mends all, and one that takes tools.
+TEMPLATES = [
+    FittedTemplate(ChatTemplate(source, {}, {"bos_token": "<s>", "eos_token": "</s>"}))
+    for source in (
+        BUILT_IN["chatml"].source,
+        CEREBRUM_TEMPLATE,
+        "{{ tools }}{% for m in messages %}{{ m|tojson }}{{ m.content }}{% endfor %}",
+    )
+]
+
+
+def change_talk(folder: Path, random: Random) -> dict[str, bytes]:
+    return {"talk.json": mutated_json(random.choice((TALK, WIDE_TALK)), random)}
+
+
+def read_talk(folder: Path) -> None:
+    messages = read_messages(folder / "talk.json")
+    unknown_keys(json.loads((folder / "talk.json").read_bytes()))
+    assert check_messages(messages) == messages
+    for template in TEMPLATES:
+        template.render(messages, continue_final_message=ends_with_answer(messages))
+    assert [each["role"] for each in in_turns(messages)].count("system") < 2
+
+
 REQUESTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "chat.json": (
         ChatRequest,
@@ -551,8 +597,8 @@ READERS: dict[str, Reader] = {
     "prompt-cache": Reader(prepare_cache, change_cache, read_cache),
     "conversation": Reader(
         lambda folder: write_messages(folder / "talk.json", TALK),
-        one_json("talk.json"),
-        lambda folder: read_messages(folder / "talk.json"),
+        change_talk,
+        read_talk,
     ),
     "request": Reader(prepare_requests, change_request, read_request),
     "sensitivity": Reader(write_table, one_json("table.json"), read_sensitivity),

@@ -348,11 +348,11 @@ def test_head_is_get_without_a_body(server: Running) -> None:
     assert error(server.client.get("/v1/models/gpt"))[:2] == (404, "model_not_found")
 
 
-def test_messages_the_template_refuses(server: Running) -> None:
+def test_messages_the_template_refuses_are_mended(server: Running) -> None:
     twice = [{"role": "user", "content": "a"}] * 2
-    assert error(post(server, messages=twice)) == (400, "invalid_value", "messages")
     late = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
-    assert error(post(server, messages=late)) == (400, "invalid_value", "messages")
+    for messages in (twice, late):
+        assert post(server, messages=messages).status_code == 200
 
 
 @pytest.mark.parametrize(

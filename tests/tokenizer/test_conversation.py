@@ -62,8 +62,8 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("[" * 100_000, "not valid JSON"),
         ('{"role": "user"}', "must hold a list of messages, not a dict"),
         ("[]", "at least one"),
-        ('[{"role": "user"}]', "exactly role and content"),
-        ('[{"role": "tool", "content": ""}]', "role must be one of"),
+        ('[{"role": "user"}]', r"messages\[0\]\.content: must be a string or a list"),
+        ('[{"role": "robot", "content": ""}]', r"messages\[0\]\.role: must be one of"),
     ],
 )
 def test_a_bad_file_is_one_line_with_its_name(tmp_path: Path, text: str, said: str) -> None:
@@ -107,15 +107,32 @@ def asked(file: Path, *flags: str) -> object:
 
 
 def test_generate_reads_what_is_written(tmp_path: Path) -> None:
-    """A conversation that ends with a question is answered, another one asked on."""
+    """A question is answered, an answer continued unless another question is asked."""
     file = tmp_path / "talk.json"
-    write_messages(file, TALK[:2])
-    assert asked(file) == TALK[:2]
+    for messages in (TALK, TALK[:1], TALK[:2]):
+        write_messages(file, messages)
+        assert asked(file) == messages
     with pytest.raises(RequestError, match="ends with a question: no --prompt too"):
         asked(file, "--prompt", "And?")
     for messages in (TALK, TALK[:1]):
         write_messages(file, messages)
         following = [*messages, {"role": "user", "content": "And?"}]
         assert asked(file, "--prompt", "And?") == following
-        with pytest.raises(RequestError, match="no question to answer; add one as --prompt"):
-            asked(file)
+
+
+def test_other_programs_files_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    theirs = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}], "weight": 1},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "x", "tool_call_id": "a"},
+    ]
+    file.write_text(json.dumps(theirs))
+    assert read_messages(file) == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "x", "tool_call_id": "a"},
+    ]
+    with pytest.raises(RequestError, match="ends with a question: no --prompt too"):
+        asked(file, "--prompt", "And?")

@@ -1,12 +1,10 @@
-"""Chat templates: the prompt's exact text, and messages that are none."""
-
-from typing import Any
+"""Chat templates: the prompt's exact text."""
 
 import pytest
 
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.tokenizer.chat_formats import CEREBRUM_TEMPLATE, DEFAULT_SYSTEM
-from mlx_cerebrum.tokenizer.template import ChatTemplate, check_messages, strip_eos
+from mlx_cerebrum.tokenizer.template import ChatTemplate, strip_eos
 from mlx_cerebrum.tokenizer.vocabulary import AddedToken
 
 BOS, EOS = AddedToken(1, "<s>"), AddedToken(2, "</s>")
@@ -65,26 +63,6 @@ def test_what_transformers_templates_rely_on() -> None:
 def test_what_the_template_refuses_is_the_request_s_fault() -> None:
     with pytest.raises(RequestError, match=r"refuses these messages: no way$"):
         chat("{{ raise_exception('no\nway') }}").render([user("x")])
-
-
-@pytest.mark.parametrize(
-    ("messages", "complaint"),
-    [
-        ([], "at least one"),
-        ("hello", "must be a list"),
-        ([["user", "hi"]], r"messages\[0\] must be an object"),
-        ([{"role": "user"}], "exactly role and content"),
-        ([{"role": "user", "content": "x", "tool_calls": []}], "exactly role and content"),
-        ([user("a"), {"role": "tool", "content": "x"}], r"messages\[1\]: role must be one of"),
-        ([{"role": ["user"], "content": "x"}], "role must be one of"),
-        ([{"role": "user", "content": None}], "content must be a string, not NoneType"),
-        ([user("a"), {"role": "system", "content": "x"}], "system message can only come first"),
-    ],
-)
-def test_malformed_messages(messages: Any, complaint: str) -> None:
-    with pytest.raises(RequestError, match=complaint) as caught:
-        check_messages(messages)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
