@@ -13,9 +13,11 @@ from mlx_cerebrum.decoding.stream import Response, stream_generate
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import Workload, available_bytes
+from mlx_cerebrum.tokenizer.fitting import in_turns
+from mlx_cerebrum.tokenizer.messages import Message
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
-Messages = list[dict[str, str]]
+Messages = list[Message]
 
 CACHE_SHARE = 0.8  # of the memory that is free at the start: what all caches may come to hold
 
@@ -239,7 +241,9 @@ class Session:
 
     def messages(self, question: str | None = None, before: int | None = None) -> Messages:
         """The conversation, or its first `before` exchanges with `question` after them."""
-        found = [] if self.system is None else [{"role": "system", "content": self.system}]
+        found: Messages = []
+        if self.system is not None:
+            found.append({"role": "system", "content": self.system})
         for exchange in self.exchanges[:before]:
             found.append({"role": "user", "content": exchange.question})
             found.append({"role": "assistant", "content": exchange.answer.text})
@@ -380,20 +384,13 @@ class Session:
         self.exchanges, self.unanswered, self._window_said = [], None, False
 
     def replace(self, messages: Messages) -> None:
-        """Take a conversation in place of this one.
+        """Take a conversation in place of this one, as questions and answers in turn.
 
-        Raises RequestError where user and assistant don't take turns, or the template refuses it;
-        then nothing is changed.
+        Raises RequestError where the template refuses it; then nothing is changed.
         """
+        messages = in_turns(messages) if messages else []
         system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
         turns = messages if system is None else messages[1:]
-        for index, message in enumerate(turns):
-            expected = ("user", "assistant")[index % 2]
-            if message["role"] != expected:
-                where = index + (system is not None)
-                raise RequestError(
-                    f"messages[{where}] must be the {expected}'s, to be gone on with"
-                )
         texts = [message["content"] for message in turns]
         if messages:
             self.tokenizer.apply_chat_template(messages)

@@ -346,7 +346,7 @@ def test_load_asks_before_it_leaves_what_is_not_saved(
     assert saved.session.question == "Other?"
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[]", '[{"role": "assistant", "content": "A"}]'])
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '[{"role": "robot", "content": "A"}]'])
 def test_files_that_hold_no_conversation(
     views: Views, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

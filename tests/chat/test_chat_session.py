@@ -13,7 +13,7 @@ from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.decoding.stream import generate, stream_generate
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN
+from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN, ChatFormat
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 from mlx_cerebrum.weights.views import load_views
@@ -346,16 +346,21 @@ def test_conversations_from_elsewhere(views: Views) -> None:
     session = session_of(views)
     ask(session, "A?")
     user, assistant = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
-    for wrong in ([assistant], [user, user], [user, assistant, assistant]):
-        with pytest.raises(RequestError, match=r"messages\[\d\] must be the (user|assistant)'s"):
-            session.replace(wrong)
-        assert session.question == "A?"
+    own = session.tokenizer.format
+    session.tokenizer.use_format(ChatFormat("{{ raise_exception('no') }}{{ messages }}"))
+    with pytest.raises(RequestError, match="refuses these messages: no"):
+        session.replace([user, assistant])
+    session.tokenizer.use_format(own)
+    assert session.question == "A?"
     system = {"role": "system", "content": "Be brief."}
     session.replace([system, user, assistant, user])
     assert (session.system, session.unanswered, len(session.exchanges)) == ("Be brief.", "Q", 1)
     assert session.messages() == [system, user, assistant, user]
     ask(session, "Q", before=1)
     assert len(session.messages()) == 5
+    session.replace([assistant, user, system, user])  # are put in turns
+    greeted = [{"role": "user", "content": ""}, assistant]
+    assert session.messages() == [system, *greeted, {"role": "user", "content": "Q\n\nQ"}]
 
 
 def test_an_answer_stopped_early_costs_no_whole_one(views: Views) -> None:
