@@ -18,11 +18,14 @@ from typing import NamedTuple, cast
 import mlx.core as mx
 
 from mlx_cerebrum import device
+from mlx_cerebrum.decoding.constraint import Constraint
 from mlx_cerebrum.decoding.decode import Sampler, check_prompt, greedy, prefill_step
+from mlx_cerebrum.decoding.drafters import Draft
 from mlx_cerebrum.decoding.logprobs import ROWS, Logprobs, TokenLogprob
 from mlx_cerebrum.decoding.policy import Pace
 from mlx_cerebrum.decoding.sampling import Adjust
 from mlx_cerebrum.decoding.speculative import Speculation, held_guesses, verify
+from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.cache import STEP, Cache, WindowedKVCache, common_point
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.rows import Rows
@@ -38,7 +41,8 @@ class Generation:
     """A sequence: what one answer needs.
 
     `caches`, one for each position, hold the first of `tokens`; `before` them they may have seen
-    others that are not known.
+    others that are not known. Raises RequestError for a `constraint` with an `adjust` that rules
+    end tokens out.
     """
 
     model: Model
@@ -51,13 +55,17 @@ class Generation:
     adjust: Adjust | None = None
     top_logprobs: int | None = None  # alternatives to each token of the answer; None: no report
     scored: int | None = None  # the same for the prompt's tokens, from the second that is read on
+    constraint: Constraint | None = None  # what its tokens are held to
     prompt_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
     prompt: int = field(init=False)  # tokens of it
+    sure: bool = field(init=False, default=False)  # of the guesses under way: no other can come
     # What `Decoder.run` has yet to hand out, with the time it was there.
     ready: deque[tuple[int, float]] = field(init=False, default_factory=deque)
 
     def __post_init__(self) -> None:
         self.prompt = len(self.tokens)
+        if self.constraint is not None and self.adjust is not None and self.adjust.endless:
+            raise RequestError("ignore-eos and min-tokens can't be had with a grammar; it ends it")
 
     @property
     def read(self) -> int:
@@ -72,20 +80,47 @@ class Generation:
     @property
     def left(self) -> int:
         """Tokens of the answer that may still come."""
-        return self.max_tokens - self.chosen
+        held = self.held_to()
+        return 0 if held is not None and held.over else self.max_tokens - self.chosen
 
-    def choose(self, logits: mx.array, inputs: mx.array, ahead: bool = False) -> mx.array:
+    @property
+    def failure(self) -> RequestError | None:
+        """Why no more comes though the answer is not complete."""
+        held = self.held_to()
+        return None if held is None else held.failure
+
+    def held_to(self) -> Constraint | None:
+        """The constraint, told of all tokens there are: so whatever became of a step, it knows
+        those that were kept."""
+        held = self.constraint
+        if held is not None and held.read < self.chosen:
+            held.accept(self.tokens[self.prompt + held.read :])
+        return held
+
+    def choose(
+        self,
+        logits: mx.array,
+        inputs: mx.array,
+        ahead: bool = False,
+        guesses: Sequence[int] | None = None,
+    ) -> mx.array:
         """The tokens `[L]` that follow `inputs` `[L]`, given logits `[L, V]`. `ahead`: `inputs`
-        come after all of `tokens`, else the first is the last of them."""
+        come after all of `tokens`, else the first is the last of them, and the others are
+        `guesses`, where the host knows them."""
         number = self.chosen + ahead
         if self.adjust is not None:
             seen = self.tokens if ahead else self.tokens[:-1]
             logits = self.adjust(logits, seen, inputs, number)
+        if (held := self.held_to()) is not None:
+            if guesses is None:
+                guesses = cast(list[int], inputs[1:].tolist())
+            logits = held.apply(logits, guesses)
         return self.sampler(logits, number)
 
 
 class Advance(NamedTuple):
-    """What a step did for a sequence: read on in its prompt (no tokens), or chose tokens."""
+    """What a step did for a sequence: read on in its prompt (no tokens), or chose tokens; or no
+    more will come, for its `failure`: then it is to be taken out."""
 
     generation: Generation
     tokens: list[int]
@@ -208,12 +243,12 @@ class Decoder:
             return [advance]
         flight, self._flight = self._flight or self._launch(), None
         if flight is None:
-            return []
+            return self._failed()
         # On a GPU the next step is started before this one is read, so that the host's work hides
         # behind the device's. The CPU's queue is short: there it would delay this step's tokens.
         if device.on_gpu():
             self._flight = self._launch_after(flight)
-        return self._land(flight, started)
+        return self._land(flight, started) + self._failed()
 
     def run(
         self, generation: Generation, progress: Callable[[int, int], None] | None = None
@@ -222,6 +257,7 @@ class Decoder:
 
         Several may run at once: whichever is asked for its next token takes all of them forward,
         and the others find theirs when they are asked. However it ends, the sequence has left.
+        Raises the RequestError that is its `failure`, if any.
         """
         begun, yielded = generation.read, 0
         try:
@@ -241,6 +277,8 @@ class Decoder:
                         progress(generation.read - begun, generation.prompt - 1 - begun)
                 yielded += 1
                 yield generation.ready.popleft()
+            if generation.failure is not None:
+                raise generation.failure
         finally:
             del generation.tokens[generation.prompt + yielded :]
             self.leave(generation)
@@ -282,6 +320,8 @@ class Decoder:
         if self._changed or self._reading or flight.reading is not None or any(flight.guesses):
             return None
         if answers != self._in_order() or min(g.left for g in answers) < 2:
+            return None
+        if any(g.constraint is not None for g in answers):  # a mask wants to know the last token
             return None
         if self._guess_alone(answers) is not None or any(self._guesses(answers)):
             return None
@@ -336,6 +376,8 @@ class Decoder:
                 inputs = mx.array([token for g in answers for token in new[g]])
             else:
                 inputs = ahead
+            if any(g.constraint is not None for g in answers):
+                mx.async_eval(logits)  # meanwhile the host finds out what may come
             choices, logprobs = _choose(logits, answers, guesses, inputs, ahead is not None)
             mx.async_eval(choices, *(found.arrays for found in logprobs.values()))
         scores = [] if reading is None else _scores(reading, hidden[-1], len(chunk))
@@ -366,15 +408,19 @@ class Decoder:
         return generation, generation.tokens[start : min(start + length, generation.prompt - 1)]
 
     def _guesses(self, answers: list[Generation]) -> list[list[int]]:
-        """What is guessed for each answer in company; nothing for one that is alone."""
+        """What is guessed for each answer in company; for one that is alone only what is sure."""
         alone = len(answers) == 1 and not self._reading and answers[0].top_logprobs is None
         row = None if alone else self._pace.row(len(answers))
-        return [
-            []
-            if g.speculation is None or row is None
-            else g.speculation.guess(g.tokens, min(g.left, MOST_TOGETHER) - 1, row)
-            for g in answers
-        ]
+        found = []
+        for g in answers:
+            most = min(g.left, MOST_TOGETHER) - 1
+            guesses = g.constraint.forced(most) if g.constraint is not None else []
+            g.sure = bool(guesses)
+            if g.speculation is not None and row is not None and not g.sure:
+                guesses = g.speculation.guess(g.tokens, most, row)
+                guesses = guesses if g.constraint is None else g.constraint.cut(guesses)
+            found.append(guesses)
+        return found
 
     # ---- Finishing a step
 
@@ -401,7 +447,8 @@ class Decoder:
             own, choices = choices[: len(guessed) + 1], choices[len(guessed) + 1 :]
             held = held_guesses(guessed, own)
             back[g] = len(guessed) - held
-            if g in self._answers:  # it may have left since the step was started
+            # It may have left since the step was started, or its masks may have failed.
+            if g in self._answers and g.failure is None:
                 g.tokens += own[: held + 1]
                 found = flight.logprobs.get(g)
                 logprobs = found.read()[: held + 1] if found else ()
@@ -419,18 +466,30 @@ class Decoder:
         if len(answers) != 1 or self._reading or answers[0].top_logprobs is not None:
             return None
         (g,) = answers
-        return g.speculation.choose(g.tokens, g.left - 1) if g.speculation else None
+        held, most = g.constraint, g.left - 1
+        if g.speculation is None or (held is not None and (held.closed or held.forced(most))):
+            return None
+        return g.speculation.choose(g.tokens, most)
 
     def _round_alone(self, started: float) -> Advance | None:
         if (choice := self._guess_alone(self._answers)) is None:
             return None
         (g,), (name, kind, drafts) = self._answers, choice
-        how = cast(Speculation, g.speculation)
-        draft = how.drafters[name].draft(g.tokens, drafts, g.caches, g.sampler, g.chosen)
+        how, held = cast(Speculation, g.speculation), g.constraint
+        sampler = g.sampler if held is None else held.guiding(g.sampler)
+        draft = how.drafters[name].draft(g.tokens, drafts, g.caches, sampler, g.chosen)
+        if held is not None and not draft.shared:
+            guesses = held.cut(cast(list[int], draft.tokens.tolist()))
+            draft = Draft(mx.array(guesses, dtype=mx.int32))
         new = verify(g.model, g.tokens[-1], draft, g.caches, g.choose)
+        if g.failure is not None:
+            return Advance(g, [])
         how.counted(name, kind, drafts, len(new) - 1, time.perf_counter() - started)
         g.tokens += new
         return Advance(g, new)
+
+    def _failed(self) -> list[Advance]:
+        return [Advance(g, []) for g in self._answers if g.failure is not None]
 
     def _learn(self, flight: _Flight, advances: list[Advance], seconds: float) -> None:
         """Note how long a step took, and which guesses held."""
@@ -440,6 +499,8 @@ class Decoder:
         alone = len(answers) == 1 and not flight.chunk
         held = {advance.generation: len(advance.tokens) - 1 for advance in advances}
         for g, guesses in zip(answers, flight.guesses, strict=True):
+            if g.sure:
+                continue
             if g.speculation is not None and guesses:
                 g.speculation.guessed(held.get(g, 0), row)
             elif g.speculation is not None:
@@ -500,12 +561,15 @@ def _choose(
     ahead: bool,
 ) -> tuple[mx.array, dict[Generation, Logprobs]]:
     """The token that follows each of the step's `inputs` `[N]`, given their logits `[N, V]`."""
-    if all(g.sampler is greedy and g.adjust is None and g.top_logprobs is None for g in answers):
+    if all(
+        g.sampler is greedy and g.adjust is None and g.constraint is None and g.top_logprobs is None
+        for g in answers
+    ):
         return greedy(logits), {}
     found, logprobs, start = [], {}, 0
     for g, guessed in zip(answers, guesses, strict=True):
         own = slice(start, start := start + 1 + len(guessed))
-        found.append(g.choose(logits[own], inputs[own], ahead))
+        found.append(g.choose(logits[own], inputs[own], ahead, guessed))
         if g.top_logprobs is not None:
             logprobs[g] = Logprobs(logits[own], found[-1], g.top_logprobs)
     return mx.concatenate(found), logprobs

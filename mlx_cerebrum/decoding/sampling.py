@@ -134,6 +134,7 @@ class Adjust:
     def __init__(self, sampling: Sampling, begin: int, end_ids: Collection[int]) -> None:
         self._sampling, self._end_ids = sampling, end_ids
         self._begin = begin  # the answer's place after the prompt
+        self.endless = sampling.ignore_eos or sampling.min_tokens > 0  # rules end tokens out
         ids, biases = zip(*sampling.logit_bias, strict=True) if sampling.logit_bias else ((), ())
         self._largest = max(ids, default=0)
         self._biased = mx.array(ids, dtype=mx.int32)

@@ -274,6 +274,11 @@ class Tokenizer:
         """A token's own name in the vocabulary, such as `</s>`."""
         return self._vocabulary.content(token)
 
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that no text becomes: control tokens, and the markers that a template writes."""
+        return frozenset(token.id for token in self._vocabulary.controls.values())
+
     def detokenizer(self) -> StreamingDetokenizer:
         """A fresh streaming detokenizer: its pieces joined are `decode` of the whole."""
         return self._vocabulary.detokenizer(self._id_limit)
