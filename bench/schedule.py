@@ -11,6 +11,8 @@ is, each in one run whose sides take turns:
   that takes time the gain is the limit: both maps' positions over the schedule's.
 - rows: several answers of one plan, against mlx-lm's `BatchGenerator` over the same model.
 - halves: half of 8 answers on each plan, against two `BatchGenerator`s.
+- draws: half of 8 answers on each plan, each drawn with a seed of its own, against the same alone.
+  The draws are the same, but 16 bits round logits otherwise in company: how many answers change?
 - graph: primitives of a decode step with 8 rows, ours and `BatchGenerator`'s, as bench.primitives
   counts them.
 
@@ -43,6 +45,7 @@ from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import greedy, prefill
 from mlx_cerebrum.decoding.decoder import Decoder, Generation
 from mlx_cerebrum.decoding.policy import bytes_read
+from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import GB
@@ -51,7 +54,7 @@ from mlx_cerebrum.text import tell
 from mlx_cerebrum.weights.opening import ModelSpec
 from mlx_cerebrum.weights.quantize import AFFINE_BITS
 
-PARTS = ("orders", "rows", "halves", "graph")
+PARTS = ("orders", "rows", "halves", "draws", "graph")
 HALVES = 8  # answers on two plans, and rows of the graph
 _PROMPT = 64  # tokens
 _ENDLESS = 1 << 20  # tokens of an answer: more than any run decodes
@@ -70,11 +73,15 @@ Sides = dict[str, Sequence["Ours | Peer"]]  # each one, or several that run one 
 
 
 class Ours:
-    """A decoder and its jobs."""
+    """A decoder and its jobs, greedy unless `seeds` are given."""
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
+    def __init__(self, jobs: Sequence[Job], seeds: Sequence[int] | None = None) -> None:
         self._decoder = Decoder()
-        self._all = [Generation(m, list(ids), m.make_cache(), _ENDLESS) for m, ids in jobs]
+        draws = [Sampling(temp=1.0, seed=seed).sampler() for seed in seeds or ()]
+        self._all = [
+            Generation(m, list(ids), m.make_cache(), _ENDLESS, draws[at] if draws else greedy)
+            for at, (m, ids) in enumerate(jobs)
+        ]
         for one in self._all:
             prefill(one.model, mx.array(one.tokens[:-1]), one.caches)
             self._decoder.add(one)
@@ -173,6 +180,13 @@ def _of_model(name: str, args: argparse.Namespace) -> Results:
             "at once": bytes_read(a.view(order)) if order else both,
             "one after the other": both,
         }
+    if "draws" in args.only:
+        tell(f"{name}: draws")
+        found["draws"] = {}
+        for dtype in ("float32", "bfloat16"):
+            spec = ModelSpec(pair.checkpoint().path, q_bits=args.q_bits, dtype=dtype)
+            sides = Pair.of(pair.checkpoint(), spec).models()
+            found["draws"][dtype] = _draws(jobs(HALVES // 2, *sides), args.tokens * args.rounds)
     if "rows" in args.only:
         found["rows"] = {}
         for count in args.rows:
@@ -197,6 +211,26 @@ def _paces(sides: Sides, args: argparse.Namespace) -> Results:
     # A peer may be a token behind.
     pairs = [(x, y) for a, b in zip(mine, others, strict=True) for x, y in zip(a, b, strict=False)]
     return found | {"equal": sum(x == y for x, y in pairs), "compared": len(pairs)}
+
+
+def _draws(jobs: Sequence[Job], tokens: int) -> Results:
+    """How many answers of so many tokens change in company, and of how many draws that was one."""
+
+    def answers(jobs: Sequence[Job], seeds: Sequence[int]) -> list[list[int]]:
+        ours = Ours(jobs, seeds)
+        while min(map(len, ours.answers)) < tokens:
+            ours.step()
+        return [answer[:tokens] for answer in ours.answers]
+
+    seeds = range(len(jobs))
+    alone = [answers([job], [seed])[0] for job, seed in zip(jobs, seeds, strict=True)]
+    held = [
+        next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), tokens)
+        for pair in zip(alone, answers(jobs, seeds), strict=True)
+    ]
+    changed = sum(count < tokens for count in held)
+    # After an answer's first other token its draws are of another text.
+    return {"answers": len(jobs), "changed": changed, "draws": sum(held) + changed}
 
 
 def _pace(each: Sequence[Ours | Peer], steps: int) -> float:
@@ -256,7 +290,7 @@ def _primitives(each: Sequence[Ours | Peer], backend: str, head_dim: int) -> dic
 
 def text(results: Results) -> list[str]:
     """What the parts found, of all models."""
-    orders, rows, graphs = [], [], []
+    orders, rows, draws, graphs = [], [], [], []
     for name, found in results.items():
         a, b = found["positions"]
         label = f"{name}, {found['bits']} bits" if found["bits"] else name
@@ -272,6 +306,9 @@ def text(results: Results) -> list[str]:
         if "halves" in found:
             halves = _cells(found["halves"], "ours", "mlx-lm")
             rows.append([f"{label}, half of {HALVES} on each plan", *halves])
+        for dtype, drawn in found.get("draws", {}).items():
+            changed = f"{drawn['changed']} of {drawn['answers']}", drawn["draws"]
+            draws.append([f"{label}, {dtype}", *map(str, changed)])
         for backend, companies in found.get("graph", {}).items():
             for company, counts in companies.items():
                 cells = [f"{one['primitives']} ({one['kernels']})" for one in counts.values()]
@@ -291,6 +328,12 @@ def text(results: Results) -> list[str]:
             " same model; for two plans against two of them, one after the other.",
             ["model, answers", "ours", "mlx-lm", "ours/its", "same tokens"],
             rows,
+        ),
+        (
+            f"Answers drawn with a seed, half of {HALVES} on each plan, that are other ones in"
+            " company than alone; draws up to the first other token.",
+            ["model, computed in", "changed", "draws"],
+            draws,
         ),
         (
             f"Primitives of a decode step of {HALVES} rows, and in brackets those of them that"

@@ -27,6 +27,8 @@ def measured(
 def holds(found: dict[str, Any]) -> None:
     for compared in (found["orders"], *found["rows"].values(), found["halves"]):
         assert compared["equal"] == compared["compared"] > 0
+    assert found["draws"]["float32"]["changed"] == 0
+    assert found["draws"]["bfloat16"]["draws"] > 0
     for companies in found["graph"].values():
         for sides in companies.values():
             assert sides["ours"]["kernels"] <= sides["mlx-lm"]["kernels"]
@@ -52,7 +54,7 @@ def test_a_part_alone_and_packed_weights(
     )
     assert found["bits"] == 4
     assert {"orders", "read"} <= set(found)
-    assert not {"rows", "halves", "graph"} & set(found)
+    assert not {"rows", "halves", "draws", "graph"} & set(found)
 
 
 @pytest.mark.metal
