@@ -121,7 +121,7 @@ def _with_objects(message: Message) -> Message:
 
 # ---- what a template takes
 
-_ALL = 4  # facts there are; together they may cost a rendering
+_ALL = 5  # facts there are; together they may cost a rendering
 # Where a later system message may stand; after the last of these comes the user again.
 _PLACES = (("user",), ("user", "assistant"), ("system",))
 _CALL = {
@@ -148,11 +148,17 @@ class Taken:
         return self._shows("system")
 
     @cached_property
+    def system_before_answer(self) -> bool:
+        """Whether a first system message is shown where the conversation ends with an answer:
+        some templates write it beside a last question only."""
+        return self._shows("system", "user", "assistant")
+
+    @cached_property
     def later_system(self) -> bool:
         """Whether a system message that is not first is shown as one, where it is not refused.
 
         It is not if it looks like the same turn of a user or the assistant, unless those look
-        alike too: then the template has no labels, and none is wrong.
+        alike too: then the template has no labels, and none is wrong. Nor is it if a text is lost.
         """
         budget, taken = self._budget(), False
         for before in _PLACES:
@@ -160,7 +166,8 @@ class Taken:
             if shown is None:
                 continue
             others = {self._says(budget, *before, role, "user") for role in ("user", "assistant")}
-            if _word(len(before)) not in shown or (shown in others and len(others) > 1):
+            dropped = any(_word(at) not in shown for at in range(len(before) + 2))
+            if dropped or (shown in others and len(others) > 1):
                 return False
             taken = True
         return taken and self.system  # one that is refused first has no label later either
@@ -229,10 +236,11 @@ def _attempts(messages: Messages, taken: Taken) -> Iterator[list[Message]]:
     talk = list(messages)
     if any(message["role"] == "system" for message in talk[1:]) and not taken.later_system:
         talk = systems_merged(talk)
-    if talk[0]["role"] == "system" and not taken.system:
-        talk = system_as_user(talk)
-    elif [message["role"] for message in talk] == ["system"] and not taken.system_alone:
-        talk.append({"role": "user", "content": ""})
+    if talk[0]["role"] == "system":
+        if not taken.system or (ends_with_answer(talk) and not taken.system_before_answer):
+            talk = system_as_user(talk)
+        elif {message["role"] for message in talk} == {"system"} and not taken.system_alone:
+            talk.append({"role": "user", "content": ""})
     yield talk
     for change in _CHANGES:
         changed = change(talk)

@@ -56,12 +56,27 @@ UNHEARD = (
     "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+OVERWRITES = (
+    "{% set ns = namespace(system='') %}{% for m in messages if m.role == 'system' %}"
+    "{% set ns.system = m.content %}{% endfor %}{{ ns.system }}"
+    "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+BESIDE_THE_LAST = (  # as Mistral's later templates
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in messages if m.role != 'system' %}"
+    "{% if m.role == 'user' %}[INST] {{ system ~ ' ' if loop.last and system }}{{ m.content }}"
+    "[/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
 TOOLS = (
     "{% if tools %}tools: {{ tools|tojson }}\n{% endif %}{% for m in messages %}"
     "<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls or [] %}"
     "CALL {{ call.function.name }} {{ call.function.arguments|tojson }}{% endfor %}</>"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+REFUSING = (MISTRAL, GEMMA, MISLABELS, USERS_IT, DROPS, UNHEARD, OVERWRITES, BESIDE_THE_LAST, TOOLS)
 
 
 @lru_cache
@@ -141,6 +156,11 @@ def test_what_a_template_takes_is_left_as_it_is(name: str, roles: str) -> None:
         (MISLABELS, "au", "AI: a0\nUser: u1\nAI:"),
         (UNHEARD, "su", "[user]s0\n\nu1[assistant]"),
         (UNHEARD, "sau", "[user]s0[assistant]a1[user]u2[assistant]"),
+        (OVERWRITES, "su", "s0[user]u1[assistant]"),
+        (OVERWRITES, "ssu", "s0\n\ns1[user]u2[assistant]"),
+        (BESIDE_THE_LAST, "su", "[INST] s0 u1[/INST]"),
+        (BESIDE_THE_LAST, "sua", "[INST] s0\n\nu1[/INST] a2</s>"),
+        (BESIDE_THE_LAST, "ss", "[INST] s0\n\ns1 [/INST]"),
         # Nothing is labelled: every place is right.
         (FORMATS["plain"], "usau", "u0\n\ns1\n\na2\n\nu3"),
         (FORMATS["llama-2"], "s", "<s>[INST] <<SYS>>\ns0\n<</SYS>> [/INST]"),
@@ -167,7 +187,7 @@ def test_every_built_in_format_takes_any_conversation(roles: str, asks: bool) ->
 @settings(deadline=None, max_examples=60)
 @given(st.text("suat", min_size=1, max_size=7))
 def test_refusing_templates_take_any_conversation(roles: str) -> None:
-    for source in (MISTRAL, GEMMA, MISLABELS, USERS_IT, DROPS, UNHEARD, TOOLS):
+    for source in REFUSING:
         shown = render(source, roles)
         assert [shown.count(m["content"]) for m in talk(roles)] == [1] * len(roles), source
 

@@ -212,5 +212,7 @@ def test_a_control_token_before_text(tmp_path: Path, legacy: bool) -> None:
     for files in ("a", "b"):
         ours = Tokenizer.from_directory(tmp_path / files)
         assert ours.apply_chat_template(talk, add_generation_prompt=False) == expected
+        begun = peer.apply_chat_template(talk[:2], continue_final_message=True, return_dict=False)
+        assert ours.apply_chat_template(talk[:2], continue_final_message=True) == begun
     spelled = [ours.content(token) for token in expected[:3]]
     assert spelled == ["<s>", "[INST]", "\u2581" if legacy else "\u2581the"]
