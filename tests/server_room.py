@@ -21,9 +21,11 @@ from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 WAIT = 30.0  # seconds; how long a test waits for what should happen at once
 CONTEXT = 512
+VOCABULARY = 259
+_SIZES: Mapping[str, int] = {"context_length": CONTEXT, "vocabulary_size": VOCABULARY}
 MODELS: Mapping[str, Mapping[str, int | None]] = {
-    "small": {"positions": 8, "blocks": 8, "sliding_window": 12, "context_length": CONTEXT},
-    "small-deep": {"positions": 12, "blocks": 8, "sliding_window": None, "context_length": CONTEXT},
+    "small": {"positions": 8, "blocks": 8, "sliding_window": 12, **_SIZES},
+    "small-deep": {"positions": 12, "blocks": 8, "sliding_window": None, **_SIZES},
 }
 ANSWER = "Hello there, all of you."
 

@@ -55,12 +55,16 @@ class AnswerText:
             self._detokenizer.add(token)
         self._stops = StopText(stop)
 
-    def add(self, token: int) -> tuple[str, str | None]:
-        """`(text that is final, finish reason if this token is the last)`: "stop" or "length"."""
+    def add(self, token: int, complete: bool = False) -> tuple[str, str | None]:
+        """`(text that is final, finish reason if this token is the last)`: "stop" or "length".
+
+        complete: the answer is, though no end token says so.
+        """
         self._left -= 1
-        ended = self.is_end(token)
+        end = self.is_end(token)
+        ended = end or complete
         last = ended or not self._left
-        new = "" if ended else self._detokenizer.add(token)
+        new = "" if end else self._detokenizer.add(token)
         text, stopped = self._stops.feed(new + self._detokenizer.finish() if last else new)
         if last and not stopped:
             text += self._stops.held

@@ -45,6 +45,8 @@ from mlx_cerebrum.weights.views import describe, load_views
 
 KEY_VARIABLE = "MLX_CEREBRUM_API_KEY"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.\[\]:_-]+")  # an app's page has its own scheme
+# Of a page that has no site: a file's, a desktop app's; and a frame's that any site may sandbox.
+NOBODYS = ("null", "file://")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,6 +65,8 @@ def _run(args: argparse.Namespace) -> int:
             settings.defaults.sampling.check_vocabulary(opened.config.vocab_size)
             models, tokenizer = load_views(opened, args.plan, report)
         say_assumed(tokenizer)
+        for origin in (each for each in NOBODYS if each in settings.cors_origins):
+            say(f"warning: with --cors-origin {origin} any site that knows the API key may ask")
         dtype = next(iter(models.values())).dtype
         engine = BatchEngine(
             models,
@@ -215,7 +219,12 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str] = os.en
         if not re.fullmatch(r"[A-Za-z0-9.:-]+", host) or "://" in host:
             raise RequestError(f"allowed-host must be a name such as mac.local, not {host!r}")
     for origin in args.cors_origin:
-        if not _ORIGIN.fullmatch(origin):
+        if origin in NOBODYS and key is None:
+            raise RequestError(
+                f"cors-origin {origin} lets pages of any site ask, through a sandboxed frame:"
+                " it needs --api-key too"
+            )
+        if origin not in NOBODYS and not _ORIGIN.fullmatch(origin):
             raise RequestError(
                 f"cors-origin must be a page's scheme and host, https://example.org, not {origin!r}"
             )

@@ -3,45 +3,44 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from mlx_cerebrum import __version__
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.server import faults, page_files
 from mlx_cerebrum.server.answers import (
-    ApiObject,
     ChatCompletion,
-    ChatShape,
-    Error,
-    Head,
     Health,
     Layout,
     ModelCard,
     ModelList,
-    Shape,
-    Spelling,
     TextCompletion,
-    TextShape,
-    streamed,
 )
 from mlx_cerebrum.server.connections import Patience, Room
 from mlx_cerebrum.server.faults import ApiError
-from mlx_cerebrum.server.intake import Defaults, Intake
-from mlx_cerebrum.server.jobs import BusyError, ClosedError, Engine, Job
+from mlx_cerebrum.server.ignored import Ignored
+from mlx_cerebrum.server.intake import Accepted, Defaults, Intake
+from mlx_cerebrum.server.jobs import BusyError, ClosedError, Engine
 from mlx_cerebrum.server.journal import ID, Journal
 from mlx_cerebrum.server.metrics import Metrics
-from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest, Sampled
+from mlx_cerebrum.server.openapi import Operation, document
+from mlx_cerebrum.server.responses import ResponseObject, ResponsesRequest, ResponsesShape
+from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest, Drawn
 from mlx_cerebrum.server.security import OWNER, Guard, Rules
+from mlx_cerebrum.server.shapes import ChatShape, Head, Shape, TextShape
+from mlx_cerebrum.server.spelling import Spelling
 from mlx_cerebrum.server.streaming import (
     GONE,
     MOST_PENDING,
@@ -49,22 +48,26 @@ from mlx_cerebrum.server.streaming import (
     StreamResponse,
     WholeResponse,
 )
+from mlx_cerebrum.server.tokens import (
+    Detokenized,
+    DetokenizeRequest,
+    Tokenized,
+    TokenizeRequest,
+)
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
-API = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
-Responses = dict[int | str, dict[str, Any]]
-_ERRORS: Responses = {
-    400: {"description": "A parameter is wrong, or can't be honoured"},
-    401: {"description": "The API key is missing or wrong"},
-    403: {"description": "This Host or Origin may not ask"},
-    404: {"description": "No such model"},
-    408: {"description": "The body did not arrive in time"},
-    413: {"description": "The body is too large"},
-    415: {"description": "The body must be application/json"},
-    429: {"description": "The queue is full; Retry-After says when to try again"},
-    500: {"description": "The server failed"},
-    503: {"description": "The server is shutting down"},
-}
+API = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/tokenize",
+    "/v1/detokenize",
+    "/v1/models",
+    "/health",
+    "/metrics",
+)
+Taken = TypeVar("Taken", bound=Drawn)
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,9 @@ class Service:
         self.closing = False
         self._started = int(time.time())
         layouts = {name: Layout.model_validate(model) for name, model in models.items()}
-        self._intake = Intake(tokenizer, layouts, dtype, self.settings.defaults)
         self._spelling = Spelling(tokenizer)
+        self._intake = Intake(tokenizer, self._spelling, layouts, dtype, self.settings.defaults)
+        self._ignored = Ignored()
         self._metrics = Metrics(engine)
         self._page = page_files.files(self.settings.page)
         rules = Rules(
@@ -125,71 +129,118 @@ class Service:
             debug=self.settings.debug,
         )
 
-    def _routes(self) -> FastAPI:
-        # No /docs and /redoc: they would fetch their scripts from elsewhere.
-        app = _Application(
-            title="mlx-cerebrum",
-            version=__version__,
-            docs_url=None,
-            redoc_url=None,
-            redirect_slashes=False,
+    def _routes(self) -> Starlette:
+        operations = {
+            Operation(
+                "/v1/chat/completions",
+                "Answer a conversation",
+                ChatCompletion,
+                ChatRequest,
+                streams=True,
+            ): self._chat,
+            Operation(
+                "/v1/completions",
+                "Continue texts",
+                TextCompletion,
+                CompletionRequest,
+                streams=True,
+            ): self._completion,
+            Operation(
+                "/v1/responses",
+                "Answer, by OpenAI's newer API",
+                ResponseObject,
+                ResponsesRequest,
+                streams=True,
+            ): self._responses,
+            Operation(
+                "/v1/tokenize", "A text's token ids", Tokenized, TokenizeRequest
+            ): self._tokenize,
+            Operation(
+                "/v1/detokenize", "The text of token ids", Detokenized, DetokenizeRequest
+            ): self._detokenize,
+            Operation("/v1/models", "The models", ModelList): self._models,
+            Operation("/v1/models/{model}", "One model", ModelCard, errors=(404,)): self._model,
+            Operation("/health", "Whether requests are taken", Health): self._health,
+        }
+        described = document(list(operations))
+
+        async def openapi(_: Request) -> Response:
+            return JSONResponse(described)
+
+        # Clients whose base address lacks the /v1 find the same.
+        routes = [
+            Route(path, endpoint, methods=["GET" if of.body is None else "POST"])
+            for of, endpoint in operations.items()
+            for path in dict.fromkeys((of.path, of.path.removeprefix("/v1")))
+        ]
+        routes.append(Route("/openapi.json", openapi))
+        routes.append(Route("/metrics", self._text_metrics))
+        app = Starlette(
+            routes=[*routes, *page_files.routes(self._page)],
+            exception_handlers={
+                ApiError: _refused,
+                HTTPException: _not_here,
+                Exception: _failed,
+            },
         )
-        app.add_exception_handler(ApiError, _refused)
-        app.add_exception_handler(HTTPException, _not_here)
-        app.add_exception_handler(Exception, _failed)
-        errors: Responses = {status: of | {"model": Error} for status, of in _ERRORS.items()}
-        common: Responses = {status: errors[status] for status in (401, 403, 500, 503)}
-
-        def get(path: str, kind: type[ApiObject], endpoint: Callable[..., Any], *more: int) -> None:
-            found: Responses = common | {status: errors[status] for status in more}
-            app.add_api_route(path, endpoint, response_model=kind, responses=found)
-            app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
-
-        def post(path: str, asked: type[Sampled], kind: type[ApiObject], endpoint: Any) -> None:
-            extra = {"requestBody": {"required": True, "content": _json_of(asked)}}
-            found: Responses = {200: streamed(kind), **errors}
-            app.add_api_route(
-                path, endpoint, methods=["POST"], responses=found, openapi_extra=extra
-            )
-
-        post("/v1/chat/completions", ChatRequest, ChatCompletion, self._chat)
-        post("/v1/completions", CompletionRequest, TextCompletion, self._completion)
-        get("/v1/models", ModelList, self._models)
-        get("/v1/models/{model}", ModelCard, self._model, 404)
-        get("/health", Health, self._health)
-        app.add_route("/metrics", self._text_metrics, include_in_schema=False)
-        app.router.routes.extend(page_files.routes(self._page))
+        app.router.redirect_slashes = False
         return app
 
     async def _chat(self, request: Request) -> Response:
-        body = await self._body(request)
-        asked, jobs = await asyncio.to_thread(self._intake.chat, body, request.scope[OWNER])
-        shape = ChatShape(self._head(asked, jobs, "chatcmpl"), self._spelling, bool(asked.logprobs))
-        return self._answer(asked, jobs, shape)
+        accepted = await self._taken(request, partial(self._intake.talk, ChatRequest))
+        asked = accepted.request
+        head = self._head(accepted, "chatcmpl", asked.wants_usage, asked.return_token_ids)
+        logprobs = bool(asked.logprobs)
+        return self._answer(accepted, ChatShape(head, self._spelling, logprobs, accepted.calls))
+
+    async def _responses(self, request: Request) -> Response:
+        accepted = await self._taken(request, partial(self._intake.talk, ResponsesRequest))
+        head = self._head(accepted, "resp")
+        asked, calls = accepted.request, accepted.calls is not None
+        return self._answer(accepted, ResponsesShape(head, self._spelling, asked, calls))
 
     async def _completion(self, request: Request) -> Response:
-        body = await self._body(request)
-        asked, jobs = await asyncio.to_thread(self._intake.completion, body, request.scope[OWNER])
-        head = self._head(asked, jobs, "cmpl")
-        echo = [job.prompt for job in jobs for _ in range(job.n) if job.echo]
+        accepted = await self._taken(request, self._intake.completion)
+        asked = accepted.request
+        head = self._head(accepted, "cmpl", asked.wants_usage, asked.return_token_ids)
+        echo = [job.prompt for job in accepted.jobs for _ in range(job.n) if job.echo]
         shape = TextShape(head, self._spelling, asked.logprobs is not None, echo)
-        return self._answer(asked, jobs, shape)
+        return self._answer(accepted, shape)
 
-    def _head(self, asked: Sampled, jobs: list[Job], prefix: str) -> Head:
-        model = jobs[0].model
+    async def _tokenize(self, request: Request) -> Response:
+        return _json(await asyncio.to_thread(self._intake.tokenize, await self._body(request)))
+
+    async def _detokenize(self, request: Request) -> Response:
+        return _json(await asyncio.to_thread(self._intake.detokenize, await self._body(request)))
+
+    async def _taken(
+        self, request: Request, take: Callable[[bytes, str], Accepted[Taken]]
+    ) -> Accepted[Taken]:
+        """What a body asks for; slow for long prompts, so not on the event loop."""
+        return await asyncio.to_thread(take, await self._body(request), request.scope[OWNER])
+
+    def _head(
+        self,
+        accepted: Accepted[Any],
+        prefix: str,
+        usage: bool = False,
+        prompts: bool | None = False,
+    ) -> Head:
+        jobs, model = accepted.jobs, accepted.jobs[0].model
         return Head(
-            id=f"{prefix}-{secrets.token_hex(12)}",
+            id=f"{prefix}{'_' if prefix == 'resp' else '-'}{secrets.token_hex(12)}",
             created=int(time.time()),
             model=model,
             system_fingerprint=self._intake.fingerprints[model],
-            usage=asked.wants_usage,
+            usage=usage,
+            prompts=[job.prompt for job in jobs for _ in range(job.n)] if prompts else None,
         )
 
-    def _answer(self, asked: Sampled, jobs: list[Job], shape: Shape) -> Response:
-        settings = self.settings
+    def _answer(self, accepted: Accepted[Any], shape: Shape) -> Response:
+        asked, settings = accepted.request, self.settings
         try:
             running = RunningRequest(
-                self.engine, jobs, self._metrics, self._failure, settings.most_pending
+                self.engine, accepted.jobs, self._metrics, self._failure, settings.most_pending
             )
         except ClosedError as error:
             raise faults.closed(str(error)) from None
@@ -197,11 +248,10 @@ class Service:
             raise faults.queue_full(str(error)) from None
         except RequestError as error:
             raise ApiError(400, str(error), code="invalid_value") from None
+        headers = self._ignored.headers(accepted.ignored)
         if not asked.stream:
-            return WholeResponse(running, shape)
-        return StreamResponse(
-            running, shape, usage=asked.wants_usage, keep_alive=settings.keep_alive
-        )
+            return WholeResponse(running, shape, headers)
+        return StreamResponse(running, shape, headers, keep_alive=settings.keep_alive)
 
     def _failure(self, message: str) -> ApiError:
         code = "shutting_down" if self.closing else "generation_failed"
@@ -229,50 +279,40 @@ class Service:
             raise ApiError(400, "the body ends early") from None
         return bytes(body)
 
-    async def _models(self) -> ModelList:
-        return ModelList(data=[self._card(name) for name in self._intake.layouts])
+    async def _models(self, _: Request) -> Response:
+        return _json(ModelList(data=[self._card(name) for name in self._intake.layouts]))
 
-    async def _model(self, model: str) -> ModelCard:
-        return self._card(self._intake.find(model))
+    async def _model(self, request: Request) -> Response:
+        return _json(self._card(self._intake.find(request.path_params["model"])))
 
     def _card(self, name: str) -> ModelCard:
-        return ModelCard(id=name, created=self._started, cerebrum=self._intake.layouts[name])
+        layout = self._intake.layouts[name]
+        return ModelCard(
+            id=name,
+            created=self._started,
+            context_length=layout.context_length,
+            max_model_len=layout.context_length,
+            cerebrum=layout,
+        )
 
-    async def _health(self) -> Health:
+    async def _health(self, _: Request) -> Response:
         if self.engine.closed:
             raise faults.closed("the engine takes no more requests")
-        return Health()
+        return _json(Health())
 
     async def _text_metrics(self, _: Request) -> Response:
         return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     def _route(self, path: str) -> str:
         """The name to count a path under: few, whatever clients ask for."""
-        if path.startswith("/v1/models/"):
+        path = path if path in API else f"/v1{path}" if f"/v1{path}" in API else path
+        if path.removeprefix("/v1").startswith("/models/"):
             return "/v1/models/{model}"
         return path if path in API else "/" if path in self._page else "other"
 
 
-class _Application(FastAPI):
-    """Its OpenAPI document fits routes that read and check bodies themselves: it has the bodies'
-    schemas, and not the error that FastAPI's own check would give."""
-
-    def openapi(self) -> dict[str, Any]:
-        document = super().openapi()
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        for kind in (ChatRequest, CompletionRequest):
-            schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas |= {**schema.pop("$defs", {}), kind.__name__: schema}
-        for unused in ("HTTPValidationError", "ValidationError"):
-            schemas.pop(unused, None)
-        for path in document["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)
-        return document
-
-
-def _json_of(kind: type[Sampled]) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+def _json(value: BaseModel) -> Response:
+    return JSONResponse(value.model_dump(mode="json"))
 
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:

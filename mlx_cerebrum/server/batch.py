@@ -118,6 +118,7 @@ class Batch:
             adjust=sampling.adjust(job.prompt, task.end_ids),
             top_logprobs=job.top_logprobs,
             scored=job.scored,
+            constraint=None if job.grammar is None else job.grammar.start(),
         )
         self._rows[generation] = task, choice, cache
         self._decoder.add(generation)
@@ -173,6 +174,8 @@ class Batch:
     def _advance(self, advance: Advance) -> None:
         generation = advance.generation
         task, choice, _ = self._rows[generation]
+        if generation.failure is not None:
+            raise generation.failure
         if not advance.tokens:
             task.deliver(Reading(generation.read, len(task.job.prompt)))
             if generation.read == generation.prompt - 1:
@@ -181,7 +184,10 @@ class Batch:
         for number, token in enumerate(advance.tokens, start=1):
             if task.cancelled:
                 break
-            text, reason = task.texts[choice].add(token)
+            # A model without end tokens stops where what its answer is held to is complete.
+            held = generation.held_to()
+            complete = number == len(advance.tokens) and held is not None and held.over
+            text, reason = task.texts[choice].add(token, complete)
             self._counts.generated_tokens += 1
             logprob = advance.logprobs[number - 1] if advance.logprobs else None
             if task.texts[choice].is_end(token):

@@ -3,8 +3,10 @@
 import logging
 import threading
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -94,7 +96,7 @@ class BatchEngine:
         self, job: Job, deliver: Callable[[Event], None], *, follows: bool = False
     ) -> Callable[[], None]:
         """See `jobs.Engine`."""
-        self._check(job)
+        job = self._checked(job)
         task = Task(job, self._tokenizer, deliver, self._forget)
         with self._changed:
             if self._deadline is not None:
@@ -139,17 +141,28 @@ class BatchEngine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _check(self, job: Job) -> None:
-        """Raise RequestError for a job that can never run."""
+    def _checked(self, job: Job) -> Job:
+        """The job, with fewer tokens where there is no memory for all and fewer will do. Raises
+        RequestError for one that can never run."""
         check_job(job, self._models, self._max_batch)
-        how = self._prefill_step_size, self._kv_bits, self._draft
-        needed = jobs_bytes(self._models, [job], *how)
-        if needed > self._budget:
+        if job.fewer and self._bytes(job) > self._budget:
+            fits = bisect_right(
+                range(1, job.max_tokens),
+                self._budget,
+                key=lambda most: self._bytes(replace(job, max_tokens=most)),
+            )
+            job = replace(job, max_tokens=max(fits, 1))
+        if (needed := self._bytes(job)) > self._budget:
             raise RequestError(
                 f"a prompt of {len(job.prompt)} tokens with {job.n} x {job.max_tokens} more needs"
                 f" {human(needed)}, and there are {human(self._budget)} for all requests;"
                 " ask for fewer tokens"
             )
+        return job
+
+    def _bytes(self, job: Job) -> int:
+        how = self._prefill_step_size, self._kv_bits, self._draft
+        return jobs_bytes(self._models, [job], *how)
 
     def _forget(self, task: Task) -> None:
         """A cancelled task that is still queued leaves at once."""

@@ -3,15 +3,35 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
 from mlx_cerebrum import __version__
+from mlx_cerebrum.decoding.constraint import Grammar, Grammars
+from mlx_cerebrum.decoding.grammar_text import Ask
 from mlx_cerebrum.decoding.sampling import GREEDY, Sampling
-from mlx_cerebrum.errors import CerebrumError, PlanError
+from mlx_cerebrum.errors import CerebrumError, PlanError, RequestError
 from mlx_cerebrum.server.answers import Layout
 from mlx_cerebrum.server.faults import ApiError
+from mlx_cerebrum.server.held_to import call_note, held_to
 from mlx_cerebrum.server.jobs import Job
-from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest, Sampled, parse_body
+from mlx_cerebrum.server.responses import ResponsesRequest
+from mlx_cerebrum.server.schema import (
+    LLAMA_CPP_REPEATS,
+    Asked,
+    ChatRequest,
+    CompletionRequest,
+    Drawn,
+    Talk,
+    Tool,
+    parse_body,
+)
+from mlx_cerebrum.server.spelling import Spelling
+from mlx_cerebrum.server.tokens import (
+    Detokenized,
+    DetokenizeRequest,
+    Tokenized,
+    TokenizeRequest,
+)
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import views
 
@@ -19,6 +39,11 @@ from mlx_cerebrum.weights import views
 # first counted slice by slice, and refused as soon as it is sure to be too long.
 SLICE = 16_384  # characters
 _CUT = 16  # tokens that a cut between two slices may add
+_LEAST_MASS = 1e-9  # of top_p: the likeliest token alone
+
+
+Calls = Literal["stop", "tool_calls"] | None
+Conversation = TypeVar("Conversation", bound=ChatRequest | ResponsesRequest)
 
 
 @dataclass(frozen=True)
@@ -27,6 +52,20 @@ class Defaults:
 
     max_tokens: int = 1024
     sampling: Sampling = GREEDY
+
+
+@dataclass(frozen=True)
+class Accepted(Generic[Asked]):
+    """A request, and what the engine is to do for it.
+
+    ignored: names of what is not looked at. calls: the finish reason of an answer that is a call of
+    a function; None where it is text.
+    """
+
+    request: Asked
+    jobs: list[Job]
+    ignored: frozenset[str] = frozenset()
+    calls: Calls = None
 
 
 class Intake:
@@ -38,12 +77,15 @@ class Intake:
     def __init__(
         self,
         tokenizer: Tokenizer,
+        spelling: Spelling,
         layouts: Mapping[str, Layout],
         dtype: str,
         defaults: Defaults,
     ) -> None:
         self.layouts = layouts
-        self._tokenizer, self._defaults = tokenizer, defaults
+        self._tokenizer, self._spelling, self._defaults = tokenizer, spelling, defaults
+        size = next(iter(layouts.values())).vocabulary_size  # the same weights
+        self._grammars = Grammars(tokenizer, size)
         self.fingerprints = {
             name: "fp_" + sha256(f"{__version__} {name} {dtype} {layout}".encode()).hexdigest()[:12]
             for name, layout in layouts.items()
@@ -51,44 +93,107 @@ class Intake:
 
     def find(self, asked: str | None) -> str:
         """The name of the model that is meant. Raises ApiError (404)."""
-        if asked is None:
+        if not asked:
             return next(iter(self.layouts))
         try:
             return views.find(self.layouts, asked[:200])
         except PlanError as error:
             raise ApiError(404, str(error), code="model_not_found", param="model") from None
 
-    def chat(self, body: bytes, owner: str) -> tuple[ChatRequest, list[Job]]:
-        request = parse_body(ChatRequest, body)
-        model = self.find(request.model)
-        messages = [
-            {
-                "role": "system" if message.role == "developer" else message.role,
-                "content": message.text,
-            }
-            for message in request.messages
-        ]
-        self._check_length("\n".join(turn["content"] for turn in messages), model, "messages")
+    def talk(self, kind: type[Conversation], body: bytes, owner: str) -> Accepted[Conversation]:
+        """A conversation to be answered."""
+        request = parse_body(kind, body)
+        model, talk = self.find(request.model), request.talk
+        knows_tools, to_call = self._tokenizer.template_takes_tools, self._to_call(talk)
+        messages = talk.messages
+        if to_call and not knows_tools:
+            messages = [*messages, {"role": "user", "content": call_note(to_call)}]
+        self._check_length("\n".join(turn["content"] for turn in messages), model, talk.param)
+        tools = [tool.plain for tool in talk.tools] if knows_tools and talk.tools else None
         try:
-            ids = self._tokenizer.apply_chat_template(messages)
+            ids = self._tokenizer.apply_chat_template(
+                messages, talk.prompted, talk.continued, tools
+            )
         except CerebrumError as error:
-            raise ApiError(400, str(error), code="invalid_value", param="messages") from None
-        stop = (*(request.stop or ()), *self._tokenizer.stop_strings)
-        top = (request.top_logprobs or 0) if request.logprobs else None
-        return request, [self._job(request, model, ids, "messages", stop, top, owner)]
+            raise ApiError(400, str(error), code="invalid_value", param=talk.param) from None
+        held = held_to(request, talk.format, to_call)
+        grammar = self._grammar(held)
+        # A checkpoint's own stop strings end a turn; in a JSON text they may mean themselves.
+        own = self._tokenizer.stop_strings if grammar is None else ()
+        stop = (*(request.stop or ()), *own)
+        job = self._job(request, model, ids, talk.param, stop, talk.top_logprobs, owner, grammar)
+        job = replace(job, continues=talk.continued)
+        ignored = set(request.unknown())
+        if talk.tools and tools is None and not to_call:
+            ignored.add("tools")
+        named = talk.choice != "required"
+        calls: Calls = None if not to_call else "stop" if named else "tool_calls"
+        return Accepted(request, [job], frozenset(ignored), calls)
 
-    def completion(self, body: bytes, owner: str) -> tuple[CompletionRequest, list[Job]]:
+    def _to_call(self, talk: Talk) -> Sequence[Tool]:
+        """The functions of which one must be called. Raises ApiError where there is none."""
+        to_call = talk.to_call
+        if not to_call and talk.choice not in (None, "none", "auto"):
+            message = "tool_choice: there is no such function among tools"
+            raise ApiError(400, message, code="invalid_value", param="tool_choice")
+        if to_call and talk.continued:
+            message = "tool_choice: a call can't go on from an assistant's message"
+            raise ApiError(400, message, code="unsupported_value", param="tool_choice")
+        return to_call
+
+    def _grammar(self, held: Ask | None) -> Grammar | None:
+        try:
+            return None if held is None else self._grammars.compile(held)
+        except RequestError as error:
+            param = held.where if held else None
+            raise ApiError(400, str(error), code="invalid_value", param=param) from None
+
+    def completion(self, body: bytes, owner: str) -> Accepted[CompletionRequest]:
         request = parse_body(CompletionRequest, body)
         model = self.find(request.model)
         stop = tuple(request.stop or ())
+        grammar = self._grammar(held_to(request, ("response_format", request.response_format)))
         jobs = []
         for prompt in request.prompt:
             if isinstance(prompt, str):
                 self._check_length(prompt, model, "prompt")
             ids = self._ids(prompt)
-            job = self._job(request, model, ids, "prompt", stop, request.logprobs, owner)
+            top = request.logprobs
+            job = self._job(request, model, ids, "prompt", stop, top, owner, grammar)
             jobs.append(replace(job, echo=bool(request.echo)))
-        return request, jobs
+        return Accepted(request, jobs, frozenset(request.unknown()))
+
+    def tokenize(self, body: bytes) -> Tokenized:
+        request = parse_body(TokenizeRequest, body)
+        model, tokenizer = self.find(request.model), self._tokenizer
+        text = request.prompt if request.content is None else request.content
+        param = "messages" if text is None else "prompt" if request.content is None else "content"
+        try:
+            if text is not None:
+                self._check_length(text, model, param)
+                found = tokenizer.encode(text, add_bos=tokenizer.add_bos and request.special)
+            else:
+                turns = [message.plain for message in request.messages or ()]
+                self._check_length("\n".join(turn["content"] for turn in turns), model, param)
+                found = tokenizer.apply_chat_template(
+                    turns,
+                    request.add_generation_prompt is not False,
+                    bool(request.continue_final_message),
+                )
+        except CerebrumError as error:
+            raise ApiError(400, str(error), code="invalid_value", param=param) from None
+        names = [self._spelling(token)[0] for token in found] if request.return_token_strs else None
+        context = self.layouts[model].context_length
+        return Tokenized(count=len(found), max_model_len=context, tokens=found, token_strs=names)
+
+    def detokenize(self, body: bytes) -> Detokenized:
+        request = parse_body(DetokenizeRequest, body)
+        self.find(request.model)
+        try:
+            text = self._tokenizer.decode(request.tokens)
+        except CerebrumError as error:
+            raise ApiError(400, str(error), code="invalid_value", param="tokens") from None
+        return Detokenized(prompt=text, content=text)
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         try:
@@ -103,27 +208,33 @@ class Intake:
 
     def _job(
         self,
-        request: Sampled,
+        request: Drawn,
         model: str,
         ids: Sequence[int],
         param: str,
         stop: tuple[str, ...],
         top_logprobs: int | None,
         owner: str,
+        grammar: Grammar | None,
     ) -> Job:
         most = self._room(model, len(ids), request.most_tokens, param)
         if (request.min_tokens or 0) > most:
             message = f"min_tokens: there can be {most} tokens at most"
             raise ApiError(400, message, code="invalid_value", param="min_tokens")
+        chosen = sampling(request, self._defaults.sampling)
+        if grammar is not None:  # which says where the answer ends, and not the command line
+            chosen = replace(chosen, min_tokens=0, ignore_eos=False)
         return Job(
             model=model,
             prompt=tuple(ids),
             max_tokens=most,
-            sampling=sampling(request, self._defaults.sampling),
-            n=request.n or 1,
+            sampling=chosen,
+            n=request.choices,
             stop=stop,
             top_logprobs=top_logprobs,
             owner=owner,
+            grammar=grammar,
+            fewer=(asked := request.most_tokens) is not None and asked != most,
         )
 
     def _check_length(self, text: str, model: str, param: str) -> None:
@@ -137,30 +248,31 @@ class Intake:
                 raise ApiError(400, message, code="context_length_exceeded", param=param)
 
     def _room(self, model: str, prompt: int, asked: int | None, param: str) -> int:
-        """Tokens to generate at most. Raises ApiError for more than the model's positions."""
+        """Tokens to generate at most: what was asked for, as far as the model's positions go.
+        Raises ApiError for a prompt that leaves none."""
         if prompt == 0:
             message = f"{param}: there is nothing to continue"
             raise ApiError(400, message, code="invalid_value", param=param)
         context = self.layouts[model].context_length
-        most = min(self._defaults.max_tokens, context - prompt) if asked is None else asked
-        if most < (asked != 0) or prompt + most > context:
-            asks = "" if asked is None else f" and {asked} to generate"
-            message = f"{model} has {context} positions; this is {prompt} prompt tokens{asks}"
+        if context - prompt < (asked != 0):
+            message = f"{model} has {context} positions; this is {prompt} prompt tokens"
             raise ApiError(400, message, code="context_length_exceeded", param=param)
-        return most
+        asked = self._defaults.max_tokens if asked is None else asked
+        return context - prompt if asked < 0 else min(asked, context - prompt)
 
 
-def sampling(request: Sampled, defaults: Sampling) -> Sampling:
+def sampling(request: Drawn, defaults: Sampling) -> Sampling:
     """How a request says to choose tokens, and `defaults` what it does not say."""
     top_k, seed, biases = request.top_k, request.seed, request.logit_bias
+    if seed == -1:
+        defaults, seed = replace(defaults, seed=None), None
     asked = {
         "temp": request.temperature,
-        "top_p": request.top_p,
+        "top_p": None if request.top_p is None else request.top_p or _LEAST_MASS,
         "min_p": request.min_p,
         "seed": None if seed is None else seed % 2**64,
         "top_k": None if top_k is None else max(top_k, 0),
-        "repetition_penalty": request.repetition_penalty,
-        "repetition_context": request.repetition_context_size,
+        **_repetition(request),
         "frequency_penalty": request.frequency_penalty,
         "presence_penalty": request.presence_penalty,
         "logit_bias": None if biases is None else tuple((int(t), b) for t, b in biases.items()),
@@ -169,3 +281,15 @@ def sampling(request: Sampled, defaults: Sampling) -> Sampling:
     }
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     return replace(defaults, **given)
+
+
+def _repetition(request: Drawn) -> dict[str, float | int | None]:
+    """vLLM's and mlx-lm's spelling, or llama.cpp's."""
+    if request.repetition_penalty is not None or request.repeat_penalty is None:
+        penalty, context = request.repetition_penalty, request.repetition_context_size
+    else:
+        penalty = request.repeat_penalty
+        context = LLAMA_CPP_REPEATS if request.repeat_last_n is None else request.repeat_last_n
+        penalty, context = (penalty, context) if context else (1.0, None)
+        context = 2**31 - 1 if context == -1 else context
+    return {"repetition_penalty": penalty, "repetition_context": context}

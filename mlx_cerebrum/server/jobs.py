@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from mlx_cerebrum.decoding.constraint import Grammar
 from mlx_cerebrum.decoding.logprobs import TokenLogprob
 from mlx_cerebrum.decoding.sampling import GREEDY, Sampling
 from mlx_cerebrum.errors import CerebrumError
@@ -35,6 +36,9 @@ class Job:
     top_logprobs: int | None = None  # alternatives a token; None: no log-probabilities at all
     owner: str = ""  # whose prompts: caches are never shared between owners
     echo: bool = False  # text and log-probabilities are to follow those of the prompt
+    continues: bool = False  # its text goes on right where the prompt's ends
+    grammar: Grammar | None = None  # that every choice keeps to
+    fewer: bool = False  # where there is no memory for `max_tokens`, fewer will do
 
     @property
     def scored(self) -> int | None:

@@ -1,14 +1,19 @@
-"""What requests may say: OpenAI's parameters, each honoured or refused, none ignored.
+"""What requests may say: the one description of their bodies.
 
-Parameters that can't be honoured are declared with the values that ask for nothing (their
-`enum`), since many clients send those; any other value is refused by name.
+From it come the checks, the OpenAPI document (openapi.py) and the table of fields in the docs. The
+rule: what changes the answer is honoured, or refused by name; what can't change it is taken; names
+that nobody knows are taken too, and named in the answer's headers (`Ignored`).
+
+Names and meanings are OpenAI's; then vLLM's and llama.cpp's, whose clients come here too.
 """
 
 import re
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,12 +29,21 @@ from mlx_cerebrum.server.faults import ApiError
 
 MOST_CHOICES = 128  # answers of one request, over all its prompts
 MOST_STOPS = 16
+MOST_TOOLS = 128
+LLAMA_CPP_REPEATS = 64  # tokens that its `repeat_penalty` looks at
 PARAM = "param"  # in a custom error's context: the parameter to name, where `loc` can't say
+TAKEN = "Taken, and not used"
 
 
 def neutral(*values: Any) -> Any:
-    """A parameter that is not honoured: only null and `values` are let through."""
+    """A parameter that is not honoured, and would change the answer: only null and `values`, which
+    ask for nothing, are let through."""
     return Field(default=None, json_schema_extra={"enum": [*values, None]})
+
+
+def taken(why: str = "") -> Any:
+    """A parameter that can't change the answer, whatever it says."""
+    return Field(default=None, description=f"{TAKEN}{': ' * bool(why)}{why}")
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -37,22 +51,12 @@ def _same(a: Any, b: Any) -> bool:
     return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
 
 
-class Strict(BaseModel):
-    """An object that takes the fields it names, of the types it names."""
+class Open(BaseModel):
+    """An object that takes the fields it names, of the types it names; others are not looked at."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, data: Any) -> Any:
-        # The first is enough: a body could hold a million, each an error object of its own.
-        for name in data if isinstance(data, dict) else ():
-            if name not in cls.model_fields:
-                shown = name if len(name) <= 64 else f"{name[:64]}..."
-                raise PydanticCustomError(
-                    "unknown_parameter", "unknown parameter: {param}", {PARAM: shown}
-                )
-        return data
+    model_config = ConfigDict(
+        extra="allow", strict=True, frozen=True, allow_inf_nan=False, populate_by_name=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -63,69 +67,253 @@ class Strict(BaseModel):
             raise PydanticCustomError("unsupported_value", "not supported here; leave it out")
         return value
 
+    def unknown(self, place: str = "") -> Iterator[str]:
+        """The names of fields that are not looked at: `user_tag`, `messages.weight`."""
+        yield from (place + name for name in self.model_extra or ())
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for one in value if isinstance(value, list) else (value,):
+                if isinstance(one, Open):
+                    yield from one.unknown(f"{place}{name}.")
+
 
 def wrong(param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("unsupported_value", "{message}", {PARAM: param, "message": message})
 
 
-class TextPart(Strict):
-    type: Literal["text"]
+# ---- Messages
+
+
+class TextPart(Open):
+    type: Literal["text", "input_text", "output_text"]
     text: str
+    cache_control: Any = taken()
 
 
-def _parts(value: Any) -> Any:
+def text_or_parts(value: Any) -> Any:
+    if value is None:
+        return []
     if not isinstance(value, str | list):
         raise PydanticCustomError("content_type", "must be text, or a list of text parts")
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-def _or_text(schema: dict[str, Any]) -> None:
+def or_text(schema: dict[str, Any]) -> None:
+    """A list's JSON schema that allows text too."""
+    if "anyOf" in schema:  # a list or null
+        schema |= schema.pop("anyOf")[0]
     schema["anyOf"] = [{"type": "string"}, {"type": "array", "items": schema.pop("items")}]
     del schema["type"]
 
 
-class Message(Strict):
-    """A turn. An assistant's may carry the empty fields that answers come with."""
+def or_null(schema: dict[str, Any]) -> None:
+    or_text(schema)
+    schema["anyOf"].append({"type": "null"})
 
-    role: Literal["system", "developer", "user", "assistant"]
+
+class CalledFunction(Open):
+    name: str
+    arguments: str = Field(description="JSON")
+
+
+class ToolCall(Open):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Open):
+    """A turn of any role."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[
-        list[TextPart],
+        list[TextPart] | None,
         FailFast(),
-        BeforeValidator(_parts),
-        Field(json_schema_extra=_or_text),
-    ]
-    name: Any = neutral("")
-    refusal: Any = neutral()
-    annotations: Any = neutral([])
+        BeforeValidator(text_or_parts),
+        Field(description="An assistant's may be missing or null", json_schema_extra=or_null),
+    ] = None
+    tool_calls: Annotated[
+        list[ToolCall] | None,
+        FailFast(),
+        Field(max_length=MOST_TOOLS, description="Of an assistant: written as text"),
+    ] = None
+    tool_call_id: str | None = None
+    function_call: CalledFunction | None = Field(None, description="As one of tool_calls")
+    name: str | None = Field(None, description="Of a function; a speaker's is not used")
     audio: Any = neutral()
-    tool_calls: Any = neutral([])
-    function_call: Any = neutral()
+    refusal: Any = taken()
+    annotations: Any = taken()
+    reasoning_content: Any = taken("earlier thinking is not read again")
+    reasoning: Any = taken("earlier thinking is not read again")
+    cache_control: Any = taken()
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Message":
+        if self.role != "assistant" and "content" not in self.model_fields_set:
+            raise PydanticCustomError("missing", "is required", {PARAM: "content"})
+        return self
 
     @property
     def text(self) -> str:
-        return "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content or ())
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """As the tokenizer takes it."""
+        more = {
+            "tool_calls": [call.model_dump() for call in self.tool_calls or ()],
+            "tool_call_id": self.tool_call_id,
+            "function_call": self.function_call and self.function_call.model_dump(),
+            "name": self.name,
+        }
+        given = {name: value for name, value in more.items() if value}
+        return {"role": self.role, "content": self.text, **given}
 
 
-class StreamOptions(Strict):
+# ---- Tools, and the shape of an answer
+
+
+class Function(Open):
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments")
+    strict: Any = taken("arguments always keep to their schema")
+
+
+class Tool(Open):
+    type: Literal["function"]
+    function: Function
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        return self.model_dump(exclude_none=True)
+
+
+def _tool_choice(value: Any) -> Any:
+    if value in (None, "none", "auto", "required"):
+        return value
+    function = value.get("function") if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise PydanticCustomError(
+            "tool_choice", 'must be none, auto, required or {{"function": {{"name": ...}}}}'
+        )
+    return {"type": "function", "function": {"name": function["name"]}}
+
+
+_NAMED = {
+    "type": "object",
+    "required": ["function"],
+    "properties": {
+        "type": {"type": "string"},
+        "function": {
+            "type": "object",
+            "required": ["name"],
+            "properties": {"name": {"type": "string"}},
+        },
+    },
+}
+_TOOL_CHOICE = {"anyOf": [{"enum": ["none", "auto", "required", None]}, _NAMED]}
+
+
+def _json_schema(value: Any) -> Any:
+    if not isinstance(value, dict | bool | None):
+        raise PydanticCustomError("json_schema_type", "must be a JSON schema: an object, or true")
+    return value
+
+
+# A JSON schema, as JSON.
+Schema = Annotated[
+    Any,
+    BeforeValidator(_json_schema),
+    Field(json_schema_extra={"type": ["object", "boolean", "null"]}),
+]
+
+
+class JsonSchema(Open):
+    name: str | None = None
+    description: Any = taken()
+    schema_: Schema = Field(None, alias="schema")
+    strict: Any = taken("answers always keep to their schema")
+
+
+class ResponseFormat(Open):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    schema_: Schema = Field(None, alias="schema", description="llama.cpp's place for a schema")
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> "ResponseFormat":
+        if self.type == "json_schema" and self.json_schema is None and self.schema_ is None:
+            raise PydanticCustomError("missing", "is required", {PARAM: "json_schema"})
+        return self
+
+    @property
+    def place(self) -> str:
+        """Where the schema is."""
+        inner = self.json_schema is not None and self.json_schema.schema_ is not None
+        return "json_schema.schema" if inner else "schema"
+
+    @property
+    def wanted(self) -> dict[str, Any] | bool | None:
+        """The schema that the answer must keep to, if any: true allows any JSON."""
+        if self.type == "text":
+            return None
+        named = None if self.json_schema is None else self.json_schema.schema_
+        found = self.schema_ if named is None else named
+        return {"type": "object"} if found is None else found
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation to be answered, whatever endpoint it came to.
+
+    messages: as the tokenizer takes them; `param` is what errors call them.
+    continued, prompted: whether its last turn is gone on with, and else whether an answer is begun.
+    choice: none, auto, required or a function's name; None as auto.
+    format: what the answer is to be, and what errors call that.
+    top_logprobs: alternatives to each token of the answer; None: no log-probabilities.
+    """
+
+    messages: list[dict[str, Any]]
+    param: str
+    continued: bool = False
+    prompted: bool = True
+    tools: Sequence[Tool] = ()
+    choice: str | None = None
+    format: tuple[str, ResponseFormat | None] = ("", None)
+    top_logprobs: int | None = None
+
+    @property
+    def to_call(self) -> list[Tool]:
+        """The functions of which the answer is to call one; none where it is text."""
+        if self.choice in (None, "none", "auto"):
+            return []
+        return [t for t in self.tools if self.choice in ("required", t.function.name)]
+
+
+class StreamOptions(Open):
     include_usage: bool | None = None
-    include_obfuscation: Any = neutral(False)
+    include_obfuscation: Any = taken()
 
 
-_STOP = {"type": "string", "minLength": 1, "maxLength": 1000}
+# ---- What both endpoints take
+
+_STOP = {"type": "string", "maxLength": 1000}
 
 
 def _stops(value: Any) -> Any:
-    """One or several stop strings as a list of them."""
+    """One or several stop strings as a list of them; an empty one stops nothing."""
     stops = [value] if isinstance(value, str) else value
     if stops is None:
         return None
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise PydanticCustomError("stop_type", "must be text, or a list of texts")
-    if len(stops) > MOST_STOPS or not all(0 < len(stop) <= 1000 for stop in stops):
+    if len(stops) > MOST_STOPS or not all(len(stop) <= 1000 for stop in stops):
         raise PydanticCustomError(
-            "stop", "must be at most {most} texts of 1 to 1000 characters", {"most": MOST_STOPS}
+            "stop", "must be at most {most} texts of at most 1000 characters", {"most": MOST_STOPS}
         )
-    return stops
+    return [stop for stop in stops if stop]
 
 
 def _stop_schema(schema: dict[str, Any]) -> None:
@@ -158,47 +346,30 @@ def _bias_schema(schema: dict[str, Any]) -> None:
     }
 
 
-def _labels(value: Any) -> Any:
-    if isinstance(value, dict) and not all(isinstance(one, str) for one in value.values()):
-        raise PydanticCustomError("labels_type", "must be an object of texts")
-    return value
+class Drawn(Open):
+    """What every endpoint takes."""
 
-
-class Sampled(Strict):
-    """What both endpoints take."""
-
-    model: str | None = Field(None, description="One of /v1/models; without it the first")
-    max_tokens: int | None = Field(
-        None,
-        ge=1,
-        lt=2**31,
-        description="Tokens at most; without it the server's --max-tokens, or what fits",
+    model: str | None = Field(
+        None, description="One of /v1/models; without it, or empty, the first of them"
     )
     temperature: float | None = Field(
-        None, ge=0, le=2, description="Without it the server's --temp; 0 is greedy, its default"
+        None, ge=0, description="Without it the server's --temp; 0 is greedy, its default"
     )
     top_k: int | None = Field(
         None, ge=-1, lt=2**31, description="Likeliest tokens to draw from; 0 and -1 are all"
     )
-    top_p: float | None = Field(None, gt=0, le=1, description="Probability mass to draw from")
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="Probability mass to draw from; 0 is the likeliest token"
+    )
     min_p: float | None = Field(
         None, ge=0, lt=1, description="Least probability, as a share of the likeliest token's"
     )
     seed: int | None = Field(
-        None, ge=-(2**63), lt=2**63, description="The same seed gives the same text"
+        None,
+        ge=-(2**63),
+        lt=2**63,
+        description="The same seed gives the same text; -1, as llama.cpp has it, a new one",
     )
-    stop: Annotated[
-        list[str] | None,
-        BeforeValidator(_stops),
-        Field(
-            description="The text ends before the first of these", json_schema_extra=_stop_schema
-        ),
-    ] = None
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Answers to each prompt")
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Taken, and not used")
-    # Not llama.cpp's `repeat_penalty`: it looks at 64 tokens, and would do another thing here.
     repetition_penalty: float | None = Field(
         None,
         gt=0,
@@ -210,6 +381,17 @@ class Sampled(Strict):
         ge=1,
         lt=2**31,
         description="How many of prompt and answer; without it the server's --repetition-context",
+    )
+    repeat_penalty: float | None = Field(
+        None,
+        gt=0,
+        description="llama.cpp's repetition_penalty: it looks at the last repeat_last_n tokens",
+    )
+    repeat_last_n: int | None = Field(
+        None,
+        ge=-1,
+        lt=2**31,
+        description=f"Without it {LLAMA_CPP_REPEATS}; 0 penalizes nothing, -1 looks at all tokens",
     )
     frequency_penalty: float | None = Field(
         None,
@@ -233,12 +415,85 @@ class Sampled(Strict):
     ignore_eos: bool | None = Field(
         None, description="No end of text at all: the answer goes on until max_tokens, or a stop"
     )
+    stop: Annotated[
+        list[str] | None,
+        BeforeValidator(_stops),
+        Field(
+            description="The text ends before the first of these; an empty one is none",
+            json_schema_extra=_stop_schema,
+        ),
+    ] = None
+    # What must be the answer's whole text. vLLM's names.
+    guided_json: Schema = Field(None, description="JSON schema that the answer keeps to")
+    guided_regex: str | None = Field(None, description="Regular expression that it matches whole")
+    guided_grammar: str | None = Field(None, description="Lark grammar that it keeps to")
+    guided_choice: Annotated[
+        list[str] | None,
+        Field(min_length=1, max_length=1000, description="Texts of which it is one"),
+    ] = None
+    grammar: Any = neutral("")  # GBNF
+    json_schema: Schema = Field(None, description="llama.cpp's guided_json")
+    # Samplers and searches that there are not.
+    typical_p: Any = neutral(0, 1)
+    mirostat: Any = neutral(0)
+    tfs_z: Any = neutral(1)
+    top_a: Any = neutral(0)
+    xtc_probability: Any = neutral(0)
+    dry_multiplier: Any = neutral(0)
+    dynatemp_range: Any = neutral(0)
+    smoothing_factor: Any = neutral(0)
+    no_repeat_ngram_size: Any = neutral(0)
+    use_beam_search: Any = neutral(False)
+    stop_token_ids: Any = neutral([])
+    bad_words: Any = neutral([])
+    skip_special_tokens: Any = neutral(True)
+    include_stop_str_in_output: Any = neutral(False)
+    truncate_prompt_tokens: Any = neutral()
+    # They say where, when or how the answer is made; the text is the same.
+    user: Any = taken()
+    metadata: Any = taken()
+    service_tier: Any = taken()
+    store: Any = taken("nothing is stored")
+    safety_identifier: Any = taken()
+    prompt_cache_key: Any = taken("prompts that begin alike are found without it")
+    prompt_cache_retention: Any = taken("--cache-gb says how much is kept")
+    cache_prompt: Any = taken("prompts that begin alike are found without it")
+    priority: Any = taken()
+    timings_per_token: Any = taken()
 
-    @model_validator(mode="after")
-    def _options_of_a_stream(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise wrong("stream_options", "only means something with stream set to true")
-        return self
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens of an answer at most; -1: as many as fit; None: not said."""
+        raise NotImplementedError
+
+    @property
+    def choices(self) -> int:
+        """Answers to each prompt."""
+        return 1
+
+
+class Sampled(Drawn):
+    """What both of OpenAI's older endpoints take."""
+
+    max_tokens: int | None = Field(
+        None,
+        validation_alias=AliasChoices("max_tokens", "n_predict"),
+        ge=-1,
+        lt=2**63,
+        description="Tokens at most; without it the server's --max-tokens. -1 and more than fit"
+        " are what fits",
+    )
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Answers to each prompt")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = Field(
+        None, description="include_usage: a last event with the tokens used"
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="json_schema: the answer keeps to its schema; json_object: to JSON"
+    )
+    return_token_ids: bool | None = Field(
+        None, description="Prompts and answers come back as token ids too"
+    )
 
     @property
     def wants_usage(self) -> bool:
@@ -248,46 +503,87 @@ class Sampled(Strict):
     def most_tokens(self) -> int | None:
         return self.max_tokens
 
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
 
 class ChatRequest(Sampled):
     messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
     max_completion_tokens: int | None = Field(
-        None, ge=1, lt=2**31, description="Same as max_tokens"
+        None, ge=-1, lt=2**63, description="Goes before max_tokens"
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    metadata: Annotated[dict[str, str] | None, BeforeValidator(_labels)] = Field(
-        None, description="Taken, and not used"
+    add_generation_prompt: bool | None = Field(
+        None, description="Whether an answer is begun; by default, unless the last turn is one"
     )
-    safety_identifier: str | None = Field(None, description="Taken, and not used")
-    prompt_cache_key: str | None = Field(None, description="Taken, and not used")
-    store: Any = neutral(False)
-    response_format: Any = neutral({"type": "text"})
-    modalities: Any = neutral(["text"])
-    tools: Any = neutral([])
-    tool_choice: Any = neutral("none", "auto")
-    parallel_tool_calls: Any = neutral(True, False)
-    functions: Any = neutral([])
+    continue_final_message: bool | None = Field(
+        None, description="Whether the last turn, an assistant's, is continued; by default it is"
+    )
+    tools: Annotated[
+        list[Tool] | None,
+        FailFast(),
+        Field(
+            max_length=MOST_TOOLS,
+            description="Go to a chat template that knows tools; with any other they are only used"
+            " where tool_choice asks for a call",
+        ),
+    ] = None
+    tool_choice: Annotated[
+        Any,
+        BeforeValidator(_tool_choice),
+        Field(
+            description="required, or a function: the answer is a call. Else it is text",
+            json_schema_extra=dict(_TOOL_CHOICE),
+        ),
+    ] = None
+    parallel_tool_calls: Any = taken("there is one call at most")
+    functions: Any = taken("as tools with tool_choice auto")
     function_call: Any = neutral("none", "auto")
-    service_tier: Any = neutral("auto", "default")
-    reasoning_effort: Any = neutral("none")
-    verbosity: Any = neutral("medium")
-    prediction: Any = neutral()
+    modalities: Any = neutral(["text"])
     audio: Any = neutral()
     web_search_options: Any = neutral()
+    reasoning_effort: Any = taken("the models have one way to think")
+    verbosity: Any = taken("the models have one way to write")
+    thinking: Any = taken("the models have one way to think")
+    prediction: Any = taken("guesses are made without it")
+    chat_template_kwargs: Any = taken("the template has no settings")
+    reasoning_format: Any = taken()
 
     @model_validator(mode="after")
-    def _agree(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+    def _agree(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
             raise wrong("top_logprobs", "only means something with logprobs set to true")
-        both = (self.max_tokens, self.max_completion_tokens)
-        if None not in both and both[0] != both[1]:
-            raise wrong("max_completion_tokens", "is another number than max_tokens; send one")
+        if self.most_tokens == 0:
+            raise wrong("max_tokens", "0 asks for nothing")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise wrong("continue_final_message", "the last message is not an assistant's")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise wrong("add_generation_prompt", "is not possible with continue_final_message")
         return self
 
     @property
     def most_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def talk(self) -> Talk:
+        last, choice = self.messages[-1], self.tool_choice
+        continued = self.continue_final_message
+        if continued is None:
+            ends = last.role == "assistant" and not last.tool_calls and not last.function_call
+            continued = ends and not self.add_generation_prompt
+        return Talk(
+            [message.plain for message in self.messages],
+            "messages",
+            continued=continued,
+            prompted=self.add_generation_prompt is not False,
+            tools=self.tools or (),
+            choice=choice["function"]["name"] if isinstance(choice, dict) else choice,
+            format=("response_format", self.response_format),
+            top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
 
 
 def _prompts(value: Any) -> Any:
@@ -327,35 +623,29 @@ class CompletionRequest(Sampled):
         BeforeValidator(_prompts),
         Field(max_length=MOST_CHOICES, json_schema_extra=_prompt_schema),
     ]
-    max_tokens: int | None = Field(
-        None,
-        ge=0,
-        lt=2**31,
-        description="Tokens at most; without it the server's --max-tokens, or what fits."
-        " 0 with echo only",
-    )
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = Field(
         None, description="The text begins with the prompt; logprobs are of its tokens too"
     )
     suffix: Any = neutral("")
-    best_of: Any = neutral(1)
+    best_of: int | None = Field(None, description="Only as many as n")
 
     @model_validator(mode="after")
-    def _not_too_many(self) -> Self:
+    def _not_too_many(self) -> "CompletionRequest":
         if len(self.prompt) * (self.n or 1) > MOST_CHOICES:
             raise wrong("n", f"asks for more than {MOST_CHOICES} answers over all prompts")
-        if self.best_of and (self.n or 1) > 1:
-            raise wrong("best_of", "is less than n; leave it out")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise wrong("best_of", "is another number than n; leave it out")
         if self.max_tokens == 0 and not self.echo:
             raise wrong("max_tokens", "0 asks for nothing without echo")
         return self
 
 
-Asked = TypeVar("Asked", bound=Strict)
+# ---- From bytes to one of these
+
+Asked = TypeVar("Asked", bound=Open)
 
 _CODES = {
-    "unknown_parameter": "unknown_parameter",
     "unsupported_value": "unsupported_value",
     "missing": "missing_required_parameter",
     "json_invalid": "invalid_json",
@@ -375,7 +665,7 @@ def parse_body(kind: type[Asked], body: bytes) -> Asked:
     message = first["msg"]
     if first["type"] == "missing":
         message = "is required"
-    where = f"{param}: " if param and first["type"] != "unknown_parameter" else ""
+    where = f"{param}: " if param else ""
     code = _CODES.get(first["type"])
     if code is None:
         code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_cerebrum.server.faults import ApiError
+from mlx_cerebrum.server.ignored import HEADER as IGNORED
 
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -108,7 +109,7 @@ class Guard:
         if len(given) == 1 and given[0] in self._rules.origins:
             return {
                 "Access-Control-Allow-Origin": given[0],
-                "Access-Control-Expose-Headers": "X-Request-Id, Retry-After",
+                "Access-Control-Expose-Headers": f"X-Request-Id, Retry-After, {IGNORED}",
             }
         foreign = given and given != [f"http://{headers['host']}"]
         # Without an Origin: images, scripts and the like of a page elsewhere.

@@ -2,20 +2,19 @@
 
 import asyncio
 import contextlib
-import json
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from mlx_cerebrum.server.answers import Choice, Json, Shape
 from mlx_cerebrum.server.faults import ApiError
 from mlx_cerebrum.server.jobs import NO_TOKEN, Engine, Event, Failed, Job, Piece, Reading
 from mlx_cerebrum.server.metrics import Metrics
+from mlx_cerebrum.server.shapes import Choice, Json, Shape
 
 MOST_PENDING = 4096  # tokens kept for a client that does not read them
 _AT_ONCE = 256  # tokens taken together: others want their turn of the event loop
@@ -175,9 +174,9 @@ class RunningRequest:
 class WholeResponse(Response):
     """The whole answer as JSON, once it is there."""
 
-    def __init__(self, running: RunningRequest, shape: Shape) -> None:
+    def __init__(self, running: RunningRequest, shape: Shape, headers: Mapping[str, str]) -> None:
         super().__init__()
-        self._running, self._shape = running, shape
+        self._running, self._shape, self._more = running, shape, headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -199,24 +198,29 @@ class WholeResponse(Response):
         return await asyncio.to_thread(self._written, choices)
 
     def _written(self, choices: list[Choice]) -> Response:
-        return JSONResponse(self._shape.whole(choices, self._running.usage))
+        whole = self._shape.whole(choices, self._running.usage)
+        return JSONResponse(whole, headers=dict(self._more))
 
 
 class StreamResponse(Response):
     """The answer's pieces as server-sent events, with comments while there is nothing to say.
 
-    usage: whether a last object tells the tokens used. keep_alive: seconds of silence at most.
+    keep_alive: seconds of silence at most.
     """
 
     def __init__(
-        self, running: RunningRequest, shape: Shape, *, usage: bool, keep_alive: float
+        self,
+        running: RunningRequest,
+        shape: Shape,
+        headers: Mapping[str, str],
+        *,
+        keep_alive: float,
     ) -> None:
-        self._running, self._shape, self._usage = running, shape, usage
-        self._keep_alive = keep_alive
+        self._running, self._shape, self._keep_alive = running, shape, keep_alive
         self.status_code, self.background = 200, None  # no super().__init__: no content-length
         self.media_type = "text/event-stream"
         # No proxy may collect what is meant to be seen as it comes.
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = False
@@ -230,14 +234,13 @@ class StreamResponse(Response):
     async def _send(self, send: Send) -> bool:
         start = {"status": self.status_code, "headers": self.raw_headers}
         await send({"type": "http.response.start", **start})
-        openings = filter(None, map(self._shape.opening, self._running.choices))
-        await self._write(send, [self._event(choice) for choice in openings])
+        await self._write(send, self._shape.opening(self._running.choices))
         told = None
         while not self._running.ended:
             try:
                 pieces = await self._running.take(self._keep_alive)
             except ApiError as failed:  # too late for a status
-                await self._write(send, [_data(failed.body)])
+                await self._write(send, self._shape.failing(failed.body))
                 break
             if any(piece.scores for _, piece in pieces):  # thousands: not on the event loop
                 events = await asyncio.to_thread(self._said, pieces)
@@ -252,30 +255,16 @@ class StreamResponse(Response):
                 told = reading
             await self._write(send, events)
         else:
-            usage = self._running.usage
-            last = [_data(self._shape.frame([], usage))] if self._usage else []
-            await self._write(send, [*last, b"data: [DONE]\n\n"])
+            await self._write(send, self._shape.ending(self._running.usage))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return True
 
     def _said(self, pieces: Sequence[tuple[int, Piece]]) -> list[bytes]:
-        events = []
-        for index, piece in pieces:
-            events.append(self._event(self._shape.chunk(index, piece)))
-            if piece.finish_reason is not None:
-                events.append(self._event(self._shape.closing(index, piece.finish_reason)))
-        return events
-
-    def _event(self, choice: dict[str, Any] | None) -> bytes:
-        return b"" if choice is None else _data(self._shape.frame([choice], None))
+        return [data for index, piece in pieces for data in self._shape.pieces(index, piece)]
 
     async def _write(self, send: Send, events: list[bytes]) -> None:
         if body := b"".join(events):
             await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-def _data(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
 
 
 def _note(scope: Scope, running: RunningRequest) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from mlx_cerebrum.decoding.logprobs import TokenLogprob
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.decoding.text import AnswerText
+from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.server.jobs import Event, Job
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
@@ -37,7 +38,7 @@ class Task:
     ) -> None:
         self.job = job
         self.end_ids = tokenizer.eos_token_ids
-        before = job.prompt if job.echo else ()
+        before = job.prompt if job.echo or job.continues else ()
         self.texts = [AnswerText(tokenizer, job.max_tokens, job.stop, before) for _ in range(job.n)]
         self.scores: Sequence[TokenLogprob] = ()  # of the prompt, once it has been read
         self.reasons: list[str] = []  # of the choices that are over
@@ -86,6 +87,8 @@ def choice_seed(sampling: Sampling, choice: int) -> int | None:
 
 def said(error: Exception) -> str:
     """An error in one line that shows nothing of the machine; the log has the rest."""
+    if isinstance(error, RequestError):  # it names what was asked, and nothing else
+        return str(error)
     text = str(error).lower()
     if isinstance(error, MemoryError) or "alloc" in text or "memory" in text:
         return "the device ran out of memory; ask for fewer tokens, or try again later"

@@ -90,4 +90,5 @@ def describe(model: Model) -> Mapping[str, int | None]:
         "blocks": config.num_hidden_layers,
         "sliding_window": config.sliding_window,
         "context_length": config.max_position_embeddings,
+        "vocabulary_size": config.vocab_size,
     }

@@ -356,7 +356,7 @@ def test_a_token_outside_the_vocabulary_fails_its_job_only(
     desk = Desk(loaded(WINDOW))
     bad, good = desk.start(job(4, 9)), desk.start(job(4, 9, seed=1))
 
-    def refuse(token: int) -> tuple[str, str | None]:
+    def refuse(token: int, complete: bool = False) -> tuple[str, str | None]:
         raise ValueError(token)
 
     bad.texts[0].add = refuse  # type: ignore[method-assign]

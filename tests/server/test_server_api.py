@@ -15,6 +15,7 @@ from schemathesis.specs.openapi import checks
 from server_room import (
     ANSWER,
     CONTEXT,
+    VOCABULARY,
     WAIT,
     FakeEngine,
     FakeTask,
@@ -33,6 +34,7 @@ from server_room import (
 from mlx_cerebrum.decoding.logprobs import TokenLogprob
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.server import log
 from mlx_cerebrum.server.answers import ChatCompletion, TextCompletion
 from mlx_cerebrum.server.jobs import BusyError, Event, Failed, Piece
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
@@ -91,7 +93,7 @@ def test_what_the_engine_is_asked(server: Running, engine: FakeEngine) -> None:
         temperature=0.5,
         top_p=0.9,
         min_p=0.1,
-        seed=-1,
+        seed=-2,
         n=2,
         stop=["x", "y"],
         logprobs=True,
@@ -100,7 +102,7 @@ def test_what_the_engine_is_asked(server: Running, engine: FakeEngine) -> None:
     job = engine.jobs[0]
     assert job.model == "small-deep"
     assert job.max_tokens == 7
-    assert job.sampling == Sampling(0.5, 0.9, 0.1, 2**64 - 1)
+    assert job.sampling == Sampling(0.5, 0.9, 0.1, 2**64 - 2)
     assert job.n == 2
     assert job.stop == ("x", "y", "\nUser:")
     assert job.top_logprobs == 2
@@ -325,7 +327,9 @@ def test_models(server: Running) -> None:
         "blocks": 8,
         "sliding_window": 12,
         "context_length": CONTEXT,
+        "vocabulary_size": VOCABULARY,
     }
+    assert first["context_length"] == first["max_model_len"] == CONTEXT
     assert server.client.get("/v1/models/small").json() == first
     assert server.client.get("/v1/models/deep").json()["id"] == "small-deep"
     for answer in (server.client.get("/v1/models/gpt"), post(server, **chat() | {"model": "gpt"})):
@@ -355,14 +359,46 @@ def test_messages_the_template_refuses_are_mended(server: Running) -> None:
         assert post(server, messages=messages).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("text", "more"),
-    [("a" * CONTEXT, {}), ("a", {"max_tokens": CONTEXT}), ("a" * 400, {"max_tokens": 300})],
-)
-def test_more_than_the_model_s_positions(server: Running, text: str, more: Any) -> None:
-    answer = post(server, **chat(text, **more))
+def test_more_than_the_model_s_positions(server: Running) -> None:
+    answer = post(server, **chat("a" * CONTEXT))
     assert error(answer) == (400, "context_length_exceeded", "messages")
     assert str(CONTEXT) in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("most", [-1, CONTEXT, 10**15])
+def test_as_many_tokens_as_fit(server: Running, engine: FakeEngine, most: int) -> None:
+    post(server, **chat("a" * 300, max_tokens=most))
+    (job,) = engine.jobs
+    assert job.max_tokens == CONTEXT - len(job.prompt)
+
+
+def test_names_that_nobody_knows_are_told(
+    server: Running, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        more: dict[str, Any] = {f"k{i}": i for i in range(9)} | {
+            "a b": 1,
+            "\u00e9\r\n": 2,
+            "x" * 41: 3,
+        }
+        answer = post(server, **chat(**more))
+        assert answer.status_code == 200
+        told = "k0, k1, k2, k3, k4, k5, k6, k7, +4"
+        assert answer.headers["x-ignored-parameters"] == told
+        streamed = post(server, **chat(stream=True, foo=1))
+        assert streamed.headers["x-ignored-parameters"] == "foo"
+    assert "x-ignored-parameters" not in post(server, **chat()).headers
+    log.flush(WAIT)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines.count(f"not used, of what clients send: {told}") == 1
+    assert lines.count("not used, of what clients send: foo") == 1
+
+
+def test_the_same_without_v1(server: Running) -> None:
+    assert post(server, "/chat/completions", **chat()).status_code == 200
+    assert post(server, "/completions", prompt="a").status_code == 200
+    assert server.client.get("/models").json() == server.client.get("/v1/models").json()
+    assert server.client.get("/models/small").json()["max_model_len"] == CONTEXT
 
 
 def test_a_full_queue(server: Running, engine: FakeEngine) -> None:

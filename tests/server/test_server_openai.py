@@ -233,7 +233,7 @@ def test_errors(client: openai.OpenAI) -> None:
     assert refused.value.param == "presence_penalty"
     assert refused.value.type == "invalid_request_error"
     with pytest.raises(openai.BadRequestError, match="2048 positions"):
-        client.chat.completions.create(model="small", messages=HI, max_tokens=4000)
+        client.completions.create(model="small", prompt="a" * 3000)
     with pytest.raises(openai.BadRequestError, match="n must be from 1 to 4"):
         client.chat.completions.create(model="small", messages=HI, n=5)
     with pytest.raises(openai.BadRequestError, match="260"):

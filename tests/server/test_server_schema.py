@@ -16,14 +16,14 @@ from mlx_cerebrum.server.schema import (
     MOST_CHOICES,
     ChatRequest,
     CompletionRequest,
-    Strict,
+    Open,
     parse_body,
 )
 
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
-def refusal(kind: type[Strict], body: Any) -> tuple[str | None, str | None, str]:
+def refusal(kind: type[Open], body: Any) -> tuple[str | None, str | None, str]:
     """`(param, code, message)`."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     with pytest.raises(ApiError) as caught:
@@ -39,38 +39,68 @@ def chat(**more: Any) -> ChatRequest:
 
 
 def test_what_clients_send_for_nothing_is_taken() -> None:
-    chat(
+    asked = chat(
         frequency_penalty=0,
         presence_penalty=0.0,
         logit_bias={},
+        repeat_penalty=1,
         response_format={"type": "text"},
         tools=[],
         tool_choice="none",
-        parallel_tool_calls=True,
-        store=False,
-        service_tier="auto",
-        reasoning_effort=None,
-        user="someone",
-        metadata={"a": "b"},
-        modalities=["text"],
         temperature=None,
         n=None,
-        stop=None,
+        stop="",
+        stream_options={"include_usage": True, "include_obfuscation": False},
+        top_logprobs=0,
+        best_of=1,
+        mirostat=0,
+        typical_p=1.0,
+        modalities=["text"],
     )
+    assert asked.stop == []
+    assert list(asked.unknown()) == ["best_of"]
+
+
+def test_what_cannot_change_an_answer_is_taken_whatever_it_says() -> None:
+    asked = chat(
+        parallel_tool_calls=True,
+        store=True,
+        service_tier="flex",
+        reasoning_effort="high",
+        verbosity="low",
+        prediction={"type": "content", "content": "Hi"},
+        user=5,
+        metadata={"a": [1]},
+        cache_prompt=True,
+    )
+    assert list(asked.unknown()) == []
+
+
+def test_unknown_names_are_taken_and_told() -> None:
+    part = {"type": "text", "text": "Hi", "weight": 1}
+    asked = chat(
+        messages=[{"role": "user", "content": [part, part], "id": "m1"}],
+        foo=1,
+        stream_options={"bar": None},
+        response_format={"type": "text", "hint": 2},
+    )
+    told = ["foo", "messages.content.weight", "messages.id", "response_format.hint"]
+    assert sorted(set(asked.unknown())) == [*told, "stream_options.bar"]
 
 
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"store": True}, "store"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"audio": {"voice": "x"}}, "audio"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"function_call": {"name": "f"}}, "function_call"),
+        ({"grammar": "root ::= x"}, "grammar"),
+        ({"mirostat": 2}, "mirostat"),
+        ({"stop_token_ids": [2]}, "stop_token_ids"),
         ({"top_logprobs": 3}, "top_logprobs"),
-        ({"logprobs": False, "top_logprobs": 0}, "top_logprobs"),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"max_tokens": 0}, "max_tokens"),
     ],
 )
 def test_what_is_not_honoured_is_refused_by_name(more: dict[str, Any], param: str) -> None:
@@ -79,17 +109,36 @@ def test_what_is_not_honoured_is_refused_by_name(more: dict[str, Any], param: st
     assert message.startswith(f"{param}: ")
 
 
+def test_how_many_tokens() -> None:
+    assert chat(n_predict=5).most_tokens == 5
+    assert chat(max_tokens=3, max_completion_tokens=4).most_tokens == 4
+    assert chat(max_tokens=-1).most_tokens == -1
+    assert chat(max_tokens=10**12).most_tokens == 10**12
+    assert chat().most_tokens is None
+
+
+def test_whether_the_last_turn_is_continued() -> None:
+    def continued(**more: Any) -> bool:
+        turns = [*HI["messages"], {"role": "assistant", "content": "Ho"}]
+        return chat(messages=turns, **more).talk.continued
+
+    assert continued()
+    assert continued(add_generation_prompt=False)
+    assert not continued(add_generation_prompt=True)
+    assert not continued(continue_final_message=False)
+    assert not chat().talk.continued
+    both = {"continue_final_message": True, "add_generation_prompt": True}
+    turns = {"messages": [{"role": "assistant", "content": "Ho"}]}
+    assert refusal(ChatRequest, turns | both)[0] == "add_generation_prompt"
+
+
 @pytest.mark.parametrize(
     ("more", "param", "code"),
     [
-        ({"foo": 1}, "foo", "unknown_parameter"),
-        ({"stream": True, "stream_options": {"foo": 1}}, "stream_options.foo", "unknown_parameter"),
-        ({"temperature": 2.1}, "temperature", "invalid_value"),
         ({"temperature": "1"}, "temperature", "invalid_type"),
         ({"top_k": -2}, "top_k", "invalid_value"),
         ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
         ({"repetition_context_size": 0}, "repetition_context_size", "invalid_value"),
-        ({"repeat_penalty": 1.1}, "repeat_penalty", "unknown_parameter"),
         ({"frequency_penalty": 2.1}, "frequency_penalty", "invalid_value"),
         ({"frequency_penalty": False}, "frequency_penalty", "invalid_type"),
         ({"presence_penalty": -2.1}, "presence_penalty", "invalid_value"),
@@ -105,40 +154,48 @@ def test_what_is_not_honoured_is_refused_by_name(more: dict[str, Any], param: st
         ({"logit_bias": {"\u0665": 1}}, "logit_bias", "invalid_value"),
         ({"min_tokens": -1}, "min_tokens", "invalid_value"),
         ({"ignore_eos": 1}, "ignore_eos", "invalid_type"),
-        ({"top_p": 0}, "top_p", "invalid_value"),
+        ({"temperature": -0.1}, "temperature", "invalid_value"),
+        ({"repeat_penalty": 0}, "repeat_penalty", "invalid_value"),
+        ({"repeat_last_n": -2}, "repeat_last_n", "invalid_value"),
+        ({"top_p": -0.1}, "top_p", "invalid_value"),
+        ({"top_p": 1.1}, "top_p", "invalid_value"),
         ({"min_p": 1}, "min_p", "invalid_value"),
         ({"n": 0}, "n", "invalid_value"),
         ({"n": True}, "n", "invalid_type"),
         ({"n": 1.5}, "n", "invalid_type"),
         ({"seed": 2**63}, "seed", "invalid_value"),
-        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"max_tokens": 10**4000}, "max_tokens", "invalid_value"),
-        ({"max_completion_tokens": 2**31}, "max_completion_tokens", "invalid_value"),
+        ({"max_completion_tokens": -2}, "max_completion_tokens", "invalid_value"),
+        ({"tool_choice": "always"}, "tool_choice", "invalid_value"),
+        ({"tool_choice": {"function": {}}}, "tool_choice", "invalid_value"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+            "missing_required_parameter",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}},
+            "response_format.json_schema.schema",
+            "invalid_type",
+        ),
+        ({"guided_json": "x"}, "guided_json", "invalid_type"),
+        ({"guided_choice": []}, "guided_choice", "invalid_value"),
+        ({"messages": [{"role": "x", "content": ""}]}, "messages[0].role", "invalid_value"),
         ({"logprobs": 1}, "logprobs", "invalid_type"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
-        ({"stop": ""}, "stop", "invalid_value"),
         ({"stop": ["a"] * 17}, "stop", "invalid_value"),
         ({"stop": [1]}, "stop", "invalid_type"),
-        ({"metadata": {"a": 1}}, "metadata", "invalid_type"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": "Hi"}, "messages", "invalid_type"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
-        (
-            {"messages": [{"role": "tool", "content": ""}]},
-            "messages[0].role",
-            "invalid_value",
-        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]},
             "messages[0].content[0].type",
             "invalid_value",
         ),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_type"),
-        (
-            {"messages": [{"role": "user", "content": "", "name": "Eve"}]},
-            "messages[0].name",
-            "unsupported_value",
-        ),
     ],
 )
 def test_what_is_wrong_is_named(more: dict[str, Any], param: str, code: str) -> None:
@@ -150,7 +207,7 @@ def test_how_a_request_says_to_choose() -> None:
         temperature=1e-30,
         top_p=0.9,
         min_p=0.1,
-        seed=-1,
+        seed=-2,
         top_k=40,
         repetition_penalty=1.1,
         repetition_context_size=64,
@@ -161,13 +218,31 @@ def test_how_a_request_says_to_choose() -> None:
         ignore_eos=True,
     )
     biases = ((5, -100.0), (0, 1.5))
-    wanted = Sampling(1e-30, 0.9, 0.1, 2**64 - 1, 40, 1.1, 64, 2.0, -2.0, biases, 3, True)
+    wanted = Sampling(1e-30, 0.9, 0.1, 2**64 - 2, 40, 1.1, 64, 2.0, -2.0, biases, 3, True)
     assert sampling(asked, GREEDY) == wanted
     assert sampling(chat(), wanted) == wanted
+    assert sampling(chat(seed=-1), wanted) == replace(wanted, seed=None)
+    assert sampling(chat(top_p=0), GREEDY).top_p == pytest.approx(0, abs=1e-6)
     unset = chat(top_k=-1, logit_bias={}, min_tokens=0, ignore_eos=False, temperature=0)
     assert sampling(unset, wanted) == replace(
         wanted, temp=0, top_k=0, logit_bias=(), min_tokens=0, ignore_eos=False
     )
+
+
+@pytest.mark.parametrize(
+    ("more", "penalty", "context"),
+    [
+        ({"repeat_penalty": 1.1}, 1.1, 64),
+        ({"repeat_penalty": 1.1, "repeat_last_n": 5}, 1.1, 5),
+        ({"repeat_penalty": 1.1, "repeat_last_n": -1}, 1.1, 2**31 - 1),
+        ({"repeat_penalty": 1.1, "repeat_last_n": 0}, 1.0, 20),
+        ({"repeat_last_n": 5}, 1.0, 20),
+        ({"repetition_penalty": 1.2, "repeat_penalty": 1.1}, 1.2, 20),
+    ],
+)
+def test_llama_cpp_s_repetition(more: dict[str, Any], penalty: float, context: int) -> None:
+    found = sampling(chat(**more), GREEDY)
+    assert (found.repetition_penalty, found.repetition_context) == (penalty, context)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +270,7 @@ def test_not_a_number_is_not_a_temperature() -> None:
 def test_a_million_faults_make_one_error() -> None:
     keys = ",".join(f'"k{i}":1' for i in range(100_000))
     body = b'{"messages": [], ' + keys.encode() + b"}"
-    assert refusal(ChatRequest, body)[0] == "k0"
+    assert refusal(ChatRequest, body)[0] == "messages"
     many = {"messages": [{"role": "x", "content": "y"}] * 50_000}
     assert refusal(ChatRequest, many)[0] == "messages[0].role"
 
@@ -237,7 +312,7 @@ def test_what_is_no_prompt(prompt: Any) -> None:
     [
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 0, "echo": False}, "max_tokens"),
-        ({"max_tokens": -1, "echo": True}, "max_tokens"),
+        ({"max_tokens": -2, "echo": True}, "max_tokens"),
         ({"echo": 1}, "echo"),
         ({"prompt": ["a"] * (MOST_CHOICES + 1)}, "prompt"),
         ({"suffix": "x"}, "suffix"),

@@ -390,6 +390,22 @@ def test_origins_that_may_be_allowed(origin: str) -> None:
     assert asked("--cors-origin", origin).cors_origins == {origin}
 
 
+@pytest.mark.parametrize("origin", ["null", "file://"])
+def test_pages_without_a_site_need_a_key(origin: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match=f"cors-origin {origin} .*--api-key"):
+        asked("--cors-origin", origin)
+    allowed = asked("--cors-origin", origin, "--api-key", KEY)
+    assert allowed.cors_origins == {origin}
+    engine = FakeEngine(tokenizer)
+    with serving(engine, tokenizer, cors_origins={origin}, api_key=KEY) as server:
+        answer = server.client.get("/v1/models", headers={"Origin": origin})
+        assert answer.status_code == 401
+        headers = {"Origin": origin, "Authorization": f"Bearer {KEY}"}
+        answer = server.client.get("/v1/models", headers=headers)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == origin
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_others_need_a_key(host: str) -> None:
     with pytest.raises(RequestError, match="API key"):
