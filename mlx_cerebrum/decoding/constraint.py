@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from mlx_cerebrum.decoding.decode import Sampler
 from mlx_cerebrum.decoding.grammar_text import Ask, Written, first_line
+from mlx_cerebrum.decoding.trial import LIMITS, found_wrong
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.tokenizer.detokenizer import SPACE_MARK
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
@@ -30,19 +31,8 @@ if TYPE_CHECKING:
 
 Words = npt.NDArray[np.uint32]  # of a mask: token i is bit i % 32 of word i // 32
 
-KEPT = 16  # compiled grammars
+KEPT = 8  # compiled grammars; hostile ones come to 50 MB
 LONGEST = 512  # bytes of a token: llguidance's trie holds no path of more than 1024
-# Of llguidance: what one grammar may take. A unit of fuel is some 20 to 70 ns, a state 1 to 2 kB.
-LIMITS = {
-    "initial_lexer_fuel": 1_000_000,
-    "step_lexer_fuel": 200_000,
-    "step_max_items": 50_000,
-    "max_items_in_row": 2_000,
-    "max_lexer_states": 30_000,
-    "max_grammar_size": 100_000,
-    "precompute_large_lexemes": False,
-    "verbose_errors": False,  # they quote the grammar and the text so far
-}
 
 
 class Grammars:
@@ -82,11 +72,13 @@ class Grammar:
     def __init__(self, vocabulary: "_Vocabulary", ask: Ask) -> None:
         self.vocabulary, self.spent = vocabulary, False
         self._written = Written(ask)
+        if ask.kind != "json_object" and (wrong := found_wrong(self._written)):
+            raise RequestError(wrong)
         self._lock = threading.Lock()
         self._matcher = self.fresh()
         self._matcher.compute_bitmask()  # the first mask takes longest
         if self._matcher.is_error():
-            raise self._written.refusal(self._matcher.get_error(), vocabulary.problem)
+            raise RequestError(f"{ask.place}: {first_line(self._matcher.get_error())}")
 
     def fresh(self) -> "LLMatcher":
         """A matcher that shares nothing."""
@@ -266,10 +258,6 @@ class _Vocabulary:
         from llguidance import LLMatcher
 
         return LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
-
-    def problem(self, text: str) -> str:
-        """What keeps a grammar from being compiled; empty if nothing does."""
-        return self.matcher(text).get_error()
 
 
 class _Spelling:

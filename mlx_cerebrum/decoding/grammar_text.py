@@ -7,8 +7,7 @@ a note, as it says; any other keyword that can't be honoured is refused.
 
 import json
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import unquote
@@ -21,6 +20,7 @@ Json = dict[str, Any]
 Path = tuple[str | int, ...]
 
 MOST_BYTES = 128 << 10  # of what is asked
+MOST_TEXT = 4096  # of a text, a constant or an expression: each step looks at all that it forces
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # of a function
 
 # White space may be where JSON has it, but not for ever: a blank, or a new line and its indent.
@@ -65,16 +65,18 @@ class Written:
     """
 
     def __init__(self, ask: Ask) -> None:
-        self._place, self._schemas = ask.place, list[tuple[str, Json]]()
+        self.place, self.schemas = ask.place, list[tuple[str, Json]]()
         if len(ask.source) > MOST_BYTES:
             raise RequestError(f"{ask.place} is larger than {MOST_BYTES >> 10} KiB")
+        if ask.kind in ("regex", "lark"):
+            _short(ask.place, ask.source, 4 * MOST_TEXT)
         self.text = getattr(self, f"_{ask.kind}")(ask.source)
 
     def _json_object(self, source: str) -> str:
         return _of_schema({"type": "object"})
 
     def _json_schema(self, source: str) -> str:
-        return _of_schema(self._checked(self._read(source), self._place))
+        return _of_schema(self._checked(self._read(source), self.place))
 
     def _regex(self, source: str) -> str:
         from llguidance import LLMatcher
@@ -87,16 +89,18 @@ class Written:
     def _choice(self, source: str) -> str:
         texts = self._read(source)
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-            raise RequestError(f"{self._place} must be a list of texts, one at least")
-        return _of_lark("start: " + " | ".join(map(json.dumps, dict.fromkeys(texts))))
+            raise RequestError(f"{self.place} must be a list of texts, one at least")
+        for i, text in enumerate(texts):
+            _short(f"{self.place}[{i}]", text)
+        return _of_lark("start: TEXT\nTEXT: " + " | ".join(map(json.dumps, dict.fromkeys(texts))))
 
     def _call(self, source: str) -> str:
         functions = self._read(source)
         if not isinstance(functions, list) or not functions:
-            raise RequestError(f"{self._place} must be a list of functions, one at least")
+            raise RequestError(f"{self.place} must be a list of functions, one at least")
         rules = ["start: " + " | ".join(f"call{i}" for i in range(len(functions)))]
         for i, function in enumerate(functions):
-            place = f"{self._place}[{i}]"
+            place = f"{self.place}[{i}]"
             name = function.get("name") if isinstance(function, dict) else None
             if not isinstance(name, str) or not NAME.fullmatch(name):
                 raise RequestError(f"{place}.name must match {NAME.pattern}, not {shown(name)}")
@@ -110,7 +114,7 @@ class Written:
         return _of_lark("\n".join(rules))
 
     def _read(self, source: str) -> Any:
-        return json_file.parse(source, self._place, RequestError)
+        return json_file.parse(source, self.place, RequestError)
 
     def _checked(self, schema: Any, place: str) -> Json:
         """A schema without what it only notes."""
@@ -126,6 +130,11 @@ class Written:
                 raise RequestError(f"{where}.$ref must point into the schema itself (#/...)")
             if isinstance(part.get("format"), str) and part["format"] not in FORMATS:
                 del part["format"]
+            for name in _named(part):
+                _short(f"{where}.properties", name)
+            for key in ("const", "enum"):
+                for value in _list(part, key) if key == "enum" else [part.get(key)]:
+                    _short(f"{where}.{key}", json.dumps(value, ensure_ascii=False))
             required = part.get("required")
             least = 1 + (len(required) if isinstance(required, list) else 0)
             if isinstance(part.get("minProperties"), int) and part["minProperties"] > least:
@@ -136,18 +145,13 @@ class Written:
                 part["anyOf"] = part.pop("oneOf")
         if not _ends(found):
             raise RequestError(f"{place}: no document that ends can fulfil it")
-        self._schemas.append((place, found))
+        self.schemas.append((place, found))
         return found
 
-    def refusal(self, error: str, problem: Callable[[str], str]) -> RequestError:
-        """What to say to an `error` of llguidance's. `problem` says what is wrong with another
-        text; so the smallest part of a schema is found that is refused by itself."""
-        until = time.monotonic() + 0.5
-        for place, schema in self._schemas:
-            if found := problem(_of_schema(schema)):
-                path, found = _blamed(schema, found, problem, until)
-                return RequestError(cut(f"{_spelled(place, path)}: {first_line(found)}"))
-        return RequestError(f"{self._place}: {first_line(error)}")
+
+def _short(place: str, text: str, most: int = MOST_TEXT) -> None:
+    if len(text) > most:
+        raise RequestError(f"{place} is longer than {most} characters")
 
 
 def first_line(error: str) -> str:
@@ -189,28 +193,31 @@ def _spelled(place: str, path: Path) -> str:
     return place + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
 
 
-def _blamed(
-    schema: Json, error: str, problem: Callable[[str], str], until: float
-) -> tuple[Path, str]:
-    """The path of the smallest part that is refused by itself, and why."""
+def blamed(schemas: Iterable[tuple[str, Json]], problem: Callable[[str], str]) -> str:
+    """The place and error of the smallest part of these schemas, each with its place, that is
+    refused by itself. `problem` says what is wrong with a text; empty if nothing."""
+    for place, schema in schemas:
+        if error := problem(_of_schema(schema)):
+            path, error = _smallest(schema, error, problem)
+            return cut(f"{_spelled(place, path)}: {first_line(error)}")
+    return ""
+
+
+def _smallest(schema: Json, error: str, problem: Callable[[str], str]) -> tuple[Path, str]:
     root = _moved(schema)
     path: Path = ()
     node: Any = root
     looking = True
-    while looking and time.monotonic() < until:
+    while looking:
         looking = False
         for place, child in _children(node):
-            if time.monotonic() > until:
-                break
-            if place[0] not in ("$defs", "definitions") and (
-                found := problem(_alone(root, path + place))
-            ):
+            if place[0] in ("$defs", "definitions"):
+                continue
+            if found := problem(_alone(root, path + place)):
                 path, node, error, looking = path + place, child, found, True
                 break
-    if isinstance(node, dict):  # one keyword without which it would do
+    if isinstance(node, dict):  # the keyword without which it would do
         for key in list(node):
-            if time.monotonic() > until:
-                break
             value = node.pop(key)
             without = problem(_alone(root, path))
             node[key] = value
@@ -273,15 +280,15 @@ def _apart(a: Json, b: Json) -> bool:
         return False
     for name in _list(a, "required"):
         if name in _list(b, "required"):
-            values = [_values(part.get("properties"), name) for part in (a, b)]
+            values = [_values(part, name) for part in (a, b)]
             if all(values) and not values[0] & values[1]:
                 return True
     return False
 
 
-def _values(properties: Any, name: Any) -> set[str]:
+def _values(schema: Json, name: Any) -> set[str]:
     """The JSON texts of all that a property may be; empty if it is not given so."""
-    part = properties.get(name) if isinstance(properties, dict) else None
+    part = _named(schema).get(name) if isinstance(name, str) else None
     if not isinstance(part, dict):
         return set()
     values = [part["const"]] if "const" in part else _list(part, "enum")
@@ -309,11 +316,8 @@ def _ends(root: Json) -> bool:
         types = types if isinstance(types, list) else [types]
         if "const" in part or "enum" in part or any(t not in ("object", "array") for t in types):
             return True
-        properties = part.get("properties")
-        properties = properties if isinstance(properties, dict) else {}
-        needed = [
-            properties.get(name, True) for name in _list(part, "required") if isinstance(name, str)
-        ]
+        names = [name for name in _list(part, "required") if isinstance(name, str)]
+        needed = [_named(part).get(name, True) for name in names]
         if "object" in types and all(map(ends, needed)):
             return True
         least, first = part.get("minItems", 0), _list(part, "prefixItems") or _list(part, "items")
@@ -331,6 +335,11 @@ def _ends(root: Json) -> bool:
                 found = True
         left = dict(reversed(left.items()))  # whichever way a chain goes, it is soon through
     return ends(root)
+
+
+def _named(part: Json) -> Json:
+    properties = part.get("properties")
+    return properties if isinstance(properties, dict) else {}
 
 
 def _list(part: Json, key: str) -> list[Any]:

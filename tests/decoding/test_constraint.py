@@ -95,6 +95,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Grammars:
     return Grammars(made, made.vocab_size)
 
 
+@pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grammars of these tests need no process of their own to be tried in."""
+    monkeypatch.setattr(constraint, "found_wrong", lambda written: "")
+
+
 def allowed(mask: Words) -> list[int]:
     found: list[int] = np.flatnonzero(
         np.unpackbits(mask.view(np.uint8), bitorder="little")
@@ -143,6 +149,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_a_token_may_come_where_its_bytes_may(
     number: int, grammars: Grammars, tokenizer: Tokenizer
@@ -154,7 +161,7 @@ def test_a_token_may_come_where_its_bytes_may(
     closed = tokenizer.control_ids | tokenizer.eos_token_ids
     usable = [token for token, text in text_of.items() if text and token not in closed]
     held, oracle = grammar.start(), LLMatcher(LLTokenizer("byte"), grammar._written.text)
-    asked = {0, draw.randrange(1, 9), draw.randrange(9, 30)}
+    asked = {draw.randrange(3), draw.randrange(3, 20)}
     for count in range(30):
         found = allowed(held.masks()[0])
         if count in asked:
@@ -186,6 +193,7 @@ def test_what_is_forced_is_spelled_as_the_tokenizer_does(
     assert found in (wanted[start : start + len(found)] for start in (1, 2))
 
 
+@pytest.mark.usefixtures("untried")
 def test_masks_after_guesses_are_those_of_the_guesses_kept(
     grammars: Grammars, tokenizer: Tokenizer
 ) -> None:
@@ -216,6 +224,7 @@ def test_masks_after_guesses_are_those_of_the_guesses_kept(
             plain.accept([token])
 
 
+@pytest.mark.usefixtures("untried")
 def test_control_tokens_never_come(grammars: Grammars, tokenizer: Tokenizer) -> None:
     """Whatever a grammar names."""
     for text in ("start: <[*]> /[a-z]/", 'start: <[0-9]> | "a"'):
@@ -295,12 +304,14 @@ def check_document(grammars: Grammars, schema: Any, seed: int) -> bool:
     return held.finished
 
 
+@pytest.mark.usefixtures("untried")
 @settings(SLOW, max_examples=60)
 @given(schema=SCHEMAS, seed=st.integers(0, 999))
 def test_documents_are_valid(small: Grammars, schema: Any, seed: int) -> None:
     check_document(small, schema, seed)
 
 
+@pytest.mark.usefixtures("untried")
 @settings(SLOW, max_examples=10)
 @given(schema=SCHEMAS, seed=st.integers(0, 999))
 def test_documents_are_valid_in_every_vocabulary(
@@ -309,6 +320,7 @@ def test_documents_are_valid_in_every_vocabulary(
     check_document(grammars, schema, seed)
 
 
+@pytest.mark.usefixtures("untried")
 @pytest.mark.long
 @settings(SLOW, max_examples=3000)
 @given(schema=SCHEMAS, seed=st.integers(0, 999))
@@ -316,6 +328,7 @@ def test_many_documents_are_valid(small: Grammars, schema: Any, seed: int) -> No
     check_document(small, schema, seed)
 
 
+@pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize("schema", [PERSON, TREE, {"type": "array", "items": {"type": "boolean"}}])
 def test_most_documents_end(small: Grammars, schema: Any) -> None:
     """White space does not go on for ever."""
@@ -370,6 +383,8 @@ REFUSED = [
         "^json_schema.properties.a.format: Unknown format: idn-email",
     ),
     (ask({"oneOf": [{"type": "integer"}, {"type": "number"}]}), "^json_schema.oneOf: oneOf"),
+    (ask({"const": ["x" * 5000]}), "^json_schema.const is longer than 4096 characters"),
+    (Ask("choice", json.dumps(["x" * 5000])), r"^choice\[0\] is longer"),
     (ask({"type": "string", "minLength": 3, "maxLength": 1}), "json_schema.*: Unsatisfiable"),
     (ask({"type": "object", "minProperties": 3}), "^json_schema.minProperties can't be kept above"),
     (ask({"type": "strnig"}), "json_schema.*strnig"),
@@ -401,32 +416,66 @@ def test_what_can_t_be_kept_is_refused_by_name(number: int, small: Grammars) -> 
     assert len(str(caught.value)) < 400
 
 
+def chain(length: int) -> Any:
+    """Each schema refers to the next: as deep as one schema in the other."""
+    parts = {str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(length)}
+    return {"$ref": "#/$defs/0", "$defs": {**parts, str(length): {"type": "null"}}}
+
+
+RULES = "\n".join(f"r{i}: r{i + 1}" for i in range(900))
 HOSTILE = [
-    "(a*)*(b*)*" * 50,
-    "(x+x+)+y",
-    ".{1,5000}.{1,5000}",
-    "((a{0,100}){0,100}){0,100}",
-    "(.*a){40}",
-    "[ab]*a[ab]{25}",
-    "(" * 200 + "a" + ")" * 200,
-    "|".join("a" * i for i in range(1, 300)),
-    r"(\p{L}{1,9}\w\d){50}",
+    ask(chain(2000)),
+    Ask("lark", f'start: r0\n{RULES}\nr900: "y"'),
+    Ask("lark", f'start: {"(" * 4000}"y"{")" * 4000}'),
+    Ask("regex", "(" * 8000 + "a" + ")" * 8000),
+    Ask("regex", "a{1000000000}"),
+    ask({"type": "integer", "multipleOf": 99999989}),
+]
+HARD = [
+    Ask("regex", "(.*)" * 3000),
+    Ask("regex", "(x+x+)+y"),
+    Ask("regex", "(.*a){40}"),
+    Ask("regex", "((a{0,100}){0,100}){0,100}"),
+    Ask("regex", r"(\w+\s?){1,2000}"),
+    Ask("regex", r"(\p{L}{1,9}\w\d){50}"),
+    Ask("choice", json.dumps([f"text {i}" for i in range(5000)])),
+    ask({"type": "string", "pattern": "[ab]*a[ab]{25}"}),
+    ask({"type": "string", "format": "email", "pattern": "^.{1,60}$", "minLength": 6}),
+    ask({"type": "string", "minLength": 10**7}),
+    ask({"type": "array", "maxItems": 10**6, "items": {"type": "array", "maxItems": 10**6}}),
+    ask(
+        {"allOf": [{"anyOf": [{"properties": {f"{i}{j}": {}}} for j in "abc"]} for i in range(12)]}
+    ),
+    ask({"patternProperties": {f"^[a-z]+{i}$": {} for i in range(300)}}),
+    ask({"properties": {f"p{i}": {"type": "string"} for i in range(2000)}}),
+    ask(chain(100)),
 ]
 
 
-@pytest.mark.parametrize("pattern", HOSTILE)
-def test_hostile_patterns_are_compiled_or_refused(pattern: str, grammars: Grammars) -> None:
+def numbers(count: int, *slow: int) -> list[Any]:
+    marks = [[pytest.mark.long] if number in slow else [] for number in range(count)]
+    return [pytest.param(number, marks=marks[number]) for number in range(count)]
+
+
+@pytest.mark.parametrize("number", numbers(len(HOSTILE), 5))
+def test_what_would_end_the_program_is_refused(number: int, small: Grammars) -> None:
+    """By too deep a stack, or too much time or memory."""
+    with pytest.raises(RequestError, match=f"^{HOSTILE[number].kind}: "):
+        small.compile(HOSTILE[number])
+
+
+@pytest.mark.parametrize("number", numbers(len(HARD), 0, 12, 13))
+def test_what_is_hard_is_compiled_or_refused(number: int, small: Grammars) -> None:
     """And what is compiled can be walked, or fails in one line."""
-    for case in (Ask("regex", pattern), ask({"type": "string", "pattern": pattern})):
-        try:
-            held = grammars.compile(case).start()
-        except RequestError:
-            continue
-        draw = random.Random(1)
-        for _ in range(30):
-            if held.finished or held.failure is not None:
-                break
-            held.accept([draw.choice(allowed(held.masks()[0]))])
+    try:
+        held = small.compile(HARD[number]).start()
+    except RequestError:
+        return
+    draw = random.Random(1)
+    for _ in range(30):
+        if held.finished or held.failure is not None:
+            break
+        held.accept([draw.choice(allowed(held.masks()[0]))])
 
 
 def test_pydantic_s_recursive_and_told_apart_options(small: Grammars) -> None:
@@ -456,6 +505,7 @@ def test_answers_of_a_grammar_do_not_know_each_other(small: Grammars) -> None:
     assert len(allowed(second.masks()[0])) == 2
 
 
+@pytest.mark.usefixtures("untried")
 def test_what_is_asked_again_is_not_compiled_again(small: Grammars) -> None:
     grammar = small.compile(ask(PERSON))
     assert small.compile(Ask("json_schema", json.dumps(PERSON), "elsewhere")) is grammar
@@ -481,6 +531,7 @@ def test_a_limit_that_others_met_is_not_this_answer_s(small: Grammars) -> None:
     assert held.over
 
 
+@pytest.mark.usefixtures("untried")
 def test_grammars_are_compiled_beside_running_answers(small: Grammars) -> None:
     grammar, faults = small.compile(ask(PERSON)), list[BaseException]()
     wanted = [walk(grammar, small._tokenizer, random.Random(seed))[0] for seed in range(4)]
