@@ -62,6 +62,7 @@ def test_views_of_the_demo_take_one_models_memory(demo: Path) -> None:
         "blocks": 30,
         "sliding_window": None,
         "context_length": 8192,
+        "vocabulary_size": 49152,
     }
     assert found["demo"].model is found["demo-interleaved"].model
     ids = mx.array([tokenizer.encode("Hello")])
