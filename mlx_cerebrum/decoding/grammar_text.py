@@ -31,6 +31,9 @@ FORMATS = {"date-time", "date", "time", "duration", "email", "idn-email", "hostn
 FORMATS |= {"idn-hostname", "ipv4", "ipv6", "uri", "uri-reference", "iri", "iri-reference", "uuid"}
 FORMATS |= {"uri-template", "json-pointer", "relative-json-pointer", "regex"}
 
+# What asks for nothing, as programs write it: llguidance does not know these keywords.
+NEUTRAL = {"uniqueItems": False, "propertyNames": {"type": "string"}}
+
 # Keywords that hold a schema, schemas by name, or a list of schemas.
 ONE = {"items", "additionalItems", "additionalProperties", "contains", "not", "if", "then", "else"}
 ONE |= {"propertyNames", "unevaluatedItems", "unevaluatedProperties"}
@@ -130,6 +133,9 @@ class Written:
                 raise RequestError(f"{where}.$ref must point into the schema itself (#/...)")
             if isinstance(part.get("format"), str) and part["format"] not in FORMATS:
                 del part["format"]
+            for key, nothing in NEUTRAL.items():
+                if part.get(key) == nothing:
+                    del part[key]
             for name in _named(part):
                 _short(f"{where}.properties", name)
             for key in ("const", "enum"):
@@ -144,7 +150,7 @@ class Written:
                 # llguidance sees this for itself, but not through references.
                 part["anyOf"] = part.pop("oneOf")
         if not _ends(found):
-            raise RequestError(f"{place}: no document that ends can fulfil it")
+            raise RequestError(f"{place}: no finite document can fulfil it")
         self.schemas.append((place, found))
         return found
 

@@ -358,12 +358,12 @@ REFUSED = [
     (Ask("json_schema", "[]", "response_format.schema"), "^response_format.schema must be"),
     (Ask("json_schema", json.dumps({"a": "x" * MOST_BYTES})), "larger than 128 KiB"),
     (ask(DEEP), "nested over 64 deep"),
-    (ask({"$ref": "#"}), "json_schema: no document that ends can fulfil it"),
+    (ask({"$ref": "#"}), "json_schema: no finite document can fulfil it"),
     (
         ask({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}),
-        "no document that ends",
+        "no finite document",
     ),
-    (ask({"type": "array", "items": {"$ref": "#"}, "minItems": 1}), "no document that ends"),
+    (ask({"type": "array", "items": {"$ref": "#"}, "minItems": 1}), "no finite document"),
     (ask(False), r"json_schema"),
     (
         ask({"properties": {"a": {"$ref": "https://example.com/a.json"}}}),

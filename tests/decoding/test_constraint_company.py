@@ -1,21 +1,26 @@
 """Answers that are held to a grammar: the same alone, in any company, and with any guesses."""
 
 import itertools
+import json
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import jsonschema_rs
 import mlx.core as mx
 import numpy as np
 import pytest
 from company import VOCABULARY, Company, Counted, Eager, Job, tiny_views
+from test_constraint import PERSON, TREE, bytes_vocabulary
 
 from mlx_cerebrum.decoding import decoder
 from mlx_cerebrum.decoding.constraint import Constraint, Grammar, Grammars
+from mlx_cerebrum.decoding.decode import greedy
 from mlx_cerebrum.decoding.decoder import Decoder, Generation, generate_step
-from mlx_cerebrum.decoding.drafters import ModelDrafter
+from mlx_cerebrum.decoding.drafters import ModelDrafter, NGramDrafter
 from mlx_cerebrum.decoding.grammar_text import Ask
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.decoding.speculative import Speculation
@@ -227,3 +232,38 @@ def test_end_tokens_must_stay_possible(grammars: list[Grammar]) -> None:
         adjust = sampling.adjust([3], [END])
         with pytest.raises(RequestError, match="ignore-eos and min-tokens"):
             Generation(VIEWS[None][0], [3], [], 9, adjust=adjust, constraint=grammars[0].start())
+
+
+def test_documents_of_a_random_model(tmp_path: Path) -> None:
+    """Many at once, drawn and greedy: those that end are valid."""
+    (model, *_) = tiny_views(12, ((0, 1, 1),), vocab_size=260)
+    made, ended = bytes_vocabulary(tmp_path), 0
+    grammars, decoder = Grammars(made, 260), Decoder(8)
+    asked: list[Any] = [
+        PERSON,
+        TREE,
+        {"enum": ["a", {"b": [1]}]},
+        {"type": "array", "items": PERSON},
+    ]
+    held = [grammars.compile(Ask("json_schema", json.dumps(schema))) for schema in asked]
+    jobs = []
+    for seed in range(24):
+        sampler = Sampling(1.0, seed=seed).sampler() if seed % 4 else greedy
+        ids = made.encode(f"{seed}: ")
+        g = Generation(model, ids, model.make_cache(), 160, sampler)
+        g.constraint = held[seed % 3 if seed < 18 else 3].start()
+        g.speculation = Speculation(
+            {"ngram": NGramDrafter()}, Eager(["ngram"], random.Random(seed))
+        )
+        decoder.add(g)
+        jobs.append((g, asked[seed % 3 if seed < 18 else 3]))
+    while any(g.left > 0 for g, _ in jobs):
+        decoder.step()
+    for g, schema in jobs:
+        assert g.failure is None
+        answer = g.tokens[g.prompt :]
+        if 2 in answer:
+            ended += 1
+            text = made.decode(answer[: answer.index(2)])
+            assert jsonschema_rs.is_valid(schema, json.loads(text)), text
+    assert ended > 8
