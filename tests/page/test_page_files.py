@@ -21,6 +21,9 @@ from page_driver import (
 from page_room import Room, Script, visit
 from playwright.sync_api import Browser, Page, expect
 
+from mlx_cerebrum.tokenizer.fitting import in_turns
+from mlx_cerebrum.tokenizer.messages import check_messages
+
 launched, served, room, page = (
     page_driver.launched,
     page_driver.served,
@@ -78,6 +81,25 @@ def test_a_backup_holds_every_version_and_merges(
         expect(elsewhere.locator(".count")).to_have_text("2/2")
 
 
+def test_other_programs_conversations(page: Page, room: Room) -> None:
+    """They are shown as the terminal's chat reads them."""
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    talk: list[dict[str, Any]] = [
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "A"}]},
+        {"role": "user", "content": "B", "name": "Eve"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "two"},
+        {"role": "developer", "content": "Be kind."},
+    ]
+    take(page, file("theirs.json", talk))
+    ask(page, "More")
+    *sent, last_one = [{"role": role, "content": text} for role, text in asked(room)]
+    assert sent == in_turns(check_messages(talk))
+    assert last_one["content"] == "More"
+
+
 TOO_DEEP = "[" * 100_000
 FORMAT = {"format": "mlx-cerebrum-conversations", "version": 1}
 NODE = {"id": "a", "role": "user", "content": "x", "parent": None, "at": 0}
@@ -88,13 +110,12 @@ BAD_FILES: list[tuple[Any, str]] = [
     (TOO_DEEP, "bad"),
     ("[]", "no messages"),
     ("7", "neither a list of messages nor a backup"),
-    ([{"role": "user"}], "messages[0] must have exactly role and content"),
-    ([{"role": "tool", "content": ""}], "role must be one of"),
-    ([{"role": "user", "content": 1}], "content must be a string"),
-    (
-        [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}],
-        "messages[1]: a system message can only come first",
-    ),
+    ([7], "messages[0] must be an object"),
+    ([{"role": "user"}], "messages[0]: content must be text"),
+    ([{"role": "other", "content": ""}], "role must be one of"),
+    ([{"role": "user", "content": 1}], "content must be text"),
+    ([{"role": "user", "content": [{"type": "image_url"}]}], "content must be text"),
+    ([{"role": "assistant", "tool_calls": [{}]}], "must name their functions"),
     (FORMAT | {"version": 2}, "another version"),
     (FORMAT, "conversations must be a list"),
     (FORMAT | {"conversations": [7]}, "must have an id and nodes"),

@@ -3,10 +3,10 @@
 
 import { newId } from "./dom.js";
 import { newMeta, titleOf } from "./conversation.js";
+import { inTurns } from "./turns.js";
 
 const FORMAT = "mlx-cerebrum-conversations";
 const STATES = ["done", "stopped", "failed", "partial"];
-const ROLES = ["system", "user", "assistant"];
 const LARGEST = 50_000_000; // bytes of a file
 const MOST = 10_000; // messages of a conversation; more of them, or longer ones, stop the page
 const LONGEST = 1_000_000; // characters of a message
@@ -78,27 +78,13 @@ export async function readFile(file) {
 function fromMessages(messages, name) {
   if (!messages.length) throw new FileError(`${name} holds no messages.`);
   checkCount(messages, name);
-  messages.forEach((message, index) => {
-    const where = `${name}: messages[${index}]`;
-    if (!isObject(message)) throw new FileError(`${where} must be an object.`);
-    const keys = Object.keys(message).sort().join();
-    if (keys !== "content,role") {
-      throw new FileError(`${where} must have exactly role and content.`);
-    }
-    if (!ROLES.includes(message.role)) {
-      throw new FileError(`${where}: role must be one of ${ROLES.join(", ")}.`);
-    }
-    if (message.role === "system" && index) {
-      throw new FileError(`${where}: a system message can only come first.`);
-    }
-    if (typeof message.content !== "string") {
-      throw new FileError(`${where}: content must be a string.`);
-    }
-    checkLength(message, where);
+  const turns = inTurns(messages, (index, problem) => {
+    return new FileError(`${name}: messages[${index}]${problem}`);
   });
-  const meta = newMeta(messages[0].role === "system" ? messages[0].content : "");
+  turns.forEach((turn, index) => checkLength(turn, `${name}: turn ${index + 1}`));
+  const meta = newMeta(turns[0].role === "system" ? turns[0].content : "");
   const nodes = [];
-  for (const { role, content } of messages) {
+  for (const { role, content } of turns) {
     if (role === "system") continue;
     const parent = nodes.at(-1)?.id ?? null;
     const at = meta.created + nodes.length;
