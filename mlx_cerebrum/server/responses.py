@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from mlx_cerebrum.decoding.calls import CallText
+from mlx_cerebrum.decoding.logprobs import TokenLogprob
 from mlx_cerebrum.server.answers import ApiObject
 from mlx_cerebrum.server.jobs import Piece
 from mlx_cerebrum.server.schema import (
@@ -95,9 +96,9 @@ class InputItem(Open):
             calls = [{"id": self.call_id, "type": "function", "function": function}]
             return {"role": "assistant", "content": "", "tool_calls": calls}
         if self.type == "function_call_output":
-            text = "".join(part.text for part in self.output or ())
+            text = "".join(part.said for part in self.output or ())
             return {"role": "tool", "tool_call_id": self.call_id, "content": text}
-        return {"role": self.role, "content": "".join(part.text for part in self.content or ())}
+        return {"role": self.role, "content": "".join(part.said for part in self.content or ())}
 
 
 def _items(value: Any) -> Any:
@@ -112,6 +113,12 @@ class TextFormat(Open):
     description: Any = taken()
     schema_: Schema = Field(None, alias="schema")
     strict: Any = taken("answers always keep to their schema")
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> "TextFormat":
+        if self.type == "json_schema" and self.schema_ is None:
+            raise PydanticCustomError("missing", "is required", {"param": "schema"})
+        return self
 
 
 class TextSettings(Open):
@@ -128,7 +135,7 @@ def _tool_choice(value: Any) -> Any:
         return value
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise PydanticCustomError(
-            "tool_choice", 'must be none, auto, required or {{"type": "function", "name": ...}}'
+            "tool_choice", 'must be none, auto, required or {"type": "function", "name": ...}'
         )
     return {"type": "function", "name": value["name"]}
 
@@ -206,6 +213,7 @@ class ResponsesRequest(Drawn):
             self._messages,
             "input",
             tools=[Tool.model_validate(tool) for tool in tools],
+            tool_place="tools[{}]",
             choice=choice["name"] if isinstance(choice, dict) else choice,
             format=("text.format", self._format),
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
@@ -229,6 +237,7 @@ class ResponsesRequest(Drawn):
 
 class InputDetails(ApiObject):
     cached_tokens: int
+    cache_write_tokens: int  # what one pays for; here nothing
 
 
 class OutputDetails(ApiObject):
@@ -337,7 +346,7 @@ class ResponsesShape:
         if self._calls:
             delta = {"item_id": self._item, "output_index": 0, "delta": new}
             return [*found, self._event("response.function_call_arguments.delta", delta)]
-        logprobs = chat_logprobs(self._spelling, settled) if self._asked.logprobs else []
+        logprobs = self._logprobs(settled)
         delta = self._place | {"delta": new, "logprobs": logprobs}
         return [self._event("response.output_text.delta", delta)]
 
@@ -370,7 +379,9 @@ class ResponsesShape:
         return [*found, self._event(f"response.{status}", whole)]
 
     def failing(self, error: Json) -> list[bytes]:
-        told = {"code": error["error"]["code"], "message": error["error"]["message"]}
+        asked = error["error"]["type"] == "invalid_request_error"
+        code = "invalid_prompt" if asked else "server_error"  # of the few that its clients know
+        told = {"code": code, "message": error["error"]["message"]}
         failed = self._response("failed", [], None) | {"error": told}
         return [self._event("response.failed", {"response": failed})]
 
@@ -386,6 +397,13 @@ class ResponsesShape:
         number, self._number = self._number, self._number + 1
         return event({"type": kind, "sequence_number": number, **value}, kind)
 
+    def _logprobs(self, found: Iterable[TokenLogprob]) -> list[Json]:
+        """As chat has them, but that `bytes` is a list always."""
+        listed = chat_logprobs(self._spelling, found) if self._asked.logprobs else []
+        for token in (token for one in listed for token in (one, *one["top_logprobs"])):
+            token["bytes"] = token["bytes"] or []
+        return listed
+
     def _part(self, text: str, logprobs: list[Json]) -> Json:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
@@ -394,8 +412,7 @@ class ResponsesShape:
             call = {"call_id": self._call, "name": self._called.name or ""}
             call["arguments"] = "" if empty else self._choice.text
             return {"type": "function_call", "id": self._item, "status": status, **call}
-        asked = self._asked.logprobs
-        logprobs = chat_logprobs(self._spelling, self._choice.logprobs) if asked else []
+        logprobs = self._logprobs(self._choice.logprobs)
         content = [] if empty else [self._part(self._choice.text, logprobs)]
         message = {"role": "assistant", "content": content}
         return {"type": "message", "id": self._item, "status": status, **message}
@@ -406,6 +423,8 @@ class ResponsesShape:
         told_format: Json = {"type": "text"}
         if asked.text and asked.text.format:
             told_format = asked.text.format.model_dump(by_alias=True, exclude_none=True)
+            if told_format["type"] == "json_schema":
+                told_format.setdefault("name", "answer")  # OpenAI's clients need one
         return {
             "id": head.id,
             "object": "response",
@@ -437,7 +456,7 @@ class ResponsesShape:
 def _usage(usage: Json) -> Json:
     return {
         "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": usage["prompt_tokens_details"],
+        "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
         "output_tokens": usage["completion_tokens"],
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage["total_tokens"],

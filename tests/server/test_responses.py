@@ -65,7 +65,7 @@ def test_a_whole_answer(server: Running, tokenizer: Tokenizer) -> None:
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
     assert answer["usage"] == {
         "input_tokens": len(prompt),
-        "input_tokens_details": {"cached_tokens": 1},
+        "input_tokens_details": {"cached_tokens": 1, "cache_write_tokens": 0},
         "output_tokens": len(ANSWER),
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": len(prompt) + len(ANSWER),
@@ -184,6 +184,7 @@ def test_a_form(server: Running) -> None:
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
     ],
 )
 def test_what_is_refused(server: Running, more: dict[str, Any], param: str) -> None:
