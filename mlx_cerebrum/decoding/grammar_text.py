@@ -48,7 +48,7 @@ class Ask:
     source: by kind, nothing (any JSON object), the JSON text of a schema, a regular expression,
         a Lark grammar (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md), a JSON
         list of texts, or a JSON list of functions, `{"name": ..., "parameters": schema}` each, of
-        which one is called (`calls.py`).
+        which one is called (`calls.py`); `place`, if given, is what errors call a function.
     where: what errors call it.
     """
 
@@ -103,11 +103,11 @@ class Written:
             raise RequestError(f"{self.place} must be a list of functions, one at least")
         rules = ["start: " + " | ".join(f"call{i}" for i in range(len(functions)))]
         for i, function in enumerate(functions):
-            place = f"{self.place}[{i}]"
-            name = function.get("name") if isinstance(function, dict) else None
+            found = function if isinstance(function, dict) else {}
+            place, name = found.get("place", f"{self.place}[{i}]"), found.get("name")
             if not isinstance(name, str) or not NAME.fullmatch(name):
                 raise RequestError(f"{place}.name must match {NAME.pattern}, not {shown(name)}")
-            schema = function.get("parameters") or {}
+            schema = found.get("parameters") or {}
             if isinstance(schema, dict):
                 schema = {"type": "object"} | schema
             schema = self._checked(schema, f"{place}.parameters")

@@ -32,7 +32,7 @@ from mlx_cerebrum.server.connections import Patience, Room
 from mlx_cerebrum.server.faults import ApiError
 from mlx_cerebrum.server.ignored import Ignored
 from mlx_cerebrum.server.intake import Accepted, Defaults, Intake
-from mlx_cerebrum.server.jobs import BusyError, ClosedError, Engine
+from mlx_cerebrum.server.jobs import BusyError, ClosedError, Engine, Failed
 from mlx_cerebrum.server.journal import ID, Journal
 from mlx_cerebrum.server.metrics import Metrics
 from mlx_cerebrum.server.openapi import Operation, document
@@ -208,10 +208,17 @@ class Service:
         return self._answer(accepted, shape)
 
     async def _tokenize(self, request: Request) -> Response:
-        return _json(await asyncio.to_thread(self._intake.tokenize, await self._body(request)))
+        return await self._at_once(request, self._intake.tokenize)
 
     async def _detokenize(self, request: Request) -> Response:
-        return _json(await asyncio.to_thread(self._intake.detokenize, await self._body(request)))
+        return await self._at_once(request, self._intake.detokenize)
+
+    async def _at_once(
+        self, request: Request, answer: Callable[[bytes], tuple[BaseModel, str]]
+    ) -> Response:
+        """What needs no engine."""
+        answered, ignored = await asyncio.to_thread(answer, await self._body(request))
+        return _json(answered, self._ignored.headers(ignored))
 
     async def _taken(
         self, request: Request, take: Callable[[bytes, str], Accepted[Taken]]
@@ -253,9 +260,11 @@ class Service:
             return WholeResponse(running, shape, headers)
         return StreamResponse(running, shape, headers, keep_alive=settings.keep_alive)
 
-    def _failure(self, message: str) -> ApiError:
+    def _failure(self, failed: Failed) -> ApiError:
+        if failed.asked:  # not 500, after which clients ask again
+            return ApiError(400, failed.message, code="invalid_value")
         code = "shutting_down" if self.closing else "generation_failed"
-        return ApiError(503 if self.closing else 500, message, code=code)
+        return ApiError(503 if self.closing else 500, failed.message, code=code)
 
     async def _body(self, request: Request) -> bytes:
         """The request's JSON, read no further than the largest allowed."""
@@ -311,8 +320,8 @@ class Service:
         return path if path in API else "/" if path in self._page else "other"
 
 
-def _json(value: BaseModel) -> Response:
-    return JSONResponse(value.model_dump(mode="json"))
+def _json(value: BaseModel, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse(value.model_dump(mode="json"), headers=headers)
 
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:

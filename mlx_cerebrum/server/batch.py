@@ -15,6 +15,7 @@ from mlx_cerebrum.decoding.policy import MOST_DRAFTS
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_store import PromptStore
 from mlx_cerebrum.decoding.speculative import Speculation, speculation
+from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import Workload, forward_bytes
 from mlx_cerebrum.server.jobs import NO_TOKEN, Failed, Job, Piece, Reading
@@ -243,10 +244,12 @@ class Batch:
 
     def _fail(self, task: Task, error: Exception) -> None:
         """End this job; the others go on."""
-        log.error("a job failed", exc_info=error)
+        asked = isinstance(error, RequestError)
+        if not asked:  # the client is told; it may quote what was asked
+            log.error("a job failed", exc_info=error)
         if task in self.tasks:
             self._end(task, "failed", keep=False)
-        task.deliver(Failed(said(error)))
+        task.deliver(Failed(said(error), asked))
         mx.clear_cache()
 
     def _step_failed(self, error: Exception) -> None:

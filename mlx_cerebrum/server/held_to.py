@@ -1,41 +1,62 @@
 """What a request holds its answer to: a schema, an expression, a grammar, some texts, a call."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mlx_cerebrum.decoding.grammar_text import Ask
+from mlx_cerebrum.decoding.grammar_text import Ask, Kind
 from mlx_cerebrum.server.faults import ApiError
-from mlx_cerebrum.server.schema import Drawn, ResponseFormat, Tool
+from mlx_cerebrum.server.schema import (
+    ANY_OBJECT,
+    Drawn,
+    ResponseFormat,
+    StructuredOutputs,
+    Tool,
+)
 
 
 def held_to(
-    request: Drawn, format: tuple[str, ResponseFormat | None], to_call: Sequence[Tool] = ()
+    request: Drawn, format: tuple[str, ResponseFormat | None], to_call: Mapping[str, Tool]
 ) -> Ask | None:
-    """What the answer must be as a whole, if anything. Raises ApiError for two such wishes."""
+    """What the answer must be as a whole, if anything. Raises ApiError for two such wishes.
+
+    format: what a text is to be, and what errors call that. to_call: functions of which one is to
+        be called, by what errors call them.
+    """
     where, asked = format
     found: list[Ask] = []
-    if asked is not None and asked.type == "json_object" and asked.schema_ is None:
-        found.append(Ask("json_object", "", where))
-    elif asked is not None and (schema := asked.wanted) is not None:
-        place = where if where != "response_format" else f"{where}.{asked.place}"
-        found.append(Ask("json_schema", _text(schema), place))
-    for name, schema in (
-        ("guided_json", request.guided_json),
-        ("json_schema", request.json_schema),
-    ):
-        if schema is not None:
-            found.append(Ask("json_schema", _text(schema), name))
-    if request.guided_regex is not None:
-        found.append(Ask("regex", request.guided_regex, "guided_regex"))
-    if request.guided_grammar is not None:
-        found.append(Ask("lark", request.guided_grammar, "guided_grammar"))
-    if request.guided_choice is not None:
-        found.append(Ask("choice", _text(request.guided_choice), "guided_choice"))
+    if asked is not None and not to_call:  # it says what a text is like, and a call is none
+        if asked.wanted == ANY_OBJECT:
+            found.append(Ask("json_object", "", where))
+        elif asked.wanted is not None:
+            place = where if where != "response_format" else f"{where}.{asked.place}"
+            found.append(Ask("json_schema", _text(asked.wanted), place))
+    newer = request.structured_outputs or StructuredOutputs.model_validate({})
+    if newer.json_object:
+        found.append(Ask("json_object", "", "structured_outputs.json_object"))
+    wishes: list[tuple[str, Kind, Any]] = [
+        ("guided_json", "json_schema", request.guided_json),
+        ("json_schema", "json_schema", request.json_schema),
+        ("guided_regex", "regex", request.guided_regex),
+        ("guided_grammar", "lark", request.guided_grammar),
+        ("guided_choice", "choice", request.guided_choice),
+        ("structured_outputs.json", "json_schema", newer.json_),
+        ("structured_outputs.regex", "regex", newer.regex),
+        ("structured_outputs.grammar", "lark", newer.grammar),
+        ("structured_outputs.choice", "choice", newer.choice),
+    ]
+    for name, kind, value in wishes:
+        if value is not None:
+            source = value if kind in ("regex", "lark") else _text(value)
+            found.append(Ask(kind, source, name))
     if to_call:
         functions = [
-            {"name": tool.function.name, "parameters": tool.function.parameters or {}}
-            for tool in to_call
+            {
+                "name": tool.function.name,
+                "parameters": tool.function.parameters or {},
+                "place": place,
+            }
+            for place, tool in to_call.items()
         ]
         found.append(Ask("call", _text(functions), "tools"))
     if len(found) > 1:
@@ -48,7 +69,7 @@ def held_to(
     return found[0] if found else None
 
 
-def call_note(to_call: Sequence[Tool]) -> str:
+def call_note(to_call: Iterable[Tool]) -> str:
     """What a model that never learnt to call functions is told."""
     functions = [
         tool.function.model_dump(include={"name", "description", "parameters"}, exclude_none=True)

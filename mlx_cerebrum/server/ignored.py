@@ -1,7 +1,7 @@
 """What a request asks for that is not looked at: its client, and the log, are told by name."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from mlx_cerebrum.server import log
 
@@ -17,9 +17,8 @@ class Ignored:
     def __init__(self) -> None:
         self._logged: set[str] = set()
 
-    def headers(self, names: Iterable[str]) -> dict[str, str]:
-        """For an answer to a request that has these."""
-        said = listed(set(names))
+    def headers(self, said: str) -> dict[str, str]:
+        """For an answer to a request that has these, as `listed` says them."""
         if not said:
             return {}
         if said not in self._logged and len(self._logged) < _MOST_SETS:

@@ -13,6 +13,7 @@ from mlx_cerebrum.errors import CerebrumError, PlanError, RequestError
 from mlx_cerebrum.server.answers import Layout
 from mlx_cerebrum.server.faults import ApiError
 from mlx_cerebrum.server.held_to import call_note, held_to
+from mlx_cerebrum.server.ignored import listed
 from mlx_cerebrum.server.jobs import Job
 from mlx_cerebrum.server.responses import ResponsesRequest
 from mlx_cerebrum.server.schema import (
@@ -23,6 +24,7 @@ from mlx_cerebrum.server.schema import (
     Drawn,
     Talk,
     Tool,
+    goes_on,
     parse_body,
 )
 from mlx_cerebrum.server.spelling import Spelling
@@ -58,13 +60,13 @@ class Defaults:
 class Accepted(Generic[Asked]):
     """A request, and what the engine is to do for it.
 
-    ignored: names of what is not looked at. calls: the finish reason of an answer that is a call of
-    a function; None where it is text.
+    ignored: names of what is not looked at, as the client is told them. calls: the finish reason of
+    an answer that is a call of a function; None where it is text.
     """
 
     request: Asked
     jobs: list[Job]
-    ignored: frozenset[str] = frozenset()
+    ignored: str = ""
     calls: Calls = None
 
 
@@ -107,15 +109,9 @@ class Intake:
         knows_tools, to_call = self._tokenizer.template_takes_tools, self._to_call(talk)
         messages = talk.messages
         if to_call and not knows_tools:
-            messages = [*messages, {"role": "user", "content": call_note(to_call)}]
-        self._check_length("\n".join(turn["content"] for turn in messages), model, talk.param)
+            messages = [*messages, {"role": "user", "content": call_note(to_call.values())}]
         tools = [tool.plain for tool in talk.tools] if knows_tools and talk.tools else None
-        try:
-            ids = self._tokenizer.apply_chat_template(
-                messages, talk.prompted, talk.continued, tools
-            )
-        except CerebrumError as error:
-            raise ApiError(400, str(error), code="invalid_value", param=talk.param) from None
+        ids = self._rendered(messages, model, talk.param, talk.prompted, talk.continued, tools)
         held = held_to(request, talk.format, to_call)
         grammar = self._grammar(held)
         # A checkpoint's own stop strings end a turn; in a JSON text they may mean themselves.
@@ -128,9 +124,9 @@ class Intake:
             ignored.add("tools")
         named = talk.choice != "required"
         calls: Calls = None if not to_call else "stop" if named else "tool_calls"
-        return Accepted(request, [job], frozenset(ignored), calls)
+        return Accepted(request, [job], listed(ignored), calls)
 
-    def _to_call(self, talk: Talk) -> Sequence[Tool]:
+    def _to_call(self, talk: Talk) -> Mapping[str, Tool]:
         """The functions of which one must be called. Raises ApiError where there is none."""
         to_call = talk.to_call
         if not to_call and talk.choice not in (None, "none", "auto"):
@@ -152,7 +148,7 @@ class Intake:
         request = parse_body(CompletionRequest, body)
         model = self.find(request.model)
         stop = tuple(request.stop or ())
-        grammar = self._grammar(held_to(request, ("response_format", request.response_format)))
+        grammar = self._grammar(held_to(request, ("response_format", request.response_format), {}))
         jobs = []
         for prompt in request.prompt:
             if isinstance(prompt, str):
@@ -161,39 +157,55 @@ class Intake:
             top = request.logprobs
             job = self._job(request, model, ids, "prompt", stop, top, owner, grammar)
             jobs.append(replace(job, echo=bool(request.echo)))
-        return Accepted(request, jobs, frozenset(request.unknown()))
+        return Accepted(request, jobs, listed(set(request.unknown())))
 
-    def tokenize(self, body: bytes) -> Tokenized:
+    def tokenize(self, body: bytes) -> tuple[Tokenized, str]:
+        """What a text is in ids; and the names of what is not looked at."""
         request = parse_body(TokenizeRequest, body)
         model, tokenizer = self.find(request.model), self._tokenizer
         text = request.prompt if request.content is None else request.content
         param = "messages" if text is None else "prompt" if request.content is None else "content"
-        try:
-            if text is not None:
-                self._check_length(text, model, param)
+        if text is None:
+            turns, prompted = [turn.plain for turn in request.messages], request.prompted
+            found = self._rendered(turns, model, param, prompted, goes_on(request))
+        else:
+            self._check_length(text, model, param)
+            try:
                 found = tokenizer.encode(text, add_bos=tokenizer.add_bos and request.special)
-            else:
-                turns = [message.plain for message in request.messages or ()]
-                self._check_length("\n".join(turn["content"] for turn in turns), model, param)
-                found = tokenizer.apply_chat_template(
-                    turns,
-                    request.add_generation_prompt is not False,
-                    bool(request.continue_final_message),
-                )
-        except CerebrumError as error:
-            raise ApiError(400, str(error), code="invalid_value", param=param) from None
+            except CerebrumError as error:
+                raise ApiError(400, str(error), code="invalid_value", param=param) from None
         names = [self._spelling(token)[0] for token in found] if request.return_token_strs else None
         context = self.layouts[model].context_length
-        return Tokenized(count=len(found), max_model_len=context, tokens=found, token_strs=names)
+        told = Tokenized(count=len(found), max_model_len=context, tokens=found, token_strs=names)
+        return told, listed(set(request.unknown()))
 
-    def detokenize(self, body: bytes) -> Detokenized:
+    def detokenize(self, body: bytes) -> tuple[Detokenized, str]:
+        """The text of ids; and the names of what is not looked at."""
         request = parse_body(DetokenizeRequest, body)
         self.find(request.model)
         try:
             text = self._tokenizer.decode(request.tokens)
         except CerebrumError as error:
             raise ApiError(400, str(error), code="invalid_value", param="tokens") from None
-        return Detokenized(prompt=text, content=text)
+        return Detokenized(prompt=text, content=text), listed(set(request.unknown()))
+
+    def _rendered(
+        self,
+        messages: Sequence[dict[str, Any]],
+        model: str,
+        param: str,
+        prompted: bool,
+        continued: bool,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> list[int]:
+        """A conversation's ids."""
+        try:
+            segments = self._tokenizer.render(messages, prompted, continued, tools)
+            text = "".join(part for part in segments if isinstance(part, str))
+            self._check_length(text, model, param)
+            return self._tokenizer.encode_segments(segments)
+        except CerebrumError as error:
+            raise ApiError(400, str(error), code="invalid_value", param=param) from None
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         try:

@@ -73,6 +73,7 @@ class Failed:
     """The job is over without an answer; `message` is one line without paths."""
 
     message: str
+    asked: bool = False  # for what was asked: the same again would fail too
 
 
 Event = Reading | Piece | Failed

@@ -7,13 +7,13 @@ that nobody knows are taken too, and named in the answer's headers (`Ignored`).
 Names and meanings are OpenAI's; then vLLM's and llama.cpp's, whose clients come here too.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import (
-    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,7 +23,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
 from mlx_cerebrum.server.faults import ApiError
 
@@ -55,13 +55,21 @@ class Open(BaseModel):
     """An object that takes the fields it names, of the types it names; others are not looked at."""
 
     model_config = ConfigDict(
-        extra="allow", strict=True, frozen=True, allow_inf_nan=False, populate_by_name=True
+        extra="allow",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        populate_by_name=True,
+        hide_input_in_errors=True,  # they may come to be logged
     )
 
     @field_validator("*", mode="before")
     @classmethod
     def _honoured(cls, value: Any, info: Any) -> Any:
-        extra = cls.model_fields[info.field_name].json_schema_extra
+        field = cls.model_fields[info.field_name]
+        if value is None and not field.is_required():
+            return field.get_default(call_default_factory=True)
+        extra = field.json_schema_extra
         allowed = extra.get("enum") if isinstance(extra, dict) else None
         if isinstance(allowed, list) and not any(_same(value, one) for one in allowed):
             raise PydanticCustomError("unsupported_value", "not supported here; leave it out")
@@ -85,9 +93,23 @@ def wrong(param: str, message: str) -> PydanticCustomError:
 
 
 class TextPart(Open):
-    type: Literal["text", "input_text", "output_text"]
-    text: str
+    type: Literal["text", "input_text", "output_text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
     cache_control: Any = taken()
+    annotations: Any = taken()
+    logprobs: Any = taken()
+
+    @model_validator(mode="after")
+    def _has_its_text(self) -> "TextPart":
+        name = "refusal" if self.type == "refusal" else "text"
+        if getattr(self, name) is None:
+            raise PydanticCustomError("missing", "is required", {PARAM: name})
+        return self
+
+    @property
+    def said(self) -> str:
+        return (self.refusal if self.type == "refusal" else self.text) or ""
 
 
 def text_or_parts(value: Any) -> Any:
@@ -111,9 +133,16 @@ def or_null(schema: dict[str, Any]) -> None:
     schema["anyOf"].append({"type": "null"})
 
 
+def _arguments(value: Any) -> Any:
+    """As text: Hugging Face's templates, and programs made for them, have an object."""
+    if value is None:
+        return ""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+
+
 class CalledFunction(Open):
     name: str
-    arguments: str = Field(description="JSON")
+    arguments: Annotated[str, BeforeValidator(_arguments)] = Field("", description="JSON")
 
 
 class ToolCall(Open):
@@ -141,7 +170,7 @@ class Message(Open):
     function_call: CalledFunction | None = Field(None, description="As one of tool_calls")
     name: str | None = Field(None, description="Of a function; a speaker's is not used")
     audio: Any = neutral()
-    refusal: Any = taken()
+    refusal: str | None = Field(None, description="What an assistant says without content")
     annotations: Any = taken()
     reasoning_content: Any = taken("earlier thinking is not read again")
     reasoning: Any = taken("earlier thinking is not read again")
@@ -155,7 +184,7 @@ class Message(Open):
 
     @property
     def text(self) -> str:
-        return "".join(part.text for part in self.content or ())
+        return "".join(part.said for part in self.content or ())
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -167,14 +196,14 @@ class Message(Open):
             "name": self.name,
         }
         given = {name: value for name, value in more.items() if value}
-        return {"role": self.role, "content": self.text, **given}
+        return {"role": self.role, "content": self.text or self.refusal or "", **given}
 
 
 # ---- Tools, and the shape of an answer
 
 
 class Function(Open):
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments")
     strict: Any = taken("arguments always keep to their schema")
@@ -196,7 +225,7 @@ def _tool_choice(value: Any) -> Any:
     function = value.get("function") if isinstance(value, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise PydanticCustomError(
-            "tool_choice", 'must be none, auto, required or {{"function": {{"name": ...}}}}'
+            "tool_choice", 'must be none, auto, required or {"function": {"name": ...}}'
         )
     return {"type": "function", "function": {"name": function["name"]}}
 
@@ -230,6 +259,9 @@ Schema = Annotated[
 ]
 
 
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+
 class JsonSchema(Open):
     name: str | None = None
     description: Any = taken()
@@ -261,7 +293,23 @@ class ResponseFormat(Open):
             return None
         named = None if self.json_schema is None else self.json_schema.schema_
         found = self.schema_ if named is None else named
-        return {"type": "object"} if found is None else found
+        return ANY_OBJECT if found is None else found
+
+
+# Texts of which the answer is one.
+Texts = Annotated[list[str] | None, Field(min_length=1, max_length=1000)]
+
+
+class StructuredOutputs(Open):
+    json_: Schema = Field(None, alias="json", description="As guided_json")
+    regex: str | None = Field(None, description="As guided_regex")
+    grammar: str | None = Field(None, description="As guided_grammar")
+    choice: Texts = Field(None, description="As guided_choice")
+    json_object: bool | None = Field(None, description="Any JSON object")
+    structural_tag: Any = neutral()
+    whitespace_pattern: Any = neutral()
+    disable_any_whitespace: Any = neutral(False)
+    disable_additional_properties: Any = neutral(False)
 
 
 @dataclass(frozen=True)
@@ -270,6 +318,7 @@ class Talk:
 
     messages: as the tokenizer takes them; `param` is what errors call them.
     continued, prompted: whether its last turn is gone on with, and else whether an answer is begun.
+    tool_place: what errors call a tool's function, by its number.
     choice: none, auto, required or a function's name; None as auto.
     format: what the answer is to be, and what errors call that.
     top_logprobs: alternatives to each token of the answer; None: no log-probabilities.
@@ -280,16 +329,22 @@ class Talk:
     continued: bool = False
     prompted: bool = True
     tools: Sequence[Tool] = ()
+    tool_place: str = "tools[{}].function"
     choice: str | None = None
     format: tuple[str, ResponseFormat | None] = ("", None)
     top_logprobs: int | None = None
 
     @property
-    def to_call(self) -> list[Tool]:
-        """The functions of which the answer is to call one; none where it is text."""
+    def to_call(self) -> dict[str, Tool]:
+        """The functions of which the answer is to call one, by their place; none where it is
+        text."""
         if self.choice in (None, "none", "auto"):
-            return []
-        return [t for t in self.tools if self.choice in ("required", t.function.name)]
+            return {}
+        return {
+            self.tool_place.format(number): tool
+            for number, tool in enumerate(self.tools)
+            if self.choice in ("required", tool.function.name)
+        }
 
 
 class StreamOptions(Open):
@@ -427,12 +482,14 @@ class Drawn(Open):
     guided_json: Schema = Field(None, description="JSON schema that the answer keeps to")
     guided_regex: str | None = Field(None, description="Regular expression that it matches whole")
     guided_grammar: str | None = Field(None, description="Lark grammar that it keeps to")
-    guided_choice: Annotated[
-        list[str] | None,
-        Field(min_length=1, max_length=1000, description="Texts of which it is one"),
-    ] = None
+    guided_choice: Texts = Field(None, description="Texts of which it is one")
     grammar: Any = neutral("")  # GBNF
     json_schema: Schema = Field(None, description="llama.cpp's guided_json")
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="vLLM's newer place for json, regex, grammar or choice"
+    )
+    regex: Any = neutral()  # SGLang's names
+    ebnf: Any = neutral()
     # Samplers and searches that there are not.
     typical_p: Any = neutral(0, 1)
     mirostat: Any = neutral(0)
@@ -442,10 +499,14 @@ class Drawn(Open):
     dry_multiplier: Any = neutral(0)
     dynatemp_range: Any = neutral(0)
     smoothing_factor: Any = neutral(0)
+    top_n_sigma: Any = neutral(0, -1)
     no_repeat_ngram_size: Any = neutral(0)
     use_beam_search: Any = neutral(False)
     stop_token_ids: Any = neutral([])
     bad_words: Any = neutral([])
+    allowed_token_ids: Any = neutral()
+    logits_processors: Any = neutral([])
+    prompt_logprobs: Any = neutral()
     skip_special_tokens: Any = neutral(True)
     include_stop_str_in_output: Any = neutral(False)
     truncate_prompt_tokens: Any = neutral()
@@ -477,11 +538,13 @@ class Sampled(Drawn):
 
     max_tokens: int | None = Field(
         None,
-        validation_alias=AliasChoices("max_tokens", "n_predict"),
         ge=-1,
         lt=2**63,
         description="Tokens at most; without it the server's --max-tokens. -1 and more than fit"
         " are what fits",
+    )
+    n_predict: int | None = Field(
+        None, ge=-1, lt=2**63, description="llama.cpp's name for max_tokens, which goes before"
     )
     n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Answers to each prompt")
     stream: bool | None = None
@@ -501,7 +564,7 @@ class Sampled(Drawn):
 
     @property
     def most_tokens(self) -> int | None:
-        return self.max_tokens
+        return self.n_predict if self.max_tokens is None else self.max_tokens
 
     @property
     def choices(self) -> int:
@@ -541,6 +604,9 @@ class ChatRequest(Sampled):
     parallel_tool_calls: Any = taken("there is one call at most")
     functions: Any = taken("as tools with tool_choice auto")
     function_call: Any = neutral("none", "auto")
+    echo: Any = neutral(False)
+    chat_template: Any = neutral()
+    documents: Any = neutral([])
     modalities: Any = neutral(["text"])
     audio: Any = neutral()
     web_search_options: Any = neutral()
@@ -556,7 +622,7 @@ class ChatRequest(Sampled):
         if self.top_logprobs and not self.logprobs:
             raise wrong("top_logprobs", "only means something with logprobs set to true")
         if self.most_tokens == 0:
-            raise wrong("max_tokens", "0 asks for nothing")
+            raise wrong("max_tokens", "0 tokens ask for nothing")
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise wrong("continue_final_message", "the last message is not an assistant's")
         if self.continue_final_message and self.add_generation_prompt:
@@ -565,25 +631,39 @@ class ChatRequest(Sampled):
 
     @property
     def most_tokens(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        most = self.max_completion_tokens
+        return super().most_tokens if most is None else most
 
     @property
     def talk(self) -> Talk:
-        last, choice = self.messages[-1], self.tool_choice
-        continued = self.continue_final_message
-        if continued is None:
-            ends = last.role == "assistant" and not last.tool_calls and not last.function_call
-            continued = ends and not self.add_generation_prompt
+        choice = self.tool_choice
         return Talk(
             [message.plain for message in self.messages],
             "messages",
-            continued=continued,
+            continued=goes_on(self),
             prompted=self.add_generation_prompt is not False,
             tools=self.tools or (),
             choice=choice["function"]["name"] if isinstance(choice, dict) else choice,
             format=("response_format", self.response_format),
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
+
+
+class EndsInMessages(Protocol):
+    """A request that has these fields."""
+
+    messages: list[Message]
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
+
+
+def goes_on(asked: EndsInMessages) -> bool:
+    """Whether the last of its messages is continued."""
+    if asked.continue_final_message is not None:
+        return asked.continue_final_message
+    last = asked.messages[-1]
+    ends = last.role == "assistant" and not last.tool_calls and not last.function_call
+    return ends and not asked.add_generation_prompt
 
 
 def _prompts(value: Any) -> Any:
@@ -627,6 +707,7 @@ class CompletionRequest(Sampled):
     echo: bool | None = Field(
         None, description="The text begins with the prompt; logprobs are of its tokens too"
     )
+    add_special_tokens: Any = neutral(True)
     suffix: Any = neutral("")
     best_of: int | None = Field(None, description="Only as many as n")
 
@@ -636,8 +717,8 @@ class CompletionRequest(Sampled):
             raise wrong("n", f"asks for more than {MOST_CHOICES} answers over all prompts")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise wrong("best_of", "is another number than n; leave it out")
-        if self.max_tokens == 0 and not self.echo:
-            raise wrong("max_tokens", "0 asks for nothing without echo")
+        if self.most_tokens == 0 and not self.echo:
+            raise wrong("max_tokens", "0 tokens ask for nothing without echo")
         return self
 
 
@@ -655,9 +736,14 @@ _CODES = {
 def parse_body(kind: type[Asked], body: bytes) -> Asked:
     """The request a body holds. Raises ApiError (400) for the first thing wrong with it."""
     try:
-        return kind.model_validate_json(body)
+        asked = kind.model_validate_json(body)
+        if b"NaN" in body or b"Infinity" in body:  # where anything may stand, pydantic takes them
+            from_json(body, allow_inf_nan=False)
+        return asked
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
+    except ValueError as error:
+        raise ApiError(400, f"the body: Invalid JSON: {error}", code="invalid_json") from None
     if first["type"] == "json_invalid":
         raise ApiError(400, f"the body: {first['msg']}", code="invalid_json")
     named = first.get("ctx", {}).get(PARAM)

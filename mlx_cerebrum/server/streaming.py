@@ -27,7 +27,7 @@ class RunningRequest:
 
     The engine's thread adds events, one coroutine takes them out; neither blocks the other. A
     client that falls `most_pending` tokens behind loses its answer, so that memory stays bounded.
-    `failure` makes a job's last message into what the client is told.
+    `failure` makes a job's last event into what the client is told.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class RunningRequest:
         engine: Engine,
         jobs: Sequence[Job],
         metrics: Metrics,
-        failure: Callable[[str], ApiError],
+        failure: Callable[[Failed], ApiError],
         most_pending: int = MOST_PENDING,
     ) -> None:
         self.prompt_tokens = sum(len(job.prompt) for job in jobs)  # once, whatever `n`
@@ -120,7 +120,7 @@ class RunningRequest:
             if isinstance(event, Failed):
                 if taken:  # first what came before it
                     break
-                raise self._failure(event.message)
+                raise self._failure(event)
             self._events.popleft()
             if isinstance(event, Piece):
                 taken.append((self._count(when, job, event), event))

@@ -14,25 +14,21 @@ class TokenizeRequest(Open):
     prompt: str | None = Field(None, description="Text; as vLLM, with the beginning's token")
     content: str | None = Field(None, description="Text; as llama.cpp, without it")
     messages: Annotated[
-        list[Message] | None,
+        list[Message],
         FailFast(),
-        Field(min_length=1, description="A conversation, instead of a text"),
-    ] = None
+        Field(default_factory=list, description="A conversation, instead of a text"),
+    ]
     add_special_tokens: bool | None = Field(None, description="Whether with the beginning's token")
     add_special: bool | None = Field(None, description="llama.cpp's name for it")
-    add_generation_prompt: bool | None = Field(
-        None, description="Whether an answer is begun after messages; by default it is"
-    )
+    add_generation_prompt: bool | None = Field(None, description="As for chat")
     continue_final_message: bool | None = Field(None, description="As for chat")
     return_token_strs: bool | None = Field(None, description="Tokens come back as texts too")
     with_pieces: Any = neutral(False)
 
     @model_validator(mode="after")
     def _one(self) -> "TokenizeRequest":
-        given = [
-            name for name in ("prompt", "content", "messages") if getattr(self, name) is not None
-        ]
-        if len(given) != 1:
+        given = [self.prompt is not None, self.content is not None, bool(self.messages)]
+        if sum(given) != 1:
             message = "is needed, or content or messages, and only one of them"
             raise PydanticCustomError("one_of", "{m}", {"m": message, "param": "prompt"})
         if self.continue_final_message and (
@@ -42,6 +38,10 @@ class TokenizeRequest(Open):
             context = {"m": message, "param": "continue_final_message"}
             raise PydanticCustomError("unsupported_value", "{m}", context)
         return self
+
+    @property
+    def prompted(self) -> bool:
+        return self.add_generation_prompt is not False
 
     @property
     def special(self) -> bool:

@@ -13,9 +13,12 @@ from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum import load
 from mlx_cerebrum.decoding import decoder
+from mlx_cerebrum.decoding.constraint import Grammars
 from mlx_cerebrum.decoding.decoder import generate_step
+from mlx_cerebrum.decoding.grammar_text import Ask
 from mlx_cerebrum.decoding.prompt_store import PromptStore
 from mlx_cerebrum.decoding.sampling import Sampling
+from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.together import Part, run_together
 from mlx_cerebrum.server.batch import Batch
@@ -362,6 +365,24 @@ def test_a_token_outside_the_vocabulary_fails_its_job_only(
     bad.texts[0].add = refuse  # type: ignore[method-assign]
     desk.run()
     assert isinstance(desk.events[bad][-1], Failed)
+    is_right(desk, good)
+
+
+def test_an_answer_that_can_no_longer_be_held_fails_alone(
+    loaded: Callable[[int], Loaded], caplog: pytest.LogCaptureFixture
+) -> None:
+    desk = Desk(loaded(WINDOW))
+    grammar = Grammars(desk.tokenizer, CONFIG["vocab_size"]).compile(Ask("regex", "[a-z]+"))
+    bad = desk.start(job(4, 9, grammar=grammar))
+    good = desk.start(job(4, 9, seed=1))
+    for _ in range(3):
+        desk.batch.step()
+    (held,) = [g.constraint for g in desk.batch._rows if g.constraint is not None]
+    held.failure = RequestError("secret")
+    desk.run()
+    assert desk.events[bad][-1] == Failed("secret", asked=True)
+    assert desk.counts.finished["failed"] == 1
+    assert "secret" not in caplog.text
     is_right(desk, good)
 
 

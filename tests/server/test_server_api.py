@@ -445,6 +445,17 @@ def test_a_job_that_fails(server: Running, engine: FakeEngine) -> None:
     assert len(found) == 3
 
 
+def test_a_job_that_fails_for_what_it_asks(server: Running, engine: FakeEngine) -> None:
+    def script(task: FakeTask) -> Iterator[Event]:
+        yield piece(task.job, 0, 5, "H")
+        yield Failed("it can't be", asked=True)
+
+    engine.script = script
+    assert error(post(server, **chat())) == (400, "invalid_value", None)
+    last = events(post(server, **chat(stream=True)))[-1]
+    assert last["error"]["type"] == "invalid_request_error"
+
+
 def test_one_of_two_prompts_fails(server: Running, engine: FakeEngine) -> None:
     def script(task: FakeTask) -> Iterator[Event]:
         first = task.job.prompt == engine.jobs[0].prompt

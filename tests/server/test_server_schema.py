@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from mlx_cerebrum.decoding.sampling import GREEDY, Sampling
 from mlx_cerebrum.server.faults import ApiError
 from mlx_cerebrum.server.intake import sampling
+from mlx_cerebrum.server.responses import ResponsesRequest
 from mlx_cerebrum.server.schema import (
     MOST_CHOICES,
     ChatRequest,
@@ -19,6 +21,7 @@ from mlx_cerebrum.server.schema import (
     Open,
     parse_body,
 )
+from mlx_cerebrum.server.tokens import TokenizeRequest
 
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 
@@ -97,6 +100,12 @@ def test_unknown_names_are_taken_and_told() -> None:
         ({"function_call": {"name": "f"}}, "function_call"),
         ({"grammar": "root ::= x"}, "grammar"),
         ({"mirostat": 2}, "mirostat"),
+        ({"top_n_sigma": 1.5}, "top_n_sigma"),
+        ({"allowed_token_ids": [1]}, "allowed_token_ids"),
+        ({"regex": "a"}, "regex"),
+        ({"chat_template": "{{ messages }}"}, "chat_template"),
+        ({"echo": True}, "echo"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
         ({"stop_token_ids": [2]}, "stop_token_ids"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"continue_final_message": True}, "continue_final_message"),
@@ -111,6 +120,9 @@ def test_what_is_not_honoured_is_refused_by_name(more: dict[str, Any], param: st
 
 def test_how_many_tokens() -> None:
     assert chat(n_predict=5).most_tokens == 5
+    assert chat(n_predict=5, max_tokens=None).most_tokens == 5
+    assert chat(n_predict=5, max_tokens=3).most_tokens == 3
+    assert list(chat(n_predict=5, max_tokens=3).unknown()) == []
     assert chat(max_tokens=3, max_completion_tokens=4).most_tokens == 4
     assert chat(max_tokens=-1).most_tokens == -1
     assert chat(max_tokens=10**12).most_tokens == 10**12
@@ -265,6 +277,59 @@ def test_what_is_no_json(body: bytes) -> None:
 def test_not_a_number_is_not_a_temperature() -> None:
     body = json.dumps(HI | {"temperature": float("nan")}).encode()
     assert refusal(ChatRequest, body)[:2] == ("temperature", "invalid_value")
+
+
+@pytest.mark.parametrize("name", ["metadata", "user", "foo"])
+@pytest.mark.parametrize("number", ["NaN", "-Infinity"])
+def test_what_no_json_can_say_is_not_taken_anywhere(name: str, number: str) -> None:
+    body = json.dumps(HI).encode()[:-1] + f', "{name}": [{number}]}}'.encode()
+    assert refusal(ChatRequest, body)[1] == "invalid_json"
+    assert parse_body(ChatRequest, body.replace(number.encode(), f'"{number}"'.encode()))
+
+
+def test_no_error_quotes_a_request() -> None:
+    for kind in (ChatRequest, ResponsesRequest):
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate({"messages": "secret", "input": 5, "seed": "secret"})
+        assert "secret" not in str(caught.value)
+
+
+def test_null_is_as_if_left_out() -> None:
+    call = {"id": "c", "type": None, "function": {"name": "f", "arguments": None}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+    (message,) = chat(messages=[turn]).messages
+    assert message.tool_calls
+    assert message.tool_calls[0].type == "function"
+    for kind, body in (
+        (ChatRequest, HI),
+        (CompletionRequest, {"prompt": "a"}),
+        (ResponsesRequest, {"input": [{"role": "user", "content": "Hi", "type": None}]}),
+        (TokenizeRequest, {"prompt": "a"}),
+    ):
+        names = {name for name, field in kind.model_fields.items() if not field.is_required()}
+        nothing = {field.alias or name: None for name, field in kind.model_fields.items()}
+        full = json.dumps({**{n: nothing[n] for n in names & nothing.keys()}, **body})
+        asked = parse_body(kind, full.encode())
+        assert list(asked.unknown()) == []
+        plain = parse_body(kind, json.dumps(body).encode())
+        assert all(getattr(asked, name) == getattr(plain, name) for name in kind.model_fields)
+
+
+def test_a_call_that_comes_back_as_others_write_it() -> None:
+    call = {"id": "c", "function": {"name": "f", "arguments": {"city": "Ulm"}}}
+    refused = [{"type": "refusal", "refusal": "No."}]
+    asked = chat(
+        messages=[
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "assistant", "content": refused},
+            {"role": "assistant", "content": None, "refusal": "Never."},
+        ]
+    )
+    first, *rest = [message.plain for message in asked.messages]
+    assert first["tool_calls"][0]["function"]["arguments"] == '{"city": "Ulm"}'
+    assert [each["content"] for each in rest] == ["No.", "Never."]
+    bad = {"messages": [{"role": "assistant", "content": [{"type": "refusal", "text": "No."}]}]}
+    assert refusal(ChatRequest, bad)[0] == "messages[0].content[0].refusal"
 
 
 def test_a_million_faults_make_one_error() -> None:

@@ -126,6 +126,8 @@ def test_a_talk_with_calls_goes_on(server: Running, tokenizer: Tokenizer) -> Non
         ({"guided_regex": "a", "min_tokens": 2}, "min_tokens"),
         ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
         ({"guided_regex": "("}, "guided_regex"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs.regex"),
         (
             {
                 "response_format": {
@@ -154,12 +156,78 @@ def test_what_cannot_be_held_to(server: Running, more: dict[str, Any], param: st
         {"guided_regex": "[a-z]+"},
         {"guided_choice": ["yes", "no"]},
         {"guided_grammar": 'start: "yes" | "no"'},
+        {"structured_outputs": {"json": {"type": "integer"}}},
+        {"structured_outputs": {"regex": "[a-z]+"}},
+        {"structured_outputs": {"choice": ["yes", "no"]}},
+        {"structured_outputs": {"grammar": 'start: "yes"'}},
+        {"structured_outputs": {"json_object": True}},
     ],
 )
 def test_what_answers_are_held_to(server: Running, more: dict[str, Any]) -> None:
     assert post(server, **chat(**more)).status_code == 200
     assert post(server, "/v1/completions", prompt="a", **more).status_code == 200
     assert all(job.grammar is not None for job in fake(server).jobs)
+
+
+def test_a_schema_is_honoured_wherever_it_stands(server: Running) -> None:
+    schema = {"const": 1}
+    for form in ({"json_schema": {"schema": schema}}, {"schema": schema}):
+        assert post(server, **chat(response_format={"type": "json_object", **form})).is_success
+    first, second = [job.grammar for job in fake(server).jobs]
+    assert first is second
+    post(server, **chat(response_format={"type": "json_object"}))
+    assert fake(server).jobs[-1].grammar is not first
+
+
+def test_a_call_goes_before_the_form_of_texts(server: Running) -> None:
+    fake(server).script = fake(server).say(CALL)
+    form = {"type": "json_schema", "json_schema": {"schema": {"type": "integer"}}}
+    answer = post(server, **chat(tools=[WEATHER], tool_choice="required", response_format=form))
+    assert answer.json()["choices"][0]["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("choice", ["required", {"function": {"name": "bad"}}])
+def test_the_tool_whose_schema_is_wrong_is_named(server: Running, choice: Any) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "wrong"}}}
+    function = {"name": "bad", "parameters": schema}
+    tools = [WEATHER, {"type": "function", "function": function}]
+    answer = post(server, **chat(tools=tools, tool_choice=choice))
+    place = "parameters.properties.a.type: "
+    assert error(answer)[0] == 400
+    assert answer.json()["error"]["message"].startswith(f"tools[1].function.{place}")
+    answer = post(
+        server,
+        "/v1/responses",
+        input="Hi",
+        tools=[{"type": "function", "name": "good"}, {"type": "function", **function}],
+        tool_choice=choice if isinstance(choice, str) else {"name": "bad"},
+    )
+    assert answer.json()["error"]["message"].startswith(f"tools[1].{place}")
+
+
+def test_names_with_dots_are_taken(server: Running) -> None:
+    tool = {"type": "function", "function": {"name": "files.read"}}
+    assert post(server, **chat(tools=[tool])).is_success
+    fake(server).script = fake(server).say('{"name": "files.read", "arguments": {}}')
+    answer = post(server, **chat(tools=[tool], tool_choice="required"))
+    call = answer.json()["choices"][0]["message"]["tool_calls"][0]
+    assert call["function"]["name"] == "files.read"
+
+
+def test_what_a_tool_choice_must_be(server: Running) -> None:
+    message = post(server, **chat(tool_choice="any")).json()["error"]["message"]
+    assert message.endswith('{"function": {"name": ...}}')
+
+
+def test_calls_count_as_much_as_texts(server: Running) -> None:
+    call = {"id": "c", "function": {"name": "f", "arguments": "word " * 50 * CONTEXT}}
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    answer = post(server, messages=turns)
+    assert error(answer) == (400, "context_length_exceeded", "messages")
+    assert "is more than" in answer.json()["error"]["message"]  # it was not tokenized whole
 
 
 def test_the_last_turn_is_continued(server: Running, tokenizer: Tokenizer) -> None:
@@ -213,6 +281,13 @@ def test_tokenize(server: Running, tokenizer: Tokenizer) -> None:
     assert ids(content="Hi", add_special=True)["tokens"] == text
     turns = [{"role": "user", "content": "Hi"}]
     assert ids(messages=turns)["tokens"] == tokenizer.apply_chat_template(turns)
+    turns.append({"role": "assistant", "content": "Ho"})
+    cases: list[dict[str, Any]] = [{}, {"add_generation_prompt": True}]
+    for more in (*cases, {"continue_final_message": False}):
+        post(server, messages=turns, **more)
+        assert ids(messages=turns, **more)["tokens"] == list(fake(server).jobs[-1].prompt)
+    assert post(server, "/tokenize", prompt="a", foo=1).headers["x-ignored-parameters"] == "foo"
+    assert post(server, "/detokenize", tokens=[5], foo=1).headers["x-ignored-parameters"] == "foo"
     back = post(server, "/v1/detokenize", tokens=text).json()
     assert back == {"prompt": "Hi", "content": "Hi"}
     for path, body in (
