@@ -253,8 +253,10 @@ def _alone(root: Json, path: Path) -> str:
     return _of_schema(schema)
 
 
-def _target(root: Json, reference: str) -> Any:
+def _target(root: Json, reference: Any) -> Any:
     """What a reference such as `#/$defs/a` points to; None if nothing, or if it is an anchor."""
+    if not isinstance(reference, str):
+        return None
     found: Any = root
     for key in unquote(reference[1:]).split("/")[1:]:
         key = key.replace("~1", "/").replace("~0", "~")
@@ -313,7 +315,10 @@ def _ends(root: Json) -> bool:
     def ends(part: Any) -> bool:
         if not isinstance(part, dict):
             return part is not False
-        if part.get("$ref") in left or not all(map(ends, _list(part, "allOf"))):
+        reference = part.get("$ref")
+        if isinstance(reference, str) and reference in left:
+            return False
+        if not all(map(ends, _list(part, "allOf"))):
             return False
         for key in ("anyOf", "oneOf"):
             if _list(part, key) and not any(map(ends, _list(part, key))):

@@ -370,6 +370,7 @@ REFUSED = [
         r"^json_schema.properties.a.\$ref must point into the schema itself",
     ),
     (ask({"$ref": "#/$defs/a"}), r"json_schema"),
+    (ask({"oneOf": [{"$ref": [1]}, {"type": "null"}]}), r"oneOf\[0\].\$ref must point"),
     (
         ask({"properties": {"a": {"items": {"type": "string", "pattern": "(?=a)b"}}}}),
         r"^json_schema.properties.a.items.pattern: regex parse error",

@@ -23,6 +23,7 @@ from tiny import tiny_config, tiny_weights
 from convert.destination import JOURNAL, Journal
 from convert.examine import directory as examine
 from convert.recipe import Sensitivity
+from mlx_cerebrum.decoding.grammar_text import Ask, Written
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_cache_file import load_prompt_cache, save_prompt_cache
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError
@@ -543,6 +544,41 @@ def read_journal(folder: Path) -> None:
     Journal(folder, "print").close()
 
 
+SCHEMA = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "$ref": "#/$defs/node",
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {
+                "kind": {"const": "node"},
+                "next": {"oneOf": [{"$ref": "#/$defs/node"}, {"$ref": "#/$defs/leaf"}]},
+                "some": {"type": "array", "prefixItems": [{"$ref": "#"}], "minItems": 0},
+            },
+            "required": ["kind", "next"],
+            "minProperties": 1,
+        },
+        "leaf": {
+            "type": "object",
+            "properties": {"kind": {"enum": ["leaf"]}, "at": {"type": "string", "format": "date"}},
+            "required": ["kind"],
+            "patternProperties": {"^x": {"uniqueItems": False}},
+            "additionalProperties": {"anyOf": [{"type": "null"}, {"not": True}]},
+        },
+    },
+}
+
+
+def write_schema(directory: Path) -> None:
+    (directory / "schema.json").write_text(json.dumps(SCHEMA))
+
+
+def read_schema(directory: Path) -> None:
+    text = (directory / "schema.json").read_bytes().decode(errors="surrogateescape")
+    Written(Ask("json_schema", text))
+    Written(Ask("call", f'[{{"name": "f", "parameters": {text}}}]'))
+
+
 def write_table(folder: Path) -> None:
     (folder / "table.json").write_text(json.dumps(vars_of(Sensitivity.shipped())))
 
@@ -601,6 +637,7 @@ READERS: dict[str, Reader] = {
         read_talk,
     ),
     "request": Reader(prepare_requests, change_request, read_request),
+    "schema": Reader(write_schema, one_json("schema.json"), read_schema),
     "sensitivity": Reader(write_table, one_json("table.json"), read_sensitivity),
     "journal": Reader(prepare_journal, change_journal, read_journal),
 }
