@@ -617,6 +617,11 @@ class ChatRequest(Sampled):
     chat_template_kwargs: Any = taken("the template has no settings")
     reasoning_format: Any = taken()
 
+    def unknown(self, place: str = "") -> Iterator[str]:
+        yield from super().unknown(place)
+        if self.functions:  # as tools that need not be called
+            yield "functions"
+
     @model_validator(mode="after")
     def _agree(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
