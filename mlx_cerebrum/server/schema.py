@@ -92,6 +92,10 @@ def wrong(param: str, message: str) -> PydanticCustomError:
 # ---- Messages
 
 
+# OpenAI's other parts: what a person attached. So the refusal is in words for people.
+NOT_TEXT = ("image_url", "input_image", "input_audio", "file", "input_file")
+
+
 class TextPart(Open):
     type: Literal["text", "input_text", "output_text", "refusal"]
     text: str | None = None
@@ -99,6 +103,13 @@ class TextPart(Open):
     cache_control: Any = taken()
     annotations: Any = taken()
     logprobs: Any = taken()
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _can_be_read(cls, value: Any) -> Any:
+        if value in NOT_TEXT:
+            raise PydanticCustomError("unsupported_value", "the models read text only")
+        return value
 
     @model_validator(mode="after")
     def _has_its_text(self) -> "TextPart":

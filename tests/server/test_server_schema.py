@@ -203,15 +203,27 @@ def test_whether_the_last_turn_is_continued() -> None:
         ({"messages": "Hi"}, "messages", "invalid_type"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]},
+            {"messages": [{"role": "user", "content": [{"type": "x", "text": ""}]}]},
             "messages[0].content[0].type",
             "invalid_value",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content[0].type",
+            "unsupported_value",
         ),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_type"),
     ],
 )
 def test_what_is_wrong_is_named(more: dict[str, Any], param: str, code: str) -> None:
     assert refusal(ChatRequest, HI | more)[:2] == (param, code)
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
+def test_what_is_attached_is_refused_in_words_for_people(kind: str) -> None:
+    attached = [{"role": "user", "content": [{"type": "text", "text": "See:"}, {"type": kind}]}]
+    said = refusal(ChatRequest, {"messages": attached})[2]
+    assert said == "messages[0].content[1].type: the models read text only"
 
 
 def test_how_a_request_says_to_choose() -> None:
