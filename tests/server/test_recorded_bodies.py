@@ -1,7 +1,7 @@
 """Requests as programs send them that are no Python or Node package to run here.
 
-`recorded_bodies.json` says of each where its fields were read: a repository and its files. `told`
-is what the answer says was not used.
+`recorded_bodies.json` says of each where its fields were read: a repository and its files, or what
+the running program sent, its texts shortened. `told` is what the answer says was not used.
 """
 
 import json
