@@ -9,7 +9,7 @@ from pathlib import Path
 
 import clients_room
 import pytest
-from clients_room import ASKED, KEY, MODEL, City, client
+from clients_room import ASKED, MODEL, City, client
 
 address = clients_room.address
 client("llm")
@@ -17,10 +17,10 @@ client("llm")
 
 @pytest.fixture
 def ask(address: str, tmp_path: Path) -> Callable[..., str]:
-    lines = {"model_id": MODEL, "model_name": MODEL, "api_base": address, "api_key": KEY}
-    lines |= {"supports_schema": True, "supports_tools": True}  # type: ignore[dict-item]
+    model: dict[str, str | bool] = {"model_id": MODEL, "model_name": MODEL, "api_base": address}
+    model |= {"supports_schema": True, "supports_tools": True}
     # YAML holds JSON.
-    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([lines]))
+    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([model]))
 
     def ask(*words: str) -> str:
         done = subprocess.run(
