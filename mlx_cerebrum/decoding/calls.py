@@ -11,14 +11,14 @@ _HEAD = re.compile(r'\{"name": "([^"]*)", "arguments": ')
 class CallText:
     """Splits such a text as it comes.
 
-    name: the function's, once it is known.
+    name: the function's, once it is known. over: whether its arguments are whole.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self._head = ""
         self._depth = 0  # of braces and brackets in the arguments
-        self._in_string = self._escaped = self._over = False
+        self._in_string = self._escaped = self.over = False
 
     def add(self, text: str) -> str:
         """The piece of the arguments' JSON that the text adds."""
@@ -31,7 +31,7 @@ class CallText:
 
     def _length(self, text: str) -> int:
         """How much of it belongs to the arguments: up to the bracket that ends them."""
-        if self._over:
+        if self.over:
             return 0
         for at, character in enumerate(text):
             if self._in_string:
@@ -44,6 +44,6 @@ class CallText:
             elif character in "}]":
                 self._depth -= 1
                 if not self._depth:
-                    self._over = True
+                    self.over = True
                     return at + 1
         return len(text)

@@ -18,6 +18,7 @@ from mlx_cerebrum.files import json_file
 Kind = Literal["json_object", "json_schema", "regex", "lark", "choice", "call"]
 Json = dict[str, Any]
 Path = tuple[str | int, ...]
+Fixed = dict[str, set[str]]
 
 MOST_BYTES = 128 << 10  # of what is asked
 MOST_TEXT = 4096  # of a text, a constant or an expression: each step looks at all that it forces
@@ -277,21 +278,24 @@ def _told_apart(root: Json, options: list[Any]) -> bool:
     ]
     if not 1 < len(parts) <= 64 or not all(isinstance(part, dict) for part in parts):
         return False
-    return all(_apart(a, b) for i, a in enumerate(parts) for b in parts[:i])
+    fixed = [_fixed(part) for part in parts]  # once each: there are 2000 pairs of 64
+    pairs = ((i, j) for i in range(len(parts)) for j in range(i))
+    return all(_apart(parts[i], parts[j], fixed[i], fixed[j]) for i, j in pairs)
 
 
-def _apart(a: Json, b: Json) -> bool:
+def _apart(a: Json, b: Json, fixed_a: Fixed, fixed_b: Fixed) -> bool:
     kinds = [{part["type"]} if isinstance(part.get("type"), str) else set() for part in (a, b)]
     if all(kinds) and kinds[0] != kinds[1] and kinds[0] | kinds[1] != {"integer", "number"}:
         return True
     if kinds != [{"object"}, {"object"}]:
         return False
-    for name in _list(a, "required"):
-        if name in _list(b, "required"):
-            values = [_values(part, name) for part in (a, b)]
-            if all(values) and not values[0] & values[1]:
-                return True
-    return False
+    return any(name in fixed_b and not values & fixed_b[name] for name, values in fixed_a.items())
+
+
+def _fixed(part: Json) -> Fixed:
+    """The properties that it requires to be one of some values, and these."""
+    found = {n: _values(part, n) for n in _list(part, "required") if isinstance(n, str)}
+    return {name: values for name, values in found.items() if values}
 
 
 def _values(schema: Json, name: Any) -> set[str]:

@@ -204,7 +204,7 @@ class ChatShape(_Chunks):
                 "index": choice.index,
                 "message": self._message(choice),
                 "logprobs": self._content(choice.logprobs),
-                "finish_reason": self._reason(choice.finish_reason),
+                "finish_reason": self._reason(choice.index, choice.finish_reason),
                 **self._ids(choice.index, choice.tokens),
             }
             for choice in choices
@@ -229,18 +229,21 @@ class ChatShape(_Chunks):
             yield self._choice(index, delta) | more
             more = {}
         if piece.finish_reason is not None:
-            yield self._choice(index, {}) | {"finish_reason": self._reason(piece.finish_reason)}
+            yield self._choice(index, {}) | {
+                "finish_reason": self._reason(index, piece.finish_reason)
+            }
 
     def _choice(self, index: int, delta: Json) -> Json:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def _reason(self, reason: str | None) -> str | None:
-        return self._calls if self._calls and reason == "stop" else reason
+    def _reason(self, index: int, reason: str | None) -> str | None:
+        """A call that a stop string cut is none."""
+        return self._calls if self._texts[index].over and reason == "stop" else reason
 
     def _message(self, choice: Choice) -> Json:
         message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
         if self._calls:
-            text = CallText()
+            text = self._texts[choice.index]
             arguments = text.add(choice.text)
             function = {"name": text.name or "", "arguments": arguments}
             call = {"id": call_id(), "type": "function", "function": function}

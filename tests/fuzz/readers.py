@@ -9,9 +9,11 @@ import io
 import json
 import os
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -31,7 +33,11 @@ from mlx_cerebrum.generate import main as generate
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import LayerPlan
-from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest, parse_body
+from mlx_cerebrum.server.answers import Layout
+from mlx_cerebrum.server.intake import Defaults, Intake
+from mlx_cerebrum.server.responses import ResponsesRequest
+from mlx_cerebrum.server.schema import ChatRequest
+from mlx_cerebrum.server.spelling import Spelling
 from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN, CEREBRUM_TEMPLATE
 from mlx_cerebrum.tokenizer.conversation import read_messages, write_messages
 from mlx_cerebrum.tokenizer.fitting import FittedTemplate, in_turns
@@ -469,59 +475,136 @@ def read_talk(folder: Path) -> None:
     assert [each["role"] for each in in_turns(messages)].count("system") < 2
 
 
-REQUESTS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "chat.json": (
-        ChatRequest,
-        {
-            "model": "x",
-            "messages": [*TALK[:3], {"role": "user", "content": [{"type": "text", "text": "a"}]}],
-            "max_tokens": 5,
-            "temperature": 0.5,
-            "top_p": 0.9,
-            "min_p": 0.1,
-            "seed": 7,
-            "stop": ["a", "b"],
-            "n": 2,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "logprobs": True,
-            "top_logprobs": 3,
-            "metadata": {"a": "b"},
-            "top_k": 5,
-            "repetition_penalty": 1.1,
-            "repetition_context_size": 20,
-            "frequency_penalty": 0.5,
-            "presence_penalty": -0.5,
-            "logit_bias": {"7": -100, "8": 0.5},
-            "min_tokens": 2,
-            "ignore_eos": False,
-            "tools": [],
-            "response_format": {"type": "text"},
-        },
-    ),
-    "completion.json": (
-        CompletionRequest,
-        {"prompt": ["a", "b"], "max_tokens": 5, "logprobs": 2, "stop": "x", "echo": False, "n": 1},
-    ),
+CALLED = {"name": "f", "arguments": '{"a": 1}'}
+FUNCTION = {
+    "name": "f",
+    "description": "Does it.",
+    "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+    "strict": True,
+}
+NAMED_SCHEMA: dict[str, Any] = {"name": "x", "schema": FUNCTION["parameters"]}
+REQUESTS: dict[str, dict[str, Any]] = {
+    "chat": {
+        "model": "x",
+        "messages": [*TALK[:3], {"role": "user", "content": [{"type": "text", "text": "a"}]}],
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "seed": 7,
+        "stop": ["a", "b"],
+        "n": 2,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "logprobs": True,
+        "top_logprobs": 3,
+        "metadata": {"a": "b"},
+        "top_k": 5,
+        "repetition_penalty": 1.1,
+        "repetition_context_size": 20,
+        "frequency_penalty": 0.5,
+        "presence_penalty": -0.5,
+        "logit_bias": {"7": -100, "8": 0.5},
+        "min_tokens": 2,
+        "ignore_eos": False,
+        "tools": [],
+        "response_format": {"type": "text"},
+    },
+    "chat-call": {
+        "messages": WIDE_TALK,
+        "tools": [{"type": "function", "function": FUNCTION}],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "continue_final_message": False,
+        "repeat_penalty": 1.1,
+        "repeat_last_n": -1,
+        "n_predict": -1,
+    },
+    "chat-form": {
+        "messages": [TALK[1], {"role": "assistant", "content": None, "refusal": "No."}],
+        "response_format": {"type": "json_schema", "json_schema": NAMED_SCHEMA},
+        "add_generation_prompt": True,
+        "max_completion_tokens": 9,
+    },
+    "completion": {
+        "prompt": ["a", "b"],
+        "max_tokens": 5,
+        "logprobs": 2,
+        "stop": "x",
+        "echo": False,
+        "n": 1,
+        "guided_choice": ["a", "b"],
+    },
+    "completion-form": {
+        "prompt": [[5, 6], [7]],
+        "structured_outputs": {"json": FUNCTION["parameters"], "whitespace_pattern": None},
+        "return_token_ids": True,
+    },
+    "responses": {
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+            {"type": "reasoning", "id": "r", "summary": []},
+            {"type": "function_call", "call_id": "c", **CALLED},
+            {"type": "function_call_output", "call_id": "c", "output": "b"},
+            {"type": "message", "role": "assistant", "content": "d"},
+        ],
+        "instructions": "Be brief.",
+        "text": {"format": {"type": "json_schema", **NAMED_SCHEMA}, "verbosity": "low"},
+        "include": ["message.output_text.logprobs"],
+        "top_logprobs": 2,
+        "max_output_tokens": 5,
+    },
+    "responses-call": {
+        "input": "a",
+        "tools": [{"type": "function", **FUNCTION}],
+        "tool_choice": "required",
+    },
+    "tokenize": {"messages": TALK, "return_token_strs": True, "add_special_tokens": False},
+    "tokenize-text": {"prompt": "a", "add_special": True},
+    "detokenize": {"tokens": [5, 6, 258]},
 }
 
 
+class OnlyWritten:
+    """Grammars that are not compiled: that takes a process each."""
+
+    def compile(self, ask: Ask) -> None:
+        Written(ask)
+
+
+@cache
+def intake() -> Intake:
+    with tempfile.TemporaryDirectory() as folder:
+        byte_tokenizer(Path(folder))
+        tokenizer = Tokenizer.from_directory(Path(folder))
+    tokenizer.use_format(BUILT_IN["cerebrum"])
+    layout = Layout(
+        positions=8, blocks=8, sliding_window=None, context_length=512, vocabulary_size=259
+    )
+    made = Intake(tokenizer, Spelling(tokenizer), {"x": layout}, "float32", Defaults())
+    made._grammars = OnlyWritten()  # type: ignore[assignment]
+    return made
+
+
 def prepare_requests(folder: Path) -> None:
-    for name, (_, body) in REQUESTS.items():
-        (folder / name).write_text(json.dumps(body))
+    for name, body in REQUESTS.items():
+        (folder / f"{name}.json").write_text(json.dumps(body))
 
 
 def change_request(folder: Path, random: Random) -> dict[str, bytes]:
     name = random.choice(sorted(REQUESTS))
-    body = dict(REQUESTS[name][1])
+    body = dict(REQUESTS[name])
     if random.random() < 0.2:
-        body["prompt" if name[1] == "o" else "messages"] = value(random)
-    return {name: mutated_json(body, random)}
+        body[random.choice(sorted(body))] = value(random)
+    return {f"{name}.json": mutated_json(body, random)}
 
 
 def read_request(folder: Path) -> None:
-    for file in folder.glob("*.json"):
-        parse_body(REQUESTS[file.name][0], file.read_bytes())
+    for name in REQUESTS:
+        body, kind = (folder / f"{name}.json").read_bytes(), name.partition("-")[0]
+        if kind in ("chat", "responses"):
+            intake().talk(ChatRequest if kind == "chat" else ResponsesRequest, body, "")
+        else:
+            getattr(intake(), kind)(*[body, ""][: 1 + (kind == "completion")])
 
 
 def read_sensitivity(folder: Path) -> None:

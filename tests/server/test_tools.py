@@ -99,6 +99,16 @@ def test_a_call_that_is_cut(server: Running) -> None:
     assert '{"city": "Ulm"}'.startswith(call["function"]["arguments"])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_a_stop_string_cuts_is_not_said_to_be_whole(
+    server: Running, stream: bool
+) -> None:
+    fake(server).script = fake(server).say(CALL[:-6])
+    answer = post(server, **chat(tools=[WEATHER], tool_choice="required", stream=stream))
+    last = events(answer)[-2] if stream else answer.json()
+    assert last["choices"][0]["finish_reason"] == "stop"
+
+
 def test_a_talk_with_calls_goes_on(server: Running, tokenizer: Tokenizer) -> None:
     calls = [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]
     turns = [
