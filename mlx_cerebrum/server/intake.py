@@ -246,7 +246,7 @@ class Intake:
             top_logprobs=top_logprobs,
             owner=owner,
             grammar=grammar,
-            fewer=(asked := request.most_tokens) is not None and asked != most,
+            fewer=request.most_tokens != most,
         )
 
     def _check_length(self, text: str, model: str, param: str) -> None:
@@ -296,12 +296,13 @@ def sampling(request: Drawn, defaults: Sampling) -> Sampling:
 
 
 def _repetition(request: Drawn) -> dict[str, float | int | None]:
-    """vLLM's and mlx-lm's spelling, or llama.cpp's."""
-    if request.repetition_penalty is not None or request.repeat_penalty is None:
-        penalty, context = request.repetition_penalty, request.repetition_context_size
-    else:
+    """vLLM's and mlx-lm's spelling, then llama.cpp's: programs send several at once."""
+    penalty, context = request.repetition_penalty, request.repetition_context_size
+    context = request.repeat_last_n if context is None else context
+    if penalty is None and request.repeat_penalty is not None:
         penalty = request.repeat_penalty
-        context = LLAMA_CPP_REPEATS if request.repeat_last_n is None else request.repeat_last_n
-        penalty, context = (penalty, context) if context else (1.0, None)
-        context = 2**31 - 1 if context == -1 else context
+        context = LLAMA_CPP_REPEATS if context is None else context
+    if context == 0:
+        penalty, context = 1.0, None
+    context = 2**31 - 1 if context == -1 else context
     return {"repetition_penalty": penalty, "repetition_context": context}

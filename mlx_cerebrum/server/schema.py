@@ -446,18 +446,21 @@ class Drawn(Open):
         None,
         ge=1,
         lt=2**31,
-        description="How many of prompt and answer; without it the server's --repetition-context",
+        description="How many of prompt and answer; without it repeat_last_n, or the server's"
+        " --repetition-context",
     )
     repeat_penalty: float | None = Field(
         None,
         gt=0,
-        description="llama.cpp's repetition_penalty: it looks at the last repeat_last_n tokens",
+        description="llama.cpp's repetition_penalty, which goes before; it looks at"
+        f" {LLAMA_CPP_REPEATS} tokens where nothing is said",
     )
     repeat_last_n: int | None = Field(
         None,
         ge=-1,
         lt=2**31,
-        description=f"Without it {LLAMA_CPP_REPEATS}; 0 penalizes nothing, -1 looks at all tokens",
+        description="llama.cpp's repetition_context_size, which goes before; 0 penalizes nothing,"
+        " -1 looks at all tokens",
     )
     frequency_penalty: float | None = Field(
         None,

@@ -3,7 +3,9 @@
 import math
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +13,7 @@ import pytest
 from conftest import INTERLEAVED_8, plan_yaml, write_checkpoint
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
+from mlx_cerebrum import load
 from mlx_cerebrum.decoding.logprobs import TokenLogprob
 from mlx_cerebrum.decoding.prompt_store import PromptStore
 from mlx_cerebrum.decoding.sampling import Sampling
@@ -452,6 +455,24 @@ def test_a_job_that_never_fits_is_refused_with_the_numbers(make: Make) -> None:
     with pytest.raises(RequestError, match=r"1500 tokens with 4 x 500 more needs \S+ MB"):
         engine.submit(job(1500, 500, n=4, model="plan"), print)
     Client(engine, job(5, 3)).done()
+
+
+def test_fewer_tokens_where_that_will_do(tmp_path: Path) -> None:
+    """With no window every token takes memory: as many as there is memory for."""
+    path = write_checkpoint(tmp_path / "m", CONFIG, tiny_weights(CONFIG, seed=3))
+    model, tokenizer = load(str(path), window=0)
+    engine = BatchEngine({"m": model}, tokenizer, prefill_step_size=5)
+    try:
+        wanted = job(9, 40, model="m", sampling=Sampling(ignore_eos=True))
+        engine._budget = job_bytes({"m": model}, wanted)
+        with pytest.raises(RequestError, match="ask for fewer tokens"):
+            engine.submit(replace(wanted, max_tokens=1500), print)
+        client = Client(engine, replace(wanted, max_tokens=1500, fewer=True)).done()
+        assert 40 <= len(client.tokens()) < 1500
+        assert job_bytes({"m": model}, client.job) > engine._budget
+        assert client.pieces()[-1].finish_reason == "length"
+    finally:
+        engine.close(0)
 
 
 def _starts(engine: BatchEngine, wanted: Job, started: list[Job]) -> threading.Event:

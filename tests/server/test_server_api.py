@@ -445,6 +445,12 @@ def test_a_job_that_fails(server: Running, engine: FakeEngine) -> None:
     assert len(found) == 3
 
 
+def test_who_does_not_insist_on_so_many_tokens(server: Running, engine: FakeEngine) -> None:
+    for most in (5, -1, None, 10**6):
+        post(server, **chat(max_tokens=most))
+    assert [job.fewer for job in engine.jobs] == [False, True, True, True]
+
+
 def test_a_job_that_fails_for_what_it_asks(server: Running, engine: FakeEngine) -> None:
     def script(task: FakeTask) -> Iterator[Event]:
         yield piece(task.job, 0, 5, "H")

@@ -260,7 +260,10 @@ def test_how_a_request_says_to_choose() -> None:
         ({"repeat_penalty": 1.1, "repeat_last_n": 5}, 1.1, 5),
         ({"repeat_penalty": 1.1, "repeat_last_n": -1}, 1.1, 2**31 - 1),
         ({"repeat_penalty": 1.1, "repeat_last_n": 0}, 1.0, 20),
-        ({"repeat_last_n": 5}, 1.0, 20),
+        ({"repeat_last_n": 5}, 1.0, 5),
+        ({"repetition_penalty": 1.2, "repeat_last_n": 5}, 1.2, 5),
+        ({"repetition_penalty": 1.2, "repeat_last_n": 0}, 1.0, 20),
+        ({"repeat_penalty": 1.1, "repetition_context_size": 7, "repeat_last_n": 5}, 1.1, 7),
         ({"repetition_penalty": 1.2, "repeat_penalty": 1.1}, 1.2, 20),
     ],
 )
