@@ -82,6 +82,9 @@ class Terminal:
             self.unknown.append(char)
         else:
             cells = cell_len(char)
+            if not cells and self.x and self.x <= len(self._line()):  # it joins what is there
+                self._line()[self.x - 1] += char
+                return
             if self.x + cells > self.columns:
                 if not self._autowrap:
                     return

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # The runtime's rooms, lowest floor first: one imports its own modules and what is on a lower floor.
 FLOORS = [
     ["errors"],
-    ["device", "text", "files"],
+    ["device", "text", "files", "typeset"],
     ["cli", "progress"],
     ["tokenizer", "model"],
     ["plan"],
@@ -23,7 +23,16 @@ FLOORS = [
     ["generate", "demo", "chat", "server", "prompt_cache", "speculative"],
     ["__main__"],
 ]
-PURE = ["errors", "text", "files.json_file", "model.config", "model.tensors", "tokenizer.tokenizer"]
+PURE = [
+    "errors",
+    "text",
+    "typeset.plain",
+    "typeset.worker",
+    "files.json_file",
+    "model.config",
+    "model.tensors",
+    "tokenizer.tokenizer",
+]
 PURE += [f"plan.{name}" for name in ("layer_plan", "yaml_places", "mergekit", "show", "__main__")]
 FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for name in rooms}
 PACKAGES = ("mlx_cerebrum", "convert")
@@ -102,6 +111,7 @@ def test_rooms_beside_each_other_do_not_meet() -> None:
 def test_heavy_packages_are_imported_where_used() -> None:
     heavy = {"mlx_lm", "transformers", "torch", "huggingface_hub", "rich", "prompt_toolkit"}
     heavy |= {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance"}
+    heavy |= {"math_core", "pygments"}
     own = {"plan.show": {"rich"}, "demo": {"rich"}, "chat": {"rich", "prompt_toolkit"}}
     own["server"] = heavy - {"transformers", "torch", "huggingface_hub", "prompt_toolkit"}
     own["server"].remove("llguidance")

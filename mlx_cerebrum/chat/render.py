@@ -1,7 +1,8 @@
 """Markdown and mathematics as models write them, for a terminal.
 
-A product is no emphasis, and TeX stays as it is. Those rules are the page's too
-(`server/page/inline.js` and `blocks.js`); `tests/answers/` holds both to them.
+A product is no emphasis, and a formula is a line of text where that is clear, else as written.
+Those rules are the page's too (`server/page/inline.js` and `blocks.js`); `tests/answers/` and
+`tests/maths_cases.json` hold both to them.
 """
 
 import re
@@ -10,9 +11,20 @@ from typing import ClassVar
 from markdown_it import MarkdownIt
 from markdown_it.rules_block import StateBlock, list_block
 from markdown_it.rules_inline import StateInline, emphasis, escape
+from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import CodeBlock, Heading, Markdown, MarkdownElement
-from rich.syntax import Syntax
+from rich.padding import Padding
+from rich.text import Text
+from rich.theme import Theme
+
+from mlx_cerebrum.typeset import worker
+from mlx_cerebrum.typeset.plain import plain
+
+# Readable on light and on dark: the terminal's own colours but the brightest and the darkest.
+_COLOURS = {"keyword": "magenta", "string": "green", "name": "cyan", "number": "red"}
+_COLOURS |= {"comment": "italic bright_black", "": ""}
+_THEME = Theme({"markdown.code": "cyan", "markdown.code_block": "", "markdown.block_quote": "dim"})
 
 
 class _Parser(MarkdownIt):
@@ -62,7 +74,9 @@ class _CodeBlock(CodeBlock):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         code = str(self.text).rstrip()
-        yield Syntax(code, self.lexer_name, theme="ansi_dark", word_wrap=True, padding=(0, 2))
+        parts = worker.highlighted(self.lexer_name, code) or [("", code)]
+        text = Text.assemble(*((piece, _COLOURS[kind]) for kind, piece in parts))
+        yield Padding(text, (0, 2))
 
 
 class AnswerMarkdown(Markdown):
@@ -80,10 +94,40 @@ class AnswerMarkdown(Markdown):
         super().__init__("", hyperlinks=False)
         self.markup = text
         self.parsed = markdown_parser().parse(text)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for token in self.parsed:
-            for child in token.children or ():
-                if child.type == "softbreak":
-                    child.type = "hardbreak"
+            if token.children:
+                token.children = _inline(token.children, console.encoding.startswith("utf"))
+        with console.use_theme(_THEME):
+            yield from super().__rich_console__(console, options)
+
+
+def _inline(tokens: list[Token], unicode: bool) -> list[Token]:
+    """A line break is one, and formulas are texts. unicode: may they have signs beyond ASCII?"""
+    made: list[Token] = []
+    begun = False  # something stands on the line
+    whole = False  # what stands there are the lines of a formula
+    for token in tokens:
+        breaks = token.type in ("softbreak", "hardbreak")
+        lines = lines_of(token.content) if unicode and token.type == "formula" else None
+        tall = lines is not None and len(lines) > 1
+        if (tall and begun) or (whole and not breaks):
+            made.append(Token("hardbreak", "br", 0))
+        if token.type == "formula":
+            for number, line in enumerate(lines or token.content.split("\n")):
+                made += [Token("hardbreak", "br", 0)] if number else []
+                made.append(Token("text", "", 0, content=line))
+        else:
+            made.append(Token("hardbreak", "br", 0) if breaks else token)
+        begun, whole = not breaks, tall
+    return made
+
+
+def lines_of(source: str) -> list[str] | None:
+    """What a formula is shown as; None: as it was written, for nothing else is clear."""
+    formula = worker.formula(source)
+    return None if formula is None else plain(formula)
 
 
 # Mathematics: its signs are not taken for Markdown's.
@@ -99,8 +143,13 @@ _NUMBER = re.compile(rf"[(\[{{]*(?:\d|{_LETTER}(?!{_WORD}))")  # 3, (3, x, (x bu
 _DIGIT = re.compile(r"[(\[{]*\d")
 _DOTS = re.compile(r"\.\.|[\u2026\u22ef]")
 _TEX = "\\()[]{},;:"  # what a backslash before it does not escape: \( \\ \{ \, are TeX's
-_OPENS = re.compile(r"\\[(\[]|\$\$?|\\begin\{[^{}\n]*\}")
+_OPENS = re.compile(r"\\[(\[]|\$\$?|\\begin\{[^{}\n]*\}|\\boxed\{")
+# A formula without a sign of TeX's, $x$ or $3n + 1$, has no words, and none joins on to it.
+_WORDS = re.compile(r"[^\W\d_]{4}|[^\W\d_]{2,}\s+[^\W\d_]{2,}|[,;]\s+[^\W\d_]{2,}")
+_AFTER = re.compile(r"(?:th|st|nd|rd|s)?(?!\w)")
+_BRACES = re.compile(r"\\.|[{}\n]", re.DOTALL)
 _CLOSES = {"\\(": "\\)", "\\[": "\\]", "$$": "$$", "$": "$"}
+_DOLLARS = 20  # within a formula
 _LONGEST = 4000  # characters of a formula within a line
 _DISPLAY = re.compile(r"(`+)[^`]*\1|\\(?:begin|end)\{[^{}]*\}|\\.|\$\$")
 
@@ -177,10 +226,7 @@ def _formula(state: StateInline, silent: bool) -> bool:
     if not end:
         return False
     if not silent:
-        for number, line in enumerate(state.src[state.pos : end].split("\n")):
-            if number:
-                state.push("softbreak", "br", 0)
-            state.pending += line
+        state.push("formula", "", 0).content = state.src[state.pos : end]
     state.pos = end
     return True
 
@@ -191,19 +237,50 @@ def _formula_end(source: str, start: int) -> int:
     if found is None:
         return 0
     opening, begin = found[0], found.end()
+    if opening == "\\boxed{":
+        return _braces_end(source, begin)
     close = _CLOSES.get(opening, opening.replace("\\begin", "\\end"))
     end = source.find(close, begin, begin + _LONGEST)
-    while opening == "$" and end > 0 and source[end - 1] == "\\":  # an amount within it
-        end = source.find(close, end + 1, begin + _LONGEST)
+    if opening == "$":
+        end = _dollar(source, begin, end)
     if end < 0:  # of several lines it runs to their end, as `_display` has it
         return len(source) if opening not in ("$", "\\(") and "\n" in source[begin:] else 0
     inner = source[begin:end]
     if opening == "$":  # not an amount of money
         apart = re.match(r"[\w$]", source[max(0, start - 1) : start])
         apart = apart or re.match(r"\d", source[end + 1 : end + 2])
-        if apart or inner.strip() != inner or "\n" in inner or not re.search(r"[\\^_={}]", inner):
+        if apart or not inner or inner.strip() != inner or "\n" in inner:
+            return 0
+        short = not _WORDS.search(inner) and _AFTER.match(source, end + 1)
+        if not short and not re.search(r"[\\^_={}]", inner):
             return 0
     return end + len(close)
+
+
+def _dollar(source: str, begin: int, end: int) -> int:
+    """The dollar that ends a formula: not an amount's, nor one of a text within braces."""
+    deep, seen = 0, begin
+    for _ in range(_DOLLARS):
+        if end < 0:
+            break
+        if source[end - 1] != "\\":
+            deep += source.count("{", seen, end) - source.count("}", seen, end)
+            deep -= source.count("\\{", seen, end) - source.count("\\}", seen, end)
+            if deep <= 0:
+                return end
+            seen = end
+        end = source.find("$", end + 1, begin + _LONGEST)
+    return -1
+
+
+def _braces_end(source: str, begin: int) -> int:
+    """Where the braces end that are open at `begin`, on the same line; 0: nowhere."""
+    depth = 1
+    for found in _BRACES.finditer(source, begin, begin + _LONGEST):
+        depth += {"{": 1, "}": -1}.get(found[0], 0)
+        if found[0] == "\n" or not depth:
+            return 0 if depth else found.end()
+    return 0
 
 
 def _display(state: StateBlock, start: int, end_line: int, silent: bool) -> bool:

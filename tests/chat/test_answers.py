@@ -13,7 +13,7 @@ from test_chat_render import streamed
 from mlx_cerebrum.chat import screen
 
 FOLDER = Path(__file__).parents[1] / "answers"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.txt"))
+NAMES = sorted(path.stem for path in FOLDER.glob("*.md") if path.stem != "README")
 DECORATION = re.compile("[\u2022\u2500-\u257f\u258c\u2014]")  # bullets, rules, a quote's bar
 # The text as it is read: a line for each block and break, a number before a numbered item.
 READ = """async ({ text, size }) => {
@@ -41,8 +41,11 @@ def words(text: str) -> list[str]:
     return re.sub(r"(?m)^(\s*\d+)[.)](?=\s)", r"\1", DECORATION.sub(" ", text)).split()
 
 
-def answer(name: str) -> tuple[str, list[str]]:
-    return (FOLDER / f"{name}.md").read_text(), words((FOLDER / f"{name}.txt").read_text())
+def answer(name: str, terminal: bool = False) -> tuple[str, list[str]]:
+    expected = FOLDER / f"{name}.txt"
+    own = FOLDER / f"{name}.terminal.txt"
+    expected = own if terminal and own.exists() else expected
+    return (FOLDER / f"{name}.md").read_text(), words(expected.read_text())
 
 
 @pytest.fixture
@@ -60,13 +63,14 @@ def page() -> Iterator[Page]:
 
 def test_there_are_enough_of_them() -> None:
     assert len(NAMES) >= 40
-    assert {path.stem for path in FOLDER.glob("*.md")} == {*NAMES, "README"}
+    texts = {path.name.removesuffix(".txt") for path in FOLDER.glob("*.txt")}
+    assert {name.removesuffix(".terminal") for name in texts} == set(NAMES) <= texts
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("every_piece_is_drawn")
 def test_on_the_terminal(name: str) -> None:
-    text, expected = answer(name)
+    text, expected = answer(name, terminal=True)
     assert words(streamed(text, Terminal(200, 100), len(text))) == expected
     assert words(streamed(text, Terminal(200, 100), 7)) == expected
 

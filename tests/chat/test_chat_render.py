@@ -205,8 +205,8 @@ def test_any_markdown_can_be_shown(text: str) -> None:
         ("count(*) sum(*) *f(x)* **g**(y)", "count(*) sum(*) f(x) g(y)"),
         ("**C**PU *word*s \u4e2d**\u52a0**\u4e2d", "CPU words \u4e2d\u52a0\u4e2d"),
         (
-            r"\(a_1 * b*c\) \\ \{1\,2\} \*no\* $5 *or* $6",
-            r"\(a_1 * b*c\) \\ \{1\,2\} *no* $5 or $6",
+            r"\(\a_1 * b*c\) \\ \{1\,2\} \*no\* $5 *or* $6",
+            r"\(\a_1 * b*c\) \\ \{1\,2\} *no* $5 or $6",
         ),
         ("\U0001d465*\U0001d466*\U0001d467 2 *x* 3 (a) *2* 5", None),
         ("{a}_{n} + {b}_{n} [x]_0 + [y]_1 _so_", "{a}_{n} + {b}_{n} [x]_0 + [y]_1 so"),
