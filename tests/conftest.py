@@ -30,6 +30,13 @@ for _signum in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
 
 # Each worker fills one core: a second thread of its BLAS would only take another's.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# So is MLX's own: each operation is handed to it, which costs most from one core to another. Where
+# there are no more cores than workers, each worker keeps to one, with all that it starts.
+if _worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
+    _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    _cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if 0 < len(_cores) <= _workers:
+        os.sched_setaffinity(0, {_cores[int(_worker) % len(_cores)]})
 
 
 def pytest_collection_finish() -> None:
