@@ -234,6 +234,10 @@ class Intake:
             message = f"min_tokens: there can be {most} tokens at most"
             raise ApiError(400, message, code="invalid_value", param="min_tokens")
         chosen = sampling(request, self._defaults.sampling)
+        try:
+            chosen.check_vocabulary(self.layouts[model].vocabulary_size)
+        except RequestError as error:
+            raise ApiError(400, str(error), code="invalid_value", param="logit_bias") from None
         if grammar is not None:  # which says where the answer ends, and not the command line
             chosen = replace(chosen, min_tokens=0, ignore_eos=False)
         return Job(

@@ -560,7 +560,12 @@ class Sampled(Drawn):
     n_predict: int | None = Field(
         None, ge=-1, lt=2**63, description="llama.cpp's name for max_tokens, which goes before"
     )
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Answers to each prompt")
+    n: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_CHOICES,
+        description="Answers to each prompt; as many as the server's --batch at most",
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(
         None, description="include_usage: a last event with the tokens used"
@@ -641,7 +646,9 @@ class ChatRequest(Sampled):
         if self.top_logprobs and not self.logprobs:
             raise wrong("top_logprobs", "only means something with logprobs set to true")
         if self.most_tokens == 0:
-            raise wrong("max_tokens", "0 tokens ask for nothing")
+            names = ("max_completion_tokens", "max_tokens", "n_predict")
+            said = next(name for name in names if getattr(self, name) is not None)
+            raise wrong(said, "0 tokens ask for nothing")
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise wrong("continue_final_message", "the last message is not an assistant's")
         if self.continue_final_message and self.add_generation_prompt:
@@ -656,10 +663,11 @@ class ChatRequest(Sampled):
     @property
     def talk(self) -> Talk:
         choice = self.tool_choice
+        must_call = choice not in (None, "none", "auto") and self.continue_final_message is None
         return Talk(
             [message.plain for message in self.messages],
             "messages",
-            continued=goes_on(self),
+            continued=goes_on(self) and not must_call,
             prompted=self.add_generation_prompt is not False,
             tools=self.tools or (),
             choice=choice["function"]["name"] if isinstance(choice, dict) else choice,

@@ -110,6 +110,8 @@ def test_unknown_names_are_taken_and_told() -> None:
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"continue_final_message": True}, "continue_final_message"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"n_predict": 0}, "n_predict"),
     ],
 )
 def test_what_is_not_honoured_is_refused_by_name(more: dict[str, Any], param: str) -> None:

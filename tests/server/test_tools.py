@@ -8,6 +8,7 @@ import pytest
 from server_room import (
     ANSWER,
     CONTEXT,
+    VOCABULARY,
     FakeEngine,
     Running,
     chat,
@@ -136,6 +137,7 @@ def test_a_talk_with_calls_goes_on(server: Running, tokenizer: Tokenizer) -> Non
         ({"guided_regex": "a", "min_tokens": 2}, "min_tokens"),
         ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
         ({"guided_regex": "("}, "guided_regex"),
+        ({"logit_bias": {str(VOCABULARY): 1}}, "logit_bias"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
         ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs.regex"),
         (
@@ -152,7 +154,7 @@ def test_a_talk_with_calls_goes_on(server: Running, tokenizer: Tokenizer) -> Non
 def test_what_cannot_be_held_to(server: Running, more: dict[str, Any], param: str) -> None:
     answer = post(server, **chat(**more))
     assert error(answer) == (400, "invalid_value", param)
-    assert answer.json()["error"]["message"].startswith(param)
+    assert answer.json()["error"]["message"].replace("-", "_").startswith(param)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +252,17 @@ def test_the_last_turn_is_continued(server: Running, tokenizer: Tokenizer) -> No
     assert tokenizer.decode(going.prompt).endswith("Once upon")
     assert list(new.prompt) == list(other.prompt) == tokenizer.apply_chat_template(turns)
     assert (going.continues, new.continues) == (True, False)
+
+
+def test_a_call_that_must_be_is_a_turn_of_its_own(server: Running, tokenizer: Tokenizer) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Once upon"}]
+    must: dict[str, Any] = {"messages": turns, "tools": [WEATHER], "tool_choice": "required"}
+    assert post(server, **must).is_success
+    (job,) = fake(server).jobs
+    assert not job.continues
+    assert not tokenizer.decode(job.prompt).endswith("Once upon")
+    answer = post(server, **must, continue_final_message=True)
+    assert error(answer) == (400, "unsupported_value", "tool_choice")
 
 
 def test_token_ids_come_back(server: Running, tokenizer: Tokenizer) -> None:
