@@ -1,6 +1,6 @@
 """A formula's TeX as MathML, or nothing where it must be shown as it was written.
 
-math-core converts (https://pypi.org/project/math-core): tables with `&`, nothing but MathML Core.
+math-core converts: tables with `&`, nothing but MathML Core.
 It has no bound of its own: `((((...` takes it twice as long for each bracket, and 1,000 braces
 are more than its stack. So this runs in the process of `worker`.
 """
