@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace) -> int:
         check_free(destination, "directory" if args.gguf is None else "file")
     if args.upload_repo is not None:
         check_uploadable(args.upload_repo)
-    checkpoint = open_checkpoint(hub.resolve(args.hf_path, args.revision))
+    checkpoint = open_checkpoint(hub.resolve(args.hf_path, args.revision, as_stored=True))
     if args.gguf is not None:
         with progress("writing", not (args.quiet or args.json)) as report:
             written = export(

@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     text = read_text(args.text)
-    checkpoint = open_checkpoint(hub.resolve(args.hf_path))
+    checkpoint = open_checkpoint(hub.resolve(args.hf_path, as_stored=True))
     config = planned_config(checkpoint.config, args.plan, None)
     with live("calibrating", True, "matrices") as report:
         table = calibrate(checkpoint, config, text, tokens=args.tokens, progress=report)

@@ -92,6 +92,9 @@ class Journal:
     def add(self, key: str, sha256: str) -> None:
         self._append({"key": key, "sha256": sha256})
 
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
 

@@ -36,6 +36,7 @@ class Checks:
     """What is looked at on the way, and what was seen."""
 
     finite: bool = True  # look for NaN and infinities in what is read
+    again: bool = True  # also in what an earlier run has looked at and written
     allow_nonfinite: bool = False
     digests_of: frozenset[str] = frozenset()  # modules to hash by themselves
     nonfinite: Counter[str] = field(default_factory=Counter)  # tensor -> how many values
@@ -94,8 +95,11 @@ def run(
             for name in source.modules:
                 module = _Module(due[name]) if name in due else None
                 digest = source.new_digest(name) if name in checks.digests_of else None
-                if module is None and not checks.finite and digest is None:
+                if module is None and not (checks.finite and checks.again) and digest is None:
                     continue
+                if not source.has(name):  # it may be waited for until all before it is written
+                    while waiting:
+                        waiting.popleft()()
                 for piece in source.pieces(name, limits.get(name)):
                     while len(waiting) > workers + _AHEAD:
                         waiting.popleft()()
@@ -111,6 +115,7 @@ def run(
                         progress(done, source.nbytes, name.removeprefix("model."))
                 if module is not None and writer is not None:
                     waiting.append(partial(module.finish, writer))
+                    waiting.append(partial(source.leave, name, writer.sync))
                 if digest is not None:
                     checks.digests[name] = digester.submit(digest.digest).result()
             while waiting:

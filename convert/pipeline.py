@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import fold
+from convert.arriving import Arrivals, ArrivingSource
 from convert.card import card, source_card
 from convert.copying import Copies, is_copy
 from convert.destination import fingerprint, new_directory, write_json
@@ -39,6 +40,7 @@ def convert(
     source: str = "",
     revision: str | None = None,
     progress: Progress | None = None,
+    arrivals: Arrivals | None = None,
 ) -> dict[str, Any]:
     """Write `checkpoint`, as `options` say, into the new directory `destination`.
 
@@ -48,17 +50,22 @@ def convert(
     honoured, before writing where it can be known.
 
     source, revision: what provenance calls the source.
+    arrivals: brings the checkpoint's files while they are read. They are not looked through for
+        blocks that are stored several times.
     """
     options = options or Options()
     started = time.perf_counter()
     _refuse(checkpoint, destination, options)
     load_tokenizer(checkpoint)  # a broken one is refused before anything is written
-    found = fold.predict(checkpoint) if options.is_folded else fold.none(checkpoint.config)
+    compares = options.is_folded and arrivals is None
+    found = fold.predict(checkpoint) if compares else fold.none(checkpoint.config)
     named = {"source": source, "revision": revision}
     while True:
         layout = lay_out(checkpoint, options, found)
         try:
-            summary = _attempt(checkpoint, destination, options, layout, found, named, progress)
+            summary = _attempt(
+                checkpoint, destination, options, layout, found, named, progress, arrivals
+            )
         except _RefoldError as refold:  # once at most: by then the hashes of all suspects are known
             found = refold.found
         else:
@@ -88,20 +95,24 @@ def _attempt(
     found: fold.Folding,
     named: dict[str, Any],
     progress: Progress | None,
+    arrivals: Arrivals | None,
 ) -> dict[str, Any]:
     """Write it all; raises _RefoldError when layers taken for the same turn out not to be."""
     suspects = [module_path(i, kind) for i in found.suspects() for kind in BLOCK]
-    checks = Checks(options.verify, options.allow_nonfinite, frozenset(suspects))
-    with (
-        ThreadPoolExecutor(1, "hash-source") as hasher,
-        Source(checkpoint, options.verify, hasher, options.dequantize) as source,
-    ):
+    checks = Checks(options.verify, arrivals is None, options.allow_nonfinite, frozenset(suspects))
+
+    def opened(hasher: ThreadPoolExecutor) -> Source:
+        if arrivals is not None:
+            return ArrivingSource(checkpoint, arrivals, hasher)
+        return Source(checkpoint, options.verify, hasher, options.dequantize)
+
+    with ThreadPoolExecutor(1, "hash-source") as hasher, opened(hasher) as source:
         outputs = in_order(source, layout.outputs)
         ours = options.is_folded or any(output.packing for output in outputs)
         form = {"format": "mlx" if ours else "pt"}  # pt: as mergekit writes it
         identity = fingerprint(source, outputs, form, options.allow_nonfinite)
         with new_directory(destination, identity, layout.nbytes) as partial:
-            if is_copy(source, outputs):
+            if arrivals is None and is_copy(source, outputs):
                 copies = Copies(source, partial.path)
                 read = copies.write(source, partial, checks, progress)
                 hashes, weight_map, resumed = copies.hashes, copies.weight_map, copies.resumed
@@ -109,6 +120,8 @@ def _attempt(
                 with Writer(partial.path, outputs, form, partial.journal) as writer:
                     writer.resume(progress)
                     resumed = writer.done
+                    if isinstance(source, ArrivingSource):
+                        source.expect([output.source for output in outputs[resumed:]])
                     run(source, outputs, writer, checks, progress)
                     read = source.finish()
                     hashes, weight_map = writer.hashes, writer.weight_map
@@ -134,21 +147,37 @@ def _attempt(
                 "notes": notes,
                 "from": checkpoint.raw_config.get("provenance"),
             }
-            raw = layout.raw | {"provenance": provenance}
-            metadata = {"total_size": layout.nbytes}
-            index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-            write_json(partial.path / INDEX, index)
-            checkpoint.tokenizer().save(partial.path)
-            text = card(raw, destination.name, layout.nbytes)
-            (partial.path / "README.md").write_text(text, encoding="utf-8")
+            describe(checkpoint, partial.path, destination.name, layout, provenance, weight_map)
             if options.shim:
                 _write_shim(partial.path)
-            write_json(partial.path / "config.json", raw)
             load_tokenizer(open_checkpoint(partial.path))  # what was written reads back
     if partial.replaced:
         done = human(partial.replaced)
         notes = [*notes, f"{done} of a stopped conversion, of something else, were given up"]
     return _summary(layout, options, hashes, notes, resumed)
+
+
+def describe(
+    checkpoint: Checkpoint,
+    directory: Path,
+    name: str,
+    layout: Layout,
+    provenance: dict[str, Any],
+    weight_map: dict[str, str],
+) -> None:
+    """Write all of an output but its weights: index, tokenizer, card, config.json.
+
+    weight_map: tensor name -> file name.
+    """
+    raw = layout.raw | {"provenance": provenance}
+    index = {
+        "metadata": {"total_size": layout.nbytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    write_json(directory / INDEX, index)
+    checkpoint.tokenizer().save(directory)
+    (directory / "README.md").write_text(card(raw, name, layout.nbytes), encoding="utf-8")
+    write_json(directory / "config.json", raw)
 
 
 def _write_shim(directory: Path) -> None:

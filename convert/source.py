@@ -1,7 +1,7 @@
 """A checkpoint read once, in the order it lies on disk, a few megabytes at a time."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -63,11 +63,21 @@ class Source:
         at = {name: checkpoint.extents(name)["weight"] for name in names}
         self.modules = sorted(names, key=lambda name: (at[name].path, at[name].offset))
         self.nbytes = sum(e.nbytes for n in names for e in checkpoint.extents(n).values())
-        self.stats = stamps(checkpoint)
+        self.stats = self._stamps()
         self.paths = list(self.stats)
         self._verify, self._hasher = verify, hasher
         self._stored_as_is = isinstance(checkpoint, SafetensorsCheckpoint)
         self._files: dict[Path, HashedFile] = {}
+
+    def _stamps(self) -> Stamps:
+        return stamps(self.checkpoint)
+
+    def has(self, module: str) -> bool:
+        """Whether the module can be read without waiting for it."""
+        return True
+
+    def leave(self, module: str, sync: Callable[[], None]) -> None:
+        """Called when all of a module is written; `sync` makes that survive a power cut."""
 
     def pieces(self, module: str, limit: int | None = None) -> Iterator[dict[str, Rows]]:
         """The module's parts, some rows of each at a time: about PIECE bytes.

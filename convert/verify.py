@@ -193,7 +193,7 @@ def parser() -> cli.ArgumentParser:
         description="Check a checkpoint: headers, index, shapes, tokenizer, hashes, finite values."
         " Exit code 0: sound; 1: problems were found; 2: it can't be examined.",
     )
-    p.add_argument("path", metavar="DIR|FILE.gguf|HUBID", help="what to check; never changed")
+    p.add_argument("path", metavar="NAME|DIR|FILE.gguf|HUBID", help="what to check; never changed")
     p.add_argument("--quiet", action="store_true", help="print only the problems")
     p.add_argument("--json", action="store_true", help="print one JSON object with everything")
     p.add_debug()

@@ -121,6 +121,15 @@ class Writer:
         if not self._left:
             self._finish_shard()
 
+    def sync(self) -> None:
+        """Return when all modules that are finished, and their journal, would survive a power
+        cut."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        self._journal.sync()
+
     def close(self) -> None:
         self._hasher.shutdown(cancel_futures=True)
         self._flusher.shutdown(cancel_futures=True)

@@ -6,10 +6,12 @@ import errno
 import io
 import math
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -19,6 +21,24 @@ from mlx_cerebrum.text import one_line, tell, tell_traceback
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 PIPE_CLOSED = 141  # 128 + SIGPIPE: the reader (`| head`) had enough
+# Flags by the names they have in other programs, and what they may be here.
+_ELSEWHERE: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("--temperature", "-t"), ("--temp",)),
+    **dict.fromkeys(("--max-new-tokens", "--n-predict", "--num-predict", "-n"), ("--max-tokens",)),
+    **dict.fromkeys(("--model", "--source", "--input", "-m"), ("--model", "--hf-path")),
+    **dict.fromkeys(("--out", "--output", "--outfile", "-o"), ("--mlx-path",)),
+    **dict.fromkeys(("-q", "--quantize", "--quant"), ("--q-bits", "--bits", "--quantize")),
+    **dict.fromkeys(("--q-bits", "--quantization"), ("--bits", "--q-bits")),
+    **dict.fromkeys(("-p", "--text", "--question"), ("--prompt",)),
+    **dict.fromkeys(("--system-prompt", "--sys", "-sys"), ("--system",)),
+    **dict.fromkeys(("--context", "--ctx-size", "--num-ctx", "-c"), ("--window",)),
+    **dict.fromkeys(("--chat-template",), ("--template",)),
+    **dict.fromkeys(("--repeat-penalty",), ("--repetition-penalty",)),
+    **dict.fromkeys(("-y", "--force", "--assume-yes"), ("--yes",)),
+    **dict.fromkeys(("--ignore-eos-token",), ("--ignore-eos",)),
+}
+_FLAG = re.compile(r"--[A-Za-z][\w-]*|-[A-Za-z]+")
+_NUMBER_OF_Q = re.compile(r"unrecognized arguments: (\d)")
 _MOST_WHOLE = 2**31  # MLX counts in 32 bits
 _MOST_NUMBER = 1e18
 
@@ -39,8 +59,62 @@ class ArgumentParser(argparse.ArgumentParser):
     def add_debug(self) -> None:
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, but what a flag is called elsewhere is answered with what it is here."""
+        given = sys.argv[1:] if args is None else list(args)
+        if not any(
+            action.nargs in (argparse.REMAINDER, argparse.PARSER) for action in self._actions
+        ):
+            self._refuse_unknown(given)
+        return super().parse_known_args(given, namespace)
+
+    def _refuse_unknown(self, given: list[str]) -> None:
+        known = self._option_string_actions
+        for word, after in zip(given, [*given[1:], ""], strict=False):
+            flag, equals, given_value = word.partition("=")
+            if word == "--":
+                return
+            if not _FLAG.fullmatch(flag) or flag in known:
+                continue
+            meant = next((f for f in _ELSEWHERE.get(flag, ()) if f in known), None)
+            near = get_close_matches(flag, [f for f in known if f.startswith("--")], 1, 0.75)
+            meant = meant or (near[0] if near else None)
+            takes = meant and known[meant].nargs != 0 and after and after[0] != "-"
+            value = f"={given_value}" if equals else f" {after}" if takes else ""
+            hint = f"; did you mean {meant}{value}?" if meant else ""
+            self.error(f"unrecognized arguments: {word}{hint}")
+
+    def format_help(self) -> str:
+        return _spelled_here(super().format_help())
+
     def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"error: {one_line(message)} (see {self.prog} --help)\n")
+        if (more := _NUMBER_OF_Q.fullmatch(message)) and "--q-bits" in self._option_string_actions:
+            message = f"-q takes no number; did you mean -q --q-bits {more[1]}?"
+        see = _spelled_here(f"{self.prog} --help")
+        self.exit(BAD_INPUT, f"error: {one_line(message)} (see {see})\n")
+
+
+_spellings: Mapping[str, str] = {}
+
+
+@contextlib.contextmanager
+def spelled(spellings: Mapping[str, str]) -> Iterator[None]:
+    """Inside, commands are called what the user typed: `python -m ...` -> its other name.
+
+    Where one begins like another, the longer stands first.
+    """
+    global _spellings
+    before, _spellings = _spellings, spellings
+    try:
+        yield
+    finally:
+        _spellings = before
+
+
+def _spelled_here(text: str) -> str:
+    for module, typed in _spellings.items():
+        text = re.sub(rf"{re.escape(module)}(?![\w.])", typed, text)
+    return text
 
 
 def seed(text: str) -> int:

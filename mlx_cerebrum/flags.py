@@ -1,6 +1,7 @@
 """The flags that several commands have, each defined once, and what they ask for."""
 
 import argparse
+from pathlib import Path
 
 from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.decode import prefill_step
@@ -8,6 +9,7 @@ from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError, shown
 from mlx_cerebrum.model.entries import KV_BITS
 from mlx_cerebrum.model.memory import GB
+from mlx_cerebrum.shelf.places import BITS, split
 from mlx_cerebrum.text import tell
 from mlx_cerebrum.tokenizer.chat_formats import NAMES, read_format
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
@@ -16,15 +18,29 @@ from mlx_cerebrum.weights.opening import ModelSpec
 from mlx_cerebrum.weights.quantize import AFFINE_BITS, AFFINE_GROUPS
 from mlx_cerebrum.weights.storage import DTYPES
 
+MOST_TEMP = 2  # as OpenAI's API has it
+
 Flags = argparse.ArgumentParser | argparse._ArgumentGroup  # what flags are added to
 
 
 def add_model_flags(p: Flags, default: str) -> None:
-    """Add --model and how to hold it; `default` says what runs without --model."""
+    """Add the model's name and how to hold it; `default` says what runs without one."""
+    p.add_argument("name", nargs="?", metavar="NAME", help="what to run, as --model")
     p.add_argument(
         "--model",
-        metavar="DIR|FILE.gguf|HUBID|demo",
+        metavar="NAME|DIR|FILE.gguf|HUBID|demo",
         help=f"what to run (default: {default})",
+    )
+    p.add_argument(
+        "--bits",
+        type=int,
+        choices=BITS,
+        help="which of a name's variants on the shelf, in bits a weight (default: the last used)",
+    )
+    p.add_argument(
+        "--yes",
+        action="store_true",
+        help="`mlx-cerebrum` fetches a model that is not here without asking (default: it asks)",
     )
     add_revision_flag(p)
     p.add_argument(
@@ -239,6 +255,11 @@ def add_prefill_flag(p: Flags, more: str = "") -> None:
 
 def sampling_of(args: argparse.Namespace, seed: int | None = None) -> Sampling:
     """How the flags say to choose tokens. Raises RequestError for what is out of range."""
+    if args.temp > MOST_TEMP:
+        raise RequestError(
+            f"temp must be from 0 to {MOST_TEMP}, not {args.temp:g}: 0 is greedy, 0.7 usual, and"
+            " above 1.5 answers fall apart"
+        )
     if args.min_tokens > args.max_tokens:
         raise RequestError(
             f"min-tokens is {args.min_tokens}, and max-tokens {args.max_tokens}; raise max-tokens"
@@ -266,6 +287,23 @@ def asked_sampling(args: argparse.Namespace) -> Sampling:
     return sampling
 
 
+def asked_model(args: argparse.Namespace) -> str | None:
+    """The name of the model that is asked for, if one is. Raises RequestError for two."""
+    if args.name is not None and args.model is not None:
+        raise RequestError(f"{args.name} and --model {args.model}: name one model")
+    name: str | None = args.name or args.model
+    if args.bits is None:
+        return name
+    if name is None:
+        raise RequestError("--bits goes with the name of a model on the shelf")
+    if name == "demo" or Path(name).exists():
+        raise RequestError(f"--bits is for names on the shelf; {name}: try --q-bits {args.bits}")
+    base, bits = split(name)
+    if bits not in (None, args.bits):
+        raise RequestError(f"{name} and --bits {args.bits} say different things; drop one")
+    return f"{base}:{args.bits}bit"
+
+
 def model_spec(args: argparse.Namespace, plan: str | None = None) -> ModelSpec:
     """The model that the flags of `add_model_flags` name, its blocks in the order of `plan`.
 
@@ -273,8 +311,9 @@ def model_spec(args: argparse.Namespace, plan: str | None = None) -> ModelSpec:
     """
     if args.q_bits is None and args.q_group_size is not None:
         raise RequestError("--q-group-size only means something with --q-bits")
+    name = asked_model(args)
     return ModelSpec(
-        hub.DEFAULT_REPO if args.model is None else args.model,
+        hub.DEFAULT_REPO if name is None else name,
         args.revision,
         plan,
         args.q_bits,

@@ -40,6 +40,7 @@ from mlx_cerebrum.flags import (
     add_sampling_flags,
     add_seed_flag,
     add_system_flag,
+    asked_model,
     asked_sampling,
     memory_limit,
     model_spec,
@@ -189,7 +190,7 @@ def _run(args: argparse.Namespace) -> int:
     check_drafting(args)
     prefill_step(args.prefill_step_size)
     StopText(args.stop)
-    plan = DEFAULT_PLAN if args.model is None and args.plan is None else args.plan
+    plan = DEFAULT_PLAN if asked_model(args) is None and args.plan is None else args.plan
     spec, memory = model_spec(args, plan), memory_limit(args)
     if args.prompt_cache is not None:
         check_destination(args.prompt_cache)

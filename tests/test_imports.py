@@ -17,6 +17,7 @@ FLOORS = [
     ["cli", "progress"],
     ["tokenizer", "model"],
     ["plan"],
+    ["shelf"],
     ["weights"],
     ["decoding"],
     ["flags"],

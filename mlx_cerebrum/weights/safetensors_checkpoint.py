@@ -60,18 +60,38 @@ class SafetensorsCheckpoint(Checkpoint):
 
         Raises CheckpointError or ConfigError for the first of them that is no good.
         """
-        if problem := directory_problem(path):
-            raise CheckpointError(f"{path}: {problem}")
-        if not (path / "config.json").exists():
-            problem = folder_problem(path) or "it has no config.json"
-            raise CheckpointError(f"{path} is not a checkpoint: {problem}")
-        raw_config = read_json(path / "config.json")
-        if problem := config_problem(raw_config):
-            raise CheckpointError(f"{path}: {problem}")
-        config = ModelConfig.from_dict(raw_config, str(path / "config.json"))
+        raw_config, config = _config(path)
+        headers = {file: read_header(path / file) for file in weight_files(path)}
+        return cls._of(path, raw_config, config, headers)
+
+    @classmethod
+    def of_headers(
+        cls, path: Path, headers: Mapping[str, Mapping[str, TensorInfo]]
+    ) -> "SafetensorsCheckpoint":
+        """A directory whose weight files are not there yet, by their headers: what is known of
+        their tensors before they come. Raises as `open` does, and for a tied head that is stored
+        too, since only its values say whether it is used.
+        """
+        raw_config, config = _config(path)
+        names = {name for header in headers.values() for name in header}
+        if config.tie_word_embeddings and {f"{HEAD}.weight", f"{EMBEDDING}.weight"} <= names:
+            raise CheckpointError(
+                f"{path.name} stores a head that its config ties to the embedding: fetch it whole"
+                " (`hf download`), and convert that"
+            )
+        return cls._of(path, raw_config, config, headers)
+
+    @classmethod
+    def _of(
+        cls,
+        path: Path,
+        raw_config: dict[str, Any],
+        config: ModelConfig,
+        headers: Mapping[str, Mapping[str, TensorInfo]],
+    ) -> "SafetensorsCheckpoint":
         tensors: dict[str, Place] = {}
-        for file in weight_files(path):
-            for name, info in read_header(path / file).items():
+        for file, header in headers.items():
+            for name, info in header.items():
                 if name in tensors:
                     other = tensors[name][0]
                     raise CheckpointError(f"{path}: {name} is in both {other} and {file}")
@@ -110,6 +130,22 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_directory(self.path, self.config.eos_token_ids)
+
+
+def _config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """The directory's config.json, as it is and as it is meant.
+
+    Raises CheckpointError where the directory is no checkpoint, ConfigError.
+    """
+    if problem := directory_problem(path):
+        raise CheckpointError(f"{path}: {problem}")
+    if not (path / "config.json").exists():
+        problem = folder_problem(path) or "it has no config.json"
+        raise CheckpointError(f"{path} is not a checkpoint: {problem}")
+    raw_config = read_json(path / "config.json")
+    if problem := config_problem(raw_config):
+        raise CheckpointError(f"{path}: {problem}")
+    return raw_config, ModelConfig.from_dict(raw_config, str(path / "config.json"))
 
 
 def _table_stored_as(config: ModelConfig, tensors: Container[str]) -> str:

@@ -88,6 +88,16 @@ def read_whole_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
+    return parse_header(path, text, size)
+
+
+def parse_header(
+    path: Path, text: bytes, size: int
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors and texts of a header, read from a file of `size` bytes that `path` names.
+
+    Raises as `read_header` does; `path` need not exist.
+    """
     entries = json_file.parse(text, f"{path}: the header", CheckpointError)
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path} is not safetensors: its header is not a JSON object")
@@ -97,8 +107,8 @@ def read_whole_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: the header's __metadata__ is not text by name")
-    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
-    _check_layout(path, tensors, 8 + length, size)
+    tensors = {name: _tensor(path, name, entry, 8 + len(text)) for name, entry in entries.items()}
+    _check_layout(path, tensors, 8 + len(text), size)
     return tensors, metadata
 
 

@@ -26,9 +26,9 @@ def load_views(
     """Load a model and lay its blocks out in every order it is to answer in.
 
     The views share the weights: all of them take one model's memory, and none a second one's time
-    to load. The first answers unless another is asked for: Cerebrum's 12.25B, else the model as it
-    was opened. Raises PlanError for a plan that does not fit, and what `Opened.load` and
-    `Opened.tokenizer` raise.
+    to load. The first answers unless another is asked for: Cerebrum's 12.25B, unless it is called
+    cerebrum-7b; of others the model as it was opened. Raises PlanError for a plan that does not
+    fit, and what `Opened.load` and `Opened.tokenizer` raise.
     """
     source = str(opened.spec.name)
     # What needs no weights to refuse is refused before they are read.
@@ -52,7 +52,7 @@ def orders(config: ModelConfig, source: str, plans: Sequence[str] = ()) -> dict[
     cerebrum = blocks == 32 and "cerebrum" in short
     found: dict[str, Order] = {}
     if cerebrum:
-        wanted = [*reversed(CEREBRUM), *plans]
+        wanted = [*(CEREBRUM if short.startswith(CEREBRUM[0]) else reversed(CEREBRUM)), *plans]
     else:
         found[short] = config.layer_map, config.residual_scales
         more = [CEREBRUM[1]] if blocks == 32 else [DEMO] if source == "demo" else []

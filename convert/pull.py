@@ -1,0 +1,401 @@
+"""`mlx-cerebrum pull NAME`: from the hub to the shelf, in the form that this machine can run.
+
+Files are fetched one by one, converted as they come, and removed: the disk holds the result and
+one file of the source, two where there is room. Stopped anywhere, the same command goes on.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_cerebrum import cli  # isort: skip  # first: it quiets a Ctrl-C from here on
+from convert.arriving import Arrivals
+from convert.destination import partial_of, write_json
+from convert.pipeline import convert
+from convert.sharing import share
+from convert.variant import Variant, choose, machine
+from convert.verify import verify
+from mlx_cerebrum.errors import CheckpointError, RequestError
+from mlx_cerebrum.files import json_file
+from mlx_cerebrum.flags import add_plan_flag, add_revision_flag
+from mlx_cerebrum.model.memory import human
+from mlx_cerebrum.plan.layer_plan import LayerPlan, resolve
+from mlx_cerebrum.progress import Report, progress
+from mlx_cerebrum.shelf.entries import STATE, Entry, entries, find
+from mlx_cerebrum.shelf.lock import alone
+from mlx_cerebrum.shelf.places import (
+    BITS,
+    HUB_ID,
+    SHORT,
+    folder,
+    folder_name,
+    short_name,
+    split,
+)
+from mlx_cerebrum.text import one_line, say, tell
+from mlx_cerebrum.tokenizer.files import FILES
+from mlx_cerebrum.weights.fetching import there
+from mlx_cerebrum.weights.hub import only_gguf
+from mlx_cerebrum.weights.remote import Remote, UnreachableError
+from mlx_cerebrum.weights.safetensors_checkpoint import INDEX, SafetensorsCheckpoint
+
+_WEIGHTS = ".safetensors"
+_SLACK = 100_000_000  # bytes of disk for all that is no weight
+_PACE = 12.5e6  # bytes a second, for a first estimate: 100 Mbit/s
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for."""
+
+    name: str  # on the shelf
+    repo: str
+    plan: LayerPlan | None
+    bits: int | None
+    revision: str | None
+
+    def is_made_of(self, entry: Entry) -> bool:
+        """Whether a model on the shelf has the blocks that are wanted, in the same bits."""
+        with suppress(CheckpointError):
+            made = entry.provenance
+            same = made.get("source") == self.repo and made.get("layout") == "folded"
+            right = self.revision is None or str(made.get("revision")).startswith(self.revision)
+            return same and right and self.bits in (None, entry.bits)
+        return False
+
+
+@dataclass
+class _Shown:
+    """What the live line says, from the thread that fetches and the one that converts."""
+
+    report: Report | None
+    quiet: bool
+    sizes: dict[str, int]  # of all files
+    come: dict[str, int] = field(default_factory=dict)
+    item: str = ""
+
+    def came(self, name: str, nbytes: int) -> None:
+        before, self.come[name] = self.come.get(name, 0), nbytes
+        if self.report is None and not self.quiet and before < nbytes == self.sizes[name]:
+            tell(f"{name}: whole, {human(nbytes)}")
+        self.draw()
+
+    def converting(self, done: int, total: int, item: str) -> None:
+        self.item = item
+        self.draw()
+
+    def draw(self) -> None:
+        if self.report is not None:
+            self.report(sum(self.come.values()), sum(self.sizes.values()), self.item)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return cli.run(lambda: _run(args), args.debug)
+
+
+def _run(args: argparse.Namespace) -> int:
+    wanted = _wanted(args)
+    if _is_here(wanted):
+        return 0
+    wait = f"{wanted.repo} is being fetched by another run; waiting for it"
+    try:
+        with alone(folder_name(wanted.repo), wait) as work:
+            if not _is_here(wanted) and not _share(wanted, args.quiet):
+                _fetch(args, wanted, work)
+    except KeyboardInterrupt:
+        if not args.quiet:
+            with suppress(OSError):  # the terminal is gone
+                tell("stopped: run the same command again to go on from here")
+        raise
+    return 0
+
+
+def _is_here(wanted: Wanted) -> bool:
+    entry = find(wanted.name if wanted.bits is None else f"{wanted.name}:{wanted.bits}bit")
+    if entry is not None:
+        say(f"{entry.called} is here already: {one_line(str(entry.path))}")
+    return entry is not None
+
+
+def _wanted(args: argparse.Namespace) -> Wanted:
+    """What the flags ask for. Raises RequestError, PlanError."""
+    name, bits = split(args.name)
+    if bits is not None and args.bits not in (None, bits):
+        raise RequestError(f"{args.name} and --bits {args.bits} say different things; drop one")
+    bits = args.bits or bits
+    if bits not in (None, *BITS):
+        raise RequestError(f"a model is kept in 4, 8 or 16 bits a weight, not {bits}")
+    plan: LayerPlan | None = None
+    if (short := short_name(name)) is not None:
+        name, repo, plan = short, SHORT[short].repo, LayerPlan.named(SHORT[short].plan)
+    elif HUB_ID.fullmatch(name):
+        repo = name
+    elif name == "demo":
+        raise RequestError("the demo is no model of the shelf; `make demo` sets it up")
+    else:
+        raise RequestError(
+            f"{one_line(name)!r} is neither {' nor '.join(SHORT)} nor a hub id like owner/name"
+        )
+    if args.plan is not None:
+        plan = resolve(args.plan)
+        known = next((n for n, r in SHORT.items() if (r.repo, r.plan) == (repo, args.plan)), None)
+        label = re.sub(r"[^\w.-]+", "-", plan.name)
+        name = known or f"{name}@{label}"
+    return Wanted(name, repo, plan, bits, args.revision)
+
+
+def _share(wanted: Wanted, quiet: bool) -> bool:
+    """Make it of what is on the shelf, if that has its blocks."""
+    entry = next((entry for entry in entries() if wanted.is_made_of(entry)), None)
+    if entry is None:
+        return False
+    share(entry.path, folder() / folder_name(wanted.name, entry.bits), wanted.plan)
+    if not quiet:
+        say(
+            f"{wanted.name}:{entry.bits}bit has the blocks of {entry.called}, in another order:"
+            " nothing to fetch, and the disk holds them once"
+        )
+    return True
+
+
+def _fetch(args: argparse.Namespace, wanted: Wanted, work: Path) -> None:
+    """Look at the hub and the machine, say what will be done, and do it."""
+    begun = _begun(work)
+    remote = _look(wanted, begun)
+    checkpoint = _headers(wanted, remote, work)
+    shards = [remote.files[name] for name in sorted({f for f, _ in checkpoint.tensors.values()})]
+    local = {file.name for file in shards if remote.cached(file.name) is not None}
+    coming = [file for file in shards if file.name not in local]
+    sizes = [file.nbytes for file in coming]
+    besides = _SLACK + (sum(sizes) if args.keep_source else max(sizes, default=0))
+    bits = wanted.bits
+    if bits is None and begun.get("name") == wanted.name:
+        bits = begun.get("bits")  # as it was begun
+
+    held = sum(there(checkpoint.path / file.name) for file in coming)
+    half_made = folder().glob(f".{folder_name(wanted.name)}-*bit.partial/*.safetensors")
+    free = shutil.disk_usage(work).free + held + sum(file.stat().st_size for file in half_made)
+    made, why = choose(wanted.name, checkpoint, wanted.plan, bits, machine(free), besides)
+    if not args.quiet:
+        for line in _told(wanted, made, why, remote, sum(sizes) - held, besides, free):
+            tell(line)
+    if not (args.yes or args.quiet) and sys.stdin is not None and sys.stdin.isatty():
+        tell("Go on? [Y/n] ", end="")
+        if sys.stdin.readline().strip().lower() not in ("", "y", "yes"):
+            raise RequestError("nothing was fetched")
+    state = {
+        "name": wanted.name,
+        "bits": made.bits,
+        "repo": wanted.repo,
+        "commit": remote.commit,
+        "bytes": sum(file.nbytes for file in shards),
+        "files": {name: f.sha256 or f.git_hash for name, f in remote.files.items()},
+    }
+    write_json(work / STATE, state)
+    destination = folder() / folder_name(wanted.name, made.bits)
+    _make(args, wanted, made, remote, checkpoint, destination, {f.name: f.nbytes for f in shards})
+    shutil.rmtree(work)
+    if not args.quiet:
+        entry = Entry(destination, wanted.name, made.bits)
+        say(
+            f"{entry.called} is on the shelf: {human(entry.nbytes)}, every byte verified."
+            f" Talk with it: mlx-cerebrum chat {wanted.name}"
+        )
+
+
+def _make(
+    args: argparse.Namespace,
+    wanted: Wanted,
+    made: Variant,
+    remote: Remote,
+    checkpoint: SafetensorsCheckpoint,
+    destination: Path,
+    sizes: dict[str, int],
+) -> None:
+    """Fetch, convert and verify."""
+    partial = partial_of(destination)
+
+    def left() -> int:
+        return made.layout.nbytes - sum(f.stat().st_size for f in partial.glob("*.safetensors"))
+
+    with progress("fetching", not args.quiet) as report:
+        shown = _Shown(report, args.quiet, sizes)
+        keep = remote.keep if args.keep_source else None
+        arrivals = Arrivals(remote, checkpoint.path, left, shown.came, keep)
+        try:
+            written = convert(
+                checkpoint,
+                destination,
+                made.options,
+                source=wanted.repo,
+                revision=remote.commit,
+                progress=shown.converting,
+                arrivals=arrivals,
+            )
+        finally:
+            arrivals.close()
+    if args.keep_source:
+        for file in checkpoint.path.iterdir():
+            remote.keep(file.name, file)
+    for note in [] if args.quiet else written["notes"]:
+        if note not in made.layout.notes:  # those are of dtypes, which nobody chose here
+            tell(f"note: {note}")
+    with progress("verifying", not args.quiet) as report:
+        problems = verify(destination, report)["problems"]
+    if problems:
+        raise CheckpointError(
+            f"{destination}: {problems[0]['problem']}; the disk may be failing: remove it with"
+            f" mlx-cerebrum rm {wanted.name}"
+        )
+
+
+def _told(
+    wanted: Wanted,
+    made: Variant,
+    why: str,
+    remote: Remote,
+    missing: int,
+    besides: int,
+    free: int,
+) -> Iterator[str]:
+    """What is about to be done."""
+    config = made.layout.config
+    window = f"window {config.sliding_window} tokens" if config.sliding_window else "no window"
+    blocks, positions = config.num_hidden_layers, config.num_positions
+    order = (
+        f"{blocks} blocks in {positions} positions" if positions != blocks else f"{blocks} blocks"
+    )
+    yield f"{wanted.name}: {made.bits} bits a weight{f' ({why})' if why else ''}, {order}, {window}"
+    room = machine(free)
+    more = "" if made.memory <= room.memory else "; --kv-bits 8 or a smaller --window takes less"
+    yield (
+        f"  memory  {human(made.memory)} with a full window, of {human(room.memory)} that may be"
+        f" used{more}"
+    )
+    yield (
+        f"  disk    {human(made.layout.nbytes)}, while it is made up to"
+        f" {human(made.layout.nbytes + besides)}; {human(free)} are free"
+    )
+    minutes = max(1, round(missing / _PACE / 60))
+    yield (
+        f"  fetch   {human(missing)} from {remote.repo} ({remote.commit[:7]}):"
+        f" {minutes} min at 100 Mbit/s"
+    )
+
+
+def _begun(work: Path) -> dict[str, Any]:
+    """What a stopped run wrote of itself; empty where there is none."""
+    with suppress(CheckpointError):
+        return json_file.read_object(work / STATE, CheckpointError)
+    return {}
+
+
+def _look(wanted: Wanted, begun: dict[str, Any]) -> Remote:
+    """The repository, as it was when a stopped run began with it.
+
+    Raises CheckpointError where that is not to be had any more.
+    """
+    remote = Remote.look(wanted.repo, wanted.revision)
+    known, commit = begun.get("files"), begun.get("commit")
+    if not isinstance(known, dict) or not isinstance(commit, str) or commit == remote.commit:
+        return remote
+    now = {name: file.sha256 or file.git_hash for name, file in remote.files.items()}
+    changed = [n for n in known if n in (*FILES, INDEX, "config.json") or n.endswith(_WEIGHTS)]
+    changed = [name for name in changed if now.get(name) != known[name]]
+    if not changed:
+        return remote
+    some = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+    anew = f"to begin anew: mlx-cerebrum rm {wanted.name}, then pull it again"
+    try:
+        before = Remote.look(wanted.repo, commit)
+    except UnreachableError:
+        raise
+    except CheckpointError:
+        raise CheckpointError(
+            f"{wanted.repo} has changed on the hub since this began ({some}), and what it was is"
+            f" gone; {anew}"
+        ) from None
+    tell(
+        f"note: {wanted.repo} has changed on the hub since this began ({some}); this goes on with"
+        f" what it was, {commit[:7]}; {anew}"
+    )
+    return before
+
+
+def _headers(wanted: Wanted, remote: Remote, work: Path) -> SafetensorsCheckpoint:
+    """The checkpoint as its small files and the headers of the others say.
+
+    Raises CheckpointError or ConfigError for one that can't be converted.
+    """
+    directory = work / wanted.repo.partition("/")[2]
+    directory.mkdir(parents=True, exist_ok=True)
+    if "config.json" not in remote.files:
+        raise CheckpointError(_no_model(wanted.repo, list(remote.files)))
+    for name in ("config.json", "adapter_config.json", INDEX, "README.md", *FILES):
+        if name in remote.files:
+            data = remote.small(name, directory / name)
+            (directory / name).write_bytes(data)
+    if (directory / INDEX).exists():
+        weight_map = json_file.read_object(directory / INDEX, CheckpointError).get("weight_map")
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    else:
+        names = {name for name in remote.files if name.endswith(_WEIGHTS)}
+        names = {"model.safetensors"} & names or names
+    if not names:
+        raise CheckpointError(_no_model(wanted.repo, list(remote.files)))
+    if missing := [name for name in names if name not in remote.files]:
+        raise CheckpointError(
+            f"{wanted.repo}: {INDEX} lists {missing[0]!s:.80}, which is not there"
+        )
+    headers = {name: remote.header(name) for name in sorted(names)}
+    checkpoint = SafetensorsCheckpoint.of_headers(directory, headers)
+    checkpoint.check()
+    return checkpoint
+
+
+def _no_model(repo: str, names: list[str]) -> str:
+    if found := sorted(name for name in names if name.endswith(".gguf")):
+        return f"{repo} {only_gguf(repo, found)}"
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        return f"{repo} has only pickled weights, which can run code; take one with safetensors"
+    return f"{repo} is not a model: it has no config.json or no safetensors"
+
+
+def parser() -> cli.ArgumentParser:
+    p = cli.ArgumentParser(
+        prog="mlx-cerebrum pull",
+        description="Fetch a model and keep it on the shelf, in a form that this machine can run."
+        " Stopped at any moment, the same command goes on where it was.",
+    )
+    p.add_argument(
+        "name", metavar="NAME[:BITS]|HUBID", help=f"{' or '.join(SHORT)}, or a hub id, owner/name"
+    )
+    p.add_argument(
+        "--bits",
+        type=int,
+        choices=BITS,
+        help="bits a weight to keep, 16 for those of the source (default: 8 where that leaves half"
+        " of the memory free, else 4)",
+    )
+    add_plan_flag(p, "the name's own; a hub id's: the source's order")
+    add_revision_flag(p)
+    p.add_argument(
+        "--keep-source",
+        action="store_true",
+        help="keep what is fetched in the hub's cache (default: it is removed as it is converted)",
+    )
+    p.add_argument("--yes", action="store_true", help="do not ask (default: asked at a terminal)")
+    p.add_argument("--quiet", action="store_true", help="print nothing but errors, and don't ask")
+    p.add_debug()
+    return p
+
+
+if __name__ == "__main__":
+    sys.exit(main())

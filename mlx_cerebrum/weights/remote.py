@@ -1,0 +1,236 @@
+"""A repository on the hub, looked at and read in ranges: nothing is fetched that is not asked for.
+
+huggingface_hub finds the names, tokens, mirrors and its own HTTP client. What it downloads, it
+starts again from nothing after a break; here a range is asked for, so that it need not.
+"""
+
+import hashlib
+import shutil
+import struct
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.files import json_file
+from mlx_cerebrum.text import one_line
+from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights.safetensors_file import TensorInfo, parse_header
+
+_TIMEOUT = 30.0  # seconds without a byte
+_FIRST = 1 << 16  # bytes of a file that nearly always hold its whole header
+_RETRIED = (408, 425, 429, 500, 502, 503, 504, 520, 522, 524)
+_MOST_SMALL = 1 << 26  # bytes of a file that is no weight file
+
+
+class UnreachableError(CheckpointError):
+    """The hub can't be reached just now, or broke off; what came before is good."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a repository. sha256: None where the hub gives none, as for small files;
+    git_hash: of those."""
+
+    name: str
+    nbytes: int
+    sha256: str | None
+    git_hash: str | None = None
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A repository at one commit: another commit's files never get in among its own."""
+
+    repo: str
+    commit: str
+    files: dict[str, RemoteFile]
+
+    @classmethod
+    def look(cls, repo: str, revision: str | None = None) -> "Remote":
+        """Ask the hub. Raises CheckpointError, one line, for what it does not have or give."""
+        from huggingface_hub import HfApi
+
+        with _explained(repo, revision):
+            api, files = HfApi(), {}
+            info = api.model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT)
+            for sibling in info.siblings or []:
+                name, lfs = sibling.rfilename, sibling.lfs
+                size = sibling.size if lfs is None else lfs.size
+                if type(size) is int and "/" not in name:
+                    sha256 = None if lfs is None else lfs.sha256
+                    files[name] = RemoteFile(name, size, sha256, sibling.blob_id)
+            if not isinstance(info.sha, str):
+                raise CheckpointError(f"{repo}: the hub names no commit; is HF_ENDPOINT a mirror?")
+            return cls(repo, info.sha, files)
+
+    def cached(self, name: str) -> Path | None:
+        """The file as the hub's cache has it, if it does."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.repo, name, revision=self.commit)
+        path = Path(found) if isinstance(found, str) else None
+        return path if path and path.stat().st_size == self.files[name].nbytes else None
+
+    def keep(self, name: str, path: Path) -> None:
+        """Move a whole file into the hub's cache, where every tool that reads it finds it."""
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        file = self.files[name]
+        where = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=self.repo, repo_type="model"))
+        blob = where / "blobs" / str(file.sha256 or file.git_hash or self.commit + name)
+        link, ref = where / "snapshots" / self.commit / name, where / "refs" / "main"
+        for made in (blob, link, ref):
+            made.parent.mkdir(parents=True, exist_ok=True)
+        if not blob.exists():
+            shutil.move(path, blob)
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path("../../blobs") / blob.name)
+        if not ref.exists():
+            ref.write_text(self.commit)
+
+    def small(self, name: str, here: Path | None = None) -> bytes:
+        """The whole of a small file, as the hub's hash says: from the network, if it is neither in
+        the hub's cache nor at `here`. Raises CheckpointError."""
+        file = self.files[name]
+        if file.nbytes > _MOST_SMALL:
+            raise CheckpointError(f"{self.repo}: {name} has {file.nbytes} bytes, too many")
+        for path in (here, self.cached(name)):
+            if path is not None and path.is_file() and path.stat().st_size == file.nbytes:
+                data = path.read_bytes()
+                if _is(file, data):
+                    return data
+        data = b"".join(self.stream(name))
+        if not _is(file, data):
+            raise CheckpointError(f"{self.repo}: {name} came damaged: its hash is not the hub's")
+        return data
+
+    def header(self, name: str) -> dict[str, TensorInfo]:
+        """The tensors of a safetensors file, of which no more is read. Raises CheckpointError."""
+        where, size = Path(self.repo) / name, self.files[name].nbytes
+        data = self._first(name, _FIRST)
+        if len(data) < 8:
+            raise CheckpointError(f"{where} is truncated: {size} bytes, no header")
+        (length,) = struct.unpack("<Q", data[:8])
+        if length > min(size - 8, json_file.MAX_BYTES):
+            raise CheckpointError(f"{where} is not safetensors: its header claims {length} bytes")
+        if 8 + length > len(data):
+            data = self._first(name, 8 + length)
+        return parse_header(where, data[8 : 8 + length], size)[0]
+
+    def _first(self, name: str, count: int) -> bytes:
+        """The first `count` bytes of a file, or all of a smaller one."""
+        found, count = b"", min(count, self.files[name].nbytes)
+        with closing(self.stream(name, stop=count)) as pieces:
+            for piece in pieces:
+                found += piece
+                if len(found) >= count:  # a server without ranges would go on
+                    break
+        return found[:count]
+
+    def stream(
+        self, name: str, start: int = 0, stop: int | None = None
+    ) -> Generator[bytes, None, None]:
+        """The bytes of a file from `start` on, as they come, to its end or to `stop`.
+
+        What a server that knows no ranges sends before `start` is passed over. Raises
+        UnreachableError where the connection breaks off, is silent for 30 s or the server is
+        out of order, CheckpointError where the answer is not this file.
+        """
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        file = self.files[name]
+        end = file.nbytes if stop is None else stop
+        if start >= end:
+            return
+        url = hf_hub_url(self.repo, name, revision=self.commit)
+        headers = build_hf_headers() | {
+            "Range": f"bytes={start}-{end - 1}",
+            "Accept-Encoding": "identity",
+        }
+        with _explained(self.repo, self.commit):
+            asked = get_session().stream(
+                "GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT
+            )
+            with asked as answer:
+                skip = _skip(answer, f"{self.repo}/{name}", start, file.nbytes)
+                at = start - skip
+                for piece in answer.iter_raw():
+                    new = piece[max(0, start - at) :]
+                    at += len(piece)
+                    if new:
+                        yield new
+                    if at >= end:
+                        break
+        if at < end:
+            raise UnreachableError(f"{self.repo}/{name} broke off after {at} of {end} bytes")
+
+
+def _is(file: RemoteFile, data: bytes) -> bool:
+    """Whether these are the bytes that the hub has; so where it gives no hash."""
+    git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    return (file.sha256 or file.git_hash) in (None, hashlib.sha256(data).hexdigest(), git)
+
+
+def _skip(answer: Any, where: str, start: int, size: int) -> int:
+    """How many bytes the answer has before those asked for. Raises where it is another file's."""
+    status, headers = answer.status_code, answer.headers
+    if status in _RETRIED:
+        raise UnreachableError(f"{where}: the hub answered {status}")
+    if "text/html" in headers.get("Content-Type", "") and status < 400:
+        raise CheckpointError(
+            f"{where}: a web page came instead. A network that wants you to log in sends such:"
+            " open a browser, log in, and run the same command again"
+        )
+    if status in (401, 403):
+        raise CheckpointError(
+            f"{where}: the hub refused it ({status}): accept the model's terms on the hub, and set"
+            " HF_TOKEN or log in with `hf auth login`"
+        )
+    if status in (404, 410):
+        raise CheckpointError(f"{where} is not on the hub any more ({status})")
+    total = headers.get("Content-Range", "").rpartition("/")[2]
+    if status == 416 or (status == 206 and total not in ("*", str(size))):
+        raise CheckpointError(f"{where} is another file than the hub listed ({total} bytes)")
+    if status == 206:
+        return 0
+    length = headers.get("Content-Length")
+    if status != 200 or (length is not None and length != str(size)):
+        raise CheckpointError(
+            f"{where}: the answer is no such file (status {status}, {length} bytes of {size})"
+        )
+    return start
+
+
+@contextmanager
+def _explained(repo: str, revision: str | None) -> Iterator[None]:
+    """As `hub.explained`, and an UnreachableError for what a network does.
+
+    Which exceptions a broken connection gives depends on the version of the hub's client (httpx,
+    or its successor), so all that are not known are taken; `--debug` shows them.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    with hub.explained(repo, revision):
+        try:
+            yield
+        except (CheckpointError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
+            raise
+        except ValueError as error:  # not JSON
+            raise CheckpointError(
+                f"{repo}: the hub's answer can't be read ({one_line(str(error), 80)}). A network"
+                " that wants you to log in sends such: open a browser, log in, try again"
+            ) from error
+        except Exception as error:
+            raise UnreachableError(f"{repo}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    text = one_line(str(error), 200) or type(error).__name__
+    if "CERTIFICATE" in text.upper():
+        return f"the connection can't be trusted ({text}): is this machine's date right?"
+    return f"the hub can't be reached, or broke off ({text})"

@@ -1,0 +1,194 @@
+"""A stand-in of the Hugging Face hub on loopback: one repository, and what goes wrong with one."""
+
+import hashlib
+import json
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+REPO = "AetherResearch/Cerebrum-1.0-7b"
+SHARDS = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+_PIECE = 1 << 16
+
+
+@dataclass
+class Faults:
+    """What goes wrong; changed while the server runs."""
+
+    no_ranges: bool = False
+    cut_after: int | None = None  # bytes of a body, then the connection breaks
+    cuts: int = 1_000_000  # how often
+    pace: float | None = None  # bytes a second
+    portal: bool = False  # every answer is a web page
+    portal_for: str = ""  # only for this file
+    status: dict[str, int] = field(default_factory=dict)  # file, or "api" -> what is answered
+    flip: dict[str, int] = field(default_factory=dict)  # file -> how often a byte of it is wrong
+    stall: float = 0.0  # seconds of silence before each body
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves `directory` as `repo`. `sent`: bytes of bodies by file; `asked`: ranges by file."""
+
+    daemon_threads = True
+
+    def __init__(self, directory: Path, repo: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.directory, self.repo = directory, repo
+        self.faults = Faults()
+        self.sent: Counter[str] = Counter()
+        self.asked: list[tuple[str, str | None]] = []
+        self.past: dict[str, Path] = {}  # earlier commits, and what they hold
+        self._hashes: dict[tuple[Path, int, int], tuple[str, str]] = {}
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away, perhaps killed, is nothing to print."""
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def commit(self) -> str:
+        """Made of the names and contents: another file, another commit."""
+        text = "".join(f"{f.name}{self.hashes(f)[0]}" for f in self.files(self.directory))
+        return hashlib.sha1(text.encode()).hexdigest()
+
+    def at(self, revision: str | None) -> Path | None:
+        """What a branch or commit holds, if there is one."""
+        now = {None: self.directory, "main": self.directory, self.commit: self.directory}
+        return (now | self.past).get(revision)
+
+    @staticmethod
+    def files(directory: Path) -> list[Path]:
+        return sorted(path for path in directory.iterdir() if path.is_file())
+
+    def hashes(self, path: Path) -> tuple[str, str]:
+        """SHA-256 and git's."""
+        stat = path.stat()
+        key = path, stat.st_size, stat.st_mtime_ns
+        if key not in self._hashes:
+            sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % stat.st_size)
+            with path.open("rb") as file:
+                while piece := file.read(1 << 22):
+                    sha256.update(piece)
+                    git.update(piece)
+            self._hashes[key] = sha256.hexdigest(), git.hexdigest()
+        return self._hashes[key]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def do_GET(self) -> None:
+        with suppress(ConnectionError):
+            self._answer()
+
+    def _answer(self) -> None:
+        hub, faults = self.server, self.server.faults
+        path = unquote(self.path.partition("?")[0])
+        name = path.rpartition("/")[2] if "/resolve/" in path else "api"
+        if faults.portal or name == faults.portal_for:
+            self._whole(200, b"<!DOCTYPE html><html>Welcome to the hotel</html>", "text/html")
+        elif name in faults.status:
+            code = {401: "GatedRepo", 403: "GatedRepo", 404: "RepoNotFound"}
+            status = faults.status[name]
+            self._whole(status, b"", error=code.get(status, ""))
+        elif found := re.fullmatch(rf"/api/models/{hub.repo}(?:/revision/(.+))?", path):
+            self._info(found[1])
+        elif found := re.fullmatch(rf"/{hub.repo}/resolve/(\w+)/([^/]+)", path):
+            self._file(found[1], found[2])
+        else:
+            self._whole(404, b"", error="RepoNotFound")
+
+    def _info(self, revision: str | None) -> None:
+        hub = self.server
+        if (directory := hub.at(revision)) is None:
+            self._whole(404, b"", error="RevisionNotFound")
+            return
+        siblings = []
+        for file in hub.files(directory):
+            sha256, git = hub.hashes(file)
+            entry: dict[str, Any] = {"rfilename": file.name, "size": file.stat().st_size}
+            entry["blobId"] = git
+            if file.suffix == ".safetensors":
+                entry["lfs"] = {"sha256": sha256, "size": entry["size"], "pointerSize": 134}
+            siblings.append(entry)
+        commit = revision if revision in hub.past else hub.commit
+        info = {"id": hub.repo, "sha": commit, "siblings": siblings}
+        self._whole(200, json.dumps(info).encode(), "application/json")
+
+    def _file(self, commit: str, name: str) -> None:
+        hub, faults = self.server, self.server.faults
+        directory, asked = hub.at(commit), self.headers.get("Range")
+        hub.asked.append((name, asked))
+        path = hub.directory if directory is None else directory / name
+        if not path.is_file():
+            self._whole(404, b"", error="EntryNotFound")
+            return
+        size = path.stat().st_size
+        start, stop, status = 0, size, 200
+        if asked and not faults.no_ranges:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            start, stop, status = int(first), min(size, int(last or size) + 1), 206
+        self.send_response(status)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
+        self.send_header("Content-Length", str(stop - start))
+        self.end_headers()
+        time.sleep(faults.stall)
+        self._body(path, start, stop)
+
+    def _body(self, path: Path, start: int, stop: int) -> None:
+        hub, faults, name = self.server, self.server.faults, path.name
+        end, whole = stop, stop == path.stat().st_size
+        if faults.cut_after is not None and faults.cuts > 0 and stop - start > faults.cut_after:
+            end, faults.cuts = start + faults.cut_after, faults.cuts - 1
+        flipped = whole and faults.flip.get(name, 0) > 0
+        with path.open("rb") as file:
+            file.seek(start)
+            while start < end:
+                piece = bytearray(file.read(min(_PIECE, end - start)))
+                if flipped and start + len(piece) >= stop:
+                    piece[-1] ^= 1
+                    faults.flip[name] -= 1
+                self.wfile.write(piece)
+                start += len(piece)
+                hub.sent[name] += len(piece)
+                if faults.pace:
+                    time.sleep(len(piece) / faults.pace)
+        if end < stop:
+            self.close_connection = True
+            self.connection.shutdown(2)
+
+    def _whole(self, status: int, data: bytes, kind: str = "text/plain", error: str = "") -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Type", kind)
+        if error:
+            self.send_header("X-Error-Code", error)
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@contextmanager
+def serving(directory: Path, repo: str) -> Iterator[Hub]:
+    hub = Hub(directory, repo)
+    thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.shutdown()
+        hub.server_close()
+        thread.join()
