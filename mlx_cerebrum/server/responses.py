@@ -326,7 +326,7 @@ class ResponsesShape:
         (self._choice,) = choices
         if self._calls:
             self._choice.text = self._called.add(self._choice.text)
-        return self._response(self._status, [self._output(self._status)], usage)
+        return self._response(self._status, self._items, usage)
 
     def opening(self, choices: Iterable[int]) -> list[bytes]:
         begun = {"response": self._response("in_progress", [], None)}
@@ -363,8 +363,11 @@ class ResponsesShape:
         return found
 
     def ending(self, usage: Json) -> list[bytes]:
-        text, status, found = self._choice.text, self._status, self._begin()
-        item = self._output(status)
+        text, status, items = self._choice.text, self._status, self._items
+        whole = {"response": self._response(status, items, usage)}
+        if not items:
+            return [self._event(f"response.{status}", whole)]
+        found, (item,) = self._begin(), items
         if self._calls:
             done = {"item_id": self._item, "output_index": 0}
             done |= {"name": item["name"], "arguments": text}
@@ -375,7 +378,6 @@ class ResponsesShape:
             found.append(self._event("response.output_text.done", said))
             found.append(self._event("response.content_part.done", self._place | {"part": part}))
         found.append(self._event("response.output_item.done", {"output_index": 0, "item": item}))
-        whole = {"response": self._response(status, [item], usage)}
         return [*found, self._event(f"response.{status}", whole)]
 
     def failing(self, error: Json) -> list[bytes]:
@@ -384,6 +386,12 @@ class ResponsesShape:
         told = {"code": code, "message": error["error"]["message"]}
         failed = self._response("failed", [], None) | {"error": told}
         return [self._event("response.failed", {"response": failed})]
+
+    @property
+    def _items(self) -> list[Json]:
+        """None where a call was cut before it was known of what."""
+        known = self._called.name is not None or not self._calls
+        return [self._output(self._status)] if known else []
 
     @property
     def _status(self) -> str:
@@ -409,7 +417,7 @@ class ResponsesShape:
 
     def _output(self, status: str, empty: bool = False) -> Json:
         if self._calls:
-            call = {"call_id": self._call, "name": self._called.name or ""}
+            call = {"call_id": self._call, "name": self._called.name}
             call["arguments"] = "" if empty else self._choice.text
             return {"type": "function_call", "id": self._item, "status": status, **call}
         logprobs = self._logprobs(self._choice.logprobs)

@@ -245,9 +245,11 @@ class ChatShape(_Chunks):
         if self._calls:
             text = self._texts[choice.index]
             arguments = text.add(choice.text)
-            function = {"name": text.name or "", "arguments": arguments}
+            function = {"name": text.name, "arguments": arguments}
             call = {"id": call_id(), "type": "function", "function": function}
-            message |= {"content": None, "tool_calls": [call]}
+            message["content"] = None
+            if text.name is not None:  # else it was cut before that was known
+                message["tool_calls"] = [call]
         return message
 
     def _called(self, index: int, new: str) -> list[Json]:
