@@ -19,7 +19,13 @@ from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.memory import GB
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "bench/README.md", "bench/results/README.md")  # may have blocks
+_PAGES = ("chat", "converting", "measurements", "plans", "speed")
+DOCUMENTS = (  # may have blocks
+    "README.md",
+    *(f"docs/{name}.md" for name in _PAGES),
+    "bench/README.md",
+    "bench/results/README.md",
+)
 
 _OPEN = re.compile(r"^<!-- figures: .*$", re.M)
 BLOCK = re.compile(r"^<!-- figures: (\S+)([\d -]*) -->\n(.*?)^<!-- end -->$", re.M | re.S)

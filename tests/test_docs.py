@@ -25,7 +25,9 @@ from mlx_cerebrum.plan.show import parser as plan_parser
 from mlx_cerebrum.server.__main__ import parser as server_parser
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS[ROOT / "README.md"]
 BENCHES = [ROOT / "bench" / "README.md", ROOT / "bench" / "results" / "README.md"]
 
 
@@ -38,9 +40,8 @@ def commands(text: str) -> list[str]:
     ]
 
 
-CHECKPOINTS = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
-COMMANDS = commands(README) + commands(CHECKPOINTS)
-SERVER = next(command for command in COMMANDS if ".server " in command)  # it does not end
+COMMANDS = list(dict.fromkeys(c for text in TEXTS.values() for c in commands(text)))
+SERVER = next(command for command in COMMANDS if ".server " in command)
 CURL = re.findall(r"^curl .*", README, re.M)
 THE_BENCHS = [command for path in BENCHES for command in commands(path.read_text("utf-8"))]
 # A sweep of minutes, made one of seconds, and a long answer made a short one.
@@ -50,8 +51,8 @@ QUICK = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(language: str, page: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXTS[ROOT / "docs" / page], re.S)
 
 
 def run(command: str, cwd: Path) -> str:
@@ -102,7 +103,7 @@ LOCAL = [
     c
     for c in COMMANDS + THE_BENCHS
     if ("demo" in c or ".plan " in c)
-    and c != SERVER
+    and ".server " not in c  # it does not end
     and not any(c.endswith(f"--mlx-path {made}") for made in VERIFIED)  # run before verify
 ]
 
@@ -148,11 +149,11 @@ def test_the_plan_shown_is_the_plan_printed(tmp_path: Path) -> None:
         ]
 
     printed = run("python -m mlx_cerebrum.plan cerebrum-12.25b", tmp_path)
-    assert flat(blocks("text")[0]) == flat(printed)
+    assert flat(blocks("text", "plans.md")[0]) == flat(printed)
 
 
 def test_the_python_example_runs(demo: Path, tmp_path: Path) -> None:
-    code = "\n".join(blocks("python"))  # the later ones go on from the first
+    code = "\n".join(blocks("python", "python.md"))  # the later ones go on from the first
     ast.parse(code)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
@@ -163,13 +164,36 @@ def test_the_python_example_runs(demo: Path, tmp_path: Path) -> None:
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, re.M):
+    for target in re.findall(r"^make (\w+)", "\n".join(TEXTS.values()), re.M):
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
 def test_files_named_exist() -> None:
-    for name in re.findall(r"`((?:tests|bench|convert|mlx_cerebrum)/[\w./]*)`", README):
-        assert (ROOT / name).exists(), name
+    for text in TEXTS.values():
+        for name in re.findall(r"`((?:tests|bench|convert|mlx_cerebrum)/[\w./]*)`", text):
+            assert (ROOT / name).exists(), name
+
+
+def test_links_lead_somewhere() -> None:
+    for page, text in TEXTS.items():
+        for target, place in re.findall(r"\]\((?!https?:)([^)#\s]*)(#[^)\s]*)?\)", text):
+            found = page if not target else page.parent / target
+            assert found.exists(), f"{page.name}: {target}"
+            if place:
+                heads = re.findall(r"^#+ (.*)", found.read_text(encoding="utf-8"), re.M)
+                names = ["#" + re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in heads]
+                assert place in names, f"{page.name}: {target}{place}"
+        for source in re.findall(r'<img [^>]*src="([^"]*)"', text):
+            assert (page.parent / source).exists(), f"{page.name}: {source}"
+
+
+def test_every_page_is_reached_from_the_first() -> None:
+    linked = {name for text in TEXTS.values() for name in re.findall(r"\]\(([^)#:]*\.md)", text)}
+    assert {page.name for page in PAGES} <= {Path(name).name for name in linked} | {"README.md"}
+
+
+def test_the_first_page_stays_short() -> None:
+    assert len(README.splitlines()) <= 200
 
 
 def test_changelog_and_version_agree() -> None:

@@ -88,6 +88,7 @@ def project(tmp_path: Path) -> Path:
     kept = (ROOT / "bench" / "results" / DEMO / "recipes.json").read_text()
     (results / DEMO / "recipes.json").write_text(kept)
     for name in figures.DOCUMENTS:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("Text.\n")
     return tmp_path
 
