@@ -66,8 +66,22 @@ class Wanted:
             made = entry.provenance
             same = made.get("source") == self.repo and made.get("layout") == "folded"
             right = self.revision is None or str(made.get("revision")).startswith(self.revision)
-            return same and right and self.bits in (None, entry.bits)
+            return same and right and _is_uniform(entry) and self.bits in (None, entry.bits)
         return False
+
+
+def _is_uniform(entry: Entry) -> bool:
+    """Whether all its matrices are kept as `pull` keeps them."""
+    if entry.provenance.get("window_override") is not None:
+        return False
+    quantization = entry.config.get("quantization")
+    if quantization is None:
+        return entry.bits == 16
+    wanted = {"bits": entry.bits, "group_size": 64}
+    return (
+        isinstance(quantization, dict)
+        and {key: value for key, value in quantization.items() if key != "mode"} == wanted
+    )
 
 
 @dataclass
@@ -107,8 +121,14 @@ def _run(args: argparse.Namespace) -> int:
     wait = f"{wanted.repo} is being fetched by another run; waiting for it"
     try:
         with alone(folder_name(wanted.repo), wait) as work:
-            if not _is_here(wanted) and not _share(wanted, args.quiet):
+            if _is_here(wanted) or _share(wanted, args.quiet):
+                return 0
+            try:
                 _fetch(args, wanted, work)
+            except BaseException:
+                if not (work / STATE).exists():  # refused: nothing to go on from
+                    shutil.rmtree(work, ignore_errors=True)
+                raise
     except KeyboardInterrupt:
         if not args.quiet:
             with suppress(OSError):  # the terminal is gone
@@ -177,7 +197,7 @@ def _fetch(args: argparse.Namespace, wanted: Wanted, work: Path) -> None:
     besides = _SLACK + (sum(sizes) if args.keep_source else max(sizes, default=0))
     bits = wanted.bits
     if bits is None and begun.get("name") == wanted.name:
-        bits = begun.get("bits")  # as it was begun
+        bits = begun["bits"] if begun.get("bits") in BITS else None  # as it was begun
 
     held = sum(there(checkpoint.path / file.name) for file in coming)
     half_made = folder().glob(f".{folder_name(wanted.name)}-*bit.partial/*.safetensors")
@@ -186,10 +206,10 @@ def _fetch(args: argparse.Namespace, wanted: Wanted, work: Path) -> None:
     if not args.quiet:
         for line in _told(wanted, made, why, remote, sum(sizes) - held, besides, free):
             tell(line)
-    if not (args.yes or args.quiet) and sys.stdin is not None and sys.stdin.isatty():
-        tell("Go on? [Y/n] ", end="")
-        if sys.stdin.readline().strip().lower() not in ("", "y", "yes"):
-            raise RequestError("nothing was fetched")
+    watched = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+    asks = watched and not (args.yes or args.quiet)
+    if asks and cli.ask("Go on? [Y/n] ").lower() not in ("", "y", "yes"):
+        raise RequestError("nothing was fetched")
     state = {
         "name": wanted.name,
         "bits": made.bits,
@@ -344,13 +364,14 @@ def _headers(wanted: Wanted, remote: Remote, work: Path) -> SafetensorsCheckpoin
             (directory / name).write_bytes(data)
     if (directory / INDEX).exists():
         weight_map = json_file.read_object(directory / INDEX, CheckpointError).get("weight_map")
-        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        named = weight_map.values() if isinstance(weight_map, dict) else ()
+        names = {name for name in named if isinstance(name, str)}
     else:
         names = {name for name in remote.files if name.endswith(_WEIGHTS)}
         names = {"model.safetensors"} & names or names
     if not names:
         raise CheckpointError(_no_model(wanted.repo, list(remote.files)))
-    if missing := [name for name in names if name not in remote.files]:
+    if missing := [n for n in names if n not in remote.files or not n.endswith(_WEIGHTS)]:
         raise CheckpointError(
             f"{wanted.repo}: {INDEX} lists {missing[0]!s:.80}, which is not there"
         )

@@ -142,8 +142,7 @@ def _asked(command: str) -> str:
     tell("Which model?")
     for number, choice in enumerate(choices, 1):
         tell(f"  {number}  {choice}")
-    tell("Its number, or a name of the hub, owner/name [1]: ", end="")
-    said = sys.stdin.readline().strip() or "1"
+    said = cli.ask("Its number, or a name of the hub, owner/name [1]: ") or "1"
     if said.isdigit() and 1 <= int(said) <= len(choices):
         return choices[int(said) - 1]
     return said

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from types import FrameType
 from typing import Any, NoReturn
 
-from mlx_cerebrum.errors import CerebrumError, cut, shown
+from mlx_cerebrum.errors import CerebrumError, RequestError, cut, shown
 from mlx_cerebrum.text import one_line, tell, tell_traceback
 
 BAD_INPUT = 2
@@ -186,6 +186,19 @@ def run(main_body: Callable[[], int], debug: bool = False) -> int:
         except OSError:
             _drop_stdout()
         return BAD_INPUT
+
+
+def ask(question: str) -> str:
+    """What the person at the terminal answers: one line. Raises RequestError where they leave.
+
+    Read past sys.stdin, whose way with odd bytes the chat can only set before its first read.
+    """
+    tell(question, end="")
+    line = os.read(sys.stdin.fileno(), 4096)
+    if not line:  # Ctrl-D
+        tell()
+        raise RequestError("there was no answer, and nothing was done")
+    return line.decode(errors="replace").strip()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import socket
 import threading
 import time
 from collections import Counter
@@ -31,7 +32,8 @@ class Faults:
     portal_for: str = ""  # only for this file
     status: dict[str, int] = field(default_factory=dict)  # file, or "api" -> what is answered
     flip: dict[str, int] = field(default_factory=dict)  # file -> how often a byte of it is wrong
-    stall: float = 0.0  # seconds of silence before each body
+    stall: float = 0.0  # seconds of silence before each body of a weight file
+    once: str = ""  # what the repository was called before
 
 
 class Hub(ThreadingHTTPServer):
@@ -88,6 +90,11 @@ class _Handler(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
 
+    def setup(self) -> None:
+        # What lies in the server's own buffer was sent to nobody.
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+        super().setup()
+
     def log_message(self, *_: Any) -> None: ...
 
     def do_GET(self) -> None:
@@ -104,6 +111,11 @@ class _Handler(BaseHTTPRequestHandler):
             code = {401: "GatedRepo", 403: "GatedRepo", 404: "RepoNotFound"}
             status = faults.status[name]
             self._whole(status, b"", error=code.get(status, ""))
+        elif faults.once and faults.once in path:
+            self.send_response(307)
+            self.send_header("Location", self.path.replace(faults.once, hub.repo))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif found := re.fullmatch(rf"/api/models/{hub.repo}(?:/revision/(.+))?", path):
             self._info(found[1])
         elif found := re.fullmatch(rf"/{hub.repo}/resolve/(\w+)/([^/]+)", path):
@@ -146,7 +158,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
         self.send_header("Content-Length", str(stop - start))
         self.end_headers()
-        time.sleep(faults.stall)
+        if path.suffix == ".safetensors" and stop == size:
+            time.sleep(faults.stall)
         self._body(path, start, stop)
 
     def _body(self, path: Path, start: int, stop: int) -> None:

@@ -1,6 +1,7 @@
 """The documentation, checked by running it."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -19,10 +20,12 @@ from bench.plans import command_line as plans_parser
 from bench.render import command_line as render_parser
 from convert.__main__ import parser as convert_parser
 from convert.verify import parser as verify_parser
+from mlx_cerebrum.__main__ import COMMANDS as SHELF
 from mlx_cerebrum.chat.__main__ import parser as chat_parser
 from mlx_cerebrum.generate import parser as generate_parser
 from mlx_cerebrum.plan.show import parser as plan_parser
 from mlx_cerebrum.server.__main__ import parser as server_parser
+from mlx_cerebrum.shelf.places import SHORT
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,11 +39,13 @@ def commands(text: str) -> list[str]:
         line.partition("#")[0].strip()
         for block in re.findall(r"```sh\n(.*?)```", text, re.S)
         for line in block.splitlines()
-        if line.startswith("python -m")
+        if line.startswith(("python -m", "mlx-cerebrum"))
     ]
 
 
-COMMANDS = list(dict.fromkeys(c for text in TEXTS.values() for c in commands(text)))
+FOUND = list(dict.fromkeys(c for text in TEXTS.values() for c in commands(text)))
+MODELS = [command for command in FOUND if command.startswith("mlx-cerebrum")]
+COMMANDS = [command for command in FOUND if command not in MODELS]
 SERVER = next(command for command in COMMANDS if ".server " in command)
 CURL = re.findall(r"^curl .*", README, re.M)
 THE_BENCHS = [command for path in BENCHES for command in commands(path.read_text("utf-8"))]
@@ -76,10 +81,14 @@ def test_there_are_commands() -> None:
     assert len(THE_BENCHS) >= 4
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, *THE_BENCHS])
+@pytest.mark.parametrize("command", [*COMMANDS, *THE_BENCHS, *MODELS])
 def test_every_command_parses(command: str) -> None:
     """Also those that need the hub: their flags exist and are spelled right."""
     words = shlex.split(command)
+    if words[0] == "mlx-cerebrum":
+        words = ["", *words[3:]] if words[1] == "--models" else words
+        importlib.import_module(SHELF[words[1]][0]).parser().parse_args(words[2:])
+        return
     parsers = {
         "mlx_cerebrum.generate": generate_parser,
         "mlx_cerebrum.plan": plan_parser,
@@ -96,6 +105,11 @@ def test_every_command_parses(command: str) -> None:
         parsers[two]().parse_args(words[4:])
     else:
         parsers[words[2]]().parse_args(words[3:])
+
+
+def test_the_table_of_names_is_whole() -> None:
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in text for name in SHORT)
 
 
 VERIFIED = [c.split()[-1] for c in COMMANDS if " verify " in c]

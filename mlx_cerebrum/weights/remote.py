@@ -5,6 +5,7 @@ starts again from nothing after a break; here a range is asked for, so that it n
 """
 
 import hashlib
+import re
 import shutil
 import struct
 from collections.abc import Generator, Iterator
@@ -22,6 +23,7 @@ from mlx_cerebrum.weights.safetensors_file import TensorInfo, parse_header
 _TIMEOUT = 30.0  # seconds without a byte
 _FIRST = 1 << 16  # bytes of a file that nearly always hold its whole header
 _RETRIED = (408, 425, 429, 500, 502, 503, 504, 520, 522, 524)
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _MOST_SMALL = 1 << 26  # bytes of a file that is no weight file
 
 
@@ -59,10 +61,10 @@ class Remote:
             for sibling in info.siblings or []:
                 name, lfs = sibling.rfilename, sibling.lfs
                 size = sibling.size if lfs is None else lfs.size
-                if type(size) is int and "/" not in name:
-                    sha256 = None if lfs is None else lfs.sha256
-                    files[name] = RemoteFile(name, size, sha256, sibling.blob_id)
-            if not isinstance(info.sha, str):
+                if type(size) is int and size >= 0 and "/" not in name:
+                    sha256 = None if lfs is None else _hash(lfs.sha256)
+                    files[name] = RemoteFile(name, size, sha256, _hash(sibling.blob_id))
+            if info.sha is None or _hash(info.sha) is None:  # it becomes part of paths
                 raise CheckpointError(f"{repo}: the hub names no commit; is HF_ENDPOINT a mirror?")
             return cls(repo, info.sha, files)
 
@@ -168,6 +170,10 @@ class Remote:
                         break
         if at < end:
             raise UnreachableError(f"{self.repo}/{name} broke off after {at} of {end} bytes")
+
+
+def _hash(text: str | None) -> str | None:
+    return text if text is not None and _HASH.fullmatch(text) else None
 
 
 def _is(file: RemoteFile, data: bytes) -> bool:

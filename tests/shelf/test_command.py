@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,15 @@ import pytest
 import shelf_room
 from conftest import MakeCheckpoint
 from hub_stand_in import Hub
+from terminal import Program
 
 from convert import pull
+from mlx_cerebrum import cli
 from mlx_cerebrum.__main__ import COMMANDS, main
 from mlx_cerebrum.shelf.entries import find
 
+ROOT = Path(__file__).parents[2]
 repository, hub = shelf_room.repository, shelf_room.hub  # fixtures
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, list[str
 
 
 def at_terminal(monkeypatch: pytest.MonkeyPatch, typed: str = "") -> None:
-    monkeypatch.setattr(sys, "stdin", Terminal(typed))
+    monkeypatch.setattr(cli, "ask", lambda question: typed)
     monkeypatch.setattr("mlx_cerebrum.__main__._at_terminal", lambda: True)
 
 
@@ -62,6 +61,26 @@ def test_one_line_from_nothing_to_an_answer(
     assert main([*argv[:2], *argv[5:], "--max-tokens", "2", "--quiet"]) == 0
     assert main(["generate", *argv[5:], "--max-tokens", "2", "--quiet"]) == 0
     assert capsys.readouterr().err.startswith("cerebrum-12.25b:4bit, the last one used")
+
+
+def test_from_nothing_to_a_conversation_at_a_terminal(hub: Hub, tmp_path: Path) -> None:
+    hub.faults.pace = 2_000_000
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env = clean | {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "TERM": "xterm"}
+    env |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mlx_cerebrum", "chat", "--no-history", "--max-tokens", "2"]
+    with Program(command, env, columns=110) as program:
+        program.until("owner/name [1]:")
+        program.send("\r")
+        text = program.until("Go on? [Y/n]")
+        assert "cerebrum-12.25b: 8 bits a weight (as good as 16 bits" in text
+        program.send("\r")
+        program.until(lambda text: "fetching" in text and "MB/s" in text)
+        text = program.until("/help lists the commands")
+        assert "cerebrum-12.25b:8bit is on the shelf: 1.4 MB, every byte verified" in text
+        program.until("\n12.25b>")
+        program.send("/quit\r")
+        assert program.end() == 0
 
 
 def test_what_is_not_here_is_fetched_after_a_question(
@@ -97,10 +116,10 @@ def test_without_a_name_it_asks_once(
     assert main(["generate", "--prompt", "x"]) == 2
     said = "which model? mlx-cerebrum generate NAME: cerebrum-12.25b, cerebrum-7b, demo"
     assert said in capsys.readouterr().err
-    at_terminal(monkeypatch, "3\n")
+    at_terminal(monkeypatch, "3")
     assert main(["generate", "--prompt", "x"]) == 0
     assert asked == {"generate": ["--prompt", "x", "--model", "demo"]}
-    at_terminal(monkeypatch, "\n")
+    at_terminal(monkeypatch)
     assert main(["generate"]) == 0
     assert asked["pull"] == ["cerebrum-12.25b"]
 

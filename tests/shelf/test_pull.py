@@ -24,7 +24,8 @@ from convert.verify import verify
 from convert.writer import Writer
 from mlx_cerebrum.shelf.entries import PULLS, entries, find, unfinished
 from mlx_cerebrum.shelf.lock import alone
-from mlx_cerebrum.weights import fetching
+from mlx_cerebrum.weights import fetching, remote
+from mlx_cerebrum.weights.remote import UnreachableError
 
 ROOT = Path(__file__).parents[2]
 repository, hub = shelf_room.repository, shelf_room.hub  # fixtures
@@ -175,6 +176,21 @@ def test_killed_again_and_again(hub: Hub, tmp_path: Path) -> None:
     assert twice <= (kills + 1) * 3 * (1 << 16) + kills * (1 << 19)
 
 
+def test_ctrl_c_ends_it_at_once(hub: Hub, tmp_path: Path) -> None:
+    hub.faults.stall = 60
+    command = [sys.executable, "-m", "convert.pull", NAMES[0], "--bits", "4"]
+    env = environment(hub, tmp_path)
+    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as pulling:
+        while hub.asked.count((SHARDS[0], f"bytes=0-{size(hub, SHARDS[0]) - 1}")) == 0:
+            time.sleep(0.01)
+        started = time.perf_counter()
+        pulling.send_signal(signal.SIGINT)
+        err = pulling.communicate(timeout=30)[1]
+        assert time.perf_counter() - started < 5
+    assert pulling.returncode == 130
+    assert err.endswith("stopped: run the same command again to go on from here\ninterrupted\n")
+
+
 # The disk.
 
 
@@ -294,6 +310,18 @@ def test_a_flipped_byte_is_named_and_the_file_fetched_again(
     assert err.startswith(f"{SHARDS[1]} came damaged: its SHA-256 is ")
     assert hub.sent[SHARDS[0]] < 1.2 * size(hub, SHARDS[0])
     assert hub.sent[SHARDS[1]] > 1.9 * size(hub, SHARDS[1])
+
+
+def test_a_repository_that_was_renamed(hub: Hub) -> None:
+    hub.repo, hub.faults.once = "new/name", REPO
+    assert run(NAMES[0], "--quiet") == 0
+
+
+def test_a_certificate_that_is_not_valid_yet_points_at_the_clock() -> None:
+    error = OSError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate is not yet valid")
+    right = "is this machine's date right"
+    with pytest.raises(UnreachableError, match=right), remote._explained("x/y", None):
+        raise error
 
 
 def test_a_hub_that_is_not_there(
@@ -431,6 +459,7 @@ GB = 10**9
 )
 def test_what_does_not_fit_is_refused_before_it_is_fetched(
     hub: Hub,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     room: Room,
@@ -444,6 +473,7 @@ def test_what_does_not_fit_is_refused_before_it_is_fetched(
     assert err.count("\n") == 1
     assert sum(hub.sent[name] for name in SHARDS) <= 3 * (1 << 16)
     assert find(NAMES[0]) is None
+    assert not any(path.is_dir() for path in (tmp_path / "models" / PULLS).iterdir())
 
 
 @pytest.mark.parametrize(
@@ -495,6 +525,18 @@ def test_a_kept_source_is_in_the_hubs_cache_and_serves_again(
     assert main([NAMES[0], "--bits", "8", "--quiet"]) == 0
     assert sum(hub.sent[name] for name in SHARDS) <= before + 3 * (1 << 16)
     assert all((snapshot / name).exists() for name in SHARDS)
+
+
+def test_what_was_made_otherwise_is_not_shared(hub: Hub, tmp_path: Path) -> None:
+    where = tmp_path / "models" / "other"
+    where.parent.mkdir()
+    argv = ["--hf-path", str(hub.directory), "-q", "--q-group-size", "32", "--quiet"]
+    assert convert([*argv, "--mlx-path", str(where)]) == 0
+    raw = config_of(where)
+    raw["provenance"]["source"] = REPO
+    (where / "config.json").write_text(json.dumps(raw))
+    assert main([NAMES[1], "--quiet"]) == 0
+    assert sum(hub.sent[name] for name in SHARDS) > sum(size(hub, name) for name in SHARDS)
 
 
 def test_a_damaged_file_of_the_cache_is_not_believed(
