@@ -39,6 +39,9 @@ NEUTRAL = {"uniqueItems": False, "propertyNames": {"type": "string"}}
 ONE = {"items", "additionalItems", "additionalProperties", "contains", "not", "if", "then", "else"}
 ONE |= {"propertyNames", "unevaluatedItems", "unevaluatedProperties"}
 NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+JOINED = {"anyOf", "oneOf", "$ref", "if", "not"}  # that may speak of the same object
+OTHERS = {"additionalProperties", "patternProperties", "propertyNames", "unevaluatedProperties"}
+OTHERS |= {"minProperties", "dependentSchemas", "dependentRequired"}
 LISTED = {"allOf", "anyOf", "oneOf", "prefixItems", "items"}
 
 
@@ -150,10 +153,28 @@ class Written:
             if "anyOf" not in part and _told_apart(found, _list(part, "oneOf")):
                 # llguidance sees this for itself, but not through references.
                 part["anyOf"] = part.pop("oneOf")
+        _close(found)
         if not _ends(found):
             raise RequestError(f"{place}: no finite document can fulfil it")
         self.schemas.append((place, found))
         return found
+
+
+def _close(schema: Json) -> None:
+    """Let objects that list their properties have no others, as llama.cpp and xgrammar do: a small
+    model would go on adding some until its tokens run out. Every such document is valid too.
+
+    Where several schemas may speak of one object, all is left as it is.
+    """
+    parts = [part for _, part in _parts(schema)]
+    if any("allOf" in part or ("properties" in part and JOINED & part.keys()) for part in parts):
+        return
+    for part in parts:
+        known, required = part.get("properties"), part.get("required", [])
+        if not isinstance(known, dict) or not isinstance(required, list) or OTHERS & part.keys():
+            continue
+        if all(isinstance(name, str) and name in known for name in required):
+            part["additionalProperties"] = False
 
 
 def _short(place: str, text: str, most: int = MOST_TEXT) -> None:
