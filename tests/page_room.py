@@ -29,6 +29,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import mlx_cerebrum.server
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.server.security import SECURITY_HEADERS
+from mlx_cerebrum.server.typesetting import PATH as TYPESET
+from mlx_cerebrum.server.typesetting import Typesetter
 from mlx_cerebrum.weights.hub import demo_path
 
 FOLDER = Path(mlx_cerebrum.server.__file__).parent / "page"
@@ -118,6 +120,7 @@ class Room:
 
     def __init__(self) -> None:
         self._port = 0
+        self._typesetter = Typesetter()
         self.forget()
         self.start()
 
@@ -141,6 +144,7 @@ class Room:
             routes=[
                 Route("/v1/models", self._models),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route(TYPESET, self._typeset, methods=["POST"]),
                 Route("/{name:path}", _page),
             ],
             middleware=[Middleware(Secured)],
@@ -167,6 +171,9 @@ class Room:
 
     async def _models(self, request: Request) -> Response:
         return self._refusal(request) or JSONResponse({"object": "list", "data": self.models})
+
+    async def _typeset(self, request: Request) -> Response:
+        return self._refusal(request) or await self._typesetter(await request.body())
 
     async def _chat(self, request: Request) -> Response:
         if refusal := self._refusal(request):

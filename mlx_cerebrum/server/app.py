@@ -54,6 +54,8 @@ from mlx_cerebrum.server.tokens import (
     Tokenized,
     TokenizeRequest,
 )
+from mlx_cerebrum.server.typesetting import PATH as TYPESET
+from mlx_cerebrum.server.typesetting import Typesetter
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 API = (
@@ -112,6 +114,7 @@ class Service:
         self._intake = Intake(tokenizer, self._spelling, layouts, dtype, self.settings.defaults)
         self._ignored = Ignored()
         self._metrics = Metrics(engine)
+        self._typesetter = Typesetter()
         self._page = page_files.files(self.settings.page)
         rules = Rules(
             public=lambda path: path == "/health" or path in self._page,
@@ -175,6 +178,7 @@ class Service:
         ]
         routes.append(Route("/openapi.json", openapi))
         routes.append(Route("/metrics", self._text_metrics))
+        routes.append(Route(TYPESET, self._typeset, methods=["POST"]))
         app = Starlette(
             routes=[*routes, *page_files.routes(self._page)],
             exception_handlers={
@@ -219,6 +223,9 @@ class Service:
         """What needs no engine."""
         answered, ignored = await asyncio.to_thread(answer, await self._body(request))
         return _json(answered, self._ignored.headers(ignored))
+
+    async def _typeset(self, request: Request) -> Response:
+        return await self._typesetter(await self._body(request))
 
     async def _taken(
         self, request: Request, take: Callable[[bytes, str], Accepted[Taken]]
@@ -317,7 +324,7 @@ class Service:
         path = path if path in API else f"/v1{path}" if f"/v1{path}" in API else path
         if path.removeprefix("/v1").startswith("/models/"):
             return "/v1/models/{model}"
-        return path if path in API else "/" if path in self._page else "other"
+        return path if path in (*API, TYPESET) else "/" if path in self._page else "other"
 
 
 def _json(value: BaseModel, headers: Mapping[str, str] | None = None) -> Response:

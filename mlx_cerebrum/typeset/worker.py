@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -104,9 +103,9 @@ _worker = Worker()
 atexit.register(_worker.close)
 
 
-def ask(jobs: Sequence[Job]) -> list[bytes]:
-    """The answers to some jobs, as JSON."""
-    return [_worker.ask(job) for job in jobs]
+def ask(job: Job) -> bytes:
+    """The answer to a job, as JSON."""
+    return _worker.ask(job)
 
 
 def formula(source: str) -> tex.Element | None:

@@ -24,6 +24,8 @@ READ = """async ({ text, size }) => {
     rendering.update(text);
     const read = (node) => {
         if (node.nodeType === Node.TEXT_NODE) return node.data;
+        const tex = node.dataset.tex;
+        if (tex !== undefined) return node.localName === "p" ? `\\n${tex}\\n` : tex;
         if (node.className === "code-head") return "";
         const inner = [...node.childNodes].map(read).join("");
         const list = node.localName === "li" && node.parentElement?.localName === "ol";

@@ -36,8 +36,9 @@ from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.server.answers import Layout
 from mlx_cerebrum.server.intake import Defaults, Intake
 from mlx_cerebrum.server.responses import ResponsesRequest
-from mlx_cerebrum.server.schema import ChatRequest
+from mlx_cerebrum.server.schema import ChatRequest, parse_body
 from mlx_cerebrum.server.spelling import Spelling
+from mlx_cerebrum.server.typesetting import TypesetRequest
 from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN, CEREBRUM_TEMPLATE
 from mlx_cerebrum.tokenizer.conversation import read_messages, write_messages
 from mlx_cerebrum.tokenizer.fitting import FittedTemplate, in_turns
@@ -561,6 +562,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "tokenize": {"messages": TALK, "return_token_strs": True, "add_special_tokens": False},
     "tokenize-text": {"prompt": "a", "add_special": True},
     "detokenize": {"tokens": [5, 6, 258]},
+    "typeset": {"jobs": [["tex", "$x^2$"], ["code", "python", "x = 1"]]},
 }
 
 
@@ -603,6 +605,8 @@ def read_request(folder: Path) -> None:
         body, kind = (folder / f"{name}.json").read_bytes(), name.partition("-")[0]
         if kind in ("chat", "responses"):
             intake().talk(ChatRequest if kind == "chat" else ResponsesRequest, body, "")
+        elif kind == "typeset":
+            parse_body(TypesetRequest, body)
         else:
             getattr(intake(), kind)(*[body, ""][: 1 + (kind == "completion")])
 

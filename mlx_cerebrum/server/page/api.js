@@ -97,6 +97,17 @@ export async function models() {
   }
 }
 
+/** What the server makes of formulas and code: as many answers as jobs, null where there is none. */
+export async function typeset(jobs) {
+  const response = await request("typeset", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ jobs }),
+  });
+  const { answers } = await response.json();
+  return answers;
+}
+
 /** The lines of a stream of bytes. */
 async function* linesOf(body) {
   const reader = body.getReader();

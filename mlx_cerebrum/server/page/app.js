@@ -6,6 +6,7 @@ import { focusQuestion, setBusy, setQuestion, setUpComposer, setUpKeys, useDraft
 import { Conversation, newMeta } from "./conversation.js";
 import { announce, byId, h } from "./dom.js";
 import { drawList, tellNotKept, toast } from "./list.js";
+import { setUpCopy } from "./maths.js";
 import { setUpSettings, systemForNew } from "./settings.js";
 import { setUpShell } from "./shell.js";
 import { Store } from "./store.js";
@@ -266,6 +267,7 @@ byId("new").addEventListener("click", () => go(null));
 byId("compare").addEventListener("click", compare);
 byId("open-settings").addEventListener("click", openSettings);
 setUpFiles(store, go);
+setUpCopy(byId("thread"));
 for (const lane of [0, 1]) {
   byId(`model-${lane}`).addEventListener("change", ({ target }) => {
     conversation.meta.models = conversation.meta.models.with(lane, target.value);

@@ -89,7 +89,8 @@ function fence(lines, at, { mark, info, indent }) {
     if (closes(lines[end], mark)) break;
     inner.push(lines[end].slice(Math.min(indent, indentOf(lines[end]))));
   }
-  const block = { type: "fence", info: info.split(/\s/, 1)[0], text: inner.join("\n") };
+  const closed = end < lines.length;
+  const block = { type: "fence", info: info.split(/\s/, 1)[0], text: inner.join("\n"), closed };
   return [block, end + 1];
 }
 
@@ -109,7 +110,7 @@ function leftOpen(line) {
 
 /**
  * Lines from one that leaves a formula open to its end or a blank line: no lists, no rules in it.
- * A formula alone is shown as it was written.
+ * A formula alone is a block of its own, `closed` where its end is there.
  */
 function formula(lines, at) {
   const close = leftOpen(lines[at]);
@@ -119,9 +120,11 @@ function formula(lines, at) {
     open = !lines[end].includes(close);
     end += 1;
   }
-  const text = lines.slice(at, end).map((line) => line.trimEnd());
-  const alone = /^ *(?:\\\[|\$\$|\\begin)/.test(text[0]) && (open || text.at(-1).endsWith(close));
-  return [{ type: alone ? "formula" : "paragraph", text: text.join("\n").trimStart() }, end];
+  const text = lines.slice(at, end).map((line) => line.trimEnd()).join("\n").trimStart();
+  const last = text.length - close.length;
+  const ends = open || text.indexOf(close, 2) === last;
+  const alone = /^(?:\\\[|\$\$|\\begin)/.test(text) && ends;
+  return [{ type: alone ? "formula" : "paragraph", text, closed: !open }, end];
 }
 
 function quote(lines, at, depth) {

@@ -14,15 +14,17 @@ export function textOf(body) {
   const parts = [];
   let text = "";
   let before = null;
-  const walker = document.createTreeWalker(body, NodeFilter.SHOW_TEXT);
+  const walker = document.createTreeWalker(body, NodeFilter.SHOW_TEXT | NodeFilter.SHOW_ELEMENT);
   while (walker.nextNode()) {
     const node = walker.currentNode;
-    if (node.parentElement.closest(".code-head")) continue;
+    const formula = node.nodeType === Node.ELEMENT_NODE; // its source is what is compared
+    if (formula && !node.classList.contains("set")) continue;
+    if (node.parentElement.closest(".code-head, .set")) continue;
     const block = node.parentElement.closest(BLOCKS);
     if (block !== before && text) text += "\n";
     before = block;
     parts.push({ node, at: text.length });
-    text += node.data;
+    text += formula ? node.dataset.tex : node.data;
   }
   return { text, parts };
 }
@@ -51,6 +53,7 @@ function wordFrom({ text, parts }, at) {
   while (end < text.length && !APART.test(text[end])) end += 1;
   const place = (offset, least) => {
     const { node, at: from } = parts.findLast((part) => part.at + least <= offset);
+    if (node.nodeType === Node.ELEMENT_NODE) return [node, least ? node.childNodes.length : 0];
     return [node, Math.min(offset - from, node.length)];
   };
   const range = new Range();

@@ -3,12 +3,18 @@
 
 import { h } from "./dom.js";
 import { address, destination, safeUrl } from "./links.js";
+import { setFormula } from "./maths.js";
 
 const SPECIAL = /[\\`*_~[\]!<&$\n]|https?:\/\//g;
 const BREAK = /<br *\/?>/iy;
-const FORMULA = /\\[([]|\$\$?|\\begin\{[^{}\n]*\}/y;
+const FORMULA = /\\[([]|\$\$?|\\begin\{[^{}\n]*\}|\\boxed\{/y;
 const FORMULA_END = { "\\(": "\\)", "\\[": "\\]", $$: "$$", $: "$" };
 const LONGEST_FORMULA = 4000;
+const MOST_DOLLARS = 20; // within a formula
+// A formula without a sign of TeX's, $x$ or $3n + 1$, has no words, and none joins on to it.
+const WORDS = /\p{L}{4}|\p{L}{2,}\s+\p{L}{2,}|[,;]\s+\p{L}{2,}/u;
+const AFTER = /(?:th|st|nd|rd|s)?(?![\p{L}\p{N}_])/uy;
+const BRACES = /\\[^]|[{}\n]/g;
 const PUNCTUATION = /[\p{P}\p{S}]/u;
 const ESCAPABLE = /[!-/:-@[-`{-~]/;
 const TEX = "\\()[]{},;:"; // what a backslash before it does not escape: \( \\ \{ \, are TeX's
@@ -33,7 +39,7 @@ export function appendInline(into, source) {
   build(into, scan(source));
 }
 
-// Pieces: { text }, { code }, { newline }, { link, close } and delimiter runs such as **,
+// Pieces: { text }, { code }, { formula }, { newline }, { link, close } and delimiter runs such as **,
 // { char, count, closes, opens }: tags that end before it and begin after it.
 
 function scan(source) {
@@ -52,16 +58,20 @@ function scan(source) {
   for (let match; (match = SPECIAL.exec(source)); SPECIAL.lastIndex = at) {
     const start = match.index;
     const char = source[start];
-    const formula = "\\$".includes(char) ? formulaEnd(source, start, ends) : 0;
+    const formula = "\\$".includes(char) ? formulaEnd(source, start, ends) : null;
     text(source.slice(at, start));
     at = start + 1;
     if (char === "\n") {
       pieces.push({ newline: true });
     } else if (formula) {
-      at = formula;
+      at = formula.end;
       const lines = source.slice(start, at).split("\n");
-      text(lines[0]);
-      for (const line of lines.slice(1)) pieces.push({ newline: true }, { text: line });
+      if (formula.closed) {
+        pieces.push({ formula: source.slice(start, at) });
+      } else {
+        text(lines[0]);
+        for (const line of lines.slice(1)) pieces.push({ newline: true }, { text: line });
+      }
     } else if (char === "\\") {
       const next = source[at] ?? "";
       if (ESCAPABLE.test(next)) at += 1;
@@ -105,12 +115,13 @@ function matchAt(pattern, source, at) {
 }
 
 /**
- * Where a formula that begins at `start` ends, or 0. TeX is left as it was written: Markdown would
- * take its backslashes and underscores for its own.
+ * The `end` of a formula that begins at `start`, and whether it is `closed` there; or null. Markdown
+ * would take TeX's backslashes and underscores for its own.
  */
 function formulaEnd(source, start, ends) {
   const open = matchAt(FORMULA, source, start)?.[0];
-  if (!open) return 0;
+  if (!open) return null;
+  if (open === "\\boxed{") return bracesEnd(source, start + open.length);
   const close = FORMULA_END[open] ?? open.replace("\\begin", "\\end");
   const from = start + open.length;
   if (!(ends.get(close) >= from)) {
@@ -118,18 +129,48 @@ function formulaEnd(source, start, ends) {
     while (open === "$" && source[next - 1] === "\\") next = source.indexOf(close, next + 1);
     ends.set(close, next < 0 ? Infinity : next);
   }
-  const end = ends.get(close);
-  if (end - from > LONGEST_FORMULA) {
+  const end = open === "$" ? dollar(source, from, ends.get(close)) : ends.get(close);
+  if (!(end - from <= LONGEST_FORMULA)) {
     // Of several lines it runs to their end, as blocks.js has it.
     const lines = open !== "$" && open !== "\\(" && source.indexOf("\n", from) >= 0;
-    return lines ? source.length : 0;
+    return lines ? { end: source.length, closed: false } : null;
   }
   if (open === "$") {
     const inner = source.slice(from, end); // not an amount of money
     const apart = /[\w$]/.test(source[start - 1] ?? "") || /\d/.test(source[end + 1] ?? "");
-    if (apart || inner.trim() !== inner || !/^[^\n]*[\\^_={}][^\n]*$/.test(inner)) return 0;
+    if (apart || !inner || inner.trim() !== inner || inner.includes("\n")) return null;
+    const short = !WORDS.test(inner) && matchAt(AFTER, source, end + 1);
+    if (!short && !/[\\^_={}]/.test(inner)) return null;
   }
-  return end + close.length;
+  return { end: end + close.length, closed: true };
+}
+
+/** The dollar that ends a formula: not an amount's, nor one of a text within braces. */
+function dollar(source, from, first) {
+  let [deep, seen, end] = [0, from, first];
+  for (let tries = 0; tries < MOST_DOLLARS && end - from <= LONGEST_FORMULA; tries += 1) {
+    if (source[end - 1] !== "\\") {
+      const piece = source.slice(seen, end);
+      deep += (piece.match(/(?<!\\)\{/g) ?? []).length - (piece.match(/(?<!\\)\}/g) ?? []).length;
+      if (deep <= 0) return end;
+      seen = end;
+    }
+    end = source.indexOf("$", end + 1);
+    if (end < 0) break;
+  }
+  return Infinity;
+}
+
+/** Where the braces end that are open at `from`, on the same line. */
+function bracesEnd(source, from) {
+  let depth = 1;
+  BRACES.lastIndex = from;
+  for (let match; (match = BRACES.exec(source)); ) {
+    depth += { "{": 1, "}": -1 }[match[0]] ?? 0;
+    if (BRACES.lastIndex - from > LONGEST_FORMULA || match[0] === "\n") return null;
+    if (!depth) return { end: BRACES.lastIndex, closed: true };
+  }
+  return null;
 }
 
 function entity([, name, decimal, hex]) {
@@ -287,7 +328,7 @@ function build(into, pieces) {
     flush();
     stack.pop();
   };
-  for (const piece of pieces) {
+  for (const [index, piece] of pieces.entries()) {
     if (piece.link) {
       const inner = links > 0;
       open(() => (inner ? h("span") : anchor(piece)));
@@ -302,6 +343,11 @@ function build(into, pieces) {
     } else if (piece.code !== undefined) {
       flush();
       stack.at(-1).append(h("code", {}, piece.code));
+    } else if (piece.formula !== undefined) {
+      flush();
+      const span = h("span", { class: "maths" });
+      setFormula(span, piece.formula);
+      stack.at(-1).append(joined(span, pieces[index + 1]));
     } else if (piece.newline) {
       waiting = waiting.trimEnd();
       flush();
@@ -311,6 +357,14 @@ function build(into, pieces) {
     }
   }
   flush();
+}
+
+/** A formula with the point or comma after it, which must not begin the next line. */
+function joined(span, next) {
+  const mark = /^[.,;:!?)\]]+/.exec(next?.text ?? "")?.[0];
+  if (!mark) return span;
+  next.text = next.text.slice(mark.length);
+  return h("span", { class: "joined" }, span, mark);
 }
 
 function anchor({ link, image }) {

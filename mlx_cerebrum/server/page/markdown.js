@@ -3,6 +3,7 @@
 import { blocks } from "./blocks.js";
 import { copyFrom, h } from "./dom.js";
 import { appendInline } from "./inline.js";
+import { setCode, setFormula } from "./maths.js";
 
 /** A document that grows: what can't change any more is drawn once and then left alone. */
 export class Rendering {
@@ -46,7 +47,9 @@ export class Rendering {
     const one = this.shown.length === 1 && found.length === 1;
     if (!one || before.type !== "fence" || now.type !== "fence") return false;
     if (before.info !== now.info || !now.text.startsWith(before.text)) return false;
-    this.tail[0].querySelector("code").firstChild.appendData(now.text.slice(before.text.length));
+    if (before.closed !== now.closed) return false;
+    const more = now.text.slice(before.text.length);
+    if (more) this.tail[0].querySelector("code").firstChild.appendData(more);
     this.shown = found;
     return true;
   }
@@ -58,8 +61,11 @@ function render(block, depth) {
       return withInline(h(`h${Math.min(6, block.level + 2)}`), block.text);
     case "fence":
       return codeBlock(block);
-    case "formula":
-      return h("p", { class: "formula" }, block.text);
+    case "formula": {
+      const element = h("p", { class: "formula" }, block.text);
+      if (block.closed) setFormula(element, block.text);
+      return element;
+    }
     case "rule":
       return h("hr");
     case "quote":
@@ -97,9 +103,10 @@ function listItem(item, loose, depth) {
   return element;
 }
 
-function codeBlock({ info, text }) {
+function codeBlock({ info, text, closed }) {
   const code = h("code", {});
   code.append(document.createTextNode(text));
+  if (closed) setCode(code, info, text); // while it grows it has no colours that would change
   const copy = h("button", { type: "button", class: "quiet" }, "Copy");
   copy.addEventListener("click", () => copyFrom(copy, code.textContent));
   const head = h("div", { class: "code-head" }, h("span", {}, info || "text"), copy);
