@@ -20,7 +20,7 @@ DRAW = """async ({ text, cuts }) => {
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
     with stand_in() as room, browser() as launched, visit(launched, room.url) as page:
-        # What is drawn before the server has set formulas and code: test_page_maths.py has the rest.
+        # What is drawn before the server has answered; test_page_maths.py has the rest.
         page.route("**/typeset", lambda route: route.fulfill(status=503))
         yield page
 
