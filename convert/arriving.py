@@ -47,9 +47,11 @@ class Arrivals:
         self._thread: Thread | None = None
 
     def start(self, names: Sequence[str]) -> None:
-        """Begin to fetch these files, in this order; others that lie there are removed."""
+        """Begin to fetch these files, in this order; others that lie there were left behind."""
         for file in self.directory.glob("*.safetensors*"):
-            if file.name.removesuffix(".part") not in names and file.suffix != ".json":
+            if file.suffix == ".safetensors" and file.name not in names:
+                self.leave(file.name)
+            elif file.suffix == ".part" and file.stem not in names:
                 file.unlink()
         self._thread = Thread(target=self._run, args=(list(names),), daemon=True)
         self._thread.start()

@@ -10,21 +10,21 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlx_cerebrum import cli  # isort: skip  # first: it quiets a Ctrl-C from here on
 from convert.arriving import Arrivals
-from convert.destination import partial_of, write_json
+from convert.destination import Journal, partial_of, write_json
 from convert.pipeline import convert
+from convert.repository import begun_with, headers, look
 from convert.sharing import share
 from convert.variant import Variant, choose, machine
 from convert.verify import verify
 from mlx_cerebrum.errors import CheckpointError, RequestError
-from mlx_cerebrum.files import json_file
 from mlx_cerebrum.flags import add_plan_flag, add_revision_flag
 from mlx_cerebrum.model.memory import human
+from mlx_cerebrum.model.tensors import module_shapes
 from mlx_cerebrum.plan.layer_plan import LayerPlan, resolve
 from mlx_cerebrum.progress import Report, progress
 from mlx_cerebrum.shelf.entries import STATE, Entry, entries, find
@@ -39,13 +39,10 @@ from mlx_cerebrum.shelf.places import (
     split,
 )
 from mlx_cerebrum.text import one_line, say, tell
-from mlx_cerebrum.tokenizer.files import FILES
 from mlx_cerebrum.weights.fetching import there
-from mlx_cerebrum.weights.hub import only_gguf
-from mlx_cerebrum.weights.remote import Remote, UnreachableError
-from mlx_cerebrum.weights.safetensors_checkpoint import INDEX, SafetensorsCheckpoint
+from mlx_cerebrum.weights.remote import Remote
+from mlx_cerebrum.weights.safetensors_checkpoint import SafetensorsCheckpoint
 
-_WEIGHTS = ".safetensors"
 _SLACK = 100_000_000  # bytes of disk for all that is no weight
 _PACE = 12.5e6  # bytes a second, for a first estimate: 100 Mbit/s
 
@@ -61,12 +58,12 @@ class Wanted:
     revision: str | None
 
     def is_made_of(self, entry: Entry) -> bool:
-        """Whether a model on the shelf has the blocks that are wanted, in the same bits."""
+        """Whether a model on the shelf has the blocks that are wanted, of whatever revision, in
+        the same bits."""
         with suppress(CheckpointError):
             made = entry.provenance
             same = made.get("source") == self.repo and made.get("layout") == "folded"
-            right = self.revision is None or str(made.get("revision")).startswith(self.revision)
-            return same and right and _is_uniform(entry) and self.bits in (None, entry.bits)
+            return same and _is_uniform(entry) and self.bits in (None, entry.bits)
         return False
 
 
@@ -88,10 +85,10 @@ def _is_uniform(entry: Entry) -> bool:
 class _Shown:
     """What the live line says, from the thread that fetches and the one that converts."""
 
-    report: Report | None
     quiet: bool
     sizes: dict[str, int]  # of all files
-    come: dict[str, int] = field(default_factory=dict)
+    come: dict[str, int]  # bytes of each that have come
+    report: Report | None = None
     item: str = ""
 
     def came(self, name: str, nbytes: int) -> None:
@@ -139,9 +136,14 @@ def _run(args: argparse.Namespace) -> int:
 
 def _is_here(wanted: Wanted) -> bool:
     entry = find(wanted.name if wanted.bits is None else f"{wanted.name}:{wanted.bits}bit")
-    if entry is not None:
-        say(f"{entry.called} is here already: {one_line(str(entry.path))}")
-    return entry is not None
+    if entry is None:
+        return False
+    line = f"{entry.called} is here already: {one_line(str(entry.path))}"
+    if wanted.revision is not None:
+        revision = one_line(str(entry.provenance.get("revision")))
+        line += f", made of revision {revision}; of another: mlx-cerebrum rm {entry.called} first"
+    say(line)
+    return True
 
 
 def _wanted(args: argparse.Namespace) -> Wanted:
@@ -173,9 +175,13 @@ def _wanted(args: argparse.Namespace) -> Wanted:
 
 def _share(wanted: Wanted, quiet: bool) -> bool:
     """Make it of what is on the shelf, if that has its blocks."""
-    entry = next((entry for entry in entries() if wanted.is_made_of(entry)), None)
-    if entry is None:
+    found = [entry for entry in entries() if wanted.is_made_of(entry)]
+    if found and wanted.revision is not None:
+        commit = Remote.look(wanted.repo, wanted.revision).commit
+        found = [entry for entry in found if entry.provenance.get("revision") == commit]
+    if not found:
         return False
+    entry = found[0]
     share(entry.path, folder() / folder_name(wanted.name, entry.bits), wanted.plan)
     if not quiet:
         say(
@@ -187,9 +193,9 @@ def _share(wanted: Wanted, quiet: bool) -> bool:
 
 def _fetch(args: argparse.Namespace, wanted: Wanted, work: Path) -> None:
     """Look at the hub and the machine, say what will be done, and do it."""
-    begun = _begun(work)
-    remote = _look(wanted, begun)
-    checkpoint = _headers(wanted, remote, work)
+    begun = begun_with(work)
+    remote = look(wanted.name, wanted.repo, wanted.revision, begun)
+    checkpoint = headers(remote, work)
     shards = [remote.files[name] for name in sorted({f for f, _ in checkpoint.tensors.values()})]
     local = {file.name for file in shards if remote.cached(file.name) is not None}
     coming = [file for file in shards if file.name not in local]
@@ -203,8 +209,14 @@ def _fetch(args: argparse.Namespace, wanted: Wanted, work: Path) -> None:
     half_made = folder().glob(f".{folder_name(wanted.name)}-*bit.partial/*.safetensors")
     free = shutil.disk_usage(work).free + held + sum(file.stat().st_size for file in half_made)
     made, why = choose(wanted.name, checkpoint, wanted.plan, bits, machine(free), besides)
+    destination = folder() / folder_name(wanted.name, made.bits)
+    come = {file.name: there(checkpoint.path / file.name) for file in coming}
+    come |= dict.fromkeys(local, 0) | {
+        name: remote.files[name].nbytes for name in _converted(checkpoint, destination)
+    }
+    missing = sum(file.nbytes - come[file.name] for file in coming)
     if not args.quiet:
-        for line in _told(wanted, made, why, remote, sum(sizes) - held, besides, free):
+        for line in _told(wanted, made, why, remote, missing, besides, free):
             tell(line)
     watched = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
     asks = watched and not (args.yes or args.quiet)
@@ -219,8 +231,8 @@ def _fetch(args: argparse.Namespace, wanted: Wanted, work: Path) -> None:
         "files": {name: f.sha256 or f.git_hash for name, f in remote.files.items()},
     }
     write_json(work / STATE, state)
-    destination = folder() / folder_name(wanted.name, made.bits)
-    _make(args, wanted, made, remote, checkpoint, destination, {f.name: f.nbytes for f in shards})
+    shown = _Shown(args.quiet, {file.name: file.nbytes for file in shards}, come)
+    _make(args, wanted, made, remote, checkpoint, destination, shown)
     shutil.rmtree(work)
     if not args.quiet:
         entry = Entry(destination, wanted.name, made.bits)
@@ -237,7 +249,7 @@ def _make(
     remote: Remote,
     checkpoint: SafetensorsCheckpoint,
     destination: Path,
-    sizes: dict[str, int],
+    shown: _Shown,
 ) -> None:
     """Fetch, convert and verify."""
     partial = partial_of(destination)
@@ -246,7 +258,7 @@ def _make(
         return made.layout.nbytes - sum(f.stat().st_size for f in partial.glob("*.safetensors"))
 
     with progress("fetching", not args.quiet) as report:
-        shown = _Shown(report, args.quiet, sizes)
+        shown.report = report
         keep = remote.keep if args.keep_source else None
         arrivals = Arrivals(remote, checkpoint.path, left, shown.came, keep)
         try:
@@ -274,6 +286,17 @@ def _make(
             f"{destination}: {problems[0]['problem']}; the disk may be failing: remove it with"
             f" mlx-cerebrum rm {wanted.name}"
         )
+
+
+def _converted(checkpoint: SafetensorsCheckpoint, destination: Path) -> set[str]:
+    """Files of the source that a stopped run has converted to the end."""
+    done = {line.get("key") for line in Journal.read(partial_of(destination))}
+    left = {
+        checkpoint.extents(module)["weight"].path.name
+        for module in module_shapes(checkpoint.config)
+        if module not in done
+    }
+    return {file for file, _ in checkpoint.tensors.values()} - left
 
 
 def _told(
@@ -308,85 +331,6 @@ def _told(
         f"  fetch   {human(missing)} from {remote.repo} ({remote.commit[:7]}):"
         f" {minutes} min at 100 Mbit/s"
     )
-
-
-def _begun(work: Path) -> dict[str, Any]:
-    """What a stopped run wrote of itself; empty where there is none."""
-    with suppress(CheckpointError):
-        return json_file.read_object(work / STATE, CheckpointError)
-    return {}
-
-
-def _look(wanted: Wanted, begun: dict[str, Any]) -> Remote:
-    """The repository, as it was when a stopped run began with it.
-
-    Raises CheckpointError where that is not to be had any more.
-    """
-    remote = Remote.look(wanted.repo, wanted.revision)
-    known, commit = begun.get("files"), begun.get("commit")
-    if not isinstance(known, dict) or not isinstance(commit, str) or commit == remote.commit:
-        return remote
-    now = {name: file.sha256 or file.git_hash for name, file in remote.files.items()}
-    changed = [n for n in known if n in (*FILES, INDEX, "config.json") or n.endswith(_WEIGHTS)]
-    changed = [name for name in changed if now.get(name) != known[name]]
-    if not changed:
-        return remote
-    some = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-    anew = f"to begin anew: mlx-cerebrum rm {wanted.name}, then pull it again"
-    try:
-        before = Remote.look(wanted.repo, commit)
-    except UnreachableError:
-        raise
-    except CheckpointError:
-        raise CheckpointError(
-            f"{wanted.repo} has changed on the hub since this began ({some}), and what it was is"
-            f" gone; {anew}"
-        ) from None
-    tell(
-        f"note: {wanted.repo} has changed on the hub since this began ({some}); this goes on with"
-        f" what it was, {commit[:7]}; {anew}"
-    )
-    return before
-
-
-def _headers(wanted: Wanted, remote: Remote, work: Path) -> SafetensorsCheckpoint:
-    """The checkpoint as its small files and the headers of the others say.
-
-    Raises CheckpointError or ConfigError for one that can't be converted.
-    """
-    directory = work / wanted.repo.partition("/")[2]
-    directory.mkdir(parents=True, exist_ok=True)
-    if "config.json" not in remote.files:
-        raise CheckpointError(_no_model(wanted.repo, list(remote.files)))
-    for name in ("config.json", "adapter_config.json", INDEX, "README.md", *FILES):
-        if name in remote.files:
-            data = remote.small(name, directory / name)
-            (directory / name).write_bytes(data)
-    if (directory / INDEX).exists():
-        weight_map = json_file.read_object(directory / INDEX, CheckpointError).get("weight_map")
-        named = weight_map.values() if isinstance(weight_map, dict) else ()
-        names = {name for name in named if isinstance(name, str)}
-    else:
-        names = {name for name in remote.files if name.endswith(_WEIGHTS)}
-        names = {"model.safetensors"} & names or names
-    if not names:
-        raise CheckpointError(_no_model(wanted.repo, list(remote.files)))
-    if missing := [n for n in names if n not in remote.files or not n.endswith(_WEIGHTS)]:
-        raise CheckpointError(
-            f"{wanted.repo}: {INDEX} lists {missing[0]!s:.80}, which is not there"
-        )
-    headers = {name: remote.header(name) for name in sorted(names)}
-    checkpoint = SafetensorsCheckpoint.of_headers(directory, headers)
-    checkpoint.check()
-    return checkpoint
-
-
-def _no_model(repo: str, names: list[str]) -> str:
-    if found := sorted(name for name in names if name.endswith(".gguf")):
-        return f"{repo} {only_gguf(repo, found)}"
-    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
-        return f"{repo} has only pickled weights, which can run code; take one with safetensors"
-    return f"{repo} is not a model: it has no config.json or no safetensors"
 
 
 def parser() -> cli.ArgumentParser:

@@ -129,6 +129,11 @@ class Writer:
         if self._file is not None:
             os.fsync(self._file.fileno())
         self._journal.sync()
+        folder = os.open(self.directory, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the names of new files too
+        finally:
+            os.close(folder)
 
     def close(self) -> None:
         self._hasher.shutdown(cancel_futures=True)

@@ -1,14 +1,13 @@
 """`python tests/pull_at_full_size.py DIR`: a 7B pulled from a stand-in hub, killed ten times.
 
-Some minutes, and 25 GB of disk in DIR, which must not exist: random weights of the 7B's shapes in
-three files of up to 5 GB are served on loopback, and `mlx-cerebrum pull` fetches them as if the
-disk had no room for two. Prints one JSON object: bytes fetched twice, the most disk and memory
+Some minutes, and 25 GB of disk in DIR: random weights of the 7B's shapes in three files of up to 5
+GB, made the first time, are served on loopback, and `mlx-cerebrum pull` fetches them as if the disk
+had no room for two. Linux. Prints one JSON object: bytes fetched twice, the most disk and memory
 held, seconds. Remove DIR afterwards.
 """
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -93,11 +92,21 @@ class Watch:
         return sum(sizes.values())
 
 
+def held_by(pid: int) -> int:
+    """The most memory a process has held, in bytes; 0 where it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    lines = (line.split() for line in text.splitlines())
+    return next((1024 * int(words[1]) for words in lines if words[0] == "VmHWM:"), 0)
+
+
 def main(where: Path) -> dict[str, Any]:
-    where.mkdir()
-    files = write(where / "repo")
+    where.mkdir(exist_ok=True)
+    files = sorted((where / "repo").glob("*.safetensors")) or write(where / "repo")
     whole = sum(file.stat().st_size for file in files)
-    models = where / "models"
+    models = where / f"models-{os.getpid()}"
     models.mkdir()
     watch, started, kills, memory = Watch(models), time.perf_counter(), 0, 0
     with serving(where / "repo", REPO) as hub:
@@ -111,11 +120,11 @@ def main(where: Path) -> dict[str, Any]:
             until = hub.sent.total() + whole // (KILLS + 1)
             with subprocess.Popen(command, env=env, cwd=Path(__file__).parents[1]) as pulling:
                 while pulling.poll() is None and (kills == KILLS or hub.sent.total() < until):
+                    memory = max(memory, held_by(pulling.pid))
                     time.sleep(0.005)
                 if pulling.poll() is None:
                     pulling.send_signal(signal.SIGKILL)
                     kills += 1
-            memory = max(memory, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
             if pulling.returncode not in (0, -signal.SIGKILL):
                 raise SystemExit(pulling.returncode)
             if pulling.returncode == 0:

@@ -80,7 +80,7 @@ class Unfinished:
     @property
     def bits(self) -> int:
         found = self.state.get("bits")
-        return found if isinstance(found, int) else 16
+        return found if type(found) is int else 16
 
 
 def entries() -> list[Entry]:
@@ -137,5 +137,5 @@ def _bits(entry: Entry) -> int:
     with suppress(CerebrumError):
         quantization = entry.config.get("quantization")
         bits = quantization.get("bits") if isinstance(quantization, dict) else None
-        return bits if isinstance(bits, int) else 16
+        return bits if type(bits) is int else 16
     return 16

@@ -115,8 +115,8 @@ def _row(entry: Entry) -> tuple[str, ...]:
         one_line(entry.called),
         size_text(known["bytes"]) + shared,
         str(entry.bits),
-        str(known["window"] or "none"),
-        one_line(f"{made}@{str(revision)[:7]}" if revision else str(made)),
+        one_line(str(known["window"] or "none"), 12),
+        one_line(f"{made}@{str(revision)[:7]}" if revision else str(made), 60),
         ago(entry.used),
     )
 

@@ -26,7 +26,7 @@ def _run(args: argparse.Namespace) -> int:
     rows = list(_rows(known))
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
-        say(f"{label:<{width}}  {one_line(text)}")
+        say(f"{label:<{width}}  {one_line(text, 200)}")
     others = [e.called for e in entries() if e.name == entry.name and e.bits != entry.bits]
     if others:
         say(f"also here: {', '.join(others)}")

@@ -91,6 +91,22 @@ def test_from_nothing_to_both_names(
     assert "is here already" in capsys.readouterr().out
 
 
+def test_a_revision_is_shared_only_where_it_is_that_one(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(NAMES[0], "--quiet") == 0
+    first = hub.commit
+    assert main([NAMES[0], "--revision", "main"]) == 0
+    assert f"made of revision {first}; of another: mlx-cerebrum rm" in capsys.readouterr().out
+    (hub.directory / "notes.txt").write_text("news")
+    before = sum(hub.sent[name] for name in SHARDS)
+    assert run(NAMES[1], "--revision", "main", "--quiet") == 0
+    assert sum(hub.sent[name] for name in SHARDS) > 1.9 * before - 4 * (1 << 16)
+    made = find(NAMES[1])
+    assert made is not None
+    assert made.provenance["revision"] == hub.commit
+
+
 def test_a_hub_id_in_its_own_order_and_by_a_plan(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +190,26 @@ def test_killed_again_and_again(hub: Hub, tmp_path: Path) -> None:
     assert verify(made.path)["sound"]
     twice = sum(hub.sent[name] - size(hub, name) for name in SHARDS)
     assert twice <= (kills + 1) * 3 * (1 << 16) + kills * (1 << 19)
+
+
+def test_what_is_left_to_fetch_is_told(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither what lies there nor what is converted and gone."""
+    real = fetching.fetch
+
+    def ends(remote: Any, name: str, *more: Any) -> None:
+        if name == SHARDS[2]:
+            raise KeyboardInterrupt
+        real(remote, name, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arriving, "fetch", ends)
+        patch.setattr(arriving, "_SLACK", 1 << 60)
+        assert run(NAMES[0], "--quiet") == 2
+    capsys.readouterr()
+    assert run(NAMES[0]) == 0
+    assert "  fetch   1.1 MB from" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_it_at_once(hub: Hub, tmp_path: Path) -> None:
