@@ -146,9 +146,13 @@ _TEX = "\\()[]{},;:"  # what a backslash before it does not escape: \( \\ \{ \, 
 _OPENS = re.compile(r"\\[(\[]|\$\$?|\\begin\{[^{}\n]*\}|\\boxed\{")
 # A formula without a sign of TeX's, $x$ or $3n + 1$, has no words, and none joins on to it.
 _WORDS = re.compile(r"[^\W\d_]{4}|[^\W\d_]{2,}\s+[^\W\d_]{2,}|[,;]\s+[^\W\d_]{2,}")
-_AFTER = re.compile(r"(?:th|st|nd|rd|s)?(?!\w)")
+_AFTER = re.compile(r"(?:th|st|nd|rd|s)?(?![a-zA-Z0-9_])")
+_SIGN = re.compile(r"[\\^_={}]")
+_TEX_SIGN = re.compile(r"[\\^{}]")
+_COMMAND = re.compile(r"\\[a-zA-Z]+(?:\{[^{}]*\})?")
 _BRACES = re.compile(r"\\.|[{}\n]", re.DOTALL)
 _CLOSES = {"\\(": "\\)", "\\[": "\\]", "$$": "$$", "$": "$"}
+_DIGITS = tuple("0123456789")
 _DOLLARS = 20  # within a formula
 _LONGEST = 4000  # characters of a formula within a line
 _DISPLAY = re.compile(r"(`+)[^`]*\1|\\(?:begin|end)\{[^{}]*\}|\\.|\$\$")
@@ -244,17 +248,28 @@ def _formula_end(source: str, start: int) -> int:
     if opening == "$":
         end = _dollar(source, begin, end)
     if end < 0:  # of several lines it runs to their end, as `_display` has it
-        return len(source) if opening not in ("$", "\\(") and "\n" in source[begin:] else 0
-    inner = source[begin:end]
-    if opening == "$":  # not an amount of money
-        apart = re.match(r"[\w$]", source[max(0, start - 1) : start])
-        apart = apart or re.match(r"\d", source[end + 1 : end + 2])
-        if apart or not inner or inner.strip() != inner or "\n" in inner:
-            return 0
-        short = not _WORDS.search(inner) and _AFTER.match(source, end + 1)
-        if not short and not re.search(r"[\\^_={}]", inner):
-            return 0
+        runs = opening not in ("$", "\\(") and (
+            not source[:start].strip() or "\n" in source[begin:]
+        )
+        return len(source) if runs else 0
+    if opening == "$" and not _is_formula(source, start, end):
+        return 0
     return end + len(close)
+
+
+def _is_formula(source: str, start: int, end: int) -> bool:
+    """Is what stands between two dollars a formula? Else they are amounts of money, or names."""
+    inner = source[start + 1 : end]
+    apart = re.match(r"[a-zA-Z0-9_$]", source[max(0, start - 1) : start])
+    if apart or not inner.strip() or "\n" in inner or source[end + 1 : end + 2] in _DIGITS:
+        return False
+    if inner.strip() != inner:  # $ x = 5 $, but not $5 and $7
+        bare = _COMMAND.sub("", inner)
+        padded = inner[0] == inner[-1] == " " and not _WORDS.search(bare)
+        return padded and _SIGN.search(inner) is not None
+    if not _AFTER.match(source, end + 1):  # $2^n$fold, but not $HOME=$PATH
+        return _TEX_SIGN.search(inner) is not None
+    return _SIGN.search(inner) is not None or not _WORDS.search(inner)
 
 
 def _dollar(source: str, begin: int, end: int) -> int:

@@ -13,7 +13,8 @@ const LONGEST_FORMULA = 4000;
 const MOST_DOLLARS = 20; // within a formula
 // A formula without a sign of TeX's, $x$ or $3n + 1$, has no words, and none joins on to it.
 const WORDS = /\p{L}{4}|\p{L}{2,}\s+\p{L}{2,}|[,;]\s+\p{L}{2,}/u;
-const AFTER = /(?:th|st|nd|rd|s)?(?![\p{L}\p{N}_])/uy;
+const AFTER = /(?:th|st|nd|rd|s)?(?!\w)/y;
+const COMMANDS = /\\[a-zA-Z]+(?:\{[^{}]*\})?/g;
 const BRACES = /\\[^]|[{}\n]/g;
 const PUNCTUATION = /[\p{P}\p{S}]/u;
 const ESCAPABLE = /[!-/:-@[-`{-~]/;
@@ -135,14 +136,22 @@ function formulaEnd(source, start, ends) {
     const lines = open !== "$" && open !== "\\(" && source.indexOf("\n", from) >= 0;
     return lines ? { end: source.length, closed: false } : null;
   }
-  if (open === "$") {
-    const inner = source.slice(from, end); // not an amount of money
-    const apart = /[\w$]/.test(source[start - 1] ?? "") || /\d/.test(source[end + 1] ?? "");
-    if (apart || !inner || inner.trim() !== inner || inner.includes("\n")) return null;
-    const short = !WORDS.test(inner) && matchAt(AFTER, source, end + 1);
-    if (!short && !/[\\^_={}]/.test(inner)) return null;
-  }
+  if (open === "$" && !isFormula(source, start, end)) return null;
   return { end: end + close.length, closed: true };
+}
+
+/** Is what stands between two dollars a formula? Else they are amounts of money, or names. */
+function isFormula(source, start, end) {
+  const inner = source.slice(start + 1, end);
+  const apart = /[\w$]/.test(source[start - 1] ?? "") || /[0-9]/.test(source[end + 1] ?? "");
+  if (apart || !inner.trim() || inner.includes("\n")) return false;
+  if (inner.trim() !== inner) {
+    // $ x = 5 $, but not $5 and $7
+    const padded = inner[0] === " " && inner.at(-1) === " ";
+    return padded && !WORDS.test(inner.replace(COMMANDS, "")) && /[\\^_={}]/.test(inner);
+  }
+  if (!matchAt(AFTER, source, end + 1)) return /[\\^{}]/.test(inner); // $2^n$fold, not $HOME=$PATH
+  return /[\\^_={}]/.test(inner) || !WORDS.test(inner);
 }
 
 /** The dollar that ends a formula: not an amount's, nor one of a text within braces. */
