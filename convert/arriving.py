@@ -156,13 +156,13 @@ class ArrivingSource(Source):
 
     def finish(self) -> dict[str, str]:
         files = (self._arrivals.remote.files[path.name] for path in self.paths)
-        return {file.name: file.sha256 for file in files if file.sha256 is not None}
+        return {file.name: file.hash for file in files if file.hash is not None}
 
     def _stamps(self) -> Stamps:
         files = self._arrivals.remote.files
         names = dict.fromkeys(map(self._file, self.modules))
         return {
-            self.checkpoint.path / name: (str(files[name].sha256), 0, 0, files[name].nbytes, 0, 0)
+            self.checkpoint.path / name: (str(files[name].hash), 0, 0, files[name].nbytes, 0, 0)
             for name in names
         }
 

@@ -228,7 +228,7 @@ def _fetch(args: argparse.Namespace, wanted: Wanted, work: Path) -> None:
         "repo": wanted.repo,
         "commit": remote.commit,
         "bytes": sum(file.nbytes for file in shards),
-        "files": {name: f.sha256 or f.git_hash for name, f in remote.files.items()},
+        "files": {name: file.hash for name, file in remote.files.items()},
     }
     write_json(work / STATE, state)
     shown = _Shown(args.quiet, {file.name: file.nbytes for file in shards}, come)

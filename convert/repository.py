@@ -32,7 +32,7 @@ def look(name: str, repo: str, revision: str | None, begun: dict[str, Any]) -> R
     known, commit = begun.get("files"), begun.get("commit")
     if not isinstance(known, dict) or not isinstance(commit, str) or commit == remote.commit:
         return remote
-    now = {name: file.sha256 or file.git_hash for name, file in remote.files.items()}
+    now = {file.name: file.hash for file in remote.files.values()}
     changed = [n for n in known if n in (*FILES, INDEX, "config.json") or n.endswith(_WEIGHTS)]
     changed = [name for name in changed if now.get(name) != known[name]]
     if not changed:
@@ -81,6 +81,8 @@ def headers(remote: Remote, work: Path) -> SafetensorsCheckpoint:
         raise CheckpointError(
             f"{remote.repo}: {INDEX} lists {missing[0]!s:.80}, which is not there"
         )
+    if unknown := [name for name in names if remote.files[name].hash is None]:
+        raise CheckpointError(f"{remote.repo}: the hub says no hash of {unknown[0]}, to compare it")
     found = {name: remote.header(name) for name in sorted(names)}
     checkpoint = SafetensorsCheckpoint.of_headers(directory, found)
     checkpoint.check()

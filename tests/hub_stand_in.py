@@ -33,6 +33,8 @@ class Faults:
     status: dict[str, int] = field(default_factory=dict)  # file, or "api" -> what is answered
     flip: dict[str, int] = field(default_factory=dict)  # file -> how often a byte of it is wrong
     stall: float = 0.0  # seconds of silence before each body of a weight file
+    no_lfs: bool = False  # git keeps the weights, as it does small ones
+    no_hashes: bool = False
     once: str = ""  # what the repository was called before
 
 
@@ -124,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._whole(404, b"", error="RepoNotFound")
 
     def _info(self, revision: str | None) -> None:
-        hub = self.server
+        hub, faults = self.server, self.server.faults
         if (directory := hub.at(revision)) is None:
             self._whole(404, b"", error="RevisionNotFound")
             return
@@ -132,8 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
         for file in hub.files(directory):
             sha256, git = hub.hashes(file)
             entry: dict[str, Any] = {"rfilename": file.name, "size": file.stat().st_size}
-            entry["blobId"] = git
-            if file.suffix == ".safetensors":
+            if not faults.no_hashes:
+                entry["blobId"] = git
+            if file.suffix == ".safetensors" and "blobId" in entry and not faults.no_lfs:
                 entry["lfs"] = {"sha256": sha256, "size": entry["size"], "pointerSize": 134}
             siblings.append(entry)
         commit = revision if revision in hub.past else hub.commit

@@ -35,7 +35,7 @@ def there(target: Path) -> int:
 def fetch(
     remote: Remote, name: str, target: Path, came: Callable[[int], None], stop: Event
 ) -> None:
-    """Bring a file to `target`, whole and with the hub's SHA-256.
+    """Bring a file to `target`, whole and with the hub's hash.
 
     came: called with how many bytes are there, as they come.
     Raises CheckpointError where it can't be had, or comes damaged twice; StoppedError.
@@ -47,12 +47,12 @@ def fetch(
             _rest(remote, file, target, digest, came, stop)
         else:
             digest = _hashed(target, file, stop)
-        if file.sha256 in (None, digest.hexdigest()):
+        if file.hash in (None, digest.hexdigest()):
             came(file.nbytes)
             if not target.exists():
                 part_of(target).replace(target)
             return
-        wrong = f"its SHA-256 is {digest.hexdigest()[:12]}..., the hub's {file.sha256[:12]}..."
+        wrong = f"its hash is {digest.hexdigest()[:12]}..., the hub's {file.hash[:12]}..."
         (target if target.exists() else part_of(target)).unlink()
         if second:
             raise CheckpointError(f"{remote.repo}/{name} came damaged twice: {wrong}")
@@ -61,7 +61,7 @@ def fetch(
 
 def _hashed(path: Path, file: RemoteFile, stop: Event) -> "hashlib._Hash":
     """The hash of what is there, to go on with; a file that is too long is given up."""
-    digest = hashlib.sha256()
+    digest = file.digest()
     if not path.exists():
         return digest
     if path.stat().st_size > file.nbytes:

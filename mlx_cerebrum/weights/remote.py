@@ -12,13 +12,16 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.files import json_file
 from mlx_cerebrum.text import one_line
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.safetensors_file import TensorInfo, parse_header
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 _TIMEOUT = 30.0  # seconds without a byte
 _FIRST = 1 << 16  # bytes of a file that nearly always hold its whole header
@@ -33,13 +36,24 @@ class UnreachableError(CheckpointError):
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a repository. sha256: None where the hub gives none, as for small files;
-    git_hash: of those."""
+    """One file of a repository: `hash` is its SHA-256 where the hub keeps it as a large file, git's
+    SHA-1 of a small one, None where the hub says neither."""
 
     name: str
     nbytes: int
-    sha256: str | None
-    git_hash: str | None = None
+    hash: str | None
+
+    def digest(self) -> "hashlib._Hash":
+        """What all bytes of the file are given to, for its `hash` to come out."""
+        if self.hash is None or len(self.hash) == 64:
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % self.nbytes)  # as git begins
+
+    def is_hash_of(self, data: bytes) -> bool:
+        """Whether these are the bytes that the hub has; also where it says no hash."""
+        digest = self.digest()
+        digest.update(data)
+        return self.hash in (None, digest.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -55,18 +69,26 @@ class Remote:
         """Ask the hub. Raises CheckpointError, one line, for what it does not have or give."""
         from huggingface_hub import HfApi
 
-        with _explained(repo, revision):
-            api, files = HfApi(), {}
-            info = api.model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT)
-            for sibling in info.siblings or []:
-                name, lfs = sibling.rfilename, sibling.lfs
-                size = sibling.size if lfs is None else lfs.size
-                if type(size) is int and size >= 0 and "/" not in name:
-                    sha256 = None if lfs is None else _hash(lfs.sha256)
-                    files[name] = RemoteFile(name, size, sha256, _hash(sibling.blob_id))
-            if info.sha is None or _hash(info.sha) is None:  # it becomes part of paths
-                raise CheckpointError(f"{repo}: the hub names no commit; is HF_ENDPOINT a mirror?")
-            return cls(repo, info.sha, files)
+        with explained(repo, revision):
+            api = HfApi()
+            return cls.of(
+                repo,
+                api.model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT),
+            )
+
+    @classmethod
+    def of(cls, repo: str, info: "ModelInfo") -> "Remote":
+        """What the hub has answered. Raises CheckpointError where that names no commit."""
+        files = {}
+        for sibling in info.siblings or []:
+            name, lfs = sibling.rfilename, sibling.lfs
+            size = sibling.size if lfs is None else lfs.size
+            if type(name) is str and "/" not in name and type(size) is int and size >= 0:
+                found = sibling.blob_id if lfs is None else lfs.sha256
+                files[name] = RemoteFile(name, size, found if _is_hash(found) else None)
+        if not _is_hash(info.sha):  # it becomes part of paths
+            raise CheckpointError(f"{repo}: the hub names no commit; is HF_ENDPOINT a mirror?")
+        return cls(repo, str(info.sha), files)
 
     def cached(self, name: str) -> Path | None:
         """The file as the hub's cache has it, if it does."""
@@ -83,7 +105,7 @@ class Remote:
 
         file = self.files[name]
         where = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=self.repo, repo_type="model"))
-        blob = where / "blobs" / str(file.sha256 or file.git_hash or self.commit + name)
+        blob = where / "blobs" / str(file.hash or self.commit + name)
         link, ref = where / "snapshots" / self.commit / name, where / "refs" / "main"
         for made in (blob, link, ref):
             made.parent.mkdir(parents=True, exist_ok=True)
@@ -103,10 +125,10 @@ class Remote:
         for path in (here, self.cached(name)):
             if path is not None and path.is_file() and path.stat().st_size == file.nbytes:
                 data = path.read_bytes()
-                if _is(file, data):
+                if file.is_hash_of(data):
                     return data
         data = b"".join(self.stream(name))
-        if not _is(file, data):
+        if not file.is_hash_of(data):
             raise CheckpointError(f"{self.repo}: {name} came damaged: its hash is not the hub's")
         return data
 
@@ -154,7 +176,7 @@ class Remote:
             "Range": f"bytes={start}-{end - 1}",
             "Accept-Encoding": "identity",
         }
-        with _explained(self.repo, self.commit):
+        with explained(self.repo, self.commit):
             asked = get_session().stream(
                 "GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT
             )
@@ -172,14 +194,8 @@ class Remote:
             raise UnreachableError(f"{self.repo}/{name} broke off after {at} of {end} bytes")
 
 
-def _hash(text: str | None) -> str | None:
-    return text if text is not None and _HASH.fullmatch(text) else None
-
-
-def _is(file: RemoteFile, data: bytes) -> bool:
-    """Whether these are the bytes that the hub has; so where it gives no hash."""
-    git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    return (file.sha256 or file.git_hash) in (None, hashlib.sha256(data).hexdigest(), git)
+def _is_hash(text: object) -> bool:
+    return isinstance(text, str) and _HASH.fullmatch(text) is not None
 
 
 def _skip(answer: Any, where: str, start: int, size: int) -> int:
@@ -213,7 +229,7 @@ def _skip(answer: Any, where: str, start: int, size: int) -> int:
 
 
 @contextmanager
-def _explained(repo: str, revision: str | None) -> Iterator[None]:
+def explained(repo: str, revision: str | None) -> Iterator[None]:
     """As `hub.explained`, and an UnreachableError for what a network does.
 
     Which exceptions a broken connection gives depends on the version of the hub's client (httpx,

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import struct
 import tempfile
 import zlib
@@ -19,12 +20,15 @@ from random import Random
 from typing import Any
 
 import mlx.core as mx
+import pytest
 from conftest import byte_tokenizer, plan_yaml, write_checkpoint
+from huggingface_hub import ModelInfo
 from tiny import tiny_config, tiny_weights
 
 from convert.destination import JOURNAL, Journal
 from convert.examine import directory as examine
 from convert.recipe import Sensitivity
+from convert.repository import begun_with
 from mlx_cerebrum.decoding.grammar_text import Ask, Written
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_cache_file import load_prompt_cache, save_prompt_cache
@@ -39,6 +43,9 @@ from mlx_cerebrum.server.responses import ResponsesRequest
 from mlx_cerebrum.server.schema import ChatRequest, parse_body
 from mlx_cerebrum.server.spelling import Spelling
 from mlx_cerebrum.server.typesetting import TypesetRequest
+from mlx_cerebrum.shelf import listing, showing
+from mlx_cerebrum.shelf.entries import PULLS, STATE, entries
+from mlx_cerebrum.shelf.places import VARIABLE
 from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN, CEREBRUM_TEMPLATE
 from mlx_cerebrum.tokenizer.conversation import read_messages, write_messages
 from mlx_cerebrum.tokenizer.fitting import FittedTemplate, in_turns
@@ -54,6 +61,7 @@ from mlx_cerebrum.tokenizer.sentencepiece_model import (
 from mlx_cerebrum.tokenizer.template import ChatTemplate
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.opening import open_checkpoint
+from mlx_cerebrum.weights.remote import Remote, explained
 from mlx_cerebrum.weights.safetensors_checkpoint import INDEX
 
 from . import gguf_seed, templates
@@ -705,6 +713,53 @@ CANARY = Reader(
     sing,
 )
 
+
+def prepare_shelf(folder: Path) -> None:
+    """The two files that a shelf's folders describe themselves with."""
+    made = {"source": "x/y", "revision": "a" * 40, "tool": "z", "layout": "folded"}
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"provenance": made}))
+    state = {"name": "x/y", "bits": 8, "repo": "x/y", "commit": "a" * 40, "bytes": 5}
+    (folder / STATE).write_text(json.dumps(state | {"files": {"config.json": "b" * 40}}))
+
+
+def change_shelf(folder: Path, random: Random) -> dict[str, bytes]:
+    return one_json(random.choice(("config.json", STATE)))(folder, random)
+
+
+def read_shelf(folder: Path) -> None:
+    copies = (("config.json", "mine"), ("config.json", "x-4bit"), (STATE, f"{PULLS}/x"))
+    with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
+        for file, where in copies:
+            Path(root, where).mkdir(parents=True)
+            shutil.copyfile(folder / file, Path(root, where, file))
+        patch.setenv(VARIABLE, root)
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert listing.main([]) == listing.main(["--json"]) == showing.main(["x"]) == 0
+        begun_with(Path(root, PULLS, "x"))
+        for entry in entries():
+            entry.provenance  # noqa: B018
+
+
+def change_info(folder: Path, random: Random) -> dict[str, bytes]:
+    return one_json("info.json")(folder, random)
+
+
+def prepare_info(folder: Path) -> None:
+    """What the hub answers of a repository."""
+    file = {"rfilename": "a.safetensors", "size": 9, "blobId": "b" * 40}
+    lfs = {"sha256": "c" * 64, "size": 9, "pointerSize": 134}
+    siblings = [file | {"lfs": lfs}, file | {"rfilename": "config.json"}]
+    info = {"id": "x/y", "sha": "a" * 40, "siblings": siblings}
+    (folder / "info.json").write_text(json.dumps(info))
+
+
+def read_info(folder: Path) -> None:
+    with explained("x/y", None):
+        remote = Remote.of("x/y", ModelInfo(**json.loads((folder / "info.json").read_text())))
+        assert all("/" not in name and file.nbytes >= 0 for name, file in remote.files.items())
+        assert remote.commit.isalnum()
+
+
 READERS: dict[str, Reader] = {
     "config": Reader(checkpoint, change_config, read_directory),
     "header": Reader(checkpoint, change_header(WEIGHTS), read_directory),
@@ -727,4 +782,6 @@ READERS: dict[str, Reader] = {
     "schema": Reader(write_schema, one_json("schema.json"), read_schema),
     "sensitivity": Reader(write_table, one_json("table.json"), read_sensitivity),
     "journal": Reader(prepare_journal, change_journal, read_journal),
+    "shelf": Reader(prepare_shelf, change_shelf, read_shelf),
+    "hub": Reader(prepare_info, change_info, read_info),
 }

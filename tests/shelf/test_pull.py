@@ -316,7 +316,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"status": {SHARDS[0]: 403}}, "the hub refused it (403)"),
     ({"status": {SHARDS[2]: 404}}, "is not on the hub any more"),
     ({"status": {SHARDS[2]: 503}}, "the hub answered 503"),
-    ({"flip": {SHARDS[1]: 2}}, f"{SHARDS[1]} came damaged twice: its SHA-256 is"),
+    ({"flip": {SHARDS[1]: 2}}, f"{SHARDS[1]} came damaged twice: its hash is"),
     ({"flip": {"config.json": 1}}, "config.json came damaged"),
 ]
 
@@ -343,7 +343,7 @@ def test_a_flipped_byte_is_named_and_the_file_fetched_again(
     hub.faults.flip[SHARDS[1]] = 1
     assert run(NAMES[0], "--quiet") == 0
     err = capsys.readouterr().err
-    assert err.startswith(f"{SHARDS[1]} came damaged: its SHA-256 is ")
+    assert err.startswith(f"{SHARDS[1]} came damaged: its hash is ")
     assert hub.sent[SHARDS[0]] < 1.2 * size(hub, SHARDS[0])
     assert hub.sent[SHARDS[1]] > 1.9 * size(hub, SHARDS[1])
 
@@ -356,8 +356,20 @@ def test_a_repository_that_was_renamed(hub: Hub) -> None:
 def test_a_certificate_that_is_not_valid_yet_points_at_the_clock() -> None:
     error = OSError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate is not yet valid")
     right = "is this machine's date right"
-    with pytest.raises(UnreachableError, match=right), remote._explained("x/y", None):
+    with pytest.raises(UnreachableError, match=right), remote.explained("x/y", None):
         raise error
+
+
+def test_small_weights_that_git_keeps_itself(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.faults.no_lfs, hub.faults.flip[SHARDS[1]] = True, 1
+    assert run(NAMES[0], "--quiet") == 0
+    assert f"{SHARDS[1]} came damaged: its hash is" in capsys.readouterr().err
+
+
+def test_a_hub_that_says_no_hash(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.faults.no_hashes = True
+    assert run(NAMES[0], "--quiet") == 2
+    assert "the hub says no hash of model-0000" in capsys.readouterr().err
 
 
 def test_a_hub_that_is_not_there(
