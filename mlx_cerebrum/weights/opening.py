@@ -5,13 +5,14 @@ blocks, bits that can't be had, a tokenizer of another model, weights that would
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from mlx_cerebrum.errors import CheckpointError, ConfigError
 from mlx_cerebrum.model.config import MOST, ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import fits, require
+from mlx_cerebrum.model.tensors import matrix_shapes
 from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.plan.layer_plan import resolve as resolve_plan
 from mlx_cerebrum.text import tell
@@ -21,7 +22,7 @@ from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.gguf_paths import gguf_at
 from mlx_cerebrum.weights.loading import Progress, load_model
-from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.quantize import Packing, matrix_bytes
 from mlx_cerebrum.weights.safetensors_checkpoint import SafetensorsCheckpoint, no_checkpoint
 from mlx_cerebrum.weights.storage import Storage, choose_storage, smaller_weights
 
@@ -91,7 +92,22 @@ def open_model(spec: ModelSpec) -> Opened:
 
     Raises a CerebrumError, one line, for whatever can't be honoured.
     """
-    return Opened.of(open_checkpoint(hub.resolve(spec.name, spec.revision)), spec)
+    path = hub.resolve(spec.name, spec.revision, check=partial(_require_memory, spec))
+    return Opened.of(open_checkpoint(path), spec)
+
+
+def _require_memory(spec: ModelSpec, config: ModelConfig) -> None:
+    """Raise MemoryBudgetError for a model of the hub that could not be loaded: before gigabytes
+    come. A quantized one is only judged by its files."""
+    if config.quantization is not None:
+        return
+
+    def held(packing: Packing | None) -> int:
+        return sum(matrix_bytes(shape, packing, 2) for shape in matrix_shapes(config).values())
+
+    fewer = [bits for bits in (8, 4) if bits < (spec.q_bits or 16)]
+    ways = [(f"--q-bits {bits}", held(Packing(bits, spec.q_group_size))) for bits in fewer]
+    require(held(spec.packing), f"loading {spec.name}", "take a smaller model", ways)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

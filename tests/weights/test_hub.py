@@ -152,6 +152,17 @@ def test_what_can_not_run_is_refused_before_its_weights_are_fetched(
     assert stand_in.fetched <= {"config.json", "adapter_config.json"}
 
 
+def test_what_does_not_fit_is_refused_before_its_weights_are_fetched(
+    stand_in: StandIn, tmp_path: Path
+) -> None:
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{stand_in.server_port}", "HF_HOME": str(tmp_path)}
+    done = generate(env, "--model", REPO, "--memory-limit", "0.0006")
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"error: loading {REPO} needs 0.7 MB and 0.6 MB are free; --q-bits 8 (")
+    assert stand_in.fetched == {"config.json"}
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
