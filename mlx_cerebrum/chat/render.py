@@ -98,20 +98,32 @@ class AnswerMarkdown(Markdown):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for token in self.parsed:
             if token.children:
-                token.children = _inline(token.children, console.encoding.startswith("utf"))
+                # What is beside lists and quotes takes some of the width.
+                width = options.max_width - 10 if console.encoding.startswith("utf") else 0
+                token.children = _inline(token.children, width)
         with console.use_theme(_THEME):
             yield from super().__rich_console__(console, options)
 
 
-def _inline(tokens: list[Token], unicode: bool) -> list[Token]:
-    """A line break is one, and formulas are texts. unicode: may they have signs beyond ASCII?"""
+def _inline(tokens: list[Token], width: int) -> list[Token]:
+    """A line break is one, and formulas are texts.
+
+    width: of the lines that may not be broken, in characters; 0: nothing but ASCII can be shown.
+    """
     made: list[Token] = []
     begun = False  # something stands on the line
     whole = False  # what stands there are the lines of a formula
     for token in tokens:
         breaks = token.type in ("softbreak", "hardbreak")
-        lines = lines_of(token.content) if unicode and token.type == "formula" else None
+        lines = lines_of(token.content) if width and token.type == "formula" else None
+        if lines is not None and len(lines) > 1 and max(map(len, lines)) > width:
+            lines = None
         tall = lines is not None and len(lines) > 1
+        if whole and token.type == "text" and (mark := _MARK.match(token.content)):
+            made[-1].content += mark[0].rstrip()
+            token.content = token.content[mark.end() :]
+            if not token.content:
+                continue
         if (tall and begun) or (whole and not breaks):
             made.append(Token("hardbreak", "br", 0))
         if token.type == "formula":
@@ -122,6 +134,9 @@ def _inline(tokens: list[Token], unicode: bool) -> list[Token]:
             made.append(Token("hardbreak", "br", 0) if breaks else token)
         begun, whole = not breaks, tall
     return made
+
+
+_MARK = re.compile(r"[.,;:!?)]* *")  # what follows a formula closely
 
 
 def lines_of(source: str) -> list[str] | None:

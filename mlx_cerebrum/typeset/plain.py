@@ -9,7 +9,7 @@ from typing import NamedTuple
 from mlx_cerebrum.typeset.tex import Element, Node
 
 # Signs with a space on either side where they stand between two things.
-_BETWEEN = frozenset("=≠<>≤≥≪≫≈≡≢∼≃≅∝≔→←↔↦⇒⇐⇔⟹⟸⟺⟶⟵⟷⊢⊨∈∉∋⊂⊃⊆⊇⊄⊈∪∩∖⊕⊗+±∓×÷·*-∧∨∣∥⊥∘⋆⋮⊔⊓≺≻≲≳∴∵≜≐")
+_BETWEEN = frozenset("=≠<>≤≥≪≫≈≡≢∼≃≅∝≔→←↔↦⇒⇐⇔⟹⟸⟺⟶⟵⟷⊢⊨∈∉∋⊂⊃⊆⊇⊄⊈∪∩∖⊕⊗+±∓×÷·*-∧∨∣∤∥⊥∘⋆⋮⊔⊓≺≻≲≳∴∵≜≐")
 _OPEN, _CLOSE, _EITHER = frozenset("([{⟨⌊⌈"), frozenset(")]}⟩⌋⌉"), frozenset("|‖")
 _LARGE = frozenset("∑∏∐∫∬∭∮⋃⋂⋁⋀⨁⨂")
 _SIGNS: dict[int, str | None] = {
@@ -52,23 +52,125 @@ class _Part(NamedTuple):
 
 
 def plain(formula: Element) -> list[str] | None:
-    """The lines of a formula, several only of aligned equations; None: show it as written."""
+    """The lines of a formula: several of aligned equations, of cases and of matrices.
+
+    None: show it as it was written.
+    """
     try:
-        inner = formula
-        while True:
-            filled = _filled(inner)
-            if (
-                inner.name == "mtable"
-                and len([cell for row in filled for cell in _filled(row)]) > 1
-            ):
-                return _lines(inner) if inner.attributes.get("displaystyle") == "true" else None
-            if len(filled) != 1 or inner.name not in ("math", "mrow", "mtable", "mtr", "mtd"):
-                break
-            inner = filled[0]
-        text = _text(formula if inner.name != "mtd" else inner)[0].strip()
-        return [text] if text else None
+        return _flat(formula)
+    except _UnclearError:
+        pass
+    try:
+        return _beside_each_other(_boxes(formula.children))
     except _UnclearError:
         return None
+
+
+def _flat(formula: Element) -> list[str] | None:
+    """A formula without a matrix in it."""
+    inner = formula
+    while True:
+        filled = _filled(inner)
+        if inner.name == "mtable" and len([cell for row in filled for cell in _filled(row)]) > 1:
+            if inner.attributes.get("displaystyle") != "true":
+                raise _UnclearError
+            return _lines(inner)
+        if len(filled) != 1 or inner.name not in ("math", "mrow", "mtable", "mtr", "mtd"):
+            break
+        inner = filled[0]
+    text = _text(formula if inner.name != "mtd" else inner)[0].strip()
+    return [text] if text else None
+
+
+# Lines that stand beside each other, their middle ones in a row.
+_Box = list[str]
+_TALL = {"(": "⎛⎜⎜⎜⎝", ")": "⎞⎟⎟⎟⎠", "[": "⎡⎢⎢⎢⎣", "]": "⎤⎥⎥⎥⎦", "{": "⎧⎪⎨⎪⎩", "}": "⎫⎪⎬⎪⎭"}
+_TALL |= {"|": "│││││", "‖": "‖‖‖‖‖", "": "     "}  # first, above the middle, middle, below, last
+
+
+def _boxes(nodes: list[Node]) -> list[_Box]:
+    """Texts and tables in turn."""
+    boxes: list[_Box] = []
+    run: list[Node] = []
+
+    def end_run() -> None:
+        if run:
+            # What stands there is to the left of a sign that comes first.
+            before = [_Part("", "one")] if boxes else []
+            boxes.append([_joined([*before, *_row(run)])[0].strip()])
+        run.clear()
+
+    for node in nodes:
+        table = node if isinstance(node, Element) else None
+        signs = ["", ""]
+        if table is not None and table.name == "mrow":
+            inner = _elements(table)
+            if [one.name for one in inner] == ["mo", "mtable", "mo"]:
+                signs = [_characters(inner[0]), _characters(inner[2])]
+                table = inner[1]
+        if table is None or table.name != "mtable":
+            run.append(node)
+            continue
+        end_run()
+        if signs == ["", ""] or not set(signs) <= _TALL.keys():
+            raise _UnclearError
+        boxes.append(_matrix(table, *signs))
+    end_run()
+    return boxes
+
+
+def _matrix(table: Element, opening: str, closing: str) -> _Box:
+    """A table between its brackets."""
+    cells = [_elements(row) for row in _elements(table)]
+    if any("border-top" in _style(cell) for row in cells for cell in row):
+        raise _UnclearError
+    rows = [[_text(cell)[0].strip() for cell in row] for row in cells]
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    ruled = {at for row in cells for at, cell in enumerate(row) if "border-right" in _style(cell)}
+    lines = []
+    for number, row in enumerate(rows):
+        line = _side(opening, number, len(rows))
+        for at, text in enumerate(row):
+            style = _style(cells[number][at])
+            close = at == 0 or at - 1 in ruled or re.search("padding-left:0(;|$)", style)
+            line += " " if close else "  "
+            if "text-align" not in style:
+                line += text.center(widths[at])
+            else:
+                right = "text-align:right" in style
+                line += text.rjust(widths[at]) if right else text.ljust(widths[at])
+            line += " │" if at in ruled else ""
+        lines.append(f"{line} {_side(closing, number, len(rows))}")
+    return [line.rstrip() if not closing else line for line in lines]
+
+
+def _style(cell: Element) -> str:
+    return cell.attributes.get("style", "")
+
+
+def _side(sign: str, row: int, rows: int) -> str:
+    """What stands of a tall bracket in a row."""
+    if rows == 1:
+        return sign
+    first, above, middle, below, last = tuple(_TALL[sign])
+    if row in (0, rows - 1):
+        return last if row else first
+    if row == (rows - 1) // 2 and rows > 2:
+        return middle
+    return above if row < (rows - 1) // 2 else below
+
+
+def _beside_each_other(boxes: list[_Box]) -> list[str] | None:
+    above = max(((len(box) - 1) // 2 for box in boxes), default=0)
+    below = max((len(box) - 1 - (len(box) - 1) // 2 for box in boxes), default=0)
+    lines = [""] * (above + 1 + below)
+    for place, box in enumerate(boxes):
+        width = max(map(len, box))
+        first = above - (len(box) - 1) // 2
+        for at in range(len(lines)):
+            inside = box[at - first] if 0 <= at - first < len(box) else ""
+            lines[at] += " " * (place > 0) + inside.ljust(width)
+    return [line.rstrip() for line in lines] if any(map(str.strip, lines)) else None
 
 
 def _lines(table: Element) -> list[str]:
@@ -201,7 +303,7 @@ def _fraction(of: Element) -> _Part:
     if not above or not below:
         raise _UnclearError
     above = above if holds >= _PRODUCT else f"({above})"
-    clear = holds_below == _ONE or re.fullmatch(r"[d\u2202][a-z]", below)  # dy/dx
+    clear = holds_below == _ONE or re.fullmatch(r"[d\u2202][a-z][²³ⁿ]?", below)  # dy/dx
     below = below if clear else f"({below})"
     return _Part(f"{above}/{below}", "one", _FRACTION)
 
@@ -292,7 +394,8 @@ def _joined(parts: list[_Part]) -> tuple[str, int]:
             if (named or before == "name") and kind in _STAND and text[-1:].strip():
                 text += " "
             if part.holds == _FRACTION:
-                shown = _beside(part, parts[at - 1] if at else None, after)
+                nearest = [one for one in parts[:at] if one.kind != "applies"][-1:]
+                shown = _beside(part, nearest[0] if nearest else None, after)
             elif kind == "root" and _goes_on(after) and shown[1] != "(":
                 shown = f"{shown[0]}({shown[1:]})"
             if not depth and kind in {*_STAND, "open"}:

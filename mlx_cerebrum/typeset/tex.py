@@ -43,6 +43,7 @@ _DEFINES = re.compile(
 # What models write and the converter does not know, or takes for something else.
 _REWRITTEN: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"(?<!\\)((?:\\\\)*)%"), r"\1\\%"),  # no comment: 50% of x
+    (re.compile(r"\\\\\*?\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|cm|mm|in|px)\s*\]"), r"\\\\"),
     (re.compile(r"\\(?:notag|nonumber)\b|\\(?:label|require)\{[^{}]*\}"), ""),
     (re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])"), lambda m: m[0].replace(",", "{,}")),
     (re.compile(r"\\(begin|end)\{(align|gather|multline|equation|eqnarray)\}"), r"\\\1{\2*}"),

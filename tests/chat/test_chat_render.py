@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleDimensions
 from terminal import Terminal
 
 from mlx_cerebrum.chat import screen
-from mlx_cerebrum.chat.render import finished, markdown_parser
+from mlx_cerebrum.chat.render import AnswerMarkdown, finished, markdown_parser
 from mlx_cerebrum.chat.screen import Columns, MarkdownStream, Region, first_difference, wrap
 from mlx_cerebrum.chat.session import Answer
 from mlx_cerebrum.text import clean
@@ -217,6 +217,20 @@ def test_any_markdown_can_be_shown(text: str) -> None:
 def test_products_and_tex_are_not_markdowns(text: str, shown: str | None) -> None:
     for size in (len(text), 3):
         assert streamed(text, Terminal(80, 24), size) == (shown or text)
+
+
+def test_a_formula_of_several_lines_stands_alone_where_it_fits() -> None:
+    text = r"So $\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}$, and on."
+    assert streamed(text, Terminal(80, 24)) == "So\n⎛ 1  2 ⎞\n⎝ 3  4 ⎠,\nand on."
+    assert "\\begin{pmatrix}" in streamed(text, Terminal(16, 24)).replace("\n", "")
+
+
+def test_without_unicode_formulas_are_as_written() -> None:
+    text = r"So $\sqrt{2}$."
+    console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=80)
+    with console.capture() as shown:
+        console.print(AnswerMarkdown(text))
+    assert shown.get().strip() == text
 
 
 def test_many_marks_take_linear_time() -> None:

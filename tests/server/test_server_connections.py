@@ -360,6 +360,7 @@ def test_a_line_for_each_request(
     with serving(engine, tokenizer, log=True) as server:
         post(server, **chat("a secret", max_tokens=3))
         server.client.get("/health")
+        server.client.post("/typeset", json={"jobs": []})
         server.client.get("/a%0Ab")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2

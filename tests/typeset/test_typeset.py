@@ -109,6 +109,11 @@ def test_what_is_not_set_stays_as_written(source: str) -> None:
     assert worker.formula(source) is None
 
 
+def test_space_between_rows_is_no_text() -> None:
+    rows = r"\begin{bmatrix} a \\[4pt] b \\ [-.5em] c \\*[1ex] d \\ [e] \end{bmatrix}"
+    assert plain(made(f"${rows}$")) == ["⎡  a  ⎤", "⎢  b  ⎥", "⎢  c  ⎥", "⎢  d  ⎥", "⎣ [e] ⎦"]
+
+
 def test_text_is_text() -> None:
     assert "<b>" in read(made(r"$\text{<b>} < x$"))
 
@@ -165,6 +170,8 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (r"\frac{x^2}{y_1}", "x²/y₁"),
         (r"\frac{1}{2x}", "1/(2x)"),
+        (r"\sin\frac{x}{2}", "sin (x/2)"),
+        (r"\frac{d^2y}{dx^2}", "d²y/dx²"),
         (r"\frac{a/b}{c}", "(a/b)/c"),
         (r"\frac{1}{2}\cdot 3", "1/2 · 3"),
         (r"\frac{3}{4}\text{ cup}", "3/4 cup"),
@@ -191,6 +198,28 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_line_reads_in_one_way_only(source: str, shown: str | None) -> None:
     lines = plain(made(f"\\[{source}\\]"))
     assert lines == (None if shown is None else shown.split("\n"))
+
+
+def test_tables_stand_between_tall_brackets() -> None:
+    assert plain(made(r"$A = \begin{pmatrix} 1 & 12 \\ 3 & 4 \end{pmatrix} - 5$")) == [
+        "A = ⎛ 1  12 ⎞ - 5",
+        "    ⎝ 3  4  ⎠",
+    ]
+    assert plain(made(r"$\begin{bmatrix} 1 \\ 2 \\ 3 \\ 4 \end{bmatrix}x$")) == [
+        "⎡ 1 ⎤",
+        "⎢ 2 ⎥ x",
+        "⎢ 3 ⎥",
+        "⎣ 4 ⎦",
+    ]
+    assert plain(made(r"$f = \begin{cases} 1 & x > 0 \\ 0 & x = 0 \\ -1 & x < 0 \end{cases}$")) == [
+        "    ⎧ 1   x > 0",
+        "f = ⎨ 0   x = 0",
+        "    ⎩ -1  x < 0",
+    ]
+    system = r"\left\{\begin{aligned} 2x + y &= 1 \\ y &= 2\end{aligned}\right."
+    assert plain(made(f"${system}$")) == ["⎧ 2x + y = 1", "⎩      y = 2"]
+    array = r"\left[\begin{array}{c|c} 1 & 2 \\ 3 & 4 \end{array}\right]"
+    assert plain(made(f"${array}$")) == ["⎡ 1 │ 2 ⎤", "⎣ 3 │ 4 ⎦"]
 
 
 PROGRAM = 'def f(x):\n    """Say."""\n    return 2**x  # no $x$\n'
