@@ -25,7 +25,9 @@ Flags = argparse.ArgumentParser | argparse._ArgumentGroup  # what flags are adde
 
 def add_model_flags(p: Flags, default: str) -> None:
     """Add the model's name and how to hold it; `default` says what runs without one."""
-    p.add_argument("name", nargs="?", metavar="NAME", help="what to run, as --model")
+    p.add_argument(
+        "name", nargs="?", metavar="NAME", help="what to run, as --model (default: that of --model)"
+    )
     p.add_argument(
         "--model",
         metavar="NAME|DIR|FILE.gguf|HUBID|demo",

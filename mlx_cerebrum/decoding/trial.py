@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mlx_cerebrum.decoding.grammar_text import Json, Written, blamed, first_line
+from mlx_cerebrum.text import say
 
 SECONDS = 1  # of CPU, Python's own start included
 BYTES = 150 << 20  # more than it starts with
@@ -87,6 +88,6 @@ def _try(place: str, text: str, schemas: list[tuple[str, Json]]) -> None:
         mask = int.from_bytes(held.compute_bitmask(), "little")
         held.consume_token(draw.choice([i for i in range(vocabulary.vocab_size) if mask >> i & 1]))
     error = held.get_error()
-    print(json.dumps(f"{place}: {first_line(error)}" if error else ""), flush=True)
+    say(json.dumps(f"{place}: {first_line(error)}" if error else ""))
     if error:
-        print(json.dumps(blamed(schemas, lambda part: matcher(part).get_error()) or ""), flush=True)
+        say(json.dumps(blamed(schemas, lambda part: matcher(part).get_error()) or ""))
