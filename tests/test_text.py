@@ -132,7 +132,12 @@ def test_what_argparse_says_is_clean(capsys: pytest.CaptureFixture[str]) -> None
     from mlx_cerebrum.__main__ import main
     from mlx_cerebrum.generate import parser
 
-    for flags in (["demo", HOSTILE], ["--temp", HOSTILE], ["--draft", HOSTILE], [f"--{HOSTILE}"]):
+    for flags in (
+        ["demo", HOSTILE],
+        ["--temp", HOSTILE],
+        ["--draft", HOSTILE],
+        ["demo", f"--{HOSTILE}"],
+    ):
         with pytest.raises(SystemExit):
             parser().parse_args(flags)
     assert main([HOSTILE]) == 2

@@ -154,5 +154,5 @@ def _answer() -> None:
         found = tex.formula(*values) if kind == "tex" else code.code(*values)
         written = json.dumps(found)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(written + "\n")
-        sys.stdout.flush()
+        sys.stdout.buffer.write(written.encode() + b"\n")  # to a program, not a person
+        sys.stdout.buffer.flush()
