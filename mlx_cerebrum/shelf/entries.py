@@ -23,16 +23,16 @@ class Entry:
 
     path: Path
     name: str
-    bits: int  # a weight; 16: as stored
+    bits: int  # a weight; 16: as stored; 0: a GGUF file's own
 
     @property
     def called(self) -> str:
-        return f"{self.name}:{self.bits}bit"
+        return f"{self.name}:{self.bits}bit" if self.bits else self.name
 
     @property
     def used(self) -> float:
         """When it was last opened, or made: seconds since 1970."""
-        for file in (self.path / _USED, self.path / "config.json"):
+        for file in (self.path / _USED, self.path / "config.json", self.path):
             with suppress(OSError):
                 return file.stat().st_mtime
         return 0.0
@@ -91,6 +91,8 @@ def entries() -> list[Entry]:
         if (path / "config.json").is_file():
             entry = Entry(path, name, bits or 16)
             found.append(entry if bits else Entry(path, name, _bits(entry)))
+        elif any(path.glob("*.gguf")):
+            found.append(Entry(path, path.name, 0))
     return sorted(found, key=lambda entry: (-entry.used, entry.called))
 
 

@@ -48,6 +48,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def facts(entry: Entry) -> dict[str, Any]:
     """What is known of a model without reading its weights; sizes in bytes, windows in tokens."""
+    if not entry.bits:
+        known = {"name": entry.called, "path": str(entry.path), "bytes": entry.nbytes}
+        return known | {"gguf": True, "last_used": entry.used}
     with suppress(CerebrumError):
         config, made = entry.config, entry.provenance
         layers, order = config.get("num_hidden_layers"), config.get("layer_map")
@@ -109,6 +112,9 @@ def _row(entry: Entry) -> tuple[str, ...]:
     known = facts(entry)
     if "damaged" in known:
         return one_line(entry.called), "?", "?", "?", "its config.json can't be read", "?"
+    if "gguf" in known:
+        size = size_text(known["bytes"])
+        return one_line(entry.called), size, "-", "-", "a GGUF file", ago(entry.used)
     made, revision = known["source"] or "-", known["revision"]
     shared = " shared" if known["bytes_shared"] else ""
     return (

@@ -39,6 +39,10 @@ def _rows(known: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "damaged" in known:
         yield "damaged", "its config.json can't be read"
         return
+    if "gguf" in known:
+        yield "size", f"{size_text(known['bytes'])}, a GGUF file"
+        yield "last used", ago(known["last_used"])
+        return
     shared = known["bytes_shared"]
     more = f", {size_text(shared)} of it shared with another model" if shared else ""
     yield "size", f"{size_text(known['bytes'])}, {known['bits']} bits a weight{more}"

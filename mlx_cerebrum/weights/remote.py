@@ -164,18 +164,14 @@ class Remote:
         UnreachableError where the connection breaks off, is silent for 30 s or the server is
         out of order, CheckpointError where the answer is not this file.
         """
-        from huggingface_hub import get_session, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+        from huggingface_hub import get_session
 
         file = self.files[name]
         end = file.nbytes if stop is None else stop
         if start >= end:
             return
-        url = hf_hub_url(self.repo, name, revision=self.commit)
-        headers = build_hf_headers() | {
-            "Range": f"bytes={start}-{end - 1}",
-            "Accept-Encoding": "identity",
-        }
+        url, headers = self._request(name)
+        headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         with explained(self.repo, self.commit):
             asked = get_session().stream(
                 "GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT
@@ -192,6 +188,13 @@ class Remote:
                         break
         if at < end:
             raise UnreachableError(f"{self.repo}/{name} broke off after {at} of {end} bytes")
+
+    def _request(self, name: str) -> tuple[str, dict[str, str]]:
+        """The address of a file, and what is sent with a request for it."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        return hf_hub_url(self.repo, name, revision=self.commit), dict(build_hf_headers())
 
 
 def _is_hash(text: object) -> bool:
@@ -215,9 +218,11 @@ def _skip(answer: Any, where: str, start: int, size: int) -> int:
         )
     if status in (404, 410):
         raise CheckpointError(f"{where} is not on the hub any more ({status})")
-    total = headers.get("Content-Range", "").rpartition("/")[2]
+    part, _, total = headers.get("Content-Range", "").rpartition("/")
     if status == 416 or (status == 206 and total not in ("*", str(size))):
         raise CheckpointError(f"{where} is another file than the hub listed ({total} bytes)")
+    if status == 206 and not part.startswith(f"bytes {start}-"):
+        raise CheckpointError(f"{where}: another part came than was asked for ({part})")
     if status == 206:
         return 0
     length = headers.get("Content-Length")

