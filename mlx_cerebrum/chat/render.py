@@ -169,6 +169,7 @@ _BRACES = re.compile(r"\\.|[{}\n]", re.DOTALL)
 _CLOSES = {"\\(": "\\)", "\\[": "\\]", "$$": "$$", "$": "$"}
 _DIGITS = tuple("0123456789")
 _DOLLARS = 20  # within a formula
+_LONGEST_BOX = 1000  # characters within \boxed{}
 _LONGEST = 4000  # characters of a formula within a line
 _DISPLAY = re.compile(r"(`+)[^`]*\1|\\(?:begin|end)\{[^{}]*\}|\\.|\$\$")
 
@@ -306,7 +307,7 @@ def _dollar(source: str, begin: int, end: int) -> int:
 def _braces_end(source: str, begin: int) -> int:
     """Where the braces end that are open at `begin`, on the same line; 0: nowhere."""
     depth = 1
-    for found in _BRACES.finditer(source, begin, begin + _LONGEST):
+    for found in _BRACES.finditer(source, begin, begin + _LONGEST_BOX):
         depth += {"{": 1, "}": -1}.get(found[0], 0)
         if found[0] == "\n" or not depth:
             return 0 if depth else found.end()

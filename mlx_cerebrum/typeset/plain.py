@@ -16,7 +16,6 @@ _SIGNS: dict[int, str | None] = {
     ord("−"): "-",
     ord("∗"): "*",
     ord("⋅"): "·",
-    ord("∥"): "‖",
     ord("⋯"): "…",
     0xA0: " ",
     # Signs without a picture, and which of two a letter has.
@@ -66,6 +65,9 @@ def plain(formula: Element) -> list[str] | None:
         return None
 
 
+_AROUND = ("math", "mrow", "mtable", "mtr", "mtd")
+
+
 def _flat(formula: Element) -> list[str] | None:
     """A formula without a matrix in it."""
     inner = formula
@@ -75,7 +77,8 @@ def _flat(formula: Element) -> list[str] | None:
             if inner.attributes.get("displaystyle") != "true":
                 raise _UnclearError
             return _lines(inner)
-        if len(filled) != 1 or inner.name not in ("math", "mrow", "mtable", "mtr", "mtd"):
+        boxed = inner.attributes.get("notation") == "box"
+        if len(filled) != 1 or not (boxed or inner.name in _AROUND):
             break
         inner = filled[0]
     text = _text(formula if inner.name != "mtd" else inner)[0].strip()
@@ -220,7 +223,8 @@ def _parts(of: Element) -> list[_Part]:
         case "mi" | "mn":
             return [_word(_characters(of))]
         case "mtext":
-            return [_Part(_characters(of), "text")]
+            text = _characters(of)
+            return [_Part(text, "one" if text and not re.search(r"\s", text) else "text")]
         case "mo":
             return _sign(of)
         case "mspace":

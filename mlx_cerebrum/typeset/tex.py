@@ -25,6 +25,7 @@ ELEMENTS = frozenset(_ELEMENTS.split())
 ATTRIBUTES = frozenset(_ATTRIBUTES.split())
 STYLES = frozenset(_STYLES.split())
 _VALUE = re.compile(r"[-\w.#% ]{1,60}", re.ASCII)
+_NOTATIONS = {"box", "updiagonalstrike", "downdiagonalstrike"}  # what the page's style draws
 _LETTERS = {  # HTML's elements within a text, and what they change
     "b": ("font-weight", "bold"),
     "i": ("font-style", "italic"),
@@ -46,8 +47,7 @@ _REWRITTEN: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] =
     (re.compile(r"\\\\\*?\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|cm|mm|in|px)\s*\]"), r"\\\\"),
     (re.compile(r"\\(?:notag|nonumber)\b|\\(?:label|require)\{[^{}]*\}"), ""),
     (re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])"), lambda m: m[0].replace(",", "{,}")),
-    (re.compile(r"\\(begin|end)\{(align|gather|multline|equation|eqnarray)\}"), r"\\\1{\2*}"),
-    (re.compile(r"\\(begin|end)\{eqnarray\*\}"), r"\\\1{align*}"),
+    (re.compile(r"\\(begin|end)\{(align|gather|multline|equation)\}"), r"\\\1{\2*}"),
     (re.compile(r"\\(begin|end)\{split\}"), r"\\\1{aligned}"),
     (re.compile(r"\\begin\{(?:fl)?alignat\*?\}\{\d\}"), r"\\begin{align*}"),
     (re.compile(r"\\end\{(?:fl)?alignat\*?\}"), r"\\end{align*}"),
@@ -65,6 +65,8 @@ _COMMAND = re.compile(
     r"\\[a-zA-Z]*(?:text|mbox|fbox|math|operator)[a-zA-Z]*\*?\{[^{}]*\}|\\[a-zA-Z]+"
 )
 _PROSE = re.compile(r"[a-zA-Z]{3,} +[a-zA-Z]{2,}|[a-zA-Z]{2,} +[a-zA-Z]{3,}| (?:of|or|is|if|per) ")
+_BARE = re.compile(r"(?<!\\)[_&#]")
+_SPACED = re.compile(r"(\\[_&#%$]) ")  # the converter would take the space for the command's
 _TEXT = re.compile(r"\\text(?:rm|bf|it)?\{([^{}]*)\}")
 
 
@@ -117,16 +119,20 @@ def formula(source: str) -> Element | None:
 
 
 def _rewritten(tex: str) -> str:
+    if "{eqnarray" in tex:  # its columns are three: a &=& b
+        tex = re.sub(r"&(\s*(?:[^\w\s&\\]{1,2}|\\[a-z]+)\s*)&", r"&\1 ", tex)
+        tex = re.sub(r"\\(begin|end)\{eqnarray\*?\}", r"\\\1{align*}", tex)
     for pattern, replacement in _REWRITTEN:
         tex = pattern.sub(replacement, tex)
     return _TEXT.sub(_formulas_in_text, tex)
 
 
 def _formulas_in_text(found: re.Match[str]) -> str:
-    """`\\text{if $x > 0$}` as text and formula in turn."""
+    """`\\text{if $x > 0$}` as text and formula in turn; in the texts signs are themselves."""
     parts = re.split(r"(?<!\\)\$", found[1])
-    if len(parts) < 3 or len(parts) % 2 == 0:
+    if len(parts) % 2 == 0:
         return found[0]
+    parts[::2] = [_SPACED.sub(r"\1~", _BARE.sub(r"\\\g<0>", part)) for part in parts[::2]]
     command = found[0][: found[0].index("{")]
     return "".join(
         (f"{{{part}}}" if index % 2 else f"{command}{{{part}}}") if part else ""
@@ -164,6 +170,8 @@ def _element(of: ElementTree.Element, depth: int = 1) -> Element:
         for child in of:
             children.append(_element(child, depth + 1))
             children += [child.tail] if child.tail else []
+    if of.tag == "menclose" and not set(given.get("notation", "").split()) <= _NOTATIONS:
+        raise NotAllowedError
     known = of.tag in ELEMENTS and given.keys() <= ATTRIBUTES and style.keys() <= STYLES
     if not known or depth > DEEPEST:
         raise NotAllowedError

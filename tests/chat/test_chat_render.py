@@ -235,7 +235,20 @@ def test_without_unicode_formulas_are_as_written() -> None:
 
 def test_many_marks_take_linear_time() -> None:
     """Bounds that only a square would pass."""
-    for mark in ("2*", "*a", "**a**b", "(*", r"\[", r"\begin{a}", "$x", "a_{", r"\(", "`$$ "):
+    for mark in (
+        "2*",
+        "*a",
+        "**a**b",
+        "(*",
+        r"\[",
+        r"\begin{a}",
+        "$x",
+        "a_{",
+        r"\(",
+        "`$$ ",
+        "$x{",
+        r"\boxed{",
+    ):
         started = time.monotonic()
         markdown_parser().parse(mark * 5000)
         assert time.monotonic() - started < 10, mark

@@ -10,6 +10,7 @@ const BREAK = /<br *\/?>/iy;
 const FORMULA = /\\[([]|\$\$?|\\begin\{[^{}\n]*\}|\\boxed\{/y;
 const FORMULA_END = { "\\(": "\\)", "\\[": "\\]", $$: "$$", $: "$" };
 const LONGEST_FORMULA = 4000;
+const LONGEST_BOX = 1000;
 const MOST_DOLLARS = 20; // within a formula
 // A formula without a sign of TeX's, $x$ or $3n + 1$, has no words, and none joins on to it.
 const WORDS = /\p{L}{4}|\p{L}{2,}\s+\p{L}{2,}|[,;]\s+\p{L}{2,}/u;
@@ -176,7 +177,7 @@ function bracesEnd(source, from) {
   BRACES.lastIndex = from;
   for (let match; (match = BRACES.exec(source)); ) {
     depth += { "{": 1, "}": -1 }[match[0]] ?? 0;
-    if (BRACES.lastIndex - from > LONGEST_FORMULA || match[0] === "\n") return null;
+    if (BRACES.lastIndex - from > LONGEST_BOX || match[0] === "\n") return null;
     if (!depth) return { end: BRACES.lastIndex, closed: true };
   }
   return null;
