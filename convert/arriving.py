@@ -72,7 +72,7 @@ class Arrivals:
     def leave(self, name: str) -> None:
         """A file has been read and is not needed again."""
         path = self.directory / name
-        if self._keep is not None and not path.is_symlink():
+        if self._keep is not None and name in self.remote.files and not path.is_symlink():
             self._keep(name, path)
         path.unlink(missing_ok=True)
         with self._changed:

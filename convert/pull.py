@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 from mlx_cerebrum import cli  # isort: skip  # first: it quiets a Ctrl-C from here on
 from convert.arriving import Arrivals
@@ -230,22 +231,26 @@ def _fetch(args: argparse.Namespace, wanted: Wanted, work: Path) -> None:
     coming = [file for file in shards if file.name not in local]
     sizes = [file.nbytes for file in coming]
     besides = _SLACK + (sum(sizes) if args.keep_source else max(sizes, default=0))
+    earlier = _earlier(begun)
     bits = wanted.bits
-    if bits is None and begun.get("name") == wanted.name:
-        bits = begun["bits"] if begun.get("bits") in BITS else None  # as it was begun
-
+    if bits is None and earlier is not None:
+        bits = earlier[1]
     held = sum(there(checkpoint.path / file.name) for file in coming)
-    half_made = folder().glob(f".{folder_name(wanted.name)}-*bit.partial/*.safetensors")
-    free = shutil.disk_usage(work).free + held + sum(file.stat().st_size for file in half_made)
-    made, why = choose(wanted.name, checkpoint, wanted.plan, bits, machine(free), besides)
-    destination = folder() / folder_name(wanted.name, made.bits)
+    half = [folder() / folder_name(wanted.name, each) for each in BITS]
+    half += [folder() / folder_name(*earlier)] if earlier else []
+    made = {file for each in half for file in partial_of(each).glob("*.safetensors")}
+    free = shutil.disk_usage(work).free + held + sum(file.stat().st_size for file in made)
+    chosen, why = choose(wanted.name, checkpoint, wanted.plan, bits, machine(free), besides)
+    destination = folder() / folder_name(wanted.name, chosen.bits)
+    if earlier is not None:
+        _take_over(folder() / folder_name(*earlier), destination, earlier[1] == chosen.bits)
     come = {file.name: there(checkpoint.path / file.name) for file in coming}
     come |= dict.fromkeys(local, 0) | {
         name: remote.files[name].nbytes for name in _converted(checkpoint, destination)
     }
     missing = sum(file.nbytes - come[file.name] for file in coming)
     if not args.quiet:
-        for line in _told(wanted, made, why, remote, missing, besides, free):
+        for line in _told(wanted, chosen, why, remote, missing, besides, free):
             tell(line)
     watched = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
     asks = watched and not (args.yes or args.quiet)
@@ -253,7 +258,7 @@ def _fetch(args: argparse.Namespace, wanted: Wanted, work: Path) -> None:
         raise RequestError("nothing was fetched")
     state = {
         "name": wanted.name,
-        "bits": made.bits,
+        "bits": chosen.bits,
         "repo": wanted.repo,
         "commit": remote.commit,
         "bytes": sum(file.nbytes for file in shards),
@@ -261,14 +266,33 @@ def _fetch(args: argparse.Namespace, wanted: Wanted, work: Path) -> None:
     }
     write_json(work / STATE, state)
     shown = _Shown(args.quiet, {file.name: file.nbytes for file in shards}, come)
-    _make(args, wanted, made, remote, checkpoint, destination, shown)
+    _make(args, wanted, chosen, remote, checkpoint, destination, shown)
     shutil.rmtree(work)
     if not args.quiet:
-        entry = Entry(destination, wanted.name, made.bits)
+        entry = Entry(destination, wanted.name, chosen.bits)
         tell(
             f"{entry.called} is on the shelf: {human(entry.nbytes)}, every byte verified."
             f" Talk with it: mlx-cerebrum chat {wanted.name}"
         )
+
+
+def _earlier(begun: dict[str, Any]) -> tuple[str, int] | None:
+    """The name and bits that a stopped run was making of the same repository."""
+    name, bits = begun.get("name"), begun.get("bits")
+    return (name, bits) if isinstance(name, str) and type(bits) is int and bits in BITS else None
+
+
+def _take_over(before: Path, destination: Path, same_bits: bool) -> None:
+    """Go on with what a stopped run has made, for another name: in the same bits its files are
+    the same, in others they are of no use."""
+    left, here = partial_of(before), partial_of(destination)
+    if left == here or not left.exists():
+        return
+    if same_bits and not here.exists():
+        left.rename(here)
+        return
+    tell(f"what was made of {one_line(before.name)} is given up")
+    shutil.rmtree(left)
 
 
 def _make(

@@ -68,6 +68,8 @@ def headers(remote: Remote, work: Path) -> SafetensorsCheckpoint:
         if name in remote.files:
             data = remote.small(name, directory / name)
             (directory / name).write_bytes(data)
+        else:  # of an earlier commit
+            (directory / name).unlink(missing_ok=True)
     if (directory / INDEX).exists():
         weight_map = json_file.read_object(directory / INDEX, CheckpointError).get("weight_map")
         named = weight_map.values() if isinstance(weight_map, dict) else ()

@@ -101,7 +101,9 @@ def unfinished() -> list[Unfinished]:
     found = []
     for path in _folders(folder() / PULLS):
         with suppress(CheckpointError):
-            found.append(Unfinished(path, json_file.read_object(path / STATE, CheckpointError)))
+            begun = Unfinished(path, json_file.read_object(path / STATE, CheckpointError))
+            if find(f"{begun.name}:{begun.bits}bit") is None:  # else only tidying was stopped
+                found.append(begun)
     return found
 
 

@@ -165,8 +165,8 @@ def test_interrupted_it_goes_on(
         patch.setattr(Writer, "put", failing)
         assert run(NAMES[0]) == 130
     assert "same command again" in capsys.readouterr().err
-    (begun,) = unfinished()
-    assert (begun.name, begun.bits) == (NAMES[0], 4)
+    (left,) = unfinished()
+    assert (left.name, left.bits) == (NAMES[0], 4)
     assert main([NAMES[0], "--quiet"]) == 0  # in the bits it was begun in
     assert find(f"{NAMES[0]}:4bit") is not None
     assert unfinished() == []
@@ -196,10 +196,8 @@ def test_killed_again_and_again(hub: Hub, tmp_path: Path) -> None:
     assert twice <= (kills + 1) * 3 * (1 << 16) + kills * (1 << 19)
 
 
-def test_what_is_left_to_fetch_is_told(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Neither what lies there nor what is converted and gone."""
+def begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop in 4 bits, when two files of three are converted."""
     real = fetching.fetch
 
     def ends(remote: Any, name: str, *more: Any) -> None:
@@ -211,6 +209,40 @@ def test_what_is_left_to_fetch_is_told(
         patch.setattr(arriving, "fetch", ends)
         patch.setattr(arriving, "_SLACK", 1 << 60)
         assert run(NAMES[0], "--quiet") == 2
+
+
+def test_another_name_goes_on_with_the_same_blocks(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(monkeypatch)
+    assert main([NAMES[1], "--quiet"]) == 0
+    assert find(f"{NAMES[1]}:4bit") is not None
+    for name in SHARDS[:2]:
+        assert hub.sent[name] <= size(hub, name) + 2 * (1 << 16)
+    assert not list((tmp_path / "models").glob(".*.partial"))
+
+
+def test_other_bits_begin_anew_and_leave_nothing(
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    begun(monkeypatch)
+    capsys.readouterr()
+    assert main([NAMES[0], "--bits", "8", "--quiet"]) == 0
+    assert "what was made of cerebrum-12.25b-4bit is given up" in capsys.readouterr().err
+    made = find(NAMES[0])
+    assert made is not None
+    assert verify(made.path)["sound"]
+    assert not list((tmp_path / "models").glob(".*.partial"))
+
+
+def test_what_is_left_to_fetch_is_told(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither what lies there nor what is converted and gone."""
+    begun(monkeypatch)
     capsys.readouterr()
     assert run(NAMES[0]) == 0
     assert "  fetch   1.1 MB from" in capsys.readouterr().err
