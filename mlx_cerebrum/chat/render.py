@@ -24,7 +24,15 @@ from mlx_cerebrum.typeset.plain import plain
 # Readable on light and on dark: the terminal's own colours but the brightest and the darkest.
 _COLOURS = {"keyword": "magenta", "string": "green", "name": "cyan", "number": "red"}
 _COLOURS |= {"comment": "italic bright_black", "": ""}
-_THEME = Theme({"markdown.code": "cyan", "markdown.code_block": "", "markdown.block_quote": "dim"})
+_THEME = Theme(
+    {
+        "markdown.code": "cyan",
+        "markdown.code_block": "",
+        "markdown.block_quote": "dim",
+        "markdown.link": "cyan",
+        "markdown.link_url": "underline",
+    }
+)
 
 
 class _Parser(MarkdownIt):

@@ -20,7 +20,7 @@ from mlx_cerebrum.typeset import code, tex
 SECONDS = 0.5  # of CPU for a formula or a block of code
 PATIENCE = 20.0  # seconds for an answer, its process's start included
 KEPT = 500  # formulas and blocks that are remembered
-LARGEST = 200_000  # bytes of an answer that is remembered
+LARGEST = 20_000  # bytes of an answer that is remembered
 STACK = 64 << 20  # bytes: more than a formula of the allowed length can take
 
 # ["tex", source] or ["code", language, text], and the tree or the parts as JSON; null: none.
@@ -44,7 +44,7 @@ class Worker:
                 self._kept.move_to_end(job)
                 return self._kept[job]
             answer = self._work(job)
-            if len(answer) <= LARGEST:
+            if len(answer) <= LARGEST:  # null too: what took too long is not tried again
                 self._kept[job] = answer
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)

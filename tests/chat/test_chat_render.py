@@ -1,6 +1,7 @@
 """What a person sees of an answer: nothing lost, nothing obeyed, whatever the size."""
 
 import io
+import re
 import time
 import unicodedata
 
@@ -223,6 +224,18 @@ def test_a_formula_of_several_lines_stands_alone_where_it_fits() -> None:
     text = r"So $\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}$, and on."
     assert streamed(text, Terminal(80, 24)) == "So\n⎛ 1  2 ⎞\n⎝ 3  4 ⎠,\nand on."
     assert "\\begin{pmatrix}" in streamed(text, Terminal(16, 24)).replace("\n", "")
+
+
+def test_colours_are_seen_on_light_and_dark() -> None:
+    """None is the terminal's black, white, yellow or blue, and none has a ground of its own."""
+    text = "# A\n`b` [c](http://d.e)\n> f\n\n```python\ndef g(): return 1, 'h'  # i\n```\n1. j"
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=80)
+    console.print(AnswerMarkdown(text))
+    assert isinstance(console.file, io.StringIO)
+    codes = re.findall(r"\x1b\[([\d;]*)m", console.file.getvalue())
+    used = {int(code) for one in codes for code in one.split(";") if code}
+    assert used & {32, 35, 36}
+    assert not used & {30, 33, 34, 37, 93, 94, 97, *range(40, 48), *range(100, 108)}
 
 
 def test_without_unicode_formulas_are_as_written() -> None:
