@@ -94,7 +94,9 @@ def test_other_programs_conversations(page: Page, room: Room) -> None:
         {"role": "developer", "content": "Be kind."},
     ]
     take(page, file("theirs.json", talk))
+    expect(page.locator(".answer")).to_have_count(2)
     ask(page, "More")
+    expect(page.locator(".answer")).to_have_count(3)
     *sent, last_one = [{"role": role, "content": text} for role, text in asked(room)]
     assert sent == in_turns(check_messages(talk))
     assert last_one["content"] == "More"
