@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from conftest import byte_tokenizer
 
 from mlx_cerebrum.decoding.logprobs import TokenLogprob
@@ -188,6 +189,24 @@ def serving(
         yield running
     finally:
         running.stop()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return tokenizer_in(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def one_server(tokenizer: Tokenizer) -> Iterator[Running]:
+    with serving(FakeEngine(tokenizer), tokenizer) as running:
+        yield running
+
+
+@pytest.fixture
+def server(one_server: Running) -> Running:
+    """The same for every test of a module: its engine forgets what the one before told it."""
+    fake(one_server).reset()
+    return one_server
 
 
 def chat(text: str = "Hi", **more: Any) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import server_room
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 from server_room import (
     ANSWER,
-    FakeEngine,
     FakeTask,
     Running,
     chat,
@@ -18,14 +18,11 @@ from server_room import (
     fake,
     piece,
     post,
-    serving,
-    tokenizer_in,
 )
 from test_responses import CALL, TOOL, respond, told
 from test_server_api import failing
 
 from mlx_cerebrum.server.jobs import Event, Failed
-from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 FUNCTION = {"type": "function", "function": {"name": "weather", "parameters": TOOL["parameters"]}}
@@ -33,21 +30,7 @@ FORMAT = {"type": "json_schema", "schema": {"type": "object"}}
 LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tokenizer_in(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def one_server(tokenizer: Tokenizer) -> Iterator[Running]:
-    with serving(FakeEngine(tokenizer), tokenizer) as running:
-        yield running
-
-
-@pytest.fixture
-def server(one_server: Running) -> Running:
-    fake(one_server).reset()
-    return one_server
+tokenizer, one_server, server = server_room.tokenizer, server_room.one_server, server_room.server
 
 
 def too_much(task: FakeTask) -> Iterator[Event]:

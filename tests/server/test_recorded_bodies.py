@@ -5,28 +5,18 @@ the running program sent, its texts shortened. `told` is what the answer says wa
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from server_room import FakeEngine, Running, events, fake, post, serving, tokenizer_in
-
-from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+import server_room
+from server_room import Running, events, fake, post
 
 BODIES = json.loads((Path(__file__).parent / "recorded_bodies.json").read_text(encoding="utf-8"))
 CALL = '{"name": "search", "arguments": {"query": "x"}}'
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tokenizer_in(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def server(tokenizer: Tokenizer) -> Iterator[Running]:
-    with serving(FakeEngine(tokenizer), tokenizer) as running:
-        yield running
+tokenizer, one_server, server = server_room.tokenizer, server_room.one_server, server_room.server
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,12 +1,12 @@
 """/v1/responses: OpenAI's newer API, over the same engine."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from server_room import ANSWER, FakeEngine, Running, error, fake, post, serving, tokenizer_in
+import server_room
+from server_room import ANSWER, Running, error, fake, post
 from test_server_api import failing
 
 from mlx_cerebrum.server.responses import ResponseObject
@@ -20,21 +20,7 @@ TOOL = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tokenizer_in(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def one_server(tokenizer: Tokenizer) -> Iterator[Running]:
-    with serving(FakeEngine(tokenizer), tokenizer) as running:
-        yield running
-
-
-@pytest.fixture
-def server(one_server: Running) -> Running:
-    fake(one_server).reset()
-    return one_server
+tokenizer, one_server, server = server_room.tokenizer, server_room.one_server, server_room.server
 
 
 def respond(server: Running, input: Any = "Hi", **more: Any) -> httpx.Response:

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
+import server_room
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -27,7 +28,6 @@ from server_room import (
     piece,
     post,
     serving,
-    tokenizer_in,
     until_closed,
 )
 
@@ -39,23 +39,7 @@ from mlx_cerebrum.server.answers import ChatCompletion, TextCompletion
 from mlx_cerebrum.server.jobs import BusyError, Event, Failed, Piece
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tokenizer_in(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def one_server(tokenizer: Tokenizer) -> Iterator[Running]:
-    with serving(FakeEngine(tokenizer), tokenizer) as running:
-        yield running
-
-
-@pytest.fixture
-def server(one_server: Running) -> Running:
-    """The same for every test: its engine forgets what the one before told it."""
-    fake(one_server).reset()
-    return one_server
+tokenizer, one_server, server = server_room.tokenizer, server_room.one_server, server_room.server
 
 
 @pytest.fixture

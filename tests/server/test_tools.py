@@ -1,23 +1,20 @@
 """Tools, answers of a given form, continued answers, token ids: what clients ask of chat."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import server_room
 from server_room import (
     ANSWER,
     CONTEXT,
     VOCABULARY,
-    FakeEngine,
     Running,
     chat,
     error,
     events,
     fake,
     post,
-    serving,
-    tokenizer_in,
 )
 
 from mlx_cerebrum.server.answers import ChatCompletion
@@ -35,21 +32,7 @@ CALL = '{"name": "weather", "arguments": {"city": "Ulm"}}'
 NAMED = {"type": "function", "function": {"name": "weather"}}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tokenizer_in(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def one_server(tokenizer: Tokenizer) -> Iterator[Running]:
-    with serving(FakeEngine(tokenizer), tokenizer) as running:
-        yield running
-
-
-@pytest.fixture
-def server(one_server: Running) -> Running:
-    fake(one_server).reset()
-    return one_server
+tokenizer, one_server, server = server_room.tokenizer, server_room.one_server, server_room.server
 
 
 @pytest.mark.parametrize("choice", [None, "auto", "none"])

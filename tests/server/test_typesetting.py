@@ -1,24 +1,14 @@
 """The route that sets the page's formulas and code."""
 
-from collections.abc import Iterator
-
 import httpx
 import pytest
-from server_room import FakeEngine, Running, serving, tokenizer_in
+import server_room
+from server_room import FakeEngine, Running, serving
 
 from mlx_cerebrum.server import typesetting
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tokenizer_in(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def server(tokenizer: Tokenizer) -> Iterator[Running]:
-    with serving(FakeEngine(tokenizer), tokenizer) as running:
-        yield running
+tokenizer, one_server, server = server_room.tokenizer, server_room.one_server, server_room.server
 
 
 def post(server: Running, body: object) -> httpx.Response:
