@@ -104,38 +104,25 @@ class ConstrainedCompany(Company):
         return HeldJob(g, job.prompt, sampling, grammar=grammar)
 
 
+SEEDS = [*range(2), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(100, 106))]
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("window", [12, None])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_random_company(
     seed: int, window: int | None, ahead: bool, grammars: list[Grammar], monkeypatch: Any
 ) -> None:
-    draw = random.Random(seed)
+    draw, count = random.Random(seed), 25 if seed < 100 else 100
     step = draw.choice([4, 16, 256])
     monkeypatch.setattr(decoder, "device", SimpleNamespace(on_gpu=lambda: ahead))
     monkeypatch.setattr(decoder, "STEP", step)
     monkeypatch.setattr(Counted, "made", 0)
     there = ConstrainedCompany(draw, VIEWS[window], draw.choice([9, 64]), step, draw.randint(1, 7))
     there.grammars = grammars
-    there.run(25)
-    assert there.left == 25
+    there.run(count)
+    assert there.left == count
     assert there.held > 0
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("window", [12, None])
-@pytest.mark.parametrize("seed", range(100, 106))
-def test_much_random_company(
-    seed: int, window: int | None, ahead: bool, grammars: list[Grammar], monkeypatch: Any
-) -> None:
-    draw = random.Random(seed)
-    step = draw.choice([4, 16, 256])
-    monkeypatch.setattr(decoder, "device", SimpleNamespace(on_gpu=lambda: ahead))
-    monkeypatch.setattr(decoder, "STEP", step)
-    there = ConstrainedCompany(draw, VIEWS[window], draw.choice([9, 64]), step, draw.randint(1, 7))
-    there.grammars = grammars
-    there.run(100)
 
 
 def generation(constraint: Constraint, most: int = 24, model: Model | None = None) -> Generation:
