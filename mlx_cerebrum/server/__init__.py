@@ -5,8 +5,9 @@ The way of a request, from HTTP to the first thing its client reads:
 1. `listening.Server` takes the connection, within the limits of `connections`. `journal.Journal`
    gives the **request** an id, `security.Guard` asks whether it may come in, `app.Service` calls
    the function of its path.
-2. `intake.Intake` checks the body against `schema` and tokenizes it. Each prompt becomes a **job**
-   (`jobs.Job`), which asks for `n` **choices**: texts that answer the same prompt.
+2. `intake.Intake` checks the body against `schema` (its parts: `bodies`, `talk`) and tokenizes it.
+   Each prompt becomes a **job** (`jobs.Job`), which asks for `n` **choices**: texts that answer the
+   same prompt.
 3. `streaming.RunningRequest` submits the jobs to the `jobs.Engine`.
 4. `engine.BatchEngine` queues each job as a **task** (`task.Task`). On its own thread, the only one
    that touches MLX, it starts the task in the `batch.Batch` once there is room.

@@ -37,7 +37,11 @@ from mlx_cerebrum.server.journal import ID, Journal
 from mlx_cerebrum.server.metrics import Metrics
 from mlx_cerebrum.server.openapi import Operation, document
 from mlx_cerebrum.server.responses import ResponseObject, ResponsesRequest, ResponsesShape
-from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest, Drawn
+from mlx_cerebrum.server.schema import (
+    ChatRequest,
+    CompletionRequest,
+    Drawn,
+)
 from mlx_cerebrum.server.security import OWNER, Guard, Rules
 from mlx_cerebrum.server.shapes import ChatShape, Head, Shape, TextShape
 from mlx_cerebrum.server.spelling import Spelling

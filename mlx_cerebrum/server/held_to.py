@@ -7,8 +7,10 @@ from typing import Any
 from mlx_cerebrum.decoding.grammar_text import Ask, Kind
 from mlx_cerebrum.server.faults import ApiError
 from mlx_cerebrum.server.schema import (
-    ANY_OBJECT,
     Drawn,
+)
+from mlx_cerebrum.server.talk import (
+    ANY_OBJECT,
     ResponseFormat,
     StructuredOutputs,
     Tool,

@@ -13,23 +13,15 @@ from pydantic_core import PydanticCustomError
 from mlx_cerebrum.decoding.calls import CallText
 from mlx_cerebrum.decoding.logprobs import TokenLogprob
 from mlx_cerebrum.server.answers import ApiObject
+from mlx_cerebrum.server.bodies import (
+    Open,
+    neutral,
+    taken,
+    wrong,
+)
 from mlx_cerebrum.server.jobs import Piece
 from mlx_cerebrum.server.schema import (
-    MOST_TOOLS,
     Drawn,
-    Function,
-    Open,
-    ResponseFormat,
-    Schema,
-    Talk,
-    TextPart,
-    Tool,
-    neutral,
-    or_null,
-    or_text,
-    taken,
-    text_or_parts,
-    wrong,
 )
 from mlx_cerebrum.server.shapes import (
     Choice,
@@ -41,6 +33,18 @@ from mlx_cerebrum.server.shapes import (
     event,
 )
 from mlx_cerebrum.server.spelling import Spelling
+from mlx_cerebrum.server.talk import (
+    MOST_TOOLS,
+    Function,
+    ResponseFormat,
+    Schema,
+    Talk,
+    TextPart,
+    Tool,
+    or_null,
+    or_text,
+    text_or_parts,
+)
 
 LOGPROBS = "message.output_text.logprobs"
 

@@ -6,7 +6,13 @@ from pydantic import FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from mlx_cerebrum.server.answers import ApiObject
-from mlx_cerebrum.server.schema import Message, Open, neutral
+from mlx_cerebrum.server.bodies import (
+    Open,
+    neutral,
+)
+from mlx_cerebrum.server.talk import (
+    Message,
+)
 
 
 class TokenizeRequest(Open):

@@ -38,9 +38,14 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.server.answers import Layout
+from mlx_cerebrum.server.bodies import (
+    parse_body,
+)
 from mlx_cerebrum.server.intake import Defaults, Intake
 from mlx_cerebrum.server.responses import ResponsesRequest
-from mlx_cerebrum.server.schema import ChatRequest, parse_body
+from mlx_cerebrum.server.schema import (
+    ChatRequest,
+)
 from mlx_cerebrum.server.spelling import Spelling
 from mlx_cerebrum.server.typesetting import TypesetRequest
 from mlx_cerebrum.shelf import listing, showing

@@ -9,14 +9,18 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from mlx_cerebrum.server.bodies import (
+    TAKEN,
+)
 from mlx_cerebrum.server.responses import InputItem, ResponsesRequest
 from mlx_cerebrum.server.schema import (
-    TAKEN,
     ChatRequest,
     CompletionRequest,
     Drawn,
-    Message,
     Sampled,
+)
+from mlx_cerebrum.server.talk import (
+    Message,
 )
 from mlx_cerebrum.server.tokens import DetokenizeRequest, TokenizeRequest
 

@@ -11,6 +11,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mlx_cerebrum.decoding.sampling import GREEDY, Sampling
+from mlx_cerebrum.server.bodies import (
+    Open,
+    parse_body,
+)
 from mlx_cerebrum.server.faults import ApiError
 from mlx_cerebrum.server.intake import sampling
 from mlx_cerebrum.server.responses import ResponsesRequest
@@ -18,8 +22,6 @@ from mlx_cerebrum.server.schema import (
     MOST_CHOICES,
     ChatRequest,
     CompletionRequest,
-    Open,
-    parse_body,
 )
 from mlx_cerebrum.server.tokens import TokenizeRequest
 
