@@ -197,6 +197,17 @@ def add_sampling_flags(p: Flags) -> None:
     )
 
 
+def add_stop_flag(p: Flags) -> None:
+    """Add --stop."""
+    p.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the answer before this text; may be repeated (default: the template's)",
+    )
+
+
 def _bias(text: str) -> tuple[int, float]:
     """The type of a --logit-bias; `Sampling` says which numbers it may have."""
     token, _, bias = text.partition("=")

@@ -39,6 +39,7 @@ from mlx_cerebrum.flags import (
     add_prefill_flag,
     add_sampling_flags,
     add_seed_flag,
+    add_stop_flag,
     add_system_flag,
     asked_model,
     asked_sampling,
@@ -85,13 +86,7 @@ def parser() -> cli.ArgumentParser:
     add_max_tokens_flag(p, 100)
     add_sampling_flags(p)
     add_seed_flag(p)
-    p.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end the answer before this text; may be repeated (default: the template's)",
-    )
+    add_stop_flag(p)
     add_prefill_flag(p)
     add_kv_bits_flag(p)
     p.add_argument(
@@ -347,6 +342,8 @@ def _report(
         say(json.dumps(facts, ensure_ascii=False))
     elif not args.quiet:
         tell(_closing_line(facts))
+        if answer["finish_reason"] == "length":
+            tell(f"note: cut at {args.max_tokens} tokens; --max-tokens N lets it go on")
 
 
 def _closing_line(facts: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ class Terminal:
 
     def __init__(self, columns: int = 80, rows: int = 24) -> None:
         self.columns, self.rows = columns, rows
+        self.background = ""  # what it says its colour is, `rrrr/gggg/bbbb`; nothing: it does not
         self.lines: list[list[str]] = [[]]  # scrollback too; "" is a wide character's second cell
         self.top = 0  # the screen's first line
         self.x = self.y = 0  # y counts from the first line ever
@@ -66,6 +67,8 @@ class Terminal:
                 answer += self._control(match["kind"], match["args"])
             elif match["other"]:
                 self._put(match["other"])
+            elif match[0].startswith("\x1b]11;?") and self.background:
+                answer += f"\x1b]11;rgb:{self.background}\x1b\\"
         return answer
 
     def _put(self, char: str) -> None:
@@ -128,6 +131,8 @@ class Terminal:
         elif kind == "J" and numbers[0] == 0:
             del self._line()[self.x :]
             del self.lines[self.y + 1 :]
+        elif kind == "c":
+            return "\x1b[?62;22c"
         elif kind == "n" and numbers[0] == 6:
             return f"\x1b[{self.y - self.top + 1};{self.x + 1}R"
         elif kind in "hl" and args == "?7":

@@ -8,7 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_cerebrum import cli
-from mlx_cerebrum.chat.chat import COMMANDS, Chat
+from mlx_cerebrum.chat.about import about
+from mlx_cerebrum.chat.chat import SYNONYMS, Chat
+from mlx_cerebrum.chat.commands import COMMANDS
 from mlx_cerebrum.chat.prompt import (
     CommandCompleter,
     EditingReader,
@@ -16,33 +18,26 @@ from mlx_cerebrum.chat.prompt import (
     history_path,
     open_history,
 )
-from mlx_cerebrum.chat.screen import FullScreen, PlainScreen, Screen, is_full
+from mlx_cerebrum.chat.screen import FullScreen, PlainScreen, Rows, Screen, is_full
 from mlx_cerebrum.chat.session import DecodingOptions, Messages, Session
+from mlx_cerebrum.chat.settings import Settings, add_drawing_flags, options_of
 from mlx_cerebrum.chat.signals import orderly_end
-from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import (
-    add_draft_flag,
     add_kv_bits_flag,
-    add_max_tokens_flag,
     add_model_flags,
     add_plans_flag,
     add_prefill_flag,
-    add_sampling_flags,
-    add_seed_flag,
     add_system_flag,
-    asked_sampling,
     memory_limit,
     model_spec,
     say_assumed,
 )
 from mlx_cerebrum.model.entries import check_kv_bits
-from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.tokenizer.conversation import read_messages
-from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 from mlx_cerebrum.weights.views import load_views
@@ -55,13 +50,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     # Everything that can be refused is, cheapest first, before weights are read.
-    options = DecodingOptions(
-        max_tokens=args.max_tokens,
-        sampling=asked_sampling(args),
-        draft=args.draft,
-        kv_bits=args.kv_bits,
-        prefill_step_size=args.prefill_step_size,
-    )
+    options = options_of(args)
+    options.sampling.check_used()
     if args.load is not None and args.system is not None:
         raise RequestError("--load is a whole conversation: no --system with it, use /system")
     if sys.stdin is None:
@@ -77,52 +67,55 @@ def _run(args: argparse.Namespace) -> int:
 def _talk(
     args: argparse.Namespace, spec: ModelSpec, options: DecodingOptions, messages: Messages | None
 ) -> int:
-    models, tokenizer = _loaded(args, spec, options.sampling)
+    screen = FullScreen() if is_full(args.plain) else PlainScreen()
+    opened = open_model(spec)
+    check_kv_bits(opened.config, args.kv_bits)
+    options.sampling.check_vocabulary(opened.config.vocab_size)
+    with progress("loading", show=is_full(args.plain)) as report:
+        models, tokenizer = load_views(opened, args.plan, report)
     say_assumed(tokenizer)
     session = Session(models, tokenizer, options)
-    chat = _chat(session, args)
-    _header(session, chat.screen)
     if args.system is not None:
         session.set_system(args.system)
+    chat = _chat(session, screen, args, about(opened, models))
+    _header(chat)
     if messages is not None:
         chat.load(messages, str(args.load))
     return chat.run()
 
 
-def _loaded(
-    args: argparse.Namespace, spec: ModelSpec, sampling: Sampling
-) -> tuple[dict[str, Model], Tokenizer]:
-    opened = open_model(spec)
-    check_kv_bits(opened.config, args.kv_bits)
-    sampling.check_vocabulary(opened.config.vocab_size)
-    with progress("loading", show=is_full(args.plain)) as report:
-        return load_views(opened, args.plan, report)
-
-
-def _chat(session: Session, args: argparse.Namespace) -> Chat:
-    if not is_full(args.plain):
-        return Chat(session, PlainScreen(), PlainReader(), asks=sys.stdin.isatty())
-    screen = FullScreen()
-    completer = CommandCompleter({n: c.help for n, c in COMMANDS.items()}, session.models.keys)
+def _chat(session: Session, screen: Screen, args: argparse.Namespace, rows: Rows) -> Chat:
+    settings = Settings(args)
+    if isinstance(screen, PlainScreen):
+        return Chat(session, screen, PlainReader(), COMMANDS, settings, sys.stdin.isatty(), rows)
+    takes = {
+        "plan": lambda: dict.fromkeys(session.models, ""),
+        "set": lambda: {name: settings.about(name) for name in settings},
+        "show": lambda: {"info": "the model", "parameters": "what is set", "system": "its text"},
+        "help": lambda: {name: command.help for name, command in COMMANDS.items()},
+    }
+    completer = CommandCompleter({n: c.help for n, c in COMMANDS.items()}, SYNONYMS, takes)
     try:
         history = open_history(None if args.no_history else history_path())
     except OSError as error:
         history = open_history(None)
         screen.notice(f"questions are not remembered: {cli.describe(error)}")
-    return Chat(session, screen, EditingReader(history, completer), asks=True)
+    reader = EditingReader(history, completer)
+    return Chat(session, screen, reader, COMMANDS, settings, True, rows)
 
 
-def _header(session: Session, screen: Screen) -> None:
-    config, several = session.model.config, len(session.models) > 1
-    orders = [f"{n} ({m.config.num_positions} positions)" for n, m in session.models.items()]
-    held = human(mx.get_active_memory())
-    window = f"window {config.sliding_window} tokens" if config.sliding_window else "no window"
-    screen.notice(f"{', '.join(orders)} over {config.num_hidden_layers} blocks, {held}, {window}")
-    screen.notice(f"{'/plan switches, /compare asks two, ' * several}/help lists the commands")
+def _header(chat: Chat) -> None:
+    facts = dict(chat.about)
+    held = f"{human(mx.get_active_memory())} held"
+    shown = [facts["model"], facts["orders"], facts["weights"], held, facts["window"]]
+    if facts["orders"].startswith(f"{facts['model'].lower()} ("):  # said once is enough
+        shown.pop(0)
+    chat.screen.notice(", ".join(shown))
+    several = len(chat.session.models) > 1
+    chat.screen.notice(f"{'/plan switches, /compare asks two, ' * several}/help lists the commands")
 
 
 def parser() -> cli.ArgumentParser:
-    default = DecodingOptions()
     p = cli.ArgumentParser(
         prog="python -m mlx_cerebrum.chat",
         description="Talk with Cerebrum, or another Mistral or Llama model, at the terminal.",
@@ -136,14 +129,7 @@ def parser() -> cli.ArgumentParser:
         metavar="FILE.json",
         help="go on with a saved conversation (default: a new one)",
     )
-    add_max_tokens_flag(p, default.max_tokens)
-    add_sampling_flags(p)
-    add_seed_flag(
-        p,
-        "; answer number n, counted from 0, draws with SEED + n, so the same lines give the same"
-        " conversation",
-    )
-    add_draft_flag(p, default.draft, default.draft)
+    add_drawing_flags(p)
     add_kv_bits_flag(p)
     add_prefill_flag(p)
     p.add_argument(

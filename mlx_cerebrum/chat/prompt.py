@@ -3,7 +3,7 @@
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +16,9 @@ from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import AnyFormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.styles import Style
 
+from mlx_cerebrum.chat.quotes import QUOTES, is_open
 from mlx_cerebrum.chat.signals import ends
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.text import clean, tell
@@ -38,7 +40,8 @@ class Reader(Protocol):
 
 
 class PlainReader:
-    """Standard input as it is. A line that ends in a backslash goes on with the next one."""
+    """Standard input as it is. A line that ends in a backslash goes on with the next one, and so
+    does what triple quotes begin."""
 
     def __init__(self) -> None:
         self._person = sys.stdin.isatty()
@@ -47,11 +50,11 @@ class PlainReader:
         if default is not None:
             raise RequestError("there is no line to edit here; use /edit followed by the new text")
         text = self._line(prompt)
-        while text.endswith("\\"):
+        while (quoted := is_open(text)) or text.endswith("\\"):
             try:
-                text = text[:-1] + "\n" + self._line("... ")
+                text = (text if quoted else text[:-1]) + "\n" + self._line("... ")
             except EOFError:
-                break
+                return text + QUOTES if quoted else text
         return text
 
     def ask(self, question: str) -> str:
@@ -73,11 +76,21 @@ class PlainReader:
 
 
 class CommandCompleter(Completer):
-    """Commands after a slash, then what they take."""
+    """Commands after a slash, then what they take.
 
-    def __init__(self, commands: dict[str, str], names: Callable[[], Iterable[str]]) -> None:
-        self._commands = commands  # name -> what it does
-        self._names = names
+    commands, synonyms: what each does, and what else it is called.
+    takes: by command, the words that may follow it, each with what it is.
+    """
+
+    def __init__(
+        self,
+        commands: Mapping[str, str],
+        synonyms: Mapping[str, str],
+        takes: Mapping[str, Callable[[], Mapping[str, str]]],
+    ) -> None:
+        self._commands = commands
+        self._synonyms = {name: f"as /{meant}" for name, meant in synonyms.items()}
+        self._takes = takes
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
@@ -86,29 +99,59 @@ class CommandCompleter(Completer):
             return
         command, space, argument = text[1:].partition(" ")
         if not space:
-            for name, what in self._commands.items():
-                if name.startswith(command):
-                    yield Completion(name, -len(command), f"/{name}", what)
-        elif command == "plan":
-            for name in self._names():
-                if name.startswith(argument):
-                    yield Completion(name, -len(argument))
-        elif command in ("save", "load"):
+            yield from self._words(self._commands, command, "/") or self._words(
+                self._synonyms, command, "/"
+            )
+        elif command in self._takes and " " not in argument:
+            yield from self._words(self._takes[command](), argument)
+        elif command in ("save", "load", "export"):
             yield from self._paths.get_completions(Document(argument), event)
+
+    @staticmethod
+    def _words(words: Mapping[str, str], typed: str, before: str = "") -> list[Completion]:
+        return [
+            Completion(word, -len(typed), before + word, what)
+            for word, what in words.items()
+            if word.startswith(typed)
+        ]
+
+
+# Pairs that read on any background, and where there are no colours.
+MENU = {
+    "completion-menu.completion": "bg:#d0d0d0 #000000",
+    "completion-menu.completion.current": "noreverse bold bg:#005f87 #ffffff",
+    "completion-menu.meta.completion": "bg:#bcbcbc #000000",
+    "completion-menu.meta.completion.current": "bg:#005f87 #ffffff",
+    "scrollbar.background": "bg:#bcbcbc",
+    "scrollbar.button": "bg:#606060",
+}
+
+
+class _Editor(PromptSession[str]):
+    """Lines below the text are free while there is a menu to show, and only then."""
+
+    @property
+    def reserve_space_for_menu(self) -> int:
+        state = self.default_buffer.complete_state
+        return min(16, len(state.completions)) if state is not None else 0
+
+    @reserve_space_for_menu.setter
+    def reserve_space_for_menu(self, lines: int) -> None:
+        pass
 
 
 class EditingReader:
     """prompt_toolkit: history, editing over several lines, completion."""
 
     def __init__(self, history: History, completer: Completer) -> None:
-        self._session: PromptSession[str] = PromptSession(
+        self._session = _Editor(
             history=history,
             completer=completer,
             key_bindings=_bindings(),
             multiline=True,
             enable_suspend=True,
             prompt_continuation=lambda width, line, wrapped: "" if wrapped else "... ",
-            reserve_space_for_menu=5,
+            style=Style.from_dict(MENU),
         )
 
     def read(self, prompt: str, default: str | None = None) -> str:
@@ -145,6 +188,8 @@ def _bindings() -> KeyBindings:
         buffer = event.current_buffer
         if buffer.document.text_before_cursor.endswith("\\"):
             buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        elif is_open(buffer.text):
             buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()

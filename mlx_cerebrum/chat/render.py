@@ -6,6 +6,7 @@ Those rules are the page's too (`server/page/inline.js` and `blocks.js`); `tests
 """
 
 import re
+from collections.abc import Mapping
 from typing import ClassVar
 
 from markdown_it import MarkdownIt
@@ -15,24 +16,31 @@ from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import CodeBlock, Heading, Markdown, MarkdownElement
 from rich.padding import Padding
+from rich.style import Style
 from rich.text import Text
 from rich.theme import Theme
 
+from mlx_cerebrum.chat.palette import PLAIN
 from mlx_cerebrum.typeset import worker
 from mlx_cerebrum.typeset.plain import plain
 
-# Readable on light and on dark: the terminal's own colours but the brightest and the darkest.
-_COLOURS = {"keyword": "magenta", "string": "green", "name": "cyan", "number": "red"}
-_COLOURS |= {"comment": "italic bright_black", "": ""}
-_THEME = Theme(
-    {
-        "markdown.code": "cyan",
-        "markdown.code_block": "",
-        "markdown.block_quote": "dim",
-        "markdown.link": "cyan",
-        "markdown.link_url": "underline",
-    }
-)
+# Rich's own colours can't be read on every background.
+_WITHOUT_COLOUR = {
+    "markdown.code_block": "none",
+    "markdown.block_quote": "italic",
+    "markdown.list": "none",
+    "markdown.item.number": "bold",
+    "markdown.hr": "none",
+    **{f"markdown.h{level}": "bold" for level in (2, 3)},
+    **{f"markdown.h{level}": "bold italic" for level in (4, 5, 6)},
+    "markdown.table.border": "none",
+    "markdown.table.header": "bold",
+}
+
+
+def _theme(styles: Mapping[str, Style]) -> Theme:
+    own = {"markdown.code": styles["code"], "markdown.link": styles["link"]}
+    return Theme({**_WITHOUT_COLOUR, **own, "markdown.link_url": styles["link"]})
 
 
 class _Parser(MarkdownIt):
@@ -78,12 +86,21 @@ class _Heading(Heading):
 
 
 class _CodeBlock(CodeBlock):
-    """Code in the terminal's own colours, dark or light, without empty lines around it."""
+    """Code in colours for dark or light, without empty lines around it."""
+
+    styles: Mapping[str, Style]
+
+    @classmethod
+    def create(cls, markdown: Markdown, token: Token) -> "_CodeBlock":
+        assert isinstance(markdown, AnswerMarkdown)
+        made = cls((token.info or "").partition(" ")[0] or "text", "none")
+        made.styles = markdown.styles
+        return made
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         code = str(self.text).rstrip()
         parts = worker.highlighted(self.lexer_name, code) or [("", code)]
-        text = Text.assemble(*((piece, _COLOURS[kind]) for kind, piece in parts))
+        text = Text.assemble(*((piece, self.styles.get(kind, "")) for kind, piece in parts))
         yield Padding(text, (0, 2))
 
 
@@ -97,10 +114,10 @@ class AnswerMarkdown(Markdown):
         "code_block": _CodeBlock,
     }
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, styles: Mapping[str, Style] = PLAIN) -> None:
         # Addresses are written out: a link must not look like another one.
         super().__init__("", hyperlinks=False)
-        self.markup = text
+        self.markup, self.styles = text, styles
         self.parsed = markdown_parser().parse(text)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -109,7 +126,7 @@ class AnswerMarkdown(Markdown):
                 # What is beside lists and quotes takes some of the width.
                 width = options.max_width - 10 if console.encoding.startswith("utf") else 0
                 token.children = _inline(token.children, width)
-        with console.use_theme(_THEME):
+        with console.use_theme(_theme(self.styles)):
             yield from super().__rich_console__(console, options)
 
 

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
-from mlx_cerebrum.decoding.decode import prefill_step
+from mlx_cerebrum.decoding.decode import Sampler, greedy, prefill_step
 from mlx_cerebrum.decoding.decoder import Decoder
 from mlx_cerebrum.decoding.draft_models import stored_order
 from mlx_cerebrum.decoding.prompt_cache import REWORD, PromptCache
 from mlx_cerebrum.decoding.sampling import GREEDY, Sampling
 from mlx_cerebrum.decoding.speculative import Speculation, speculation
 from mlx_cerebrum.decoding.stream import Response, stream_generate
+from mlx_cerebrum.decoding.text import AnswerText, StopText
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import Workload, available_bytes
@@ -22,16 +24,37 @@ Messages = list[Message]
 CACHE_SHARE = 0.8  # of the memory that is free at the start: what all caches may come to hold
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """How an answer's tokens are chosen."""
+
+    number: int  # of the answer, from 0
+    asked: Sampling  # as the settings were
+    sampling: Sampling  # with this answer's own temperature and seed
+    sampler: Sampler
+
+    def after(self, count: int) -> Sampler:
+        """The same draws for an answer that goes on after `count` tokens."""
+        own = self.sampler
+        return own if own is greedy or not count else lambda logits, n: own(logits, n + count)
+
+
 @dataclass
 class Answer:
     """What a model said, as far as it got."""
 
     model: str = ""  # "": from a file
     text: str = ""
-    reason: str = ""  # "stop", "length" or "interrupted"; "" while it comes
+    reason: str = ""  # "stop", "length" or "interrupted"; "" while it comes, and from some files
     prompt: list[int] = field(default_factory=list)
-    greedy: bool = False
+    said: list[int] = field(default_factory=list)  # its tokens, after those of `begun`
+    begun: str = ""  # what it had in the file that it comes from
+    drawn: Drawn | None = None
     last: Response | None = None  # with the figures so far
+
+    @property
+    def greedy(self) -> bool:
+        return self.drawn is not None and self.drawn.sampling.temp == 0
 
     @property
     def pace(self) -> float:
@@ -81,6 +104,7 @@ class AnswerStream(Iterator[str]):
             self.close()
             raise StopIteration from None
         self.answer.last = response
+        self.answer.said.append(response.token)
         self.answer.text += response.text
         if response.finish_reason is not None:
             self.answer.reason = response.finish_reason
@@ -121,8 +145,10 @@ class DecodingOptions:
     draft: str = "none"  # or "ngram", "auto"
     kv_bits: int | None = None
     prefill_step_size: int = field(default_factory=prefill_step)
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        StopText(self.stop)
         if self.max_tokens < 1:
             raise RequestError(f"max-tokens must be at least 1, not {self.max_tokens}")
         prefill_step(self.prefill_step_size)
@@ -246,7 +272,7 @@ class Session:
             found.append({"role": "system", "content": self.system})
         for exchange in self.exchanges[:before]:
             found.append({"role": "user", "content": exchange.question})
-            found.append({"role": "assistant", "content": exchange.answer.text})
+            found.append(_said(exchange.answer.text))
         question = self.unanswered if question is None and before is None else question
         if question is not None:
             found.append({"role": "user", "content": question})
@@ -276,45 +302,38 @@ class Session:
             self.unanswered = question  # /retry and /edit find it, whatever comes
         ids = self.prompt(question, before)
         decoder = Decoder(self.options.prefill_step_size)
-        return [self._answer(name, ids, temp, names, decoder) for name in names]
+        answers = [Answer(name, prompt=ids, drawn=self._draws(temp)) for name in names]
+        return [self._answer(answer, names, decoder) for answer in answers]
 
-    def _answer(
-        self,
-        name: str,
-        ids: list[int],
-        temp: float | None,
-        names: Sequence[str],
-        decoder: Decoder,
-    ) -> AnswerStream:
-        model, options = self.models[name], self.options
+    def _answer(self, answer: Answer, names: Sequence[str], decoder: Decoder) -> AnswerStream:
+        name, options, ids = answer.model, self.options, [*answer.prompt, *answer.said]
+        model = self.models[name]
         positions = model.config.max_position_embeddings
         if len(ids) >= positions:
             raise RequestError(
                 f"the conversation ({len(ids)} tokens) no longer fits the model's {positions}"
                 " positions: /undo takes back an exchange, /save FILE keeps all, /clear begins anew"
             )
-        number, seed = self._answers, options.sampling.seed
-        sampling = replace(
-            options.sampling,
-            temp=options.sampling.temp if temp is None else temp,
-            seed=None if seed is None else (seed + number) % 2**64,
-        )
+        drawn, count = cast(Drawn, answer.drawn), len(answer.said)
+        rules = replace(drawn.sampling, min_tokens=max(0, drawn.sampling.min_tokens - count))
 
         def start(progress: Callable[[int, int], None]) -> Generator[Response, None, None]:
-            self._answers = number + 1
+            self._answers = max(self._answers, drawn.number + 1)
             return stream_generate(
                 model,
                 self.tokenizer,
                 ids,
                 max_tokens=min(options.max_tokens, positions - len(ids)),
-                sampler=sampling.sampler(),
-                adjust=sampling.adjust(ids, self.tokenizer.eos_token_ids),
-                stop=self.tokenizer.stop_strings,
+                sampler=drawn.after(count),
+                adjust=rules.adjust(answer.prompt, self.tokenizer.eos_token_ids),
+                stop=self._stop,
                 speculation=self._speculation(model),
                 prompt_cache=self.cache(name),
                 prefill_step_size=options.prefill_step_size,
                 progress=progress,
                 decoder=decoder,
+                joined=answer.begun != "",
+                begun=count,
             )
 
         def make_room() -> bool:
@@ -323,7 +342,47 @@ class Session:
                 del self._caches[other]
             return bool(spare)
 
-        return AnswerStream(Answer(name, prompt=ids, greedy=sampling.temp == 0), start, make_room)
+        return AnswerStream(answer, start, make_room)
+
+    @property
+    def _stop(self) -> list[str]:
+        return [*self.options.stop, *self.tokenizer.stop_strings]
+
+    def _draws(self, temp: float | None) -> Drawn:
+        """Each answer draws with a seed of its own, from that of the settings."""
+        asked = self.options.sampling
+        seed = None if asked.seed is None else (asked.seed + self._answers) % 2**64
+        sampling = replace(asked, temp=asked.temp if temp is None else temp, seed=seed)
+        return Drawn(self._answers, asked, sampling, sampling.sampler())
+
+    def go_on(self) -> AnswerStream:
+        """The last answer from where it was cut, as if it had not been; `keep` puts it in place.
+
+        It draws as before unless the settings have been changed. Raises RequestError where there
+        is no such answer, or no room.
+        """
+        if self.unanswered is not None or not self.exchanges:
+            raise RequestError("there is no answer to go on with; /retry asks the last question")
+        before, last = len(self.exchanges) - 1, self.exchanges[-1]
+        cut = last.answer
+        if cut.reason == "stop":
+            raise RequestError("the answer is complete: ask on, or /retry 0.7 for another one")
+        begun = cut.text if cut.drawn is None else cut.begun
+        if begun:
+            talk = [*self.messages(last.question, before), _said(begun)]
+            prompt = self.tokenizer.apply_chat_template(talk, continue_final_message=True)
+        else:
+            prompt = self.prompt(last.question, before)
+        drawn = cut.drawn
+        if drawn is None or drawn.asked != self.options.sampling:
+            drawn = self._draws(None)
+        text = AnswerText(self.tokenizer, len(cut.said) + 1, self._stop, prompt if begun else ())
+        whole = begun + "".join(text.add(token)[0] for token in cut.said)
+        answer = Answer(
+            self.current, whole, "", prompt, said=list(cut.said), begun=begun, drawn=drawn
+        )
+        decoder = Decoder(self.options.prefill_step_size)
+        return self._answer(answer, [self.current], decoder)
 
     def _speculation(self, model: Model) -> Speculation | None:
         if self.options.draft == "none":
@@ -401,3 +460,7 @@ class Session:
         ]
         self.unanswered = texts[-1] if len(texts) % 2 else None
         self._window_said = False
+
+
+def _said(text: str) -> Message:
+    return {"role": "assistant", "content": text}

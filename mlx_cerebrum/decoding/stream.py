@@ -69,6 +69,7 @@ def stream_generate(
     adjust: Adjust | None = None,
     decoder: Decoder | None = None,
     joined: bool = False,
+    begun: int = 0,
 ) -> Generator[Response, None, None]:
     """Yield a Response per token until an EOS id, a `stop` string, or `max_tokens`.
 
@@ -77,6 +78,8 @@ def stream_generate(
     is in the text. With a `prompt_cache`, only what it does not hold of the prompt is computed;
     it then holds prompt and answer. `adjust` changes logits before a choice (`Sampling.adjust`).
     The text is to stand alone; with `joined`, right after the prompt's, so that it keeps its space.
+    The prompt's last `begun` tokens are of an answer that was cut: its text and stop strings go on
+    as if it had not been.
     Streams of several models over the same weights that are given
     one `decoder` take their steps together. Raises RequestError for an empty or overlong request,
     MemoryBudgetError when its caches and a forward pass can't fit.
@@ -97,7 +100,10 @@ def stream_generate(
     )
     if speculation is not None:
         speculation.check_unused(model)
-    answer = AnswerText(tokenizer, max_tokens, stop, ids if joined else ())
+    before, said = ids[: len(ids) - begun], ids[len(ids) - begun :]
+    answer = AnswerText(tokenizer, begun + max_tokens, stop, before if joined else ())
+    for token in said:
+        answer.add(token)
     rest = prompt_cache.begin(ids)
     started = time.perf_counter()
     first = started

@@ -10,7 +10,7 @@ from playwright.sync_api import Page
 from terminal import Terminal
 from test_chat_render import streamed
 
-from mlx_cerebrum.chat import screen
+from mlx_cerebrum.chat import drawing
 
 FOLDER = Path(__file__).parents[1] / "answers"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.md") if path.stem != "README")
@@ -52,8 +52,8 @@ def answer(name: str, terminal: bool = False) -> tuple[str, list[str]]:
 
 @pytest.fixture
 def every_piece_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "REDRAW_SECONDS", 0.0)
-    monkeypatch.setattr(screen, "REDRAW_SHARE", 1e9)
+    monkeypatch.setattr(drawing, "REDRAW_SECONDS", 0.0)
+    monkeypatch.setattr(drawing, "REDRAW_SHARE", 1e9)
     monkeypatch.delenv("XTERM_VERSION", raising=False)
 
 

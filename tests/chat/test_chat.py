@@ -15,11 +15,14 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from talker import LETTERS, talker, talkers
 
-from mlx_cerebrum.chat.__main__ import main
-from mlx_cerebrum.chat.chat import COMMANDS, Chat
+from mlx_cerebrum.chat.__main__ import main, parser
+from mlx_cerebrum.chat.chat import SYNONYMS, Chat
+from mlx_cerebrum.chat.commands import COMMANDS
 from mlx_cerebrum.chat.prompt import CommandCompleter, history_path, open_history
+from mlx_cerebrum.chat.quotes import is_open
 from mlx_cerebrum.chat.screen import PlainScreen
 from mlx_cerebrum.chat.session import AnswerStream, DecodingOptions, Session
+from mlx_cerebrum.chat.settings import Settings, options_of
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
@@ -31,6 +34,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def views(tmp_path_factory: pytest.TempPathFactory) -> Views:
     return talkers(tmp_path_factory.mktemp("talker"))
+
+
+ABOUT = (("model", "talker"), ("weights", "4 bits"))
 
 
 class Script:
@@ -56,8 +62,10 @@ class Script:
 def talk(
     views: Views, lines: Sequence[str], answers: Sequence[str] = (), asks: bool = True
 ) -> tuple[Chat, int]:
+    args = parser().parse_args(["--max-tokens", "12"])
+    session = Session(*views, options_of(args))
     chat = Chat(
-        Session(*views, DecodingOptions(max_tokens=12)), PlainScreen(), Script(lines, answers), asks
+        session, PlainScreen(), Script(lines, answers), COMMANDS, Settings(args), asks, ABOUT
     )
     return chat, chat.run()
 
@@ -74,7 +82,18 @@ def test_a_conversation(views: Views, capsys: pytest.CaptureFixture[str]) -> Non
     ("line", "says"),
     [
         ("/hlep", "/hlep is not a command; did you mean /help?"),
-        ("/exit", "did you mean /quit?"),
+        ("/exti", "did you mean /exit?"),
+        ("/set temp 5", "temp must be from 0 to 2, not 5"),
+        ("/set temp hot", "temp: 'hot' is not a number"),
+        ("/set temprature 1", "'temprature' is no setting; did you mean temp?"),
+        ("/set parameter top_k 1.5", "top-k: '1.5' is not a whole number"),
+        ("/set parameter num_ctx 4096", "'num_ctx' is chosen at the start: --window TOKENS"),
+        ("/set ignore-eos 7", "ignore-eos: '7' is neither on nor off"),
+        ("/set logit-bias 999999=1", "logit-bias: token id 999999 is not below"),
+        ("/set min-tokens 99", "min-tokens is 99, and max-tokens 12"),
+        ("/set verbose", "'verbose' is no setting"),
+        ("/show license", "/show info, parameters or system, not 'license'"),
+        ("/help me", "there is no /me"),
         ("/sta", "did you mean /stats?"),
         ("/usr/bin is what?", "// begins a message with a slash"),
         ("/", "/help lists them"),
@@ -124,7 +143,7 @@ def test_commands_before_any_question(
 def test_help_names_every_command(views: Views, capsys: pytest.CaptureFixture[str]) -> None:
     talk(views, ["/help"])
     err = capsys.readouterr().err
-    wanted = "help system plan compare retry edit undo save load stats clear quit"
+    wanted = "help set show system plan compare continue retry edit undo save load stats clear quit"
     assert list(COMMANDS) == wanted.split()
     assert all(f"/{name}" in err for name in COMMANDS)
     assert "Alt+Enter" in err
@@ -201,7 +220,8 @@ class Impatient(PlainScreen):
 def test_a_second_ctrl_c_loses_no_answer(views: Views) -> None:
     for line in ("One?", "/compare One?"):
         session = Session(*views, DecodingOptions(max_tokens=12))
-        Chat(session, Impatient(), Script([line]), asks=True).run()
+        settings = Settings(parser().parse_args([]))
+        Chat(session, Impatient(), Script([line]), COMMANDS, settings, asks=True).run()
         assert session.question == "One?"
         assert session.unanswered is None
 
@@ -211,7 +231,7 @@ def test_a_fault_costs_an_answer_and_not_the_conversation(
 ) -> None:
     chat, _ = talk(views, ["One?"])
 
-    def fails(stream: AnswerStream) -> None:
+    def fails(stream: AnswerStream, before: str | None) -> None:
         next(stream)
         raise RuntimeError("no more memory, says the driver")
 
@@ -236,7 +256,7 @@ def test_an_edit_stopped_at_once_leaves_the_question(
 ) -> None:
     chat, _ = talk(views, ["One?"])
     before = chat.session.messages()
-    monkeypatch.setattr(chat.screen, "show", lambda stream: stream.close())
+    monkeypatch.setattr(chat.screen, "show", lambda stream, before: stream.close())
     chat.handle("/edit Two?")
     assert "stopped before the answer began; the question is as it was" in capsys.readouterr().err
     assert chat.session.messages() == before
@@ -268,12 +288,113 @@ def test_compare_of_the_last_question_replaces_its_answer(views: Views) -> None:
     assert [(e.question, e.answer.model) for e in chat.session.exchanges] == [
         ("One?", "talker@twice")
     ]
-    model = {"talker": views[0]["talker"]}
-    alone = Chat(
-        Session(model, views[1], DecodingOptions(max_tokens=4)), PlainScreen(), Script([]), True
-    )
+    alone, _ = talk(({"talker": views[0]["talker"]}, views[1]), [])
     alone.handle("/compare Q?")
     assert alone.session.messages() == []
+
+
+# Settings.
+
+
+def test_set_changes_what_the_flags_do(views: Views, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["/set temperature 0.7", "/set parameter top_k 20", "/set seed=3", "/set stop 'a b'"]
+    lines += ["/set num_predict 5", "/set repeat_penalty 1.5", "/set logit-bias 5=-2.5", "Q?"]
+    chat, _ = talk(views, [*lines, "/set ignore_eos on", "/set draft ngram"])
+    options, sampling = chat.session.options, chat.session.options.sampling
+    assert (sampling.temp, sampling.top_k, sampling.seed) == (0.7, 20, 3)
+    assert (sampling.repetition_penalty, sampling.logit_bias) == (1.5, ((5, -2.5),))
+    assert (options.max_tokens, options.stop, options.draft) == (5, ("a b",), "ngram")
+    assert sampling.ignore_eos
+    assert len(chat.session.exchanges[0].answer.said) == 5
+    err = capsys.readouterr().err
+    assert "temp 0.7, from the next answer on" in err
+    assert not chat.failed
+    for name in chat.settings:
+        chat.handle(f"/set {name} default")
+    assert chat.session.options == options_of(parser().parse_args([]))
+
+
+def test_every_flag_of_an_answer_can_be_set(
+    views: Views, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat, _ = talk(views, ["/set top-p 0.9", "/set"])
+    err = capsys.readouterr().err
+    assert "top-p 0.9, from the next answer on; as it is now, top-p, min-p" in err
+    flags = set(chat.settings)
+    known = {action.dest.replace("_", "-") for action in parser()._actions}
+    assert flags <= known
+    assert flags >= {"temp", "top-p", "min-p", "top-k", "seed", "max-tokens", "stop", "draft"}
+    rows = err.split("\n")
+    assert all(any(row.startswith(f"{name} ") for row in rows) for name in flags)
+    assert any(row.startswith("system ") and "template's own" in row for row in rows)
+    chat.handle("/show parameters")
+    assert "\ntop-p 0.9 " in capsys.readouterr().err
+    chat.handle("/set min-p")
+    assert "min-p 0  least probability" in capsys.readouterr().err
+
+
+def test_ollamas_names(views: Views, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ['/set system "Be brief."', "/show system", "/show", "/?", "/? set", "/? shortcuts"]
+    chat, code = talk(views, [*lines, "/bye", "no"])
+    err = capsys.readouterr().err
+    assert chat.session.system == "Be brief."
+    assert "\nBe brief.\n" in err
+    assert "4 bits" in err
+    assert "Alt+Enter" in err.rpartition("/set [NAME VALUE]")[2]
+    assert chat.session.question is None
+    assert (code, chat.failed) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("typed", "asked"),
+    [
+        ('"""one\ntwo"""', "one\ntwo"),
+        ('"""\none\n\ntwo\n"""', "one\n\ntwo"),
+        ('"""one"""', "one"),
+        ('"""\n/help\n"""', "/help"),
+        ('"""Doc."""\nimport x', '"""Doc."""\nimport x'),
+        ('"""', '"""'),
+        ('say """x"""', 'say """x"""'),
+    ],
+)
+def test_triple_quotes(views: Views, typed: str, asked: str) -> None:
+    assert talk(views, [typed])[0].session.question == asked
+
+
+def test_triple_quotes_after_a_command(views: Views) -> None:
+    assert is_open('/set system """')
+    assert is_open('"""one\ntwo')
+    assert not is_open('"""one\ntwo"""\nthree')
+    assert not is_open('what is """')
+    chat, _ = talk(views, ['/set system """Be brief.\nBe kind.\n"""', '""""""', '"""\n"""'])
+    assert chat.session.system == "Be brief.\nBe kind."
+    assert chat.session.question is None
+
+
+# An answer that was cut.
+
+
+def test_continue_is_as_if_it_had_not_been_cut(
+    views: Views, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, _ = talk(views, ["/set max-tokens 30", "One?"])
+    capsys.readouterr()
+    chat, _ = talk(views, ["One?", "/continue", "/set max-tokens 6", "/continue", "/undo"])
+    out, err = capsys.readouterr()
+    shown = whole.session.exchanges[0].answer.text
+    assert chat.session.exchanges[0].answer.text == shown[:24]
+    assert out == f"{shown[:12]}\n{shown[12:24]}\n{shown[24:]}\n"
+    assert err.count("stopped at 12 tokens; /continue goes on") == 2
+    assert chat.session.exchanges[0].question == "One?"
+
+
+@pytest.mark.parametrize("lines", [["/continue"], ["One?", "/undo", "/continue"]])
+def test_nothing_to_continue(
+    views: Views, capsys: pytest.CaptureFixture[str], lines: list[str]
+) -> None:
+    chat, _ = talk(views, lines)
+    assert chat.failed
+    assert "there is no answer to go on with" in capsys.readouterr().err
 
 
 # Files.
@@ -404,13 +525,20 @@ def test_a_history_linked_to_nowhere_leaves_the_device_alone(
 
 
 def completions(text: str) -> list[str]:
-    completer = CommandCompleter(dict.fromkeys(COMMANDS, ""), lambda: ["cerebrum-7b", "other"])
+    names = {"cerebrum-7b": "", "other": ""}
+    completer = CommandCompleter(
+        dict.fromkeys(COMMANDS, ""), SYNONYMS, {"plan": lambda: names, "set": lambda: {"temp": "x"}}
+    )
     return [c.text for c in completer.get_completions(Document(text), CompleteEvent())]
 
 
 def test_completion(tmp_path: Path) -> None:
     (tmp_path / "talk.json").write_text("[]")
-    assert completions("/s") == ["system", "save", "stats"]
+    assert completions("/") == list(COMMANDS)
+    assert completions("/s") == ["set", "show", "system", "save", "stats"]
+    assert completions("/by") == ["bye"]
+    assert completions("/set ") == ["temp"]
+    assert completions("/set temp ") == []
     assert completions("/plan ") == ["cerebrum-7b", "other"]
     assert completions("/plan c") == ["cerebrum-7b"]
     assert completions(f"/load {tmp_path}/ta") == ["lk.json"]

@@ -1,7 +1,6 @@
 """What a person sees of an answer: nothing lost, nothing obeyed, whatever the size."""
 
 import io
-import re
 import time
 import unicodedata
 
@@ -11,10 +10,12 @@ from hypothesis import strategies as st
 from rich.console import Console, ConsoleDimensions
 from terminal import Terminal
 
-from mlx_cerebrum.chat import screen
+from mlx_cerebrum.chat import drawing
+from mlx_cerebrum.chat.columns import Columns
+from mlx_cerebrum.chat.drawing import MarkdownStream, Region
 from mlx_cerebrum.chat.render import AnswerMarkdown, finished, markdown_parser
-from mlx_cerebrum.chat.screen import Columns, MarkdownStream, Region, first_difference, wrap
 from mlx_cerebrum.chat.session import Answer
+from mlx_cerebrum.chat.wording import first_difference
 from mlx_cerebrum.text import clean
 
 LONG = """# A title
@@ -48,8 +49,8 @@ def f(x):
 
 @pytest.fixture(autouse=True)
 def every_piece_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "REDRAW_SECONDS", 0.0)
-    monkeypatch.setattr(screen, "REDRAW_SHARE", 1e9)
+    monkeypatch.setattr(drawing, "REDRAW_SECONDS", 0.0)
+    monkeypatch.setattr(drawing, "REDRAW_SHARE", 1e9)
     monkeypatch.delenv("XTERM_VERSION", raising=False)
 
 
@@ -226,16 +227,12 @@ def test_a_formula_of_several_lines_stands_alone_where_it_fits() -> None:
     assert "\\begin{pmatrix}" in streamed(text, Terminal(16, 24)).replace("\n", "")
 
 
-def test_colours_are_seen_on_light_and_dark() -> None:
-    """None is the terminal's black, white, yellow or blue, and none has a ground of its own."""
-    text = "# A\n`b` [c](http://d.e)\n> f\n\n```python\ndef g(): return 1, 'h'  # i\n```\n1. j"
-    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=80)
-    console.print(AnswerMarkdown(text))
-    assert isinstance(console.file, io.StringIO)
-    codes = re.findall(r"\x1b\[([\d;]*)m", console.file.getvalue())
-    used = {int(code) for one in codes for code in one.split(";") if code}
-    assert used & {32, 35, 36}
-    assert not used & {30, 33, 34, 37, 93, 94, 97, *range(40, 48), *range(100, 108)}
+def test_an_answer_that_goes_on_begins_with_its_last_block() -> None:
+    terminal = Terminal(60, 20)
+    stream = MarkdownStream(Region(console_on(terminal)), "Done.\n\n```python\nx = 1\ny")
+    stream.add(" = 2\n```\n\nThen *so*.")
+    stream.finish()
+    assert terminal.text == "  x = 1\n  y = 2\n\nThen so."
 
 
 def test_without_unicode_formulas_are_as_written() -> None:
@@ -282,17 +279,6 @@ def test_finished_blocks_stay_as_they_are(text: str, shown: int) -> None:
     assert contents(text[:cut]) + contents(text[cut:]) == contents(text)
 
 
-@given(st.text(st.sampled_from("ab \n\u6f22"), max_size=80), st.integers(2, 12))
-def test_wrapped_lines_are_the_text_and_fit(text: str, width: int) -> None:
-    from rich.cells import cell_len
-
-    spans = list(wrap(text, width))
-    assert all(cell_len(text[start:end].rstrip()) <= width for start, end in spans)
-    assert "".join(text[start:end] for start, end in spans) == text.replace("\n", "")
-    # Only the last line can change.
-    assert list(wrap(text + "ab", width))[: len(spans) - 1] == spans[:-1]
-
-
 def test_first_difference() -> None:
     assert first_difference(("abc", "abd"), (False, False)) == 2
     assert first_difference(("abc", "ab"), (False, False)) is None  # may still be the same
@@ -301,13 +287,20 @@ def test_first_difference() -> None:
     assert first_difference(("", ""), (True, True)) is None
 
 
+def sides(terminal: Terminal, width: int) -> tuple[str, str]:
+    """What stands in the two columns, a blank between lines."""
+    lines = terminal.text.split("\n")
+    left = " ".join(line[:width].strip() for line in lines)
+    return left, " ".join(line[width + 3 :].strip() for line in lines)
+
+
 @pytest.mark.parametrize("rows", [24, 8])
 def test_columns_lose_nothing_and_mark_the_first_difference(rows: int) -> None:
     terminal = Terminal(80, rows)
-    same = "Both say this much: " + " ".join(f"w{i}" for i in range(40)) + " and "
+    same = "Both say **this** much: " + " ".join(f"w{i}" for i in range(40)) + " and "
     texts = (
         same + " ".join(f"left{i}" for i in range(120)),
-        same + " ".join(f"right{i}" for i in range(60)) + "\n\nend\x1b[2J",
+        same + " ".join(f"right{i}" for i in range(60)) + "\n\n- end\x1b[2J",
     )
     answers = (Answer("one"), Answer("two"))
     columns = Columns(Region(console_on(terminal)), answers)
@@ -316,31 +309,44 @@ def test_columns_lose_nothing_and_mark_the_first_difference(rows: int) -> None:
             answer.text = text[: at + 3]
             answer.reason = "stop" if at + 3 >= len(text) else ""
         columns.draw()
+        assert len(terminal.lines) - terminal.top <= rows
     columns.draw(final=True)
-    lines = terminal.text.split("\n")
-    left = " ".join(line[:38].strip() for line in lines).split()
-    right = " ".join(line[41:].strip() for line in lines).split()
-    expected = texts[0].replace("left0", "\u25b6left0").split()
-    assert left[: len(expected) + 2] == ["1", "one", *expected]
-    assert right[2:].count("\u25b6right0") == 1
-    assert [w for w in right if w.startswith("right")] == [f"right{i}" for i in range(1, 60)]
-    assert "end\u241b[2J" in right
+    left, right = sides(terminal, 38)
+    expected = texts[0].replace("**", "").split()
+    assert left.split()[: len(expected) + 2] == ["1", "one", *expected]
+    assert [w for w in right.split() if w.startswith("right")] == [f"right{i}" for i in range(60)]
+    assert "\u2022 end\u241b[2J" in right
+    marked = [line for line in terminal.text.split("\n") if "\u2260" in line]
+    assert len(marked) == 1
+    assert "left0" in marked[0][:38]
+    assert "right0" in marked[0][38:]
     assert terminal.unknown == []
 
 
-def test_columns_resized_while_they_stream() -> None:
-    terminal = Terminal(100, 20)
+@pytest.mark.parametrize("rows", [40, 12])
+def test_columns_are_wrapped_anew_when_the_window_changes(rows: int) -> None:
+    terminal = Terminal(100, rows)
     answers = (Answer("one"), Answer("two"))
     console = console_on(terminal)
     columns = Columns(Region(console), answers)
     for i in range(150):
         answers[0].text += f"l{i} "
-        answers[1].text += f"r{i} "
+        answers[1].text += f"*r{i}* "
         columns.draw()
         if i == 60:
-            resize(terminal, console, 70, 12)
+            resize(terminal, console, 70, rows)
     columns.draw(final=True)
-    words = terminal.text.replace("\u2502", " ").replace("\u25b6", "").split()
-    for i in range(150):
-        assert f"l{i}" in words
-        assert f"r{i}" in words
+    left, right = sides(terminal, 33)
+    if rows == 40:  # nothing had scrolled away: all of it is as if it had been so from the start
+        assert left.split()[2:-3] == [f"l{i}" for i in range(150)]
+        assert right.split()[2:-3] == [f"r{i}" for i in range(150)]
+    words = set(terminal.text.split())
+    assert words >= {f"{side}{i}" for side in "lr" for i in range(150)}
+
+
+def test_columns_of_a_tiny_window() -> None:
+    terminal = Terminal(20, 6)
+    answers = (Answer("one", "\u6f22\u5b57" * 9, "stop"), Answer("two", "```\ncode\n```", "stop"))
+    Columns(Region(console_on(terminal)), answers).draw(final=True)
+    assert terminal.text.count("\u6f22") == 9
+    assert "code" in terminal.text

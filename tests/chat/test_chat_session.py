@@ -1,6 +1,7 @@
 """A conversation without a terminal: what is computed, what is kept, what is refused."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,78 @@ def test_stopped_where_it_was_shown(views: Views, draft: str) -> None:
     following = ask(session, "Go on")
     alone = generate(session.model, session.tokenizer, following.prompt, max_tokens=60)
     assert following.text == alone
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram", "auto"])
+@pytest.mark.parametrize(
+    "drawing",
+    [
+        {},
+        {"temp": 0.8, "seed": 5},
+        {"frequency_penalty": 1.5, "repetition_penalty": 1.3, "min_tokens": 25},
+    ],
+)
+def test_an_answer_goes_on_where_it_was_cut(
+    views: Views, draft: str, drawing: dict[str, Any]
+) -> None:
+    """Cut by length, by Ctrl-C, again by length: the text of one that was not cut."""
+    options = DecodingOptions(max_tokens=50, draft=draft, sampling=Sampling(**drawing))
+    whole = ask(Session(*views, options), "How are you?")
+    session = Session(*views, replace(options, max_tokens=9))
+    first = ask(session, "How are you?")
+    assert (first.reason, first.said) == ("length", whole.said[:9])
+    stream = session.go_on()
+    for _ in range(4):
+        next(stream)
+    stream.close()
+    assert computed(stream.answer) == 1
+    session.keep("How are you?", stream.answer, 0)
+    assert stream.answer.said == whole.said[:13]
+    session.options = replace(options, max_tokens=37)
+    stream = session.go_on()
+    "".join(stream)
+    assert stream.answer.text == whole.text
+    assert stream.answer.said == whole.said
+    session.keep("How are you?", stream.answer, 0)
+    session.undo()
+    assert session.exchanges[0].answer.said == whole.said[:13]
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_it_goes_on_through_a_character_and_a_stop_string(views: Views, drawn: bool) -> None:
+    """Both may lie across the cut; what was shown of them in haste is not kept."""
+    # Drawn, bytes come that are no whole characters, alone and together.
+    sampling = Sampling(temp=1.5, seed=4) if drawn else Sampling()
+    options = DecodingOptions(max_tokens=40, sampling=sampling)
+    whole = ask(Session(*views, options), "Say!")
+    if not drawn:
+        options = replace(options, stop=(whole.text[20:24],))
+        whole = ask(Session(*views, options), "Say!")
+        assert (whole.reason, len(whole.text)) == ("stop", 20)
+    for cut in range(17, len(whole.said), 3 if drawn else 1):
+        session = Session(*views, replace(options, max_tokens=cut))
+        ask(session, "Say!")
+        session.options = replace(options, max_tokens=40 - cut)
+        stream = session.go_on()
+        "".join(stream)
+        assert (stream.answer.text, stream.answer.reason) == (whole.text, whole.reason)
+        session.keep("Say!", stream.answer, 0)
+        if not drawn:
+            with pytest.raises(RequestError, match="complete"):
+                session.go_on()
+
+
+def test_an_answer_from_a_file_goes_on(views: Views) -> None:
+    whole = ask(session_of(views, max_tokens=30), "One?").text
+    session = session_of(views, max_tokens=8)
+    session.replace(
+        [{"role": "user", "content": "One?"}, {"role": "assistant", "content": whole[:10]}]
+    )
+    for end in (18, 26):
+        stream = session.go_on()
+        "".join(stream)
+        session.keep("One?", stream.answer, 0)
+        assert stream.answer.text == whole[:end]
 
 
 def test_stopped_while_the_prompt_is_read(views: Views) -> None:
