@@ -16,7 +16,7 @@ FLOORS = [
     ["device", "text", "files", "typeset"],
     ["cli", "progress"],
     ["tokenizer", "model"],
-    ["plan"],
+    ["plan", "machine"],
     ["shelf"],
     ["weights"],
     ["decoding"],

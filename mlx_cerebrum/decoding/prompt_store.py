@@ -1,7 +1,7 @@
 """What earlier requests computed, for prompts that begin with exactly the same tokens."""
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,6 +78,12 @@ class PromptStore:
         """Hold no more than this from now on (`max_bytes` at most): the memory is needed."""
         self.room = max(0, min(self.max_bytes, nbytes))
         self._make_room(0)
+
+    def forget(self, of: Callable[[Hashable], bool]) -> None:
+        """Give up the entries that were kept under a key that `of` is true for."""
+        for name, entry in list(self._entries.items()):
+            if of(entry.key):
+                self._drop(name)
 
     def clear(self) -> None:
         """Give up all entries."""

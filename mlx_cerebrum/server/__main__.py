@@ -8,13 +8,14 @@ import sys
 import threading
 import webbrowser
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 import mlx.core as mx
 
 from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.decode import prefill_step
-from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.errors import CheckpointError, RequestError, shown
 from mlx_cerebrum.flags import (
     add_draft_flag,
     add_kv_bits_flag,
@@ -35,16 +36,22 @@ from mlx_cerebrum.server import log
 from mlx_cerebrum.server.app import Service, Settings
 from mlx_cerebrum.server.connections import Room
 from mlx_cerebrum.server.engine import BatchEngine
+from mlx_cerebrum.server.holding import Laid, Source, weight_files
 from mlx_cerebrum.server.intake import Defaults
 from mlx_cerebrum.server.listening import Server, bind, url
+from mlx_cerebrum.server.menu import Menu
 from mlx_cerebrum.server.security import check_key
+from mlx_cerebrum.shelf.entries import Entry
 from mlx_cerebrum.text import say
 from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.opening import open_model
-from mlx_cerebrum.weights.views import describe, load_views
+from mlx_cerebrum.weights.opening import ModelSpec, open_model
+from mlx_cerebrum.weights.views import described, load_views
 
 KEY_VARIABLE = "MLX_CEREBRUM_API_KEY"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.\[\]:_-]+")  # an app's page has its own scheme
+_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([smh])", re.ASCII)
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+_MOST_SECONDS = 31_536_000  # a year
 # Of a page that has no site: a file's, a desktop app's; and a frame's that any site may sandbox.
 NOBODYS = ("null", "file://")
 
@@ -60,30 +67,13 @@ def _run(args: argparse.Namespace) -> int:
     spec, memory = model_spec(args), memory_limit(args)
     settings = replace(settings_of(args), room=Room.within_limits())
     with bind(args.host, args.port, settings.api_key is not None) as listening:
-        with limits(memory), progress("loading", not args.quiet) as report:
-            opened = open_model(spec)
-            settings.defaults.sampling.check_vocabulary(opened.config.vocab_size)
-            models, tokenizer = load_views(opened, args.plan, report)
-        say_assumed(tokenizer)
+        engine = _loaded(args, spec, memory, settings)
         for origin in (each for each in NOBODYS if each in settings.cors_origins):
             say(f"warning: with --cors-origin {origin} any site that knows the API key may ask")
-        dtype = next(iter(models.values())).dtype
-        engine = BatchEngine(
-            models,
-            tokenizer,
-            max_batch=args.batch,
-            max_queue=args.queue,
-            cache_bytes=cache_bytes(args),
-            prefill_step_size=args.prefill_step_size,
-            memory_limit=memory,
-            kv_bits=args.kv_bits,
-            draft=args.draft,
-        )
         try:
-            described = {name: describe(model) for name, model in models.items()}
-            service = Service(engine, described, tokenizer, settings, str(dtype))
+            service = _service(engine, settings)
             address = url(listening)
-            line = f"{address}  {', '.join(models)}  ({human(mx.get_active_memory())} held)"
+            line = f"{address}  {', '.join(engine.names)}  ({human(mx.get_active_memory())} held)"
 
             def ready() -> None:
                 say(line)
@@ -95,6 +85,54 @@ def _run(args: argparse.Namespace) -> int:
         finally:
             engine.close(0.0)
     return 0
+
+
+def _loaded(
+    args: argparse.Namespace, spec: ModelSpec, memory: int | None, settings: Settings
+) -> BatchEngine:
+    """The engine, with the model that the flags name. It alone has the weights: nobody else keeps
+    them when it lets them go."""
+    with limits(memory), progress("loading", not args.quiet) as report:
+        opened = open_model(spec)
+        settings.defaults.sampling.check_vocabulary(opened.config.vocab_size)
+        models, tokenizer = load_views(opened, args.plan, report)
+    say_assumed(tokenizer)
+    return BatchEngine(
+        models,
+        tokenizer,
+        max_batch=args.batch,
+        max_queue=args.queue,
+        cache_bytes=cache_bytes(args),
+        prefill_step_size=args.prefill_step_size,
+        memory_limit=memory,
+        kv_bits=args.kv_bits,
+        draft=args.draft,
+        source=Source.of(opened),
+        unload_after=args.unload_after,
+    )
+
+
+def _service(engine: BatchEngine, settings: Settings) -> Service:
+    """The web side, with what stands on the shelf."""
+    laid = engine.laid
+    first = next(iter(laid.values()))
+    models = {name: described(each.config) for name, each in laid.items()}
+    service = Service(engine, models, first.tokenizer, settings, str(first.dtype))
+    source = engine.holdings[0].source
+    assert source is not None
+
+    def held_as(entry: Entry) -> ModelSpec:
+        """As the server's own model, where it has the same weights; else as they are stored."""
+        with suppress(CheckpointError):
+            if weight_files(entry.path) == source.files:
+                return replace(source.spec, name=entry.path)
+        return ModelSpec(entry.path, dtype=source.spec.dtype)
+
+    def serve(name: str, model: Laid) -> None:
+        service.serve(name, described(model.config), model.tokenizer, str(model.dtype))
+
+    service.use(Menu(engine, held_as, serve))
+    return service
 
 
 def open_page(address: str) -> None:
@@ -167,6 +205,13 @@ def parser() -> cli.ArgumentParser:
         " bytes, 0 keeps nothing (default: 2)",
     )
     load.add_argument(
+        "--unload-after",
+        type=_duration,
+        metavar="TIME",
+        help="release weights and caches after so long without a request, and load them again for"
+        " the next: 90s, 15m, 2h; 0 or never keeps them (default: never)",
+    )
+    load.add_argument(
         "--max-body-mb",
         type=float,
         default=2.0,
@@ -189,6 +234,20 @@ def parser() -> cli.ArgumentParser:
     p.add_argument("--quiet", action="store_true", help="no line for each request")
     p.add_debug()
     return p
+
+
+def _duration(text: str) -> float | None:
+    """The type of --unload-after: seconds, or None for never."""
+    if text.lower() in ("0", "never"):
+        return None
+    found = _DURATION.fullmatch(text)
+    seconds = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    if not 0 < seconds <= _MOST_SECONDS:
+        message = (
+            f"{shown(text)} is no time such as 90s, 15m or 2h (at most {_MOST_SECONDS // 3600}h)"
+        )
+        raise argparse.ArgumentTypeError(message)
+    return seconds
 
 
 def settings_of(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Settings:

@@ -140,5 +140,40 @@ class ModelList(ApiObject):
     data: list[ModelCard]
 
 
+class LoadProgress(ApiObject):
+    done: int  # bytes
+    total: int
+
+
+class ShelfModel(ApiObject):
+    """A model on the shelf, and whether it is answered with."""
+
+    id: str
+    bytes: int  # of its files
+    bits: int | None  # a weight; null: a GGUF file's own
+    blocks: int | None
+    positions: int | None
+    plan: str | None  # a named plan, or "custom"; null: the blocks as they are stored
+    window: int | None  # tokens
+    state: Literal["loaded", "at rest", "loading", "on the shelf"]
+    model: str | None  # what answers to it is called in /v1/models
+    why_not: str | None  # it can't be loaded now
+    loading: LoadProgress | None
+
+
+class Memory(ApiObject):
+    """Bytes."""
+
+    held: int  # by MLX, weights and caches
+    free: int  # for a further model, besides all that requests may need
+    total: int  # of the machine
+
+
+class ShelfList(ApiObject):
+    models: list[ShelfModel]
+    machine: str
+    memory: Memory
+
+
 class Health(ApiObject):
     status: Literal["ok"] = "ok"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -26,14 +26,18 @@ from mlx_cerebrum.server.answers import (
     Layout,
     ModelCard,
     ModelList,
+    ShelfList,
+    ShelfModel,
     TextCompletion,
 )
+from mlx_cerebrum.server.bodies import Open, parse_body
 from mlx_cerebrum.server.connections import Patience, Room
 from mlx_cerebrum.server.faults import ApiError
 from mlx_cerebrum.server.ignored import Ignored
 from mlx_cerebrum.server.intake import Accepted, Defaults, Intake
 from mlx_cerebrum.server.jobs import BusyError, ClosedError, Engine, Failed
 from mlx_cerebrum.server.journal import ID, Journal
+from mlx_cerebrum.server.menu import Menu
 from mlx_cerebrum.server.metrics import Metrics
 from mlx_cerebrum.server.openapi import Operation, document
 from mlx_cerebrum.server.responses import ResponseObject, ResponsesRequest, ResponsesShape
@@ -69,6 +73,8 @@ API = (
     "/v1/tokenize",
     "/v1/detokenize",
     "/v1/models",
+    "/shelf",
+    "/shelf/load",
     "/health",
     "/metrics",
 )
@@ -94,6 +100,12 @@ class Settings:
     page: Path = page_files.FOLDER
 
 
+class LoadRequest(Open):
+    """The body of /shelf/load."""
+
+    id: str = Field(description="A model's id, as /shelf lists it")
+
+
 class Service:
     """All that stands between the engine and HTTP; `app` is the ASGI application.
 
@@ -114,8 +126,9 @@ class Service:
         self.closing = False
         self._started = int(time.time())
         layouts = {name: Layout.model_validate(model) for name, model in models.items()}
-        self._spelling = Spelling(tokenizer)
-        self._intake = Intake(tokenizer, self._spelling, layouts, dtype, self.settings.defaults)
+        spelling = Spelling(tokenizer)
+        self._intake = Intake(tokenizer, spelling, layouts, dtype, self.settings.defaults)
+        self._menu: Menu | None = None
         self._ignored = Ignored()
         self._metrics = Metrics(engine)
         self._typesetter = Typesetter()
@@ -135,6 +148,17 @@ class Service:
             log=self.settings.log,
             debug=self.settings.debug,
         )
+
+    def use(self, menu: Menu) -> None:
+        """Let clients see the shelf, and load from it."""
+        self._menu, self._intake.also = menu, menu.meant
+
+    def serve(
+        self, name: str, model: Mapping[str, int | None], tokenizer: Tokenizer, dtype: str
+    ) -> None:
+        """Take requests for one more model of the engine's. From any thread."""
+        layouts = {name: Layout.model_validate(model)}
+        self._intake.add(tokenizer, Spelling(tokenizer), layouts, dtype)
 
     def _routes(self) -> Starlette:
         operations = {
@@ -167,6 +191,14 @@ class Service:
             ): self._detokenize,
             Operation("/v1/models", "The models", ModelList): self._models,
             Operation("/v1/models/{model}", "One model", ModelCard, errors=(404,)): self._model,
+            Operation("/shelf", "The models on the shelf", ShelfList, errors=(404,)): self._shelf,
+            Operation(
+                "/shelf/load",
+                "Answer with one of them too",
+                ShelfModel,
+                LoadRequest,
+                errors=(409,),
+            ): self._load,
             Operation("/health", "Whether requests are taken", Health): self._health,
         }
         described = document(list(operations))
@@ -199,20 +231,22 @@ class Service:
         asked = accepted.request
         head = self._head(accepted, "chatcmpl", asked.wants_usage, asked.return_token_ids)
         logprobs = bool(asked.logprobs)
-        return self._answer(accepted, ChatShape(head, self._spelling, logprobs, accepted.calls))
+        return self._answer(
+            accepted, ChatShape(head, self._spelling(head), logprobs, accepted.calls)
+        )
 
     async def _responses(self, request: Request) -> Response:
         accepted = await self._taken(request, partial(self._intake.talk, ResponsesRequest))
         head = self._head(accepted, "resp")
         asked, calls = accepted.request, accepted.calls is not None
-        return self._answer(accepted, ResponsesShape(head, self._spelling, asked, calls))
+        return self._answer(accepted, ResponsesShape(head, self._spelling(head), asked, calls))
 
     async def _completion(self, request: Request) -> Response:
         accepted = await self._taken(request, self._intake.completion)
         asked = accepted.request
         head = self._head(accepted, "cmpl", asked.wants_usage, asked.return_token_ids)
         echo = [job.prompt for job in accepted.jobs for _ in range(job.n) if job.echo]
-        shape = TextShape(head, self._spelling, asked.logprobs is not None, echo)
+        shape = TextShape(head, self._spelling(head), asked.logprobs is not None, echo)
         return self._answer(accepted, shape)
 
     async def _tokenize(self, request: Request) -> Response:
@@ -249,10 +283,13 @@ class Service:
             id=f"{prefix}{'_' if prefix == 'resp' else '-'}{secrets.token_hex(12)}",
             created=int(time.time()),
             model=model,
-            system_fingerprint=self._intake.fingerprints[model],
+            system_fingerprint=self._intake.models[model].fingerprint,
             usage=usage,
             prompts=[job.prompt for job in jobs for _ in range(job.n)] if prompts else None,
         )
+
+    def _spelling(self, head: Head) -> Spelling:
+        return self._intake.models[head.model].spelling
 
     def _answer(self, accepted: Accepted[Any], shape: Shape) -> Response:
         asked, settings = accepted.request, self.settings
@@ -274,6 +311,8 @@ class Service:
     def _failure(self, failed: Failed) -> ApiError:
         if failed.asked:  # not 500, after which clients ask again
             return ApiError(400, failed.message, code="invalid_value")
+        if failed.unavailable:
+            return faults.closed(failed.message)
         code = "shutting_down" if self.closing else "generation_failed"
         return ApiError(503 if self.closing else 500, failed.message, code=code)
 
@@ -300,13 +339,14 @@ class Service:
         return bytes(body)
 
     async def _models(self, _: Request) -> Response:
-        return _json(ModelList(data=[self._card(name) for name in self._intake.layouts]))
+        return _json(ModelList(data=[self._card(name) for name in self._intake.models]))
 
     async def _model(self, request: Request) -> Response:
-        return _json(self._card(self._intake.find(request.path_params["model"])))
+        asked = request.path_params["model"]
+        return _json(self._card(await asyncio.to_thread(self._intake.find, asked)))
 
     def _card(self, name: str) -> ModelCard:
-        layout = self._intake.layouts[name]
+        layout = self._intake.models[name].layout
         return ModelCard(
             id=name,
             created=self._started,
@@ -314,6 +354,20 @@ class Service:
             max_model_len=layout.context_length,
             cerebrum=layout,
         )
+
+    async def _shelf(self, _: Request) -> Response:
+        if self._menu is None:
+            raise ApiError(404, "this server has no shelf", code="not_found")
+        return _json(await asyncio.to_thread(self._menu.list))
+
+    async def _load(self, request: Request) -> Response:
+        asked = parse_body(LoadRequest, await self._body(request))
+        if self._menu is None:
+            raise ApiError(404, "this server has no shelf", code="not_found")
+        try:
+            return _json(await asyncio.to_thread(self._menu.load, asked.id))
+        except ClosedError as error:
+            raise faults.closed(str(error)) from None
 
     async def _health(self, _: Request) -> Response:
         if self.engine.closed:

@@ -5,6 +5,7 @@ All of it runs on the engine's thread.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -16,6 +17,7 @@ from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_store import PromptStore
 from mlx_cerebrum.decoding.speculative import Speculation, speculation
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import Workload, forward_bytes
 from mlx_cerebrum.server.jobs import NO_TOKEN, Failed, Job, Piece, Reading
@@ -45,7 +47,7 @@ class Batch:
         draft: str = "none",
     ) -> None:
         self.tasks: list[Task] = []  # started and not over
-        self._models = models
+        self._models = dict(models)
         self._prompts = prompts
         self._counts = counts
         self._ended = ended
@@ -53,11 +55,16 @@ class Batch:
         self._prefill_step_size = prefill_step_size
         self._kv_bits = kv_bits
         self._draft = draft
-        self._shorter = {
-            name: stored_order(model) if draft == "auto" else None for name, model in models.items()
-        }
+        self._shorter: dict[str, Model | None] = {}
+        for name, model in models.items():
+            self.add(name, model)
         self._decoder = Decoder(prefill_step_size)
         self._rows: dict[Generation, tuple[Task, int, PromptCache]] = {}  # task, choice, caches
+
+    def add(self, name: str, model: Model) -> None:
+        """Take a further view of the same weights."""
+        self._models[name] = model
+        self._shorter[name] = stored_order(model) if self._draft == "auto" else None
 
     def rows(self, model: str | None = None) -> int:
         """Sequences being written, or waiting for their prompt to be read."""
@@ -264,8 +271,18 @@ class Batch:
         self.fail_all(said(error))
 
 
+class Sized(Protocol):
+    """What a job's memory depends on: a model, or what is known of one without its weights."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def dtype(self) -> mx.Dtype: ...
+
+
 def jobs_bytes(
-    models: Mapping[str, Model],
+    models: Mapping[str, Sized],
     jobs: Sequence[Job],
     prefill_step: int,
     kv_bits: int | None,

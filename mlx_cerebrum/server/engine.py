@@ -1,11 +1,11 @@
 """The one thread that generates: it owns MLX, takes jobs, and hands out their events."""
 
+import gc
 import logging
 import threading
 import time
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -15,17 +15,26 @@ from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.prompt_store import PromptStore
 from mlx_cerebrum.decoding.stream import check_request
 from mlx_cerebrum.decoding.text import StopText
-from mlx_cerebrum.errors import MemoryBudgetError, RequestError
+from mlx_cerebrum.errors import CerebrumError, MemoryBudgetError, RequestError
+from mlx_cerebrum.machine.awake import LINGER, Awake
+from mlx_cerebrum.machine.pressure import Pressure
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits, release
 from mlx_cerebrum.model.memory import HEADROOM, available_bytes, human
-from mlx_cerebrum.server.batch import Batch, jobs_bytes
-from mlx_cerebrum.server.jobs import BusyError, ClosedError, Event, Failed, Job, Stats
+from mlx_cerebrum.server.batch import Batch, Sized, jobs_bytes
+from mlx_cerebrum.server.holding import Holding, Laid, Source, pathless
+from mlx_cerebrum.server.jobs import ClosedError, Event, Failed, Job, Loading, Stats
+from mlx_cerebrum.server.loader import Coming, Loader
+from mlx_cerebrum.server.log import write
 from mlx_cerebrum.server.task import Counts, Task, said
+from mlx_cerebrum.server.waiting import Waiting
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.opening import Opened
 
 log = logging.getLogger(__name__)
 _RELEASE = 5.0  # seconds of work after which freed memory goes back to the system
+_LOOK = 5.0  # seconds between two looks at the machine's memory while nothing is to be done
+_SAY_LOADING = 0.5  # seconds after which those who wait for a model hear how far it is
 _ENDS = ("stop", "length", "cancelled", "failed")
 _CLOSING = "the server is shutting down; ask again later"
 _STOPPED = "the engine has stopped; start it again"
@@ -33,8 +42,12 @@ MOST_LOGPROBS = 20  # alternatives a token, as OpenAI's
 
 
 class BatchEngine:
-    """Answers jobs with any of `models`, several at once (`jobs.Engine`).
+    """Answers jobs with any of `models`, several at once (`jobs.Engine`), and with those that
+    `load` adds.
 
+    source: where the weights of `models` are from; None: they are never put to rest.
+    unload_after: seconds without work after which weights and caches are released, to be loaded
+        again for the next job; None: never.
     max_batch: sequences of one model decoded together, at most.
     max_queue: jobs that may wait besides; where so many do, no new request is taken.
     cache_bytes: most bytes of prompts' caches kept for later prompts; 0 keeps none.
@@ -57,27 +70,36 @@ class BatchEngine:
         memory_limit: int | None = None,
         kv_bits: int | None = None,
         draft: str = "none",
+        source: Source | None = None,
+        unload_after: float | None = None,
     ) -> None:
-        self._models = dict(models)
-        self._tokenizer = tokenizer
-        self._max_batch, self._max_queue = max_batch, max_queue
+        laid = {name: Laid(model.config, model.dtype, tokenizer) for name, model in models.items()}
+        first = Holding(laid, source)
+        first.models = dict(models)
+        self._holdings: tuple[Holding, ...] = (first,)  # never changed, but replaced
+        self._loader = Loader()
+        self._unload_after = unload_after
+        self._awake, self._pressure = Awake(), Pressure()
+        self._short = False  # of memory
+        self._max_batch = max_batch
         self._cache_bytes = cache_bytes
         self._prefill_step_size = prefill_step(prefill_step_size)
         self._memory_limit = memory_limit
         self._kv_bits, self._draft = kv_bits, draft
         self._budget = 0  # bytes for jobs and kept prompts together
         self._counts = Counts()
+        self._loads = self._rests = self._reliefs = 0
         self._kept_bytes = self._kv_bytes = self._active = 0  # as last seen by the thread
+        self._room = 0  # bytes that a further checkpoint may take, as last seen
         # What follows is shared between threads; whoever touches it holds `_changed`.
         self._changed = threading.Condition()
-        self._queues: dict[str, deque[Task]] = {name: deque() for name in models}
-        self._arrived: dict[Task, int] = {}  # those queued, each with its number
-        self._number = 0
-        self._never_started = 0  # cancelled while queued
-        self._places_taken = dict.fromkeys(models, 0)  # by sequences queued or running
+        self._waiting = Waiting(self._changed, max_batch, max_queue)
+        for name in models:
+            self._waiting.add_model(name)
         self._deadline: float | None = None  # set once it is closing
         self._why = _CLOSING
-        self._release_next = 0.0
+        self._begun: Coming | None = None  # whose weights the loader loads; None: what was at rest
+        self._release_next = self._say_next = 0.0
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
@@ -90,25 +112,52 @@ class BatchEngine:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._models)
+        return tuple(self.laid)
+
+    @property
+    def holdings(self) -> tuple[Holding, ...]:
+        """The checkpoints that it answers with."""
+        return self._holdings
+
+    @property
+    def room(self) -> int:
+        """Bytes that a further checkpoint may take now, besides all that jobs may need."""
+        return self._room
+
+    @property
+    def laid(self) -> Mapping[str, Laid]:
+        """Its models by name, as they are without their weights."""
+        return {name: laid for holding in self._holdings for name, laid in holding.laid.items()}
+
+    def _of(self, model: str) -> Holding:
+        return next(holding for holding in self._holdings if model in holding.laid)
+
+    def load(self, name: str, opened: Opened, over: Callable[[str | None], None]) -> Coming:
+        """Have a further model, called `name`: a view of weights that are held already, where that
+        is all it is. Others are answered meanwhile.
+
+        over: called on the engine's thread once jobs for it are taken, or with why none can be.
+        Raises ClosedError.
+        """
+        laid = Laid(opened.config, opened.storage.dtype, opened.tokenizer)
+        coming = Coming(name, laid, Source.of(opened), over)
+        with self._changed:
+            if self._deadline is not None:
+                raise ClosedError(self._why)
+            self._loader.coming.append(coming)
+            self._changed.notify_all()
+        return coming
 
     def submit(
         self, job: Job, deliver: Callable[[Event], None], *, follows: bool = False
     ) -> Callable[[], None]:
         """See `jobs.Engine`."""
         job = self._checked(job)
-        task = Task(job, self._tokenizer, deliver, self._forget)
+        task = Task(job, self.laid[job.model].tokenizer, deliver, self._waiting.forget)
         with self._changed:
             if self._deadline is not None:
                 raise ClosedError(self._why)
-            task.overflows = self._places_taken[job.model] + job.n > self._max_batch
-            waiting = sum(queued.overflows for queued in self._arrived)
-            if task.overflows and waiting >= self._max_queue and not follows:
-                raise BusyError(f"{waiting} requests are waiting already; try again later")
-            self._places_taken[job.model] += job.n
-            self._queues[job.model].append(task)
-            self._arrived[task] = self._number
-            self._number += 1
+            self._waiting.add(task, follows)
             self._changed.notify_all()
         return task.cancel
 
@@ -120,9 +169,9 @@ class BatchEngine:
         """What happened so far, what is held now."""
         counts = self._counts
         finished = {how: counts.finished[how] for how in _ENDS}
-        finished["cancelled"] += self._never_started
+        finished["cancelled"] += self._waiting.never_started
         return Stats(
-            queued=len(self._arrived),
+            queued=len(self._waiting),
             active=self._active,
             prompt_tokens=counts.prompt_tokens,
             cached_tokens=counts.cached_tokens,
@@ -130,6 +179,13 @@ class BatchEngine:
             finished=finished,
             cache_bytes=self._kept_bytes,
             kv_bytes=self._kv_bytes,
+            weights_bytes=sum(holding.nbytes for holding in self._holdings),
+            loaded=sum(holding.models is not None for holding in self._holdings),
+            at_rest=sum(holding.models is None for holding in self._holdings),
+            loads=self._loads,
+            rests=self._rests,
+            short_of_memory=self._short,
+            reliefs=self._reliefs,
         )
 
     def close(self, grace: float = 0.0) -> None:
@@ -144,37 +200,26 @@ class BatchEngine:
     def _checked(self, job: Job) -> Job:
         """The job, with fewer tokens where there is no memory for all and fewer will do. Raises
         RequestError for one that can never run."""
-        check_job(job, self._models, self._max_batch)
-        if job.fewer and self._bytes(job) > self._budget:
+        check_job(job, self.laid, self._max_batch)
+        holding, budget = self._of(job.model), self._budget
+        if resting := holding.models is None and holding.source is not None:
+            # What there is then shows when it loads: others take memory, and give it back.
+            free = available_bytes() + holding.ready
+            budget = max(0, int(free * HEADROOM) - holding.source.storage.nbytes)
+        if job.fewer and self._bytes(job) > budget:
             fits = bisect_right(
                 range(1, job.max_tokens),
-                self._budget,
+                budget,
                 key=lambda most: self._bytes(replace(job, max_tokens=most)),
             )
             job = replace(job, max_tokens=max(fits, 1))
-        if (needed := self._bytes(job)) > self._budget:
-            raise RequestError(
-                f"a prompt of {len(job.prompt)} tokens with {job.n} x {job.max_tokens} more needs"
-                f" {human(needed)}, and there are {human(self._budget)} for all requests;"
-                " ask for fewer tokens"
-            )
+        if (needed := self._bytes(job)) > budget and not resting:
+            raise RequestError(_too_large(job, needed, budget))
         return job
 
     def _bytes(self, job: Job) -> int:
         how = self._prefill_step_size, self._kv_bits, self._draft
-        return jobs_bytes(self._models, [job], *how)
-
-    def _forget(self, task: Task) -> None:
-        """A cancelled task that is still queued leaves at once."""
-        with self._changed:
-            if task in self._arrived:
-                self._dequeue(task)
-                self._places_taken[task.job.model] -= task.job.n
-                self._never_started += 1
-
-    def _dequeue(self, task: Task) -> None:
-        self._queues[task.job.model].remove(task)
-        del self._arrived[task]
+        return jobs_bytes(self.laid, [job], *how)
 
     # On the engine's own thread.
 
@@ -195,12 +240,23 @@ class BatchEngine:
             self._ready.set()
 
     def _start(self) -> None:
-        self._budget = int(available_bytes() * HEADROOM)
+        self._measure()
         if self._budget <= 0:
             raise MemoryBudgetError("no memory is left for requests; use a smaller model")
         self._prompts = PromptStore(min(self._cache_bytes, self._budget))
-        self._batch = Batch(
-            self._models,
+        for holding in self._holdings:
+            self._begin_to_answer(holding)
+        self._look()
+
+    def _measure(self) -> None:
+        """What jobs and kept prompts may take, now that other weights are held."""
+        self._budget = int((available_bytes() + self._kv_bytes + self._kept_bytes) * HEADROOM)
+
+    def _begin_to_answer(self, holding: Holding) -> None:
+        assert holding.models is not None
+        holding.used = time.monotonic()
+        holding.batch = Batch(
+            holding.models,
             self._prompts,
             self._counts,
             self._left,
@@ -212,30 +268,224 @@ class BatchEngine:
 
     def _turn(self) -> bool:
         """One step of all jobs that run; False when the engine is to stop."""
-        running = bool(self._batch.tasks)
+        running = self._running
         if not running or time.monotonic() >= self._release_next:
             release()  # caches grow and shrink: what they leave adds up to gigabytes
             self._release_next = time.monotonic() + _RELEASE
         with self._changed:
-            while not (running or self._arrived or self._deadline is not None):
-                self._changed.wait()
+            while not (running or self._has_work or self._deadline is not None):
+                if not self._changed.wait(self._idle_for()):
+                    break
             closing = self._deadline is not None
             if closing and (not running or time.monotonic() >= (self._deadline or 0.0)):
                 return False
+        self._relieve()
         if closing:
             self._fail_queued(_CLOSING)
         else:
+            self._take_coming()
             self._admit()
-        if self._batch.tasks:
-            self._guarded(self._batch.step)
-        self._prompts.limit(self._budget - self._batch.predicted())
+        self._step()
+        if self._loader.holding is not None and not closing:
+            self._load_on(self._loader.holding)
+        self._rest_idle()
+        self._keep_prompts(self._budget - self._loader.reserved - self._predicted())
         self._look()
+        if self._running or self._has_work:
+            self._awake.hold()
+        else:
+            self._awake.settle()
         return True
 
+    def _step(self) -> None:
+        # On its own: a batch that was still named here could not be released.
+        for batch in self._batches:
+            if batch.tasks:
+                self._guarded(batch, batch.step)
+
+    @property
+    def _batches(self) -> list[Batch]:
+        return [holding.batch for holding in self._holdings if holding.batch is not None]
+
+    @property
+    def _running(self) -> bool:
+        return any(batch.tasks for batch in self._batches)
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(len(self._waiting) or self._loader.coming or self._loader.holding)
+
+    def _predicted(self, new: Task | None = None) -> int:
+        """Bytes that all jobs, and `new`, may need at most."""
+        total = 0
+        for holding in self._holdings:
+            if holding.batch is not None:
+                own = new if new is not None and new.job.model in holding.laid else None
+                total += holding.batch.predicted(own)
+        return total
+
     def _look(self) -> None:
-        self._active = self._batch.rows()
-        self._kv_bytes = self._batch.kv_bytes
+        self._active = sum(batch.rows() for batch in self._batches)
+        self._kv_bytes = sum(batch.kv_bytes for batch in self._batches)
         self._kept_bytes = self._prompts.nbytes
+        self._room = self._budget - self._loader.reserved - self._predicted()
+        self._room += sum(holding.nbytes for holding in self._idle())
+
+    # Weights that come and go.
+
+    def _take_coming(self) -> None:
+        """Begin with the next model that is asked for, unless another is being loaded."""
+        while self._loader.coming and self._loader.holding is None:
+            coming = self._loader.coming.popleft()
+            name, source = coming.name, coming.source
+            same = [h for h in self._holdings if h.source is not None and h.source.shares(source)]
+            try:
+                if same:
+                    self._waiting.add_model(name)
+                    same[0].add(name, coming.laid)
+                    coming.holding = same[0]
+                    coming.end(None)
+                    continue
+                self._make_room(name, source)
+                coming.holding = Holding({name: coming.laid}, source)
+                self._loader.begin(coming.holding)
+                self._begun = coming
+            except Exception as error:
+                self._not_loaded(coming, error)
+
+    def _make_room(self, name: str, source: Source) -> None:
+        """Where weights may rest, let those rest that have nothing to do, the longest idle first,
+        until these fit. Raises MemoryBudgetError where they don't even then."""
+        self._measure()
+        for holding in sorted(self._idle(), key=lambda holding: holding.used):
+            if source.needed <= self._budget - self._predicted():
+                return
+            self._rest(holding)
+        if source.needed > (free := self._budget - self._predicted()):
+            raise MemoryBudgetError(too_little(name, source.needed, free))
+
+    def _idle(self) -> list[Holding]:
+        """What has nothing to do, and may rest."""
+        if self._unload_after is None:
+            return []
+        idle = [h for h in self._holdings if h.batch is not None and h.source is not None]
+        return [h for h in idle if h.batch and not h.batch.tasks and not self._queued(h)]
+
+    def _not_loaded(self, coming: Coming, error: Exception) -> None:
+        message = why_not(error, coming.source, coming.name)
+        write(f"{coming.name} can't be loaded: {message}")
+        coming.end(message)
+
+    def _load_on(self, holding: Holding) -> None:
+        """A matrix more of what is being loaded."""
+        coming = self._begun
+        try:
+            there = self._loader.go_on(self._running)
+        except Exception as error:
+            self._begun = None
+            gc.collect()
+            release()
+            self._measure()
+            if coming is not None:
+                self._not_loaded(coming, error)
+            else:
+                self._give_up(holding, error)
+            return
+        if not there:
+            if time.monotonic() >= self._say_next:
+                self._say_next = time.monotonic() + _SAY_LOADING
+                done, total = holding.loading or (0, 0)
+                for task in self._queued(holding):
+                    task.deliver(Loading(done, total))
+            return
+        self._loads += 1
+        self._begin_to_answer(holding)
+        self._measure()
+        if coming is not None:
+            self._begun = None
+            self._waiting.add_model(coming.name)
+            self._holdings = (*self._holdings, holding)
+            coming.end(None)
+
+    def _wake(self, holding: Holding) -> bool:
+        """Begin to load what is at rest. Whether other jobs may start meanwhile: not where it
+        waits for the memory of those that run."""
+        if self._loader.holding is not None:
+            return True
+        assert holding.source is not None
+        try:
+            self._make_room(holding.name, holding.source)
+            self._loader.begin(holding)
+        except Exception as error:
+            if isinstance(error, MemoryBudgetError) and self._running:
+                return False
+            self._give_up(holding, error)
+        return True
+
+    def _give_up(self, holding: Holding, error: Exception) -> None:
+        """What is at rest can't be loaded: its jobs fail, later ones try again."""
+        assert holding.source is not None
+        message = f"{holding.name} can't be loaded: {why_not(error, holding.source, holding.name)}"
+        write(message)
+        self._fail(self._queued(holding), Failed(message, unavailable=True))
+
+    def _idle_for(self) -> float | None:
+        """Seconds until something is to be done though nothing happens; None: for ever."""
+        after: list[float] = []
+        if self._unload_after is not None:
+            loaded = [h for h in self._holdings if h.models is not None and h.source is not None]
+            after += [h.used + self._unload_after - time.monotonic() for h in loaded]
+        if self._short or self._prompts.nbytes:
+            after.append(_LOOK)
+        if self._awake.held:
+            after.append(LINGER)
+        return max(0.0, min(after)) if after else None
+
+    def _relieve(self) -> None:
+        """Where the machine runs short of memory, what is kept for later prompts goes first."""
+        if (short := self._pressure.look()) == self._short:
+            return
+        if not short:
+            self._short = False
+            write("there is memory again: what prompts computed is kept for later ones")
+            return
+        kept = self._prompts.nbytes + mx.get_cache_memory()
+        self._prompts.clear()
+        release()
+        self._look()
+        self._short, self._reliefs = True, self._reliefs + 1
+        write(f"memory is short: {human(kept)} kept for later prompts are given up")
+
+    def _keep_prompts(self, nbytes: int) -> None:
+        """Keep so much of earlier prompts at most."""
+        self._prompts.limit(0 if self._short else nbytes)
+
+    def _rest_idle(self) -> None:
+        """Release the weights and caches that had no work for long."""
+        now, idle = time.monotonic(), self._idle()
+        for holding in self._holdings:
+            if holding not in idle:
+                holding.used = now
+            elif self._unload_after is not None and now - holding.used >= self._unload_after:
+                self._rest(holding)
+
+    def _rest(self, holding: Holding) -> None:
+        before = mx.get_active_memory()
+        models = tuple(holding.laid)
+        self._prompts.forget(lambda key: isinstance(key, tuple) and key[1] in models)
+        self._look()
+        holding.drop()
+        gc.collect()
+        release()
+        self._measure()
+        self._rests += 1
+        freed = human(max(0, before - mx.get_active_memory()))
+        write(f"{holding.name}: at rest, {freed} released; the next request loads it again")
+
+    # Jobs.
+
+    def _queued(self, holding: Holding) -> list[Task]:
+        return self._waiting.of(holding.laid)
 
     def _admit(self) -> None:
         """Start queued jobs in the order they came, as far as places and memory go.
@@ -243,73 +493,93 @@ class BatchEngine:
         A model without a free place holds up only its own jobs. A job that waits for memory holds
         up all that came after it: else small ones could keep it waiting for ever.
         """
-        for task in self._oldest_first():
-            if self._batch.places(task.job.model) < task.job.n:
+        for task in self._waiting.oldest_first():
+            holding = self._of(task.job.model)
+            batch = holding.batch
+            if batch is None:
+                if not self._wake(holding):
+                    return
                 continue
-            needed = self._batch.predicted(task)
-            if needed > self._budget:
-                return
-            self._prompts.limit(self._budget - needed)
-            with self._changed:
-                if task not in self._arrived:  # cancelled meanwhile
+            if batch.places(task.job.model) < task.job.n:
+                continue
+            needed, budget = self._predicted(task), self._budget - self._loader.reserved
+            if needed > budget:
+                if not self._running and self._loader.holding is None:  # nothing will be freed
+                    self._fail([task], Failed(_too_large(task.job, needed, budget), True))
                     continue
-                self._dequeue(task)
-            self._guarded(partial(self._batch.start, task))
+                return
+            self._keep_prompts(budget - needed)
+            with self._changed:
+                if not self._waiting.take(task):  # cancelled meanwhile
+                    continue
+            self._guarded(batch, partial(batch.start, task))
 
-    def _guarded(self, do: Callable[[], None]) -> None:
+    def _guarded(self, batch: Batch, do: Callable[[], None]) -> None:
         """`do` something with the batch. It handles its jobs' errors itself; one that gets past it
         ends all jobs."""
         try:
             do()
         except Exception as error:
             log.exception("a batch failed")
-            self._batch.fail_all(said(error))
-
-    def _oldest_first(self) -> Iterator[Task]:
-        """Queued tasks, the oldest first. After one that was not started, none of its model's."""
-        passed: set[str] = set()
-        while True:
-            with self._changed:
-                heads = [
-                    queue[0] for name, queue in self._queues.items() if queue and name not in passed
-                ]
-                if not heads:
-                    return
-                task = min(heads, key=self._arrived.__getitem__)
-            yield task
-            with self._changed:
-                if task in self._arrived:
-                    passed.add(task.job.model)
+            batch.fail_all(said(error))
 
     def _left(self, task: Task) -> None:
         """A started job is over; its places are free."""
-        self._active = self._batch.rows()
+        self._active = sum(batch.rows() for batch in self._batches)
         with self._changed:
-            self._places_taken[task.job.model] -= task.job.n
+            self._waiting.free(task)
 
     def _fail_queued(self, message: str) -> None:
-        with self._changed:
-            tasks = sorted(self._arrived, key=self._arrived.__getitem__)
-            for task in tasks:
-                self._dequeue(task)
-                self._places_taken[task.job.model] -= task.job.n
-        for task in tasks:
+        self._fail(self._waiting.of(), Failed(message))
+
+    def _fail(self, tasks: list[Task], failed: Failed) -> None:
+        """End jobs that are queued, but those that were cancelled meanwhile."""
+        for task in self._waiting.give_up(tasks):
             self._counts.finished["failed"] += 1
-            task.deliver(Failed(message))
+            task.deliver(failed)
 
     def _stop(self) -> None:
         with self._changed:
             if self._deadline is None:  # an error ended the thread
                 self._deadline, self._why = time.monotonic(), _STOPPED
         self._fail_queued(self._why)
-        if self._failure is None and hasattr(self, "_batch"):
-            self._batch.fail_all(self._why)
+        for coming in [*filter(None, [self._begun]), *self._loader.coming]:
+            coming.end(self._why)
+        if self._failure is None and hasattr(self, "_prompts"):
+            for batch in self._batches:
+                batch.fail_all(self._why)
             self._prompts.clear()
             self._look()
+            if self._loader.holding is not None:
+                self._loader.holding.drop()
         mx.clear_cache()
+        self._awake.release()
 
 
-def check_job(job: Job, models: Mapping[str, Model], max_batch: int) -> None:
+def too_little(name: str, needed: int, free: int) -> str:
+    """What to say where weights don't fit."""
+    return f"{name} needs {human(needed)} and {human(max(0, free))} are free"
+
+
+def why_not(error: Exception, source: Source, name: str) -> str:
+    """Why weights can't be loaded, in one line without a path."""
+    if isinstance(error, CerebrumError):
+        return pathless(error, source.path, name)
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or "alloc" in text or "memory" in text:
+        return "the device ran out of memory"
+    return f"its weights can't be read ({type(error).__name__})"
+
+
+def _too_large(job: Job, needed: int, free: int) -> str:
+    return (
+        f"a prompt of {len(job.prompt)} tokens with {job.n} x {job.max_tokens} more needs"
+        f" {human(needed)}, and there are {human(max(0, free))} for all requests;"
+        " ask for fewer tokens"
+    )
+
+
+def check_job(job: Job, models: Mapping[str, Sized], max_batch: int) -> None:
     """Raise RequestError for a job that can never run, however much memory there is."""
     if job.model not in models:
         raise RequestError(f"there is no model {job.model!r}; there are {', '.join(models)}")

@@ -1,6 +1,6 @@
 """From a request's body to jobs for the engine: parsed, checked, tokenized."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, Generic, Literal, TypeVar
@@ -74,6 +74,17 @@ class Accepted(Generic[Asked]):
     calls: Calls = None
 
 
+@dataclass(frozen=True)
+class Served:
+    """A model, as far as requests are read for it."""
+
+    layout: Layout
+    fingerprint: str
+    tokenizer: Tokenizer
+    spelling: Spelling
+    grammars: Grammars
+
+
 class Intake:
     """Makes bodies into jobs. Its methods are slow for long prompts: not for the event loop.
 
@@ -88,21 +99,30 @@ class Intake:
         dtype: str,
         defaults: Defaults,
     ) -> None:
-        self.layouts = layouts
-        self._tokenizer, self._spelling, self._defaults = tokenizer, spelling, defaults
-        size = next(iter(layouts.values())).vocabulary_size  # the same weights
-        self._grammars = Grammars(tokenizer, size)
-        self.fingerprints = {
-            name: "fp_" + sha256(f"{__version__} {name} {dtype} {layout}".encode()).hexdigest()[:12]
-            for name, layout in layouts.items()
-        }
+        self._defaults = defaults
+        self.also: Callable[[str], str | None] = lambda _: None  # what else a name may mean
+        self.models: Mapping[str, Served] = {}  # never changed, but replaced
+        self.add(tokenizer, spelling, layouts, dtype)
+
+    def add(
+        self, tokenizer: Tokenizer, spelling: Spelling, layouts: Mapping[str, Layout], dtype: str
+    ) -> None:
+        """Take requests for these too: models of the same weights."""
+        size = next(iter(layouts.values())).vocabulary_size
+        grammars, models = Grammars(tokenizer, size), dict(self.models)
+        for name, layout in layouts.items():
+            print_ = sha256(f"{__version__} {name} {dtype} {layout}".encode()).hexdigest()[:12]
+            models[name] = Served(layout, f"fp_{print_}", tokenizer, spelling, grammars)
+        self.models = models
 
     def find(self, asked: str | None) -> str:
         """The name of the model that is meant. Raises ApiError (404)."""
         if not asked:
-            return next(iter(self.layouts))
+            return next(iter(self.models))
+        if asked not in self.models and (meant := self.also(asked[:200])) is not None:
+            return meant
         try:
-            return views.find(self.layouts, asked[:200])
+            return views.find(self.models, asked[:200])
         except PlanError as error:
             raise ApiError(404, str(error), code="model_not_found", param="model") from None
 
@@ -110,16 +130,17 @@ class Intake:
         """A conversation to be answered."""
         request = parse_body(kind, body)
         model, talk = self.find(request.model), request.talk
-        knows_tools, to_call = self._tokenizer.template_takes_tools, self._to_call(talk)
+        tokenizer = self.models[model].tokenizer
+        knows_tools, to_call = tokenizer.template_takes_tools, self._to_call(talk)
         messages = talk.messages
         if to_call and not knows_tools:
             messages = [*messages, {"role": "user", "content": call_note(to_call.values())}]
         tools = [tool.plain for tool in talk.tools] if knows_tools and talk.tools else None
         ids = self._rendered(messages, model, talk.param, talk.prompted, talk.continued, tools)
         held = held_to(request, talk.format, to_call)
-        grammar = self._grammar(held)
+        grammar = self._grammar(model, held)
         # A checkpoint's own stop strings end a turn; in a JSON text they may mean themselves.
-        own = self._tokenizer.stop_strings if grammar is None else ()
+        own = tokenizer.stop_strings if grammar is None else ()
         stop = (*(request.stop or ()), *own)
         job = self._job(request, model, ids, talk.param, stop, talk.top_logprobs, owner, grammar)
         job = replace(job, continues=talk.continued)
@@ -141,9 +162,9 @@ class Intake:
             raise ApiError(400, message, code="unsupported_value", param="tool_choice")
         return to_call
 
-    def _grammar(self, held: Ask | None) -> Grammar | None:
+    def _grammar(self, model: str, held: Ask | None) -> Grammar | None:
         try:
-            return None if held is None else self._grammars.compile(held)
+            return None if held is None else self.models[model].grammars.compile(held)
         except RequestError as error:
             param = held.where if held else None
             raise ApiError(400, str(error), code="invalid_value", param=param) from None
@@ -152,12 +173,13 @@ class Intake:
         request = parse_body(CompletionRequest, body)
         model = self.find(request.model)
         stop = tuple(request.stop or ())
-        grammar = self._grammar(held_to(request, ("response_format", request.response_format), {}))
+        held = held_to(request, ("response_format", request.response_format), {})
+        grammar = self._grammar(model, held)
         jobs = []
         for prompt in request.prompt:
             if isinstance(prompt, str):
                 self._check_length(prompt, model, "prompt")
-            ids = self._ids(prompt)
+            ids = self._ids(model, prompt)
             top = request.logprobs
             job = self._job(request, model, ids, "prompt", stop, top, owner, grammar)
             jobs.append(replace(job, echo=bool(request.echo)))
@@ -166,7 +188,8 @@ class Intake:
     def tokenize(self, body: bytes) -> tuple[Tokenized, str]:
         """What a text is in ids; and the names of what is not looked at."""
         request = parse_body(TokenizeRequest, body)
-        model, tokenizer = self.find(request.model), self._tokenizer
+        model = self.find(request.model)
+        tokenizer, spelling = self.models[model].tokenizer, self.models[model].spelling
         text = request.prompt if request.content is None else request.content
         param = "messages" if text is None else "prompt" if request.content is None else "content"
         if text is None:
@@ -178,17 +201,17 @@ class Intake:
                 found = tokenizer.encode(text, add_bos=tokenizer.add_bos and request.special)
             except CerebrumError as error:
                 raise ApiError(400, str(error), code="invalid_value", param=param) from None
-        names = [self._spelling(token)[0] for token in found] if request.return_token_strs else None
-        context = self.layouts[model].context_length
+        names = [spelling(token)[0] for token in found] if request.return_token_strs else None
+        context = self.models[model].layout.context_length
         told = Tokenized(count=len(found), max_model_len=context, tokens=found, token_strs=names)
         return told, listed(set(request.unknown()))
 
     def detokenize(self, body: bytes) -> tuple[Detokenized, str]:
         """The text of ids; and the names of what is not looked at."""
         request = parse_body(DetokenizeRequest, body)
-        self.find(request.model)
+        model = self.find(request.model)
         try:
-            text = self._tokenizer.decode(request.tokens)
+            text = self.models[model].tokenizer.decode(request.tokens)
         except CerebrumError as error:
             raise ApiError(400, str(error), code="invalid_value", param="tokens") from None
         return Detokenized(prompt=text, content=text), listed(set(request.unknown()))
@@ -203,19 +226,21 @@ class Intake:
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> list[int]:
         """A conversation's ids."""
+        tokenizer = self.models[model].tokenizer
         try:
-            segments = self._tokenizer.render(messages, prompted, continued, tools)
+            segments = tokenizer.render(messages, prompted, continued, tools)
             text = "".join(part for part in segments if isinstance(part, str))
             self._check_length(text, model, param)
-            return self._tokenizer.encode_segments(segments)
+            return tokenizer.encode_segments(segments)
         except CerebrumError as error:
             raise ApiError(400, str(error), code="invalid_value", param=param) from None
 
-    def _ids(self, prompt: str | list[int]) -> list[int]:
+    def _ids(self, model: str, prompt: str | list[int]) -> list[int]:
+        tokenizer = self.models[model].tokenizer
         try:
             if isinstance(prompt, str):
-                return self._tokenizer.encode(prompt)
-            detokenizer = self._tokenizer.detokenizer()
+                return tokenizer.encode(prompt)
+            detokenizer = tokenizer.detokenizer()
             for token in set(prompt):
                 detokenizer.add(token)  # raises for what is not an id
             return prompt
@@ -239,7 +264,7 @@ class Intake:
             raise ApiError(400, message, code="invalid_value", param="min_tokens")
         chosen = sampling(request, self._defaults.sampling)
         try:
-            chosen.check_vocabulary(self.layouts[model].vocabulary_size)
+            chosen.check_vocabulary(self.models[model].layout.vocabulary_size)
         except RequestError as error:
             raise ApiError(400, str(error), code="invalid_value", param="logit_bias") from None
         if grammar is not None:  # which says where the answer ends, and not the command line
@@ -259,9 +284,10 @@ class Intake:
 
     def _check_length(self, text: str, model: str, param: str) -> None:
         """Raise ApiError for a text that is sure to be more than the model's positions."""
-        context, least = self.layouts[model].context_length, 0
+        served, least = self.models[model], 0
+        context = served.layout.context_length
         for start in range(0, len(text), SLICE) if len(text) > SLICE else ():
-            part = self._tokenizer.encode(text[start : start + SLICE], add_bos=False)
+            part = served.tokenizer.encode(text[start : start + SLICE], add_bos=False)
             least += max(0, len(part) - _CUT)
             if least > context:
                 message = f"{model} has {context} positions; this is more than {least} tokens"
@@ -273,7 +299,7 @@ class Intake:
         if prompt == 0:
             message = f"{param}: there is nothing to continue"
             raise ApiError(400, message, code="invalid_value", param=param)
-        context = self.layouts[model].context_length
+        context = self.models[model].layout.context_length
         if context - prompt < (asked != 0):
             message = f"{model} has {context} positions; this is {prompt} prompt tokens"
             raise ApiError(400, message, code="context_length_exceeded", param=param)

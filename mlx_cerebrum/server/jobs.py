@@ -55,6 +55,14 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """The model is on its way: bytes that are ready, and bytes in all."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Piece:
     """A generated token of one choice, and the text that is final now that it is known."""
 
@@ -74,9 +82,10 @@ class Failed:
 
     message: str
     asked: bool = False  # for what was asked: the same again would fail too
+    unavailable: bool = False  # the model can't be had now
 
 
-Event = Reading | Piece | Failed
+Event = Loading | Reading | Piece | Failed
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,13 @@ class Stats:
     finished: Mapping[str, int]  # jobs by how they ended: stop, length, cancelled, failed
     cache_bytes: int  # of prompts that are kept
     kv_bytes: int  # of the batches
+    weights_bytes: int = 0
+    loaded: int = 0  # checkpoints now
+    at_rest: int = 0  # checkpoints now
+    loads: int = 0  # checkpoints loaded since the start
+    rests: int = 0  # checkpoints put to rest since the start
+    short_of_memory: bool = False  # the machine
+    reliefs: int = 0  # times that kept prompts were given up for it
 
 
 class Engine(Protocol):

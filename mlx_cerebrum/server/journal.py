@@ -15,7 +15,7 @@ from mlx_cerebrum.text import one_line
 
 CLIENT_GONE = 499  # as nginx counts it; never sent
 ID = "cerebrum.id"  # of the request, in its ASGI scope
-_UNLOGGED = ("/health", "/metrics", "/typeset")  # asked for many times a minute
+_UNLOGGED = ("/health", "/metrics", "/typeset", "/shelf")  # asked for many times a minute
 
 
 class Journal:

@@ -55,6 +55,10 @@ class _EngineCollector(Collector):
             "active": ("Sequences being generated", stats.active),
             "prefix_cache_bytes": ("Held for prompts that begin alike", stats.cache_bytes),
             "kv_bytes": ("Held by the sequences being generated", stats.kv_bytes),
+            "weights_bytes": ("Held by weights", stats.weights_bytes),
+            "checkpoints_loaded": ("Checkpoints whose weights are held", stats.loaded),
+            "checkpoints_at_rest": ("Checkpoints that the next request loads", stats.at_rest),
+            "short_of_memory": ("Whether the machine runs short of it", stats.short_of_memory),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"cerebrum_{name}", text, value)
@@ -65,6 +69,9 @@ class _EngineCollector(Collector):
                 stats.cached_tokens,
             ),
             "generated_tokens": ("Tokens generated", stats.generated_tokens),
+            "loads": ("Checkpoints loaded since the start", stats.loads),
+            "rests": ("Checkpoints put to rest for want of work", stats.rests),
+            "reliefs": ("Times kept prompts were given up for want of memory", stats.reliefs),
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(f"cerebrum_{name}", text, value)

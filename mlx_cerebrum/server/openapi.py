@@ -17,6 +17,7 @@ _ERRORS = {
     401: "The API key is missing or wrong",
     403: "This Host or Origin may not ask",
     404: "No such model",
+    409: "The model can't be loaded now",
     408: "The body did not arrive in time",
     413: "The body is too large",
     415: "The body must be application/json",
@@ -32,7 +33,7 @@ class Operation:
     """What a path does.
 
     body: what it takes, by POST; None: nothing, by GET. streams: whether its answer may come in
-    pieces. errors: the statuses it may have besides those of every GET.
+    pieces. errors: the statuses it may have besides those of every GET, or every POST.
     """
 
     path: str
@@ -65,7 +66,8 @@ def _described(of: Operation) -> Json:
     content = _json(of.answer)
     if of.streams:
         content["text/event-stream"] = {}  # a schema would be taken for that of each event
-    statuses = _ERRORS if of.body else {s: _ERRORS[s] for s in sorted({*_OF_ALL, *of.errors})}
+    common = _ERRORS.keys() - {409} if of.body else set(_OF_ALL)
+    statuses = {status: _ERRORS[status] for status in sorted(common | set(of.errors))}
     responses: Json = {"200": {"description": "The answer", "content": content}}
     for status, text in statuses.items():
         responses[str(status)] = {"description": text, "content": _json(Error)}

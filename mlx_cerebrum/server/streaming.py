@@ -12,7 +12,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from mlx_cerebrum.server.faults import ApiError
-from mlx_cerebrum.server.jobs import NO_TOKEN, Engine, Event, Failed, Job, Piece, Reading
+from mlx_cerebrum.server.jobs import (
+    NO_TOKEN,
+    Engine,
+    Event,
+    Failed,
+    Job,
+    Loading,
+    Piece,
+    Reading,
+)
 from mlx_cerebrum.server.metrics import Metrics
 from mlx_cerebrum.server.shapes import Choice, Json, Shape
 
@@ -49,6 +58,7 @@ class RunningRequest:
         self._events: deque[tuple[float, int, Event]] = deque()
         # Only each prompt's newest matters. Not a dict: the engine's thread must not resize it.
         self._reading: list[Reading | None] = [None] * len(jobs)
+        self.loading: Loading | None = None  # of the model, while the jobs wait for it
         self._read_more = False  # since the last `take`
         self._news = asyncio.Event()
         self._told = False  # `_news` is set, or will be
@@ -145,8 +155,10 @@ class RunningRequest:
         """On the engine's thread."""
         if self._cancelled:
             return
-        if isinstance(event, Reading):
-            self._reading[job] = event
+        if isinstance(event, Loading):
+            self.loading, self._read_more = event, True
+        elif isinstance(event, Reading):
+            self._reading[job], self.loading = event, None
             self._read_more = True
         else:
             self._events.append((time.perf_counter(), job, event))
@@ -246,7 +258,10 @@ class StreamResponse(Response):
                 events = await asyncio.to_thread(self._said, pieces)
             else:
                 events = self._said(pieces)
-            if not pieces:  # only more of the prompt, or nothing
+            loading = self._running.loading
+            if not pieces and loading is not None:
+                events.append(b": loading %d/%d\n\n" % (loading.done, loading.total))
+            elif not pieces:  # only more of the prompt, or nothing
                 reading = self._running.reading
                 if reading is None or reading == told:
                     events.append(b": keep-alive\n\n")

@@ -1,6 +1,6 @@
 """From a checkpoint to a model that runs: cast, packed and fused, a block at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +24,22 @@ def load_model(
 
     Peak memory is the model's plus `storage.transient`.
     """
+    pieces = load_in_pieces(checkpoint, config, storage)
+    while True:
+        try:
+            ready = next(pieces)
+        except StopIteration as whole:
+            model: Model = whole.value
+            return model
+        if progress is not None:
+            progress(ready, storage.nbytes)
+
+
+def load_in_pieces(
+    checkpoint: Checkpoint, config: ModelConfig, storage: Storage
+) -> Generator[int, None, Model]:
+    """As `load_model`, for who has other work between two matrices: yields the bytes that are
+    ready, returns the model."""
     held = {} if storage.dequantize else storage.packings
     model = Model(config)
     # Nothing is computed here: the modules only take their final form, to be filled below.
@@ -45,9 +61,8 @@ def load_model(
                 del arrays
             matrices = [source for source in sources if source in shapes]
             ready += sum(matrix_bytes(shapes[m], held.get(m), storage.dtype.size) for m in matrices)
+            yield ready
         mx.clear_cache()
-        if progress is not None:
-            progress(ready, storage.nbytes)
     return model
 
 

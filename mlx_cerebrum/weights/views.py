@@ -84,7 +84,11 @@ def find(names: Iterable[str], asked: str) -> str:
 
 def describe(model: Model) -> Mapping[str, int | None]:
     """What a list of models says about each."""
-    config = model.config
+    return described(model.config)
+
+
+def described(config: ModelConfig) -> Mapping[str, int | None]:
+    """The same of a model whose weights are not here."""
     return {
         "positions": config.num_positions,
         "blocks": config.num_hidden_layers,

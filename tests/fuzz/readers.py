@@ -13,7 +13,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -596,7 +596,8 @@ def intake() -> Intake:
         positions=8, blocks=8, sliding_window=None, context_length=512, vocabulary_size=259
     )
     made = Intake(tokenizer, Spelling(tokenizer), {"x": layout}, "float32", Defaults())
-    made._grammars = OnlyWritten()  # type: ignore[assignment]
+    grammars: Any = OnlyWritten()
+    made.models = {"x": replace(made.models["x"], grammars=grammars)}
     return made
 
 
