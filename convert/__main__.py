@@ -23,6 +23,7 @@ from convert.upload import check_uploadable, upload
 from convert.verify import main as verify
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.flags import add_plan_flag, add_revision_flag
+from mlx_cerebrum.machine.awake import awake
 from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.model.tensors import place
 from mlx_cerebrum.plan.layer_plan import resolve
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     return cli.run(lambda: _run(args), args.debug)
 
 
+@awake()
 def _run(args: argparse.Namespace) -> int:
     try:
         destination: Path = args.mlx_path.expanduser()

@@ -25,6 +25,7 @@ from convert.variant import Variant, choose, machine
 from convert.verify import verify
 from mlx_cerebrum.errors import CheckpointError, RequestError
 from mlx_cerebrum.flags import add_plan_flag, add_revision_flag
+from mlx_cerebrum.machine.awake import awake
 from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.model.tensors import module_shapes
 from mlx_cerebrum.plan.layer_plan import LayerPlan, resolve
@@ -114,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     return cli.run(lambda: _run(args), args.debug)
 
 
+@awake()
 def _run(args: argparse.Namespace) -> int:
     if args.name == "demo":
         return _demo(args)

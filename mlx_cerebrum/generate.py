@@ -47,6 +47,7 @@ from mlx_cerebrum.flags import (
     model_spec,
     say_assumed,
 )
+from mlx_cerebrum.machine.awake import awake
 from mlx_cerebrum.model.cache import REWIND
 from mlx_cerebrum.model.entries import check_kv_bits
 from mlx_cerebrum.model.forward import Model
@@ -193,6 +194,7 @@ def _run(args: argparse.Namespace) -> int:
         return _answer(args, spec, sampling, asked)
 
 
+@awake()
 def _answer(
     args: argparse.Namespace, spec: ModelSpec, sampling: Sampling, asked: str | list[Message]
 ) -> int:

@@ -16,6 +16,7 @@ from mlx_cerebrum.chat.settings import Settings
 from mlx_cerebrum.chat.signals import interrupts
 from mlx_cerebrum.chat.wording import counted, difference, figures, shorten
 from mlx_cerebrum.errors import CerebrumError, RequestError
+from mlx_cerebrum.machine.awake import awake
 from mlx_cerebrum.text import tell_traceback
 from mlx_cerebrum.weights import views
 
@@ -160,6 +161,7 @@ class Chat:
         if not self.asks:
             raise KeyboardInterrupt
 
+    @awake()
     def _show(self, stream: AnswerStream, before: str | None = None) -> None:
         answer = stream.answer
         with closing(stream):
@@ -168,6 +170,7 @@ class Chat:
             first = f"first after {answer.last.time_to_first_token:.2f} s"
             self.screen.notice(f"{figures(answer)}, {first}")
 
+    @awake()
     def compare(self, question: str, before: int) -> None:
         """Put a question to two models, and keep one of the answers."""
         session = self.session
