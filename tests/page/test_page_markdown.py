@@ -54,6 +54,14 @@ def link(url: str, text: str, more: str = "") -> str:
         ("# Title #\n## `x` below", "<h3>Title</h3><h4><code>x</code> below</h4>"),
         ("#hashtag", "<p>#hashtag</p>"),
         ("####### seven", "<p>####### seven</p>"),
+        ("## First\n#### Deep", '<h4 aria-level="3">First</h4><h6 aria-level="4">Deep</h6>'),
+        (
+            "A title\n===\nb\n\nAnother\n-----\nc",
+            "<h3>A title</h3><p>b</p><h4>Another</h4><p>c</p>",
+        ),
+        ("A sentence.\n---\nb", "<p>A sentence.</p><hr><p>b</p>"),
+        ("two = 1 + 1\n---\nb", "<p>two = 1 + 1</p><hr><p>b</p>"),
+        ("one\ntwo\n---", "<p>one<br>two</p><hr>"),
         ("*em* **strong** ***both*** ~~gone~~", None),
         ("a\n---\nb", "<p>a</p><hr><p>b</p>"),
         ("a*b*c 2 * 3 * 4 snake_case_name", "<p>a*b*c 2 * 3 * 4 snake_case_name</p>"),
@@ -140,6 +148,105 @@ def test_a_code_block_has_its_language_and_a_button(page: Page) -> None:
         '<button type="button" class="quiet">Copy</button></div>'
         '<pre tabindex="0"><code>if a &lt; b:\n\n    *x*</code></pre></div><p>after</p>'
     )
+
+
+def code(text: str, language: str = "text") -> str:
+    return (
+        f'<div class="code"><div class="code-head"><span>{language}</span>'
+        '<button type="button" class="quiet">Copy</button></div>'
+        f'<pre tabindex="0"><code>{text}</code></pre></div>'
+    )
+
+
+def test_indented_code_keeps_its_indentation(page: Page) -> None:
+    assert draw(page, "So:\n\n    def f():\n        x\n\n    y\n\nafter") == (
+        f"<p>So:</p>{code('def f():' + chr(10) + '    x' + chr(10) * 2 + 'y')}<p>after</p>"
+    )
+    assert draw(page, "\ta\n\t\tb") == code("a\n\tb")
+    # It interrupts no paragraph, and what models indent without meaning code is none.
+    assert draw(page, "a\n    b") == "<p>a<br>b</p>"
+    assert draw(page, "a\n\n    - b") == "<p>a</p><ul><li>b</li></ul>"
+    assert draw(page, "    **b**") == "<p><strong>b</strong></p>"
+    assert draw(page, "    \\[x\\]") == "<p>" + maths("\\[x\\]") + "</p>"
+    html = draw(page, "- a\n\n      code\n- b")
+    assert code("code") in html
+    assert html.count("<li>") == 2
+
+
+def test_links_by_reference(page: Page) -> None:
+    url = "https://example.org/a"
+    known = f"\n\n[One]: {url} 'title'\n[two words]: <https://example.org/b>"
+    html = draw(page, f"see [text][one], [one][], [ONE], [Two\nWords] and [three]{known}")
+    assert html.count(f'href="{url}"') == 4  # and where it is defined: nothing is hidden
+    assert html.count('href="https://example.org/b"') == 2
+    assert "[three]" in html
+    assert html.count('<p class="definition">') == 2
+    assert link(url, "text") in html
+    # One that may not be an address defines nothing.
+    assert "<a" not in draw(page, "[x] and [y][x]\n\n[x]: javascript:alert(1)")
+    assert draw(page, "[2](3)\n\n[4]: https://example.org/").count("<a ") == 1
+
+
+def test_footnotes(page: Page) -> None:
+    text = (
+        "A[^1] b[^n] c[^none].\n\n[^1]: The *first*.\n  Its line.\n\n    And more.\n[^n]: Second."
+    )
+    html = draw(page, text)
+    mark = (
+        '<sup><button type="button" class="ref" data-label="1" aria-label="Footnote 1">1</button>'
+    )
+    assert mark in html
+    assert "c[^none]." in html
+    assert html.count('<div class="footnote"') == 2
+    assert "<p>The <em>first</em>.<br>Its line.</p><p>And more.</p>" in html
+
+
+def test_a_footnote_and_its_mark_lead_to_each_other(page: Page) -> None:
+    focused = page.evaluate(
+        """async () => {
+            const { Rendering } = await import("/markdown.js");
+            const into = document.createElement("div");
+            into.className = "markdown";
+            document.body.append(into);
+            new Rendering(into).update("A[^x].\\n\\n[^x]: Note");
+            const found = [];
+            into.querySelector(".ref").click();
+            found.push(document.activeElement.className);
+            document.activeElement.click();
+            found.push(document.activeElement.className);
+            into.remove();
+            return [...found, location.hash];
+        }"""
+    )
+    assert focused == ["ref-back", "ref", ""]
+
+
+def test_what_is_defined_later_is_drawn_then(page: Page) -> None:
+    """Also in blocks that were final; and nothing else of them is made anew."""
+    found = page.evaluate(
+        """async () => {
+            const { Rendering } = await import("/markdown.js");
+            const into = document.createElement("div");
+            const rendering = new Rendering(into);
+            const text = "plain\\n\\nsee [one]\\n\\nmore\\n\\n";
+            rendering.update(text + "and");
+            const [plain] = into.children;
+            const before = into.querySelectorAll("a").length;
+            rendering.update(text + "and\\n\\n[one]: https://example.org/\\n");
+            return [before, into.children[1].querySelectorAll("a").length,
+                    into.children[0] === plain];
+        }"""
+    )
+    assert found == [0, 1, True]
+
+
+def test_lists_and_quotes_of_right_to_left_scripts_begin_on_the_right(page: Page) -> None:
+    html = draw(
+        page, "- \u0645\u0631\u062d\u0628\u0627 x\n\n> \u05e9\u05dc\u05d5\u05dd\n\n- abc \u0645"
+    )
+    assert '<ul dir="rtl">' in html
+    assert '<blockquote dir="rtl">' in html
+    assert html.count("dir=") == 2
 
 
 def test_a_code_block_within_a_list_keeps_its_indentation(page: Page) -> None:
@@ -232,6 +339,8 @@ HOSTILE = [
     "```html\n<script>window.ran = 1</script>\n```",
     '```"><script>window.ran=1</script>\nx\n```',
     "| <script>window.ran=1</script> | b |\n|---|---|\n| <img src=x onerror=window.ran=1> | c |",
+    "[a][x] [^<b>] [x]\n\n[x]: javascript:window.ran=1\n[^<b>]: <img src=x onerror=window.ran=1>",
+    '[^y]\n\n[^y]: <script>window.ran=1</script>\n[z]: https://example.org/"onclick=window.ran=1\n[z]',
     "&lt;script&gt;window.ran=1&lt;/script&gt;",
     "<style>* { display: none }</style><meta http-equiv=refresh content=0;url=/x>",
 ]
@@ -255,6 +364,7 @@ ALLOWED = {
     "pre",
     "span",
     "strong",
+    "sup",
     "table",
     "tbody",
     "td",
@@ -291,12 +401,33 @@ def test_nothing_of_an_answer_becomes_more_than_text(page: Page, text: str) -> N
         "type",
         "tabindex",
         "start",
+        "dir",
+        "aria-label",
+        "aria-level",
+        "data-label",
     }
     assert {name for _, names in tags for name in names} <= known
     assert page.evaluate("window.ran") is None
 
 
 DOCUMENT = """# A title
+See [the one], [it][the one] and a note[^1].
+
+Underlined
+==========
+Also underlined
+---
+
+    indented
+      code
+
+    of two parts
+
+[the one]: https://example.org/one "One"
+[^1]: A note
+  of two lines.
+
+    And a second paragraph.
 
 Some *words* and `code` and **more
 over two lines**.

@@ -133,6 +133,48 @@ def test_code_is_coloured_when_it_is_whole(page: Page, room: Room) -> None:
     assert set(kinds) == {"keyword", "name", "number", "comment"}
 
 
+def test_a_long_program_has_colours_while_it_grows_and_is_seldom_sent(
+    page: Page, room: Room
+) -> None:
+    lines = [f"value_{n} = {n}  # the number {n}\n" for n in range(300)]
+    sent: list[str] = []
+
+    def record(route: Route) -> None:
+        jobs = json.loads(route.request.post_data or "{}")["jobs"]
+        sent.extend(job[2] for job in jobs if job[0] == "code")
+        route.continue_()
+
+    page.route("**/typeset", record)
+    says(room, "```python\n", *lines[:200], Hold(), *lines[200:], "```\n")
+    ask(page, "Hi", wait=False)
+    until(page, "document.querySelectorAll('.answer code .comment').length > 60")
+    room.hold.set()
+    page_driver.idle(page)
+    expect(page.locator(".answer code .comment")).to_have_count(300)
+    assert page.locator(".answer code").text_content() == "".join(lines).rstrip("\n")
+    assert sum(map(len, sent)) < 4.5 * len("".join(lines))
+    assert all("".join(lines).startswith(f"{text}\n") for text in sent)  # no half line
+
+
+def test_colours_stay_while_a_program_ends(page: Page, room: Room) -> None:
+    lines = [f"value_{n} = {n}  # the number {n}\n" for n in range(40)]
+    says(room, "```python\n", *lines, Hold(), "`", "``\n", "\nAnd so on.")
+    ask(page, "Hi", wait=False)
+    until(page, "document.querySelectorAll('.answer code .comment').length > 10")
+    page.evaluate(
+        """() => {
+            window.counts = [];
+            const count = () => counts.push(document.querySelectorAll(".answer .comment").length);
+            const watched = document.querySelector(".answer .markdown");
+            new MutationObserver(count).observe(watched, { childList: true, subtree: true });
+        }"""
+    )
+    room.hold.set()
+    page_driver.idle(page)
+    expect(page.locator(".answer code .comment")).to_have_count(40)
+    assert min(page.evaluate("counts")) > 10
+
+
 def test_answers_that_differ_in_a_formula_alone_differ(page: Page, room: Room) -> None:
     room.script = lambda body: Script(
         pieces=["It is $\\frac12$ so."] if "12.25" in body["model"] else ["It is $12$ so."]

@@ -1,5 +1,7 @@
 // The blocks of a Markdown text, as plain data; nothing here draws.
 
+import { labelOf, safeUrl } from "./links.js";
+
 const DEEPEST = 10; // lists and quotes within each other; deeper ones are paragraphs
 const MOST_COLUMNS = 64;
 
@@ -8,6 +10,12 @@ const FENCE = /^ *(`{3,}|~{3,})/;
 const QUOTE = /^ {0,3}>/;
 const MARKER = /^( *)(?:([-+*•])|(\d{1,9})([.)]))( +|$)/;
 const SUM = /^ *\+ *\d/; // a sum that goes on, no item of a list
+const INDENTED = /^(?: {4}| {0,3}\t)/;
+// Set apart by hand where it is no code: a formula, bold words.
+const NO_CODE = /^\s*(?:\\[([]|\\begin|\$|\*\*\S)/;
+const DEFINITION = /^ {0,3}\[(?!\^)([^[\]]{1,200})\]:[ \t]*(<[^<>]{1,2048}>|[^\s<]\S{0,2047})(?:[ \t]+(?:"[^"]*"|'[^']*'|\([^()]*\)))?[ \t]*$/;
+const FOOTNOTE = /^ {0,3}\[\^([^\s[\]]{1,50})\]:(?:[ \t]|$)/;
+const LONGEST_TITLE = 100; // characters of a heading that is underlined
 const DISPLAY = /(`+)[^`]*\1|\\(?:begin|end)\{[^{}]*\}|\\.|\$\$/g;
 
 function indentOf(line) {
@@ -36,6 +44,9 @@ function oneBlock(lines, at, depth) {
   const mark = fenceOf(line);
   if (mark) return fence(lines, at, mark);
   if (isRule(line)) return [{ type: "rule" }, at + 1];
+  if (isIndented(line)) return indented(lines, at);
+  if (FOOTNOTE.test(line) && depth < DEEPEST) return footnote(lines, at, depth);
+  if (definitionOf(line)) return [definitionOf(line), at + 1];
   if (QUOTE.test(line) && depth < DEEPEST) return quote(lines, at, depth);
   if (isTable(lines, at)) return table(lines, at);
   const marker = depth < DEEPEST ? markerOf(line) : null;
@@ -92,6 +103,51 @@ function fence(lines, at, { mark, info, indent }) {
   const closed = end < lines.length;
   const block = { type: "fence", info: info.split(/\s/, 1)[0], text: inner.join("\n"), closed };
   return [block, end + 1];
+}
+
+/** Four spaces before it, and no item of a list, which models indent as they like. */
+function isIndented(line) {
+  return INDENTED.test(line) && !markerOf(line) && !NO_CODE.test(line);
+}
+
+function indented(lines, at) {
+  let end = at + 1;
+  for (let next = end; next < lines.length; next += 1) {
+    if (INDENTED.test(lines[next]) && lines[next].trim()) end = next + 1;
+    else if (lines[next].trim()) break;
+  }
+  const text = lines.slice(at, end).map((line) => line.replace(INDENTED, ""));
+  return [{ type: "fence", info: "", text: text.join("\n"), closed: true }, end];
+}
+
+/** `[label]: address`, to which links in the text refer. */
+function definitionOf(line) {
+  const match = DEFINITION.exec(line);
+  if (!match) return null;
+  const url = safeUrl(match[2].replace(/^<|>$/g, ""));
+  return url && { type: "definition", label: labelOf(match[1]), url, text: line.trim() };
+}
+
+/** A footnote: its line, and those after it that are indented or go on with its paragraph. */
+function footnote(lines, at, depth) {
+  const [mark, label] = FOOTNOTE.exec(lines[at]);
+  const inner = [lines[at].slice(mark.length).trimStart()];
+  let end = at + 1;
+  let blank = false;
+  for (let next = end; next < lines.length; next += 1) {
+    const line = lines[next];
+    if (!line.trim()) {
+      blank = true;
+      continue;
+    }
+    const indent = indentOf(line);
+    if (indent < 2 && (blank || startsBlock(lines, next, depth))) break;
+    while (inner.length < next - at) inner.push("");
+    inner.push(line.slice(Math.min(indent, 4)));
+    end = next + 1;
+    blank = false;
+  }
+  return [{ type: "footnote", label: labelOf(label), blocks: blocks(inner, depth + 1) }, end];
 }
 
 /** What ends the formula that a line begins and does not end, or null. */
@@ -228,7 +284,7 @@ function list(lines, at, depth, first) {
 function startsBlock(lines, at, depth) {
   const line = lines[at];
   if (HEADING.test(line) || fenceOf(line) || isRule(line) || isTable(lines, at)) return true;
-  if (leftOpen(line)) return true;
+  if (leftOpen(line) || FOOTNOTE.test(line) || definitionOf(line)) return true;
   if (depth >= DEEPEST) return false;
   if (QUOTE.test(line)) return true;
   const marker = markerOf(line);
@@ -236,7 +292,18 @@ function startsBlock(lines, at, depth) {
   return Boolean(marker && line.trim().length > 2 && (marker.start ?? 1) <= 1);
 }
 
+/** The level of a heading by the line under it; 0 where that is a rule, or a sum's line. */
+function underlined(lines, at) {
+  const [line, under] = [lines[at].trim(), lines[at + 1]?.trimEnd() ?? ""];
+  const mark = /^ {0,3}(?:(={3,})|-{3,})$/.exec(under);
+  const words = /\p{L}{2}/u.test(line) && line.length <= LONGEST_TITLE;
+  if (!mark || !words || /[=|+]|[.:;,!?\u3002\uff01\uff1f\uff1a]$/.test(line)) return 0;
+  return mark[1] ? 1 : 2;
+}
+
 function paragraph(lines, at, depth) {
+  const level = underlined(lines, at);
+  if (level) return [{ type: "heading", level, text: lines[at].trim() }, at + 2];
   let end = at + 1;
   while (end < lines.length && lines[end].trim() && !startsBlock(lines, end, depth)) end += 1;
   const text = lines.slice(at, end).map((line) => line.trim());

@@ -2,7 +2,7 @@
 // whatever the text: every piece is opened once and closed or dropped once.
 
 import { h } from "./dom.js";
-import { address, destination, safeUrl } from "./links.js";
+import { address, destination, labelOf, safeUrl } from "./links.js";
 import { setFormula } from "./maths.js";
 
 const SPECIAL = /[\\`*_~[\]!<&$\n]|https?:\/\//g;
@@ -35,16 +35,20 @@ const NUMBER = new RegExp(String.raw`^[(\[{]*(?:\d|${LETTER}(?!${WORD}))`, "u");
 const ENTITY = /&(?:(amp|lt|gt|quot|apos|nbsp)|#(\d{1,7})|#[xX]([0-9a-fA-F]{1,6}));/y;
 const NAMED = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0" };
 const DEEPEST = 16; // elements within each other; what is deeper is shown without its own
+const LONGEST_LABEL = 200;
 
-/** Append the inline Markdown of `source` to an element. */
-export function appendInline(into, source) {
-  build(into, scan(source));
+/**
+ * Append the inline Markdown of `source` to an element. `links`: addresses by label; `notes`: the
+ * footnotes there are; `asked` gets every label that is referred to, defined or not.
+ */
+export function appendInline(into, source, { links, notes, asked }) {
+  build(into, scan(source, { links, notes, asked }));
 }
 
-// Pieces: { text }, { code }, { formula }, { newline }, { link, close } and delimiter runs such as **,
+// Pieces: { text }, { code }, { formula }, { newline }, { note }, { link, close } and delimiter runs such as **,
 // { char, count, closes, opens }: tags that end before it and begin after it.
 
-function scan(source) {
+function scan(source, defined) {
   const pieces = [];
   const openers = { "*": [], _: [], "~": [] };
   const brackets = [];
@@ -86,12 +90,12 @@ function scan(source) {
       delimiter(source, start, at, pieces, openers);
     } else if (char === "[" || (char === "!" && source[at] === "[")) {
       const image = char === "!";
-      if (image) at += 1;
-      const piece = { text: image ? "![" : "[", image, index: pieces.length };
+      const piece = { text: image ? "![" : "[", image, index: pieces.length, from: at + image };
+      at = piece.from;
       pieces.push(piece);
       brackets.push(piece);
     } else if (char === "]") {
-      at = closeBracket(source, at, pieces, brackets, openers);
+      at = closeBracket(source, at, pieces, brackets, openers, defined);
     } else if (char === "&") {
       ENTITY.lastIndex = start;
       const found = ENTITY.exec(source);
@@ -302,11 +306,38 @@ function dropAfter(openers, index) {
   }
 }
 
-/** After a `]`: make a link of it where an address follows. Returns where to go on. */
-function closeBracket(source, at, pieces, brackets, openers) {
+/** The label that brackets just closed at `at` refer by, and where that ends; or null. */
+function reference(source, open, at) {
+  let label = source.slice(open.from, Math.min(at - 1, open.from + LONGEST_LABEL + 1));
+  let end = at;
+  if (source[at] === "[") {
+    const close = source.slice(at + 1, at + 2 + LONGEST_LABEL).indexOf("]");
+    const given = source.slice(at + 1, at + 1 + close);
+    if (close >= 0 && !given.includes("[")) end = at + 2 + close;
+    if (end > at && given.trim()) label = given;
+  }
+  return label.length <= LONGEST_LABEL ? { label: labelOf(label), end } : null;
+}
+
+/** After a `]`: make a link or a footnote's mark of it where it is one. Returns where to go on. */
+function closeBracket(source, at, pieces, brackets, openers, { links, notes, asked }) {
   const open = brackets.pop();
-  const found = open && source[at] === "(" ? destination(source, at) : null;
-  const link = found && safeUrl(found.url);
+  let found = open && source[at] === "(" ? destination(source, at) : null;
+  let link = found && safeUrl(found.url);
+  const named = open && !link ? reference(source, open, at) : null;
+  if (named) {
+    asked.add(named.label);
+    const note = source[open.from] === "^" ? labelOf(source.slice(open.from + 1, at - 1)) : null;
+    if (note !== null) asked.add(`^${note}`);
+    if (note !== null && notes.has(note)) {
+      dropAfter(openers, open.index);
+      pieces.length = open.index;
+      pieces.push(...(open.image ? [{ text: "!" }] : []), { note });
+      return at;
+    }
+    link = links.get(named.label);
+    found = { url: link, end: named.end };
+  }
   if (!link) {
     pieces.push({ text: "]" });
     return at;
@@ -358,6 +389,9 @@ function build(into, pieces) {
       const span = h("span", { class: "maths" });
       setFormula(span, piece.formula);
       stack.at(-1).append(joined(span, pieces[index + 1]));
+    } else if (piece.note !== undefined) {
+      flush();
+      stack.at(-1).append(h("sup", {}, noteMark(piece.note)));
     } else if (piece.newline) {
       waiting = waiting.trimEnd();
       flush();
@@ -375,6 +409,18 @@ function joined(span, next) {
   if (!mark) return span;
   next.text = next.text.slice(mark.length);
   return h("span", { class: "joined" }, span, mark);
+}
+
+/** A footnote's mark in the text; both it and the footnote lead to each other. */
+function noteMark(label) {
+  const go = ({ currentTarget: mark }) => {
+    const all = mark.closest(".markdown")?.querySelectorAll(".footnote") ?? [];
+    const note = [...all].find((one) => one.dataset.label === label);
+    note?.scrollIntoView({ block: "nearest" });
+    note?.querySelector("button").focus();
+  };
+  const all = { type: "button", class: "ref", "data-label": label, onclick: go };
+  return h("button", { ...all, "aria-label": `Footnote ${label}` }, label);
 }
 
 function anchor({ link, image }) {

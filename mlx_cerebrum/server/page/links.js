@@ -17,6 +17,11 @@ export function safeUrl(text) {
   return PROTOCOLS.includes(url.protocol) ? url.href : null;
 }
 
+/** Labels that mean the same are the same. */
+export function labelOf(text) {
+  return text.trim().replace(/\s+/g, " ").toLowerCase();
+}
+
 /** A bare address at `start`, or one in angle brackets: { link, text, end }, or null. */
 export function address(source, start, angle) {
   const pattern = angle ? ANGLE_URL : BARE_URL;

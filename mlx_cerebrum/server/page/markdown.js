@@ -3,62 +3,145 @@
 import { blocks } from "./blocks.js";
 import { copyFrom, h } from "./dom.js";
 import { appendInline } from "./inline.js";
-import { setCode, setFormula } from "./maths.js";
+import { setCode, setFormula, setGrowingCode } from "./maths.js";
+
+// Scripts that are written from right to left, where a text's first letter is of them.
+const RIGHT_TO_LEFT =
+  /^[^\p{L}]*[\p{sc=Hebrew}\p{sc=Arabic}\p{sc=Syriac}\p{sc=Thaana}\p{sc=Nko}\p{sc=Adlam}]/u;
 
 /** A document that grows: what can't change any more is drawn once and then left alone. */
 export class Rendering {
   constructor(into) {
     this.into = into;
+    this.begin();
+  }
+
+  begin() {
     this.text = "";
     this.settled = 0; // characters of `text` whose blocks are final
-    this.tail = []; // the elements after them
-    this.shown = []; // and their blocks
+    this.final = []; // those blocks: { block, source, element, asked }
+    this.tail = []; // and the ones after them
+    this.defined = new Map(); // what the final ones define, by label; a footnote's begins with ^
+    this.all = new Map(); // and the tail too
+    this.into.replaceChildren();
   }
 
   update(text) {
     if (text === this.text) return;
-    if (!text.startsWith(this.text)) {
-      this.into.replaceChildren();
-      this.settled = 0;
-      this.tail = [];
-      this.shown = [];
-    }
+    if (!text.startsWith(this.text)) this.begin();
     this.text = text;
     const lines = text.slice(this.settled).replace(/\r\n?/g, "\r").split(/[\n\r]/);
     const found = blocks(lines, 0);
-    if (this.grow(found)) return;
-    for (const element of this.tail) element.remove();
-    this.tail = found.map((block) => render(block, 0));
-    this.into.append(...this.tail);
-    this.shown = found;
+    this.define(found);
+    const before = this.tail;
+    this.tail = found.map((block, index) => {
+      const source = lines.slice(block.line, found[index + 1]?.line).join("\n");
+      return this.place(before[index], block, source);
+    });
+    for (const { element } of before.slice(found.length)) element.remove();
+    setLevels(this.into);
     // A block is final once the next has a whole line: until then that may still join it.
     let last = found.length - 1;
     if (last > 0 && found[last].line >= lines.length - 1) last -= 1;
-    if (last > 0 && !text.includes("\r")) {
-      for (const line of lines.slice(0, found[last].line)) this.settled += line.length + 1;
-      this.tail = this.tail.slice(last);
-      this.shown = found.slice(last);
+    if (last <= 0 || text.includes("\r")) return;
+    for (const line of lines.slice(0, found[last].line)) this.settled += line.length + 1;
+    for (const { block } of this.tail.slice(0, last)) collect(block, this.defined);
+    this.final.push(...this.tail.slice(0, last));
+    this.tail = this.tail.slice(last);
+  }
+
+  /** Take over what the tail defines by now; what refers to what is new is drawn anew. */
+  define(found) {
+    const now = new Map(this.defined);
+    for (const block of found) collect(block, now);
+    const before = this.all;
+    this.all = now;
+    const labels = [...new Set([...before.keys(), ...now.keys()])];
+    const changed = labels.filter((label) => before.get(label) !== now.get(label));
+    if (!changed.length) return;
+    for (const one of [...this.final, ...this.tail]) {
+      if (changed.some((label) => one.asked.has(label))) this.draw(one);
     }
   }
 
-  /** A single code block that got longer keeps its element: long ones stay cheap to stream. */
-  grow(found) {
-    const [before, now] = [this.shown[0], found[0]];
-    const one = this.shown.length === 1 && found.length === 1;
-    if (!one || before.type !== "fence" || now.type !== "fence") return false;
-    if (before.info !== now.info || !now.text.startsWith(before.text)) return false;
-    if (before.closed !== now.closed) return false;
-    const more = now.text.slice(before.text.length);
-    if (more) this.tail[0].querySelector("code").firstChild.appendData(more);
-    this.shown = found;
-    return true;
+  /** The block in its place, by the element that stands there where that can stay. */
+  place(old, block, source) {
+    if (old?.source === source) return { ...old, block };
+    if (old && goesOn(old.block, block)) {
+      const code = old.element.querySelector("code");
+      if (setText(code, old.block.text, block.text)) {
+        colour(code, block);
+        return { ...old, block, source };
+      }
+    }
+    const one = { block, source, element: old?.element ?? null };
+    this.draw(one);
+    return one;
+  }
+
+  draw(one) {
+    one.asked = new Set();
+    const { all } = this;
+    const notes = { has: (label) => all.has(`^${label}`) };
+    const element = render(one.block, { links: all, notes, asked: one.asked });
+    if (one.element) one.element.replaceWith(element);
+    else this.into.append(element);
+    one.element = element;
   }
 }
 
-function render(block, depth) {
+/** Is it the same program, longer or with its end? */
+function goesOn(before, now) {
+  if (before.type !== "fence" || now.type !== "fence" || before.info !== now.info) return false;
+  return !before.closed || now.closed === before.closed;
+}
+
+/**
+ * Change the text of an element at its end, so that long programs stay cheap to stream and keep
+ * their colours; false where that can't be done.
+ */
+function setText(code, before, now) {
+  const last = code.lastChild?.nodeType === Node.TEXT_NODE ? code.lastChild : null;
+  if (now.startsWith(before)) {
+    if (last) last.appendData(now.slice(before.length));
+    else code.append(now.slice(before.length));
+    return true;
+  }
+  // A part of the fence that ends it was taken for a line of it.
+  const less = before.length - now.length;
+  if (!before.startsWith(now) || !last || last.length < less) return false;
+  last.deleteData(last.length - less, less);
+  return true;
+}
+
+/** What a block and those within it define; of two with one label the first counts. */
+function collect(block, into) {
+  const define = (label, value) => {
+    if (!into.has(label)) into.set(label, value);
+  };
+  if (block.type === "definition") define(block.label, block.url);
+  if (block.type === "footnote") define(`^${block.label}`, null);
+  const inner = block.blocks ?? block.items?.flat() ?? [];
+  for (const one of inner) collect(one, into);
+}
+
+/** Headings below the message's own (2), none more than one level deeper than that before it. */
+function setLevels(into) {
+  const open = [];
+  for (const heading of into.querySelectorAll("h3, h4, h5, h6")) {
+    const own = Number(heading.localName[1]);
+    while (open.length && open.at(-1) >= own) open.pop();
+    open.push(own);
+    const level = 2 + open.length;
+    if (level === own) heading.removeAttribute("aria-level");
+    else heading.setAttribute("aria-level", level);
+  }
+}
+
+function render(block, context) {
   switch (block.type) {
     case "heading": // the page's own headings stand above an answer's
-      return withInline(h(`h${Math.min(6, block.level + 2)}`), block.text);
+      return withInline(h(`h${Math.min(6, block.level + 2)}`), block.text, context);
     case "fence":
       return codeBlock(block);
     case "formula": {
@@ -69,55 +152,97 @@ function render(block, depth) {
     case "rule":
       return h("hr");
     case "quote":
-      return h("blockquote", {}, ...block.blocks.map((inner) => render(inner, depth + 1)));
+      return h("blockquote", { dir: directionOf(block) }, ...renderAll(block.blocks, context));
     case "table":
-      return tableElement(block);
+      return tableElement(block, context);
     case "list": {
       const tag = block.start === null ? "ul" : "ol";
       const start = block.start === null || block.start === 1 ? null : block.start;
-      const items = block.items.map((item) => listItem(item, block.loose, depth + 1));
-      return h(tag, { start }, ...items);
+      const items = block.items.map((item) => listItem(item, block.loose, context));
+      return h(tag, { start, dir: directionOf(block) }, ...items);
+    }
+    case "footnote":
+      return footnote(block, context);
+    case "definition": {
+      const at = block.text.indexOf("]:") + 2; // shown: nothing of an answer is hidden
+      const element = h("p", { class: "definition" }, block.text.slice(0, at));
+      return withInline(element, block.text.slice(at), context);
     }
     default:
-      return withInline(h("p"), block.text);
+      return withInline(h("p"), block.text, context);
   }
 }
 
-function withInline(element, text) {
-  appendInline(element, text);
+function renderAll(all, context) {
+  return all.map((block) => render(block, context));
+}
+
+/** "rtl" for lists, quotes and tables that begin so; the lines of a text find it by themselves. */
+function directionOf(block) {
+  let first = block;
+  while (first && first.text === undefined && !first.head) {
+    first = first.blocks?.[0] ?? first.items?.[0]?.[0];
+  }
+  return RIGHT_TO_LEFT.test(first?.text ?? first?.head?.join(" ") ?? "") ? "rtl" : null;
+}
+
+function withInline(element, text, context) {
+  appendInline(element, text, context);
   return element;
 }
 
-function listItem(item, loose, depth) {
+function listItem(item, loose, context) {
   const element = h("li");
   item.forEach((block, index) => {
     if (block.type !== "paragraph" || loose) {
-      element.append(render(block, depth));
+      element.append(render(block, context));
       return;
     }
     const box = /^\[[ xX]\] /.exec(block.text);
     const text = box ? (box[0][1] === " " ? "☐ " : "☑ ") + block.text.slice(4) : block.text;
-    if (index === 0) appendInline(element, text);
-    else element.append(withInline(h("p"), text));
+    if (index === 0) appendInline(element, text, context);
+    else element.append(withInline(h("p"), text, context));
   });
   return element;
 }
 
-function codeBlock({ info, text, closed }) {
+function codeBlock(block) {
   const code = h("code", {});
-  code.append(document.createTextNode(text));
-  if (closed) setCode(code, info, text); // while it grows it has no colours that would change
+  code.append(document.createTextNode(block.text));
+  colour(code, block);
   const copy = h("button", { type: "button", class: "quiet" }, "Copy");
   copy.addEventListener("click", () => copyFrom(copy, code.textContent));
-  const head = h("div", { class: "code-head" }, h("span", {}, info || "text"), copy);
+  const head = h("div", { class: "code-head" }, h("span", {}, block.info || "text"), copy);
   // Focusable, so that the keyboard can scroll a long line.
   return h("div", { class: "code" }, head, h("pre", { tabindex: 0 }, code));
 }
 
-function tableElement({ aligns, head, rows }) {
+function colour(code, { info, text, closed }) {
+  if (closed) setCode(code, info, text);
+  else setGrowingCode(code, info, text);
+}
+
+/** A footnote where it was written, with a way back to its mark in the text. */
+function footnote({ label, blocks: inner }, context) {
+  const back = ({ currentTarget }) => {
+    const all = currentTarget.closest(".markdown")?.querySelectorAll(".ref") ?? [];
+    const mark = [...all].find((one) => one.dataset.label === label);
+    mark?.scrollIntoView({ block: "nearest" });
+    mark?.focus();
+  };
+  const name = `Back to footnote ${label} in the text`;
+  const all = { type: "button", class: "ref-back", "aria-label": name, title: name };
+  const button = h("button", { ...all, onclick: back }, label);
+  const text = h("div", {}, ...renderAll(inner, context));
+  return h("div", { class: "footnote", "data-label": label }, button, text);
+}
+
+function tableElement(block, context) {
+  const { aligns, head, rows } = block;
   const cells = (tag, row) =>
-    row.map((text, index) => withInline(h(tag, { class: aligns[index] }), text));
+    row.map((text, index) => withInline(h(tag, { class: aligns[index] }), text, context));
   const top = h("thead", {}, h("tr", {}, ...cells("th", head)));
   const body = h("tbody", {}, ...rows.map((row) => h("tr", {}, ...cells("td", row))));
-  return h("div", { class: "table", tabindex: 0 }, h("table", {}, top, body));
+  const table = h("table", { dir: directionOf(block) }, top, body);
+  return h("div", { class: "table", tabindex: 0 }, table);
 }

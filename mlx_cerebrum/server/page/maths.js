@@ -27,6 +27,11 @@ const LATER = 5000; // after the server did not answer
 const TRIES = 5;
 const LONG = 30; // characters of a formula that may need more room than a line has
 
+const LEAST_CODE = 200; // characters of a program that grows, before it has colours
+const MOST_CODE = 40_000; // more than that the server does not colour
+
+const coloured = new WeakMap(); // how many characters of an element's code are
+const askedFor = new WeakMap(); // and of how many the colours were asked for last
 const known = new Map();
 const waiting = new Map(); // what to draw when the answer is there, by job
 let timer = null;
@@ -46,11 +51,13 @@ export function setFormula(element, source) {
   });
 }
 
-/** Colour the parts of a program that stands in an element. */
+/** Colour the parts of a program that stands in an element, or of its beginning. */
 export function setCode(element, language, text) {
-  if (!language || !text) return;
+  if (!language || !text || text.length > MOST_CODE) return;
   want(["code", language, text], (parts) => {
-    if (element.textContent !== text) return;
+    const whole = element.textContent; // it may have grown meanwhile
+    if (!whole.startsWith(text) || (coloured.get(element) ?? 0) > text.length) return;
+    coloured.set(element, text.length);
     element.replaceChildren(
       ...parts.map(([kind, piece]) => {
         if (!KINDS.includes(kind)) return document.createTextNode(piece);
@@ -59,8 +66,20 @@ export function setCode(element, language, text) {
         span.textContent = piece;
         return span;
       }),
+      whole.slice(text.length),
     );
   });
+}
+
+/**
+ * Colour the lines there are of a program that still grows: asked for anew only where it is half as
+ * long again, so all that is sent of it is no more than three times its length.
+ */
+export function setGrowingCode(element, language, text) {
+  const whole = text.lastIndexOf("\n");
+  if (whole < LEAST_CODE || whole < 1.5 * (askedFor.get(element) ?? 0)) return;
+  askedFor.set(element, whole);
+  setCode(element, language, text.slice(0, whole));
 }
 
 function want(job, draw) {
