@@ -113,10 +113,11 @@ def numbered(room: Room) -> None:
     room.script = lambda body: Script(pieces=["Answer", f" {len(room.asked)}"])
 
 
-def export(page: Page, name: str) -> Any:
+def export(page: Page, name: str, kind: str = "json") -> Any:
     page.locator("#conversations li", has_text=name).hover()
+    page.get_by_role("button", name=f"Export {name}").click()
     with page.expect_download() as download:
-        page.get_by_role("button", name=f"Export {name}").click()
+        page.click(f"#export-{kind}")
     return download.value
 
 

@@ -48,6 +48,11 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+# Which block runs at each position of the two models.
+MAPS = {
+    "cerebrum-12.25b": [start + n for start in (0, 4, 8, 12, 16, 20, 24) for n in range(8)],
+    "cerebrum-7b": list(range(32)),
+}
 MODELS = [
     {
         "id": name,
@@ -55,13 +60,16 @@ MODELS = [
         "created": 0,
         "owned_by": "mlx-cerebrum",
         "cerebrum": {
-            "positions": positions,
+            "positions": len(layer_map),
             "blocks": 32,
             "sliding_window": 4096,
             "context_length": 32768,
+            "layer_map": layer_map,
+            "bits": 4,
         },
+        "defaults": {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 1024},
     }
-    for name, positions in (("cerebrum-12.25b", 56), ("cerebrum-7b", 32))
+    for name, layer_map in MAPS.items()
 ]
 
 

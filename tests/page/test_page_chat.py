@@ -74,7 +74,7 @@ def test_stopping_keeps_what_came_and_frees_the_server(page: Page, room: Room, w
     idle(page)
     assert room.left.wait(5)
     assert answers(page) == ["Kept"]
-    expect(page.locator(".answer .state")).to_have_text("Stopped.")
+    expect(page.locator(".answer .ended")).to_contain_text("Stopped.")
     numbered(room)
     ask(page, "And now?")
     assert asked(room)[1] == ("assistant", "Kept")
@@ -231,7 +231,7 @@ def test_the_real_server_and_a_real_model(launched: Browser) -> None:
         expect(page.locator(".answer .markdown").nth(1)).not_to_be_empty(timeout=200_000)
         page.keyboard.press("Escape")
         idle(page)
-        expect(page.locator(".answer .state").last).to_have_text("Stopped.")
+        expect(page.locator(".answer .ended").last).to_contain_text("Stopped.")
 
 
 def test_without_a_browser_the_module_skips_but_fails_in_ci(

@@ -125,7 +125,7 @@ def test_stopping_stops_both_columns(page: Page, room: Room) -> None:
     expect(page.locator(".column .markdown")).to_have_text(["a", "a"])
     page.keyboard.press("Escape")
     idle(page)
-    expect(page.locator(".column .state")).to_have_text(["Stopped.", "Stopped."])
+    expect(page.locator(".column .ended")).to_contain_text(["Stopped.", "Stopped."])
 
 
 def test_one_model_can_be_compared_with_itself(launched: Browser, room: Room) -> None:
@@ -187,3 +187,65 @@ def test_a_word_that_is_partly_bold_is_marked_whole(page: Page, room: Room) -> N
     page.click("#compare")
     ask(page, "Q")
     assert highlighted(page) == ["five", "six"]
+
+
+def test_votes_are_told_per_model_and_stay(page: Page, room: Room) -> None:
+    two(room, "One two", "One three")
+    page.click("#compare")
+    ask(page, "Q")
+    left = page.get_by_role("button", name="Left is better")
+    right = page.get_by_role("button", name="Right is better")
+    left.click()
+    expect(left).to_have_attribute("aria-pressed", "true")
+    expect(page.locator(".votes .muted")).to_have_text(
+        "Of 1 vote: cerebrum-12.25b 1, cerebrum-7b 0, as good 0."
+    )
+    right.click()  # on second thoughts
+    expect(left).to_have_attribute("aria-pressed", "false")
+    ask(page, "R")
+    page.get_by_role("button", name="As good").last.click()
+    tally = "Of 2 votes: cerebrum-12.25b 0, cerebrum-7b 1, as good 1."
+    expect(page.locator(".votes .muted").last).to_have_text(tally)
+    reload(page)
+    expect(right.first).to_have_attribute("aria-pressed", "true")
+    page.click("#open-card")
+    expect(page.locator("#card")).to_contain_text(tally)
+    page.click("#card-forget")
+    expect(page.locator("#card")).not_to_contain_text("Of 2 votes")
+    page.click("#card .close.main")
+    expect(right.first).to_have_attribute("aria-pressed", "false")
+    page.get_by_role("button", name="Undo").click()
+    expect(right.first).to_have_attribute("aria-pressed", "true")
+    right.first.click()  # taken back
+    expect(page.locator(".votes .muted").last).to_have_text(
+        "Of 1 vote: cerebrum-12.25b 0, cerebrum-7b 0, as good 1."
+    )
+
+
+def test_there_is_no_vote_where_there_is_nothing_to_choose(page: Page, room: Room) -> None:
+    page.click("#compare")
+    votes = page.locator(".votes:visible")
+    two(room, "Just the same", "Just the same")
+    ask(page, "Q")
+    expect(page.locator(".caption")).to_have_text("Identical answers.")
+    expect(votes).to_have_count(0)
+    page.click("#new")
+    room.script = lambda body: Script(pieces=[body["model"], Hold(), "!"])
+    ask(page, "Q", wait=False)
+    expect(page.locator(".caption")).to_contain_text("They differ")
+    expect(votes).to_have_count(0)  # not before both are over
+    room.hold.set()
+    idle(page)
+    expect(votes).to_have_count(1)
+
+
+def test_the_place_where_they_differ_is_a_click_away(page: Page, room: Room) -> None:
+    same = "\n\n".join(f"paragraph {n}" for n in range(100))
+    two(room, f"{same} then", f"{same} but")
+    page.click("#compare")
+    ask(page, "Q")
+    page.evaluate("scroller.scrollTop = 0")
+    expect(page.locator(".mark").first).not_to_be_in_viewport()
+    page.get_by_role("button", name="Go there").click()
+    expect(page.locator(".mark").first).to_be_in_viewport()
+    expect(page.locator(".caption")).to_have_text("The same for 200 words, then they differ.")

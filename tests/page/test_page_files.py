@@ -191,6 +191,69 @@ def test_an_empty_system_text_and_seed_leave_both_to_the_rest(page: Page, room: 
     assert "max_tokens" not in room.asked[0]
 
 
+def test_settings_show_what_holds_and_name_the_default(page: Page, room: Room) -> None:
+    page.click("#open-settings")
+    slider, number = page.locator("#temperature-slider"), page.locator("#temperature")
+    expect(page.locator("#temperature-default")).to_have_text("Default: 0.")
+    expect(page.locator("#max_tokens-default")).to_have_text("Default: 1,024 tokens.")
+    expect(page.locator("#seed-default")).to_have_text("Default: another one each time.")
+    assert (slider.input_value(), number.get_attribute("placeholder")) == ("0", "0")
+    assert page.locator("#max_tokens-slider").get_attribute("max") == "32768"
+    expect(slider).to_have_attribute("aria-valuetext", "Default: 0.")
+    slider.focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    expect(number).to_have_value("0.15")
+    number.fill("0.8")
+    assert slider.input_value() == "0.8"
+    expect(slider).to_have_attribute("aria-valuetext", "0.8")
+    page.click("#settings .main")
+    ask(page, "Q")
+    assert room.asked[-1]["temperature"] == 0.8
+    page.click("#open-settings")
+    assert (slider.input_value(), number.input_value()) == ("0.8", "0.8")
+    page.click("#settings-reset")
+    assert (slider.input_value(), number.input_value()) == ("0", "")
+
+
+def test_the_card_says_what_runs(page: Page, room: Room) -> None:
+    room.script = lambda body: Script(prompt_tokens=5000)
+    ask(page, "Q")
+    page.click("#open-card")
+    card = page.locator("#card")
+    expect(page.locator("#card-models h3")).to_have_text("cerebrum-12.25b")
+    for said in (
+        "32 are stored and run, in 56 positions",
+        "0\u20137, 4\u201311, 8\u201315, 12\u201319, 16\u201323, 20\u201327, 24\u201331",
+        "4 bits",
+        "4,096 tokens, about 3,100 words, are looked at directly. This conversation is longer",
+        "32,768 tokens",
+    ):
+        expect(card).to_contain_text(said)
+    # The drawing: a square for each position, at the height of its block.
+    squares = card.locator("path").get_attribute("d") or ""
+    assert squares.count("M") == 56
+    assert squares.startswith("M0 31h1v1h-1zM1 30h1")
+    expect(card.locator("svg")).to_have_attribute(
+        "aria-label", "Which of 32 blocks runs at each of 56 positions"
+    )
+    page.keyboard.press("Escape")
+    expect(page.locator("#open-card")).to_be_focused()
+    page.click("#compare")
+    page.click("#open-card")
+    expect(page.locator("#card-models h3")).to_have_text(["cerebrum-12.25b", "cerebrum-7b"])
+
+
+def test_a_server_that_says_less_of_its_models_has_a_shorter_card(
+    launched: Browser, room: Room
+) -> None:
+    room.models = [{"id": "other", "object": "model", "cerebrum": {"positions": 2, "blocks": 2}}]
+    with visit(launched, room.url) as page:
+        page.click("#open-card")
+        expect(page.locator("#card")).to_contain_text("2 are stored and run, each once")
+        expect(page.locator("#card svg")).to_have_count(0)
+
+
 OUT_OF_RANGE = [
     ("temperature", "3", "from 0 to 2"),
     ("top_p", "0", "Above 0, to 1"),

@@ -5,10 +5,11 @@ const GONE = "The server does not answer. Is it still running?";
 
 /** One line for the reader. `wait`: seconds the server asked for; `gone`: nothing answered. */
 export class ApiError extends Error {
-  constructor(message, { wait = null, gone = false } = {}) {
+  constructor(message, { wait = null, gone = false, status = null } = {}) {
     super(message);
     this.wait = wait;
     this.gone = gone;
+    this.status = status;
   }
 }
 
@@ -78,7 +79,8 @@ async function failure(response) {
   const message = said ? oneLine(said) : `The server answered with status ${response.status}.`;
   const header = response.headers.get("Retry-After");
   const wait = header !== null && /^\d{1,5}$/.test(header.trim()) ? Number(header) : null;
-  if (response.status !== 429) return new ApiError(message, { wait });
+  const { status } = response;
+  if (status !== 429) return new ApiError(message, { wait, status });
   return new ApiError(said ? message : "The server is busy.", { wait: wait ?? 5 });
 }
 
@@ -86,15 +88,38 @@ function oneLine(value) {
   return String(value).replace(/\s+/g, " ").trim().slice(0, 500);
 }
 
-/** The models by name, the default first; `cerebrum` holds what is known of each. */
+/**
+ * The models by name, the default first; `cerebrum` holds what is known of each, `defaults` what
+ * answers are drawn by where a request does not say.
+ */
 export async function models() {
   const response = await request("v1/models");
   try {
     const { data } = await response.json();
-    return data.map(({ id, cerebrum }) => ({ id: String(id), ...cerebrum }));
+    return data.map(({ id, cerebrum, defaults }) => ({ ...cerebrum, defaults, id: String(id) }));
   } catch {
     throw new ApiError("The server's list of models can't be read.");
   }
+}
+
+/** The models on the server's shelf and its machine; null where it has no shelf. */
+export async function shelf() {
+  try {
+    const response = await request("shelf");
+    const { models: all, machine } = await response.json();
+    const sound = (row) => typeof row?.id === "string" && typeof row.state === "string";
+    return { models: all.filter(sound), machine: typeof machine === "string" ? machine : null };
+  } catch (error) {
+    if (error.status === 404) return null;
+    throw error instanceof ApiError ? error : new ApiError("The server's shelf can't be read.");
+  }
+}
+
+/** Have a model loaded from the shelf; that it was begun is all that is known then. */
+export async function loadFromShelf(id) {
+  const body = JSON.stringify({ id });
+  const headers = { "Content-Type": "application/json" };
+  await request("shelf/load", { method: "POST", headers, body });
 }
 
 /** What the server makes of formulas and code: as many answers as jobs, null where there is none. */
@@ -130,10 +155,10 @@ async function* linesOf(body) {
 }
 
 /**
- * One answer. `onReading(done, total)` while the prompt is read, `onText(piece)` for each piece.
+ * One answer. `onComment(done, total)` while the prompt is read, `onText(piece)` for each piece.
  * Resolves to { finish, usage }; rejects with ApiError, or AbortError where `signal` stopped it.
  */
-export async function answer(body, { signal, onReading, onText }) {
+export async function answer(body, { signal, onComment, onText }) {
   const all = { ...body, stream: true, stream_options: { include_usage: true } };
   const response = await request("v1/chat/completions", {
     method: "POST",
@@ -146,8 +171,8 @@ export async function answer(body, { signal, onReading, onText }) {
   let over = false;
   try {
     for await (const line of linesOf(response.body)) {
-      const reading = /^: ?reading (\d+)\/(\d+)/.exec(line);
-      if (reading) onReading(Number(reading[1]), Number(reading[2]));
+      const told = /^: ?(reading|loading) (\d+)\/(\d+)/.exec(line);
+      if (told) onComment(told[1], Number(told[2]), Number(told[3]));
       if (!line.startsWith("data:")) continue;
       const data = line.slice(5).trim();
       over ||= data === "[DONE]";

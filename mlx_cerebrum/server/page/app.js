@@ -1,18 +1,23 @@
 // The page: puts its parts together.
 
 import { models as askModels, onKeyNeeded } from "./api.js";
+import { sizeOf } from "./attached.js";
+import { setUpCard } from "./card.js";
 import { Chat } from "./chat.js";
 import { focusQuestion, setBusy, setQuestion, setUpComposer, setUpKeys, useDraft } from "./composer.js";
 import { Conversation, newMeta } from "./conversation.js";
 import { announce, byId, h } from "./dom.js";
 import { drawList, tellNotKept, toast } from "./list.js";
 import { setUpCopy } from "./maths.js";
+import { setUpSearch } from "./search.js";
 import { setUpSettings, systemForNew } from "./settings.js";
+import { Shelf } from "./shelf.js";
 import { setUpShell } from "./shell.js";
 import { Store } from "./store.js";
 import { Thread } from "./thread.js";
-import { saveFile, setUpFiles } from "./transfer.js";
+import { setUpExport, setUpFiles } from "./transfer.js";
 
+const SHELF = "shelf:"; // before the name of a model in the menu that is not loaded
 const AGAIN = 2000; // milliseconds between two looks for a server that is gone
 const EXAMPLES = [
   "A bat and a ball cost 1.10 together, and the bat costs 1 more than the ball. What does the ball cost?",
@@ -30,6 +35,7 @@ const OWN = "Empty: the text that the model's own template begins with.";
 let models = [];
 let conversation;
 let wanted = null; // the conversation asked for last
+let loadFor = null; // who chose a model from the shelf: { lane, conversation }
 let looking = null; // the search for a server that is gone
 const open = new Map(); // conversations with an answer on its way, by id
 const missed = new Map(); // of those that other tabs changed while this one was hidden: listed?
@@ -50,6 +56,11 @@ const actions = {
     chat.retry(conversation, node);
     focusQuestion(); // the button is gone, with the answer it belonged to
   },
+  cutOff: (node) => chat.cutOff(conversation, node),
+  goOn: (node) => {
+    chat.goOn(conversation, node);
+    focusQuestion();
+  },
   edit: (node, text) => {
     const taken = chat.edit(conversation, node, text);
     if (taken) focusQuestion();
@@ -65,6 +76,26 @@ const actions = {
 };
 const thread = new Thread(actions, (node) => chat.runs.get(node));
 const shell = setUpShell();
+const shelf = new Shelf({
+  arrived: async ({ id, model }) => {
+    models = await askModels();
+    shell.banner(`${id} is loaded.`, 4000);
+    const { lane, conversation: asked } = loadFor ?? {};
+    loadFor = null;
+    if (asked) asked.meta.models = asked.meta.models.with(lane, model ?? id);
+    if (asked === conversation) keepMeta();
+    else draw();
+  },
+  failed: (line) => {
+    shell.banner(null);
+    toast(line);
+  },
+  news: ({ id, loading }) => {
+    const far = loading?.total ? `: ${sizeOf(loading.done)} of ${sizeOf(loading.total)}` : "";
+    shell.banner(`Loading ${id}${far}`);
+  },
+});
+shelf.changed.push(() => conversation && draw());
 
 function changed(one) {
   if (chat.busy(one)) open.set(one.meta.id, one);
@@ -84,15 +115,28 @@ function draw() {
   document.title = meta.title ? `${name} – Cerebrum` : "Cerebrum";
   for (const lane of [0, 1]) {
     const select = byId(`model-${lane}`);
-    select.replaceChildren(...models.map(({ id }) => h("option", { value: id }, id)));
+    select.replaceChildren(...models.map(({ id }) => h("option", { value: id }, id)), ...onShelf());
     select.value = chosen[lane]?.id ?? "";
     select.disabled = chat.busy(conversation) || !models.length;
   }
+  byId("open-card").disabled = !models.length;
   byId("model-0").setAttribute("aria-label", meta.comparing ? "First model" : "Model");
   byId("model-1").hidden = byId("against").hidden = !meta.comparing;
   byId("compare").setAttribute("aria-pressed", String(meta.comparing));
   byId("compare").disabled = chat.busy(conversation);
   byId("about").textContent = aboutModels(meta.comparing ? chosen : chosen.slice(0, 1));
+}
+
+/** What could be loaded, as a part of the menu. */
+function onShelf() {
+  const rows = shelf.rows.filter(({ state }) => ["on the shelf", "loading"].includes(state));
+  const options = rows.map(({ id, bytes, state, why_not: why }) => {
+    const size = bytes ? ` (${sizeOf(bytes)})` : "";
+    const note = why ? ", not now" : state === "loading" ? ", loading" : "";
+    const off = Boolean(why) || state === "loading";
+    return h("option", { value: SHELF + id, disabled: off, title: why }, `${id}${size}${note}`);
+  });
+  return options.length ? [h("optgroup", { label: "Load from the shelf" }, ...options)] : [];
 }
 
 function aboutModels(chosen) {
@@ -106,12 +150,13 @@ function aboutModels(chosen) {
 
 async function drawAll() {
   const metas = await store.list();
-  drawList(metas, conversation.meta.id, { open: (meta) => go(meta.id), rename, save, remove });
+  drawList(metas, conversation.meta.id, { open: (meta) => go(meta.id), rename, save: openExport, remove });
 }
 
 /** Show a conversation, or a new one. */
 async function go(id) {
   wanted = id;
+  thread.unmark();
   const loaded = id && !open.has(id) ? await store.load(id) : null;
   if (wanted !== id) return; // another one was asked for meanwhile
   const found = open.get(id) ?? loaded; // it may have been asked something meanwhile
@@ -127,6 +172,16 @@ async function go(id) {
   focusQuestion();
 }
 
+/** Show what a search has found. */
+async function goToHit({ id }, hit, words) {
+  await go(id);
+  if (conversation.meta.id !== id) return;
+  const node = conversation.nodes.get(hit?.id);
+  if (!node) return;
+  if (!chat.busy(conversation) && conversation.reveal(node)) keepMeta();
+  thread.find(node, words);
+}
+
 function fresh() {
   const meta = newMeta(systemForNew());
   if (conversation) meta.models = [...conversation.meta.models];
@@ -135,6 +190,7 @@ function fresh() {
 }
 
 function send(text) {
+  thread.unmark();
   if (!models.length) look();
   const first = conversation.nodes.size === 0;
   if (!chat.ask(conversation, text)) return false;
@@ -166,11 +222,6 @@ async function rename({ id }, title) {
   }
   draw();
   await drawAll();
-}
-
-async function save(meta) {
-  const found = open.get(meta.id) ?? (await store.load(meta.id));
-  if (found) saveFile(found);
 }
 
 async function remove(meta) {
@@ -239,22 +290,31 @@ function look() {
     }
     looking = null;
     draw();
+    shelf.look();
   })();
   return looking;
 }
 
 onKeyNeeded(shell.askKey);
-setUpComposer({ send, stop: () => chat.stop(conversation), editLast: () => thread.editLast() });
+setUpComposer({
+  send,
+  stop: () => chat.stop(conversation),
+  editLast: () => thread.editLast(),
+  drafted: (tokens) => thread.drafted(tokens),
+});
 const openSettings = setUpSettings({
   opened: () => ({
     system: conversation.meta.system,
     placeholder: /^cerebrum-/.test(chat.modelsOf(conversation)[0]?.id) ? CARD : OWN,
+    defaults: chat.modelsOf(conversation)[0]?.defaults,
+    length: chat.modelsOf(conversation)[0]?.context_length,
   }),
   saved: (system) => {
     conversation.meta.system = system;
     keepMeta();
   },
 });
+const search = setUpSearch({ everything: () => store.everything(), go: goToHit });
 setUpKeys({
   stop: () => shell.closeDrawer() || chat.stop(conversation),
   fresh: () => go(null),
@@ -262,14 +322,39 @@ setUpKeys({
   settings: openSettings,
   list: shell.toggleList,
   help: shell.help,
+  search,
 });
+const openCard = setUpCard({
+  now: () => {
+    const chosen = chat.modelsOf(conversation).filter(Boolean);
+    const paths = conversation.leaves.flatMap((leaf) => conversation.path(leaf));
+    const timed = paths.filter((node) => node.stats?.speed);
+    const speeds = new Map(timed.map((node) => [node.model, node.stats.speed]));
+    const own = conversation.meta.comparing ? chosen : chosen.slice(0, 1);
+    return { models: [...new Set(own)], used: thread.used?.used ?? 0, speeds };
+  },
+  shelf,
+  forgotten: (undo) => toast("The votes are forgotten.", { name: "Undo", act: undo }),
+});
+byId("open-card").addEventListener("click", openCard);
 byId("new").addEventListener("click", () => go(null));
 byId("compare").addEventListener("click", compare);
+byId("open-search").addEventListener("click", search);
 byId("open-settings").addEventListener("click", openSettings);
 setUpFiles(store, go);
+const openExport = setUpExport({
+  load: ({ id }) => (id === conversation.meta.id ? conversation : (open.get(id) ?? store.load(id))),
+  show: (id) => (id === conversation.meta.id ? null : go(id)),
+});
 setUpCopy(byId("thread"));
 for (const lane of [0, 1]) {
   byId(`model-${lane}`).addEventListener("change", ({ target }) => {
+    if (target.value.startsWith(SHELF)) {
+      loadFor = { lane, conversation };
+      shelf.load(target.value.slice(SHELF.length));
+      draw(); // until it is there, the one before answers
+      return;
+    }
     conversation.meta.models = conversation.meta.models.with(lane, target.value);
     keepMeta();
   });

@@ -86,17 +86,40 @@ export class Chat {
     this.begin(conversation, [answer], [], sampling({ another: same && whole, seed }));
   }
 
+  /** Was the answer cut off, and does nothing come after it? Then it can be gone on with. */
+  cutOff(conversation, node) {
+    if (!node.content || node.elsewhere || this.runs.has(node)) return false;
+    const early = ["stopped", "failed", "partial"].includes(node.state) || node.finish === "length";
+    return early && !conversation.children(node.id).length;
+  }
+
+  /** Go on with an answer that was cut off: by its model and drawn as it was, where that can be. */
+  goOn(conversation, node) {
+    if (this.busy(conversation) || !this.models().length) return;
+    const { seed, temperature, top_p, min_p, tokens = 0 } = node.stats ?? {};
+    const chosen = sampling({ seed });
+    for (const [name, value] of Object.entries({ temperature, top_p, min_p })) {
+      if (value !== undefined) chosen[name] = value;
+    }
+    this.begin(conversation, [node], [], chosen, { before: tokens });
+  }
+
   laneOf(conversation, node) {
     const inLane = (leaf) => conversation.path(leaf).includes(node);
     return Math.max(0, conversation.leaves.findIndex(inLane));
   }
 
-  /** `chosen`: one way of sampling and one seed, for both columns. */
-  begin(conversation, answers, asked, chosen) {
+  /**
+   * `chosen`: one way of sampling and one seed, for both columns. `goesOn`: { before }, the tokens
+   * that there are of the answer, where it is gone on with.
+   */
+  begin(conversation, answers, asked, chosen, goesOn = null) {
     const models = this.modelsOf(conversation);
     for (const node of answers) {
-      node.model = models[this.laneOf(conversation, node)].id;
-      node.stats = { seed: chosen.seed, temperature: chosen.temperature };
+      const own = goesOn && this.models().find(({ id }) => id === node.model);
+      node.model = (own ?? models[this.laneOf(conversation, node)]).id;
+      const { seed, temperature, top_p, min_p } = chosen;
+      node.stats = { seed, temperature, top_p, min_p, ...goesOn };
       delete node.finish;
       this.waits.delete(node.id);
       const run = new Run(node, {
@@ -110,10 +133,11 @@ export class Chat {
     conversation.erased = false;
     const kept = this.store.put(conversation.meta, changed);
     this.changed(conversation);
-    announce("Answering.");
+    announce(goesOn ? "Going on." : "Answering.");
     for (const node of answers) {
-      const messages = conversation.messages(node.parent);
+      const messages = conversation.messages(goesOn ? node.id : node.parent);
       const body = { model: node.model, messages, ...chosen };
+      if (goesOn) body.continue_final_message = true;
       const run = this.runs.get(node);
       run.start(body, kept).then(() => this.over(conversation, node, answers));
     }

@@ -1,6 +1,7 @@
 // Two answers side by side, and where their texts first differ.
 
 import { arrange, h, plural } from "./dom.js";
+import { VoteButtons } from "./votes.js";
 
 const BLOCKS = "p, li, h3, h4, h5, h6, pre, td, th, blockquote";
 // What stands between words; Chinese and Japanese put nothing there, and each sign is one.
@@ -68,8 +69,12 @@ export class Row {
     this.caption = h("p", { class: "caption" });
     this.columns = [h("div", { class: "column" }), h("div", { class: "column" })];
     this.pair = h("div", { class: "pair" }, ...this.columns);
-    this.element = h("section", { class: "row", "aria-label": "Two answers" });
-    this.element.append(this.caption, this.pair);
+    this.element = h("div", { class: "row", role: "group", "aria-label": "Two answers" });
+    const go = { type: "button", class: "where", hidden: true, onclick: () => this.go() };
+    this.where = h("button", go, "Go there");
+    this.votes = new VoteButtons();
+    const head = h("div", { class: "row-head" }, this.caption, this.where);
+    this.element.append(head, this.pair, this.votes.element);
     this.marks = this.columns.map(() => h("span", { class: "mark", "aria-hidden": "true" }));
     this.ranges = [];
     this.observer = new ResizeObserver(() => this.place());
@@ -99,11 +104,13 @@ export class Row {
     this.marked = now;
     this.clear();
     this.caption.textContent = "";
+    this.votes.show(null);
     if (!a?.rendering || !b?.rendering) return;
     const texts = [textOf(a.body), textOf(b.body)];
     const [over, alsoOver] = this.views.map(({ node }) => node.state === "done");
     const at = firstDifference(texts[0].text, texts[1].text, over, alsoOver);
     const same = texts[0].text.slice(0, at ?? Infinity);
+    this.vote(at !== null);
     if (at === null) {
       const exact = a.node.content === b.node.content;
       const both = exact ? "Identical answers." : "The same words, laid out differently.";
@@ -120,7 +127,23 @@ export class Row {
     if (!this.alike) this.caption.textContent += drawn;
     this.ranges = texts.map((text) => wordFrom(text, at));
     for (const range of this.ranges) if (range) shared?.add(range);
+    this.where.hidden = !words; // else it is seen at once
     this.place();
+  }
+
+  /** Offer a vote between two models' answers that are over and say different things. */
+  vote(differ) {
+    const nodes = this.views.map(({ node }) => node);
+    const over = nodes.every(({ state, content }) => ["done", "stopped"].includes(state) && content);
+    const two = nodes[0].model !== nodes[1].model;
+    this.votes.show(differ && over && two ? nodes : null);
+  }
+
+  /** Bring the place where the answers differ into the middle of the screen. */
+  go() {
+    const ranges = this.ranges.filter(Boolean);
+    const marks = this.marks.filter((mark) => mark.isConnected);
+    if (ranges.length) marks[0]?.scrollIntoView({ block: "center" });
   }
 
   /** The marks stand in the margin, at the line where the difference begins. */
@@ -139,11 +162,13 @@ export class Row {
   clear() {
     for (const range of this.ranges) if (range) shared?.delete(range);
     for (const mark of this.marks) mark.remove();
+    this.where.hidden = true;
     this.ranges = [];
   }
 
   close() {
     this.clear();
+    this.votes.close();
     this.observer.disconnect();
     this.element.remove();
   }

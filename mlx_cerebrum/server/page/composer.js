@@ -1,39 +1,84 @@
 // Where questions are typed, and the keys that work everywhere.
 
+import { Attached, LONGEST, guess, partsOf, withFiles } from "./attached.js";
+import { fileChip } from "./chips.js";
 import { byId, composing, touch } from "./dom.js";
+import { toast } from "./list.js";
 import { fit } from "./messages.js";
 
 const DRAFT = "cerebrum.draft.";
 
-const box = byId("question");
-let place = ""; // whose draft this is
+const SOON = 300; // milliseconds after a key
 
-function keep(text) {
+const box = byId("question");
+const drafts = new Map(); // what the browser did not keep: more than it has room for
+let place = ""; // whose draft this is
+let drafted = () => {}; // told of the tokens of the question, about, whenever it changes
+let timer = null; // until the draft is kept
+
+const attached = new Attached({
+  changed: () => {
+    drawChips();
+    keep();
+  },
+  wrong: toast,
+  room: () => box.value.length,
+});
+
+function drawChips() {
+  const chips = attached.files.map((file) => {
+    return fileChip(file, () => {
+      attached.remove(file);
+      box.focus();
+    });
+  });
+  byId("attached").replaceChildren(...chips);
+  byId("attached").hidden = !chips.length;
+}
+
+/** The question as it would be sent now. */
+function question() {
+  return withFiles(box.value, attached.files);
+}
+
+function keep() {
+  drafted(guess(box.value) + attached.tokens);
+  clearTimeout(timer);
+  if (attached.files.length) timer = setTimeout(store, SOON); // large ones take their time
+  else store();
+}
+
+function store() {
+  clearTimeout(timer);
+  timer = null;
+  const draft = question();
+  drafts.delete(place);
   try {
-    if (text) sessionStorage.setItem(DRAFT + place, text);
+    if (draft) sessionStorage.setItem(DRAFT + place, draft);
     else sessionStorage.removeItem(DRAFT + place);
   } catch {
-    // it is still in the field
+    drafts.set(place, draft);
   }
 }
 
 export function setQuestion(text) {
-  box.value = text;
-  keep(text);
+  const { text: typed, files } = partsOf(text);
+  box.value = typed;
+  attached.set(files);
   fit(box);
 }
 
 /** Go to another conversation's draft. */
 export function useDraft(id) {
+  if (timer) store();
   place = id;
-  let draft = "";
+  let draft = drafts.get(id) ?? "";
   try {
-    draft = sessionStorage.getItem(DRAFT + id) ?? "";
+    draft ||= sessionStorage.getItem(DRAFT + id) ?? "";
   } catch {
     // none, then
   }
-  box.value = draft;
-  fit(box);
+  setQuestion(draft);
 }
 
 /** Show what the composer can do now. */
@@ -52,18 +97,71 @@ export function focusQuestion() {
   if (!touch()) box.focus();
 }
 
-/** `actions`: send(text) (true where it was taken), stop, editLast. */
-export function setUpComposer({ send, stop, editLast }) {
-  const submit = () => {
-    if (box.value.trim() && send(box.value)) setQuestion("");
+/** Files that are dropped on the conversation, pasted or chosen go into the question. */
+function setUpFiles() {
+  const take = async (files) => {
+    await attached.add([...files]);
+    focusQuestion();
   };
+  byId("attach").addEventListener("click", () => byId("text-files").click());
+  byId("text-files").addEventListener("change", async ({ target }) => {
+    const files = [...target.files];
+    target.value = "";
+    await take(files);
+  });
+  box.addEventListener("paste", (event) => {
+    const { files, types } = event.clipboardData;
+    // A table copied from an office program comes as a picture too: its text is what is meant.
+    if (!files.length || types.includes("text/plain")) return;
+    event.preventDefault();
+    take(files);
+  });
+  const main = document.querySelector("main");
+  const holds = ({ dataTransfer }) => dataTransfer?.types.includes("Files");
+  // Anywhere on the page: a file that is missed must not take the page's place.
+  addEventListener("dragover", (event) => {
+    if (!holds(event)) return;
+    event.preventDefault();
+    const here = main.contains(event.target) && !document.querySelector("dialog[open]");
+    event.dataTransfer.dropEffect = here ? "copy" : "none";
+    main.classList.toggle("dropping", here);
+  });
+  const over = () => main.classList.remove("dropping");
+  addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) over();
+  });
+  addEventListener("drop", (event) => {
+    if (!holds(event)) return;
+    event.preventDefault();
+    if (main.classList.contains("dropping")) take(event.dataTransfer.files);
+    over();
+  });
+}
+
+/**
+ * `actions`: send(text) (true where it was taken), stop, editLast; `drafted(tokens)` is told
+ * about how many the question has by now.
+ */
+export function setUpComposer({ send, stop, editLast, drafted: tell }) {
+  drafted = tell;
+  const submit = () => {
+    const asked = question();
+    if (!asked.trim()) return;
+    if (asked.length > LONGEST) {
+      const most = LONGEST.toLocaleString("en");
+      toast(`The question is too long: it holds ${most} characters at most.`);
+    } else if (send(asked)) {
+      setQuestion("");
+    }
+  };
+  setUpFiles();
   byId("composer").addEventListener("submit", (event) => {
     event.preventDefault();
     submit();
   });
   byId("stop").addEventListener("click", stop);
   box.addEventListener("input", () => {
-    keep(box.value);
+    keep();
     fit(box);
   });
   box.addEventListener("keydown", (event) => {
@@ -75,10 +173,11 @@ export function setUpComposer({ send, stop, editLast }) {
     if (event.key === "Enter" && !event.shiftKey && !event.altKey && sends) {
       event.preventDefault();
       submit();
-    } else if (event.key === "ArrowUp" && plain && !box.value && editLast()) {
+    } else if (event.key === "ArrowUp" && plain && !question() && editLast()) {
       event.preventDefault();
     }
   });
+  addEventListener("pagehide", () => timer && store());
   addEventListener("resize", () => fit(box));
   byId("skip").addEventListener("click", () => box.focus());
 }
@@ -89,15 +188,20 @@ function letterOf(event) {
 }
 
 /** `actions` by name; keys do nothing of this while a dialog is open. */
-export function setUpKeys({ stop, fresh, compare, settings, list, help }) {
+export function setUpKeys({ stop, fresh, compare, settings, list, help, search }) {
   const letters = { N: fresh, C: compare, S: settings, L: list };
   // On a Mac, Option and a letter write a sign: @ is Option+L on German keyboards.
   const mac = /^(Mac|iP)/.test(navigator.platform);
   const named = mac ? "Control+Shift" : "Alt";
   for (const key of document.querySelectorAll("kbd.alt")) key.textContent = named;
+  if (mac) {
+    for (const key of document.querySelectorAll("kbd.command")) key.textContent = "⌘";
+    byId("open-search").title = "Search (⌘K)";
+  }
   for (const one of document.querySelectorAll("[title*='(Alt+']")) {
     one.title = one.title.replace("(Alt+", `(${named}+`);
   }
+  const plain = ({ altKey, shiftKey }) => !altKey && !shiftKey;
   const chord = ({ altKey, ctrlKey, metaKey, shiftKey }) =>
     mac ? ctrlKey && shiftKey && !altKey && !metaKey : altKey && !ctrlKey && !metaKey && !shiftKey;
   document.addEventListener("keydown", (event) => {
@@ -108,6 +212,9 @@ export function setUpKeys({ stop, fresh, compare, settings, list, help }) {
     if (event.key === "Escape") act = stop;
     else if (chord(event)) act = letters[letterOf(event)];
     else if (command && event.key === "/") act = help;
+    else if ((mac ? event.metaKey : event.ctrlKey) && plain(event) && letterOf(event) === "K") {
+      act = search;
+    }
     else if (!typing && !command && event.key === "?") act = help;
     else if (!typing && !command && event.key === "/") act = () => box.focus();
     if (!act) return;

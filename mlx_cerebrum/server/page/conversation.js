@@ -110,6 +110,17 @@ export class Conversation {
     if (!this.meta.comparing || lane === 0) this.meta.leaf = leaf;
   }
 
+  /** Show the versions that have this message; true where others were shown. */
+  reveal(node) {
+    const lanes = this.leaves.map((leaf, lane) => lane);
+    if (lanes.some((lane) => this.path(this.leaves[lane]).includes(node))) return false;
+    for (const lane of lanes) {
+      if (node.lane !== undefined && lanes.length > 1 && node.lane !== lane) continue;
+      this.show(this.latest(node.id, this.meta.comparing ? lane : null), lane);
+    }
+    return true;
+  }
+
   /** Begin or end comparing; beginning again where it ended finds both columns as they were. */
   compare(on) {
     if (on === this.meta.comparing) return;

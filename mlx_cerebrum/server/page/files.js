@@ -3,6 +3,7 @@
 
 import { newId } from "./dom.js";
 import { newMeta, titleOf } from "./conversation.js";
+import { asMarkdown, fromMarkdown, isOurs } from "./exported.js";
 import { inTurns } from "./turns.js";
 
 const FORMAT = "mlx-cerebrum-conversations";
@@ -17,6 +18,11 @@ export class FileError extends Error {}
 export function messagesFile(conversation) {
   const messages = conversation.messages(conversation.leaf);
   return { name: `${fileName(conversation.meta.title)}.json`, text: json(messages) };
+}
+
+export function markdownFile(conversation) {
+  const name = `${fileName(conversation.meta.title)}.md`;
+  return { name, text: asMarkdown(conversation), type: "text/markdown" };
 }
 
 /** `conversations`: pairs of meta and nodes. */
@@ -36,8 +42,8 @@ function fileName(title) {
   return plain.trim().replace(/\s+/g, "-").slice(0, 40).toLowerCase() || "conversation";
 }
 
-export function download({ name, text }) {
-  const url = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+export function download({ name, text, type = "application/json" }) {
+  const url = URL.createObjectURL(new Blob([text], { type }));
   const link = document.createElement("a");
   link.href = url;
   link.download = name;
@@ -54,6 +60,10 @@ export async function readFile(file) {
     text = await file.text();
   } catch {
     throw new FileError(`${name} can't be read.`);
+  }
+  if (isOurs(text)) return [fromPage(text, name)];
+  if (/\.(?:md|markdown)$/i.test(name)) {
+    throw new FileError(`${name} is no conversation that this page has exported.`);
   }
   let value;
   try {
@@ -73,6 +83,19 @@ export async function readFile(file) {
   }
   const where = (index) => `${name}: conversations[${index}]`;
   return value.conversations.map((one, index) => fromBackup(one, where(index)));
+}
+
+function fromPage(text, name) {
+  let found;
+  try {
+    found = fromMarkdown(text);
+  } catch (error) {
+    throw new FileError(`${name} can't be read: ${error.message}.`);
+  }
+  checkCount(found.nodes, name);
+  found.nodes.forEach((node, index) => checkLength(node, `${name}: turn ${index + 1}`));
+  found.meta.title = found.meta.title.slice(0, 200);
+  return found;
 }
 
 function fromMessages(messages, name) {

@@ -76,7 +76,7 @@ export function drawList(metas, current, actions) {
 
 function item(meta, current, actions) {
   const name = meta.title || "Untitled";
-  const open = h("button", { type: "button", class: "open", title: name }, name);
+  const open = h("button", { type: "button", class: "open", title: name, dir: "auto" }, name);
   if (current) open.setAttribute("aria-current", "page");
   const line = h("li", { "data-id": meta.id, class: current ? "current" : null }, open);
   open.addEventListener("click", () => actions.open(meta));

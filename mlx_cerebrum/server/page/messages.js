@@ -1,5 +1,8 @@
 // One message on the screen: a question that can be edited, or an answer that may still grow.
 
+import { partsOf, sizeOf, withFiles } from "./attached.js";
+import { paceText } from "./card.js";
+import { fileChip, questionParts } from "./chips.js";
 import { composing, copyFrom, h, iconButton, plural, touch } from "./dom.js";
 import { Rendering } from "./markdown.js";
 
@@ -31,15 +34,18 @@ export class QuestionView {
   constructor(node, actions) {
     this.node = node;
     this.actions = actions;
-    this.body = h("div", { class: "body" }, node.content);
+    this.body = h("div", { class: "body" });
     this.foot = h("footer");
     this.element = h("article", { class: "question", "aria-label": "Question" });
-    this.element.append(this.body, this.foot);
+    // Headings, so that a screen reader can go from message to message.
+    this.element.append(h("h2", { class: "hidden-text" }, "Question"), this.body, this.foot);
   }
 
   draw(node) {
     this.node = node;
-    if (this.body.textContent !== node.content) this.body.textContent = node.content;
+    if (this.drawn === node.content) return;
+    this.drawn = node.content;
+    this.body.replaceChildren(...questionParts(node.content));
   }
 
   refresh({ versions, idle }) {
@@ -59,14 +65,26 @@ export class QuestionView {
 
   edit() {
     if (this.form) return this.form.querySelector("textarea").focus();
-    const box = h("textarea", { "aria-label": "Edited question", rows: 1 });
-    box.value = this.node.content;
+    const box = h("textarea", { "aria-label": "Edited question", rows: 1, dir: "auto" });
+    const { text, files } = partsOf(this.node.content);
+    box.value = text;
+    const kept = new Set(files);
+    const chips = h("div", { class: "chips" });
+    for (const file of files) {
+      const chip = fileChip(file, () => {
+        kept.delete(file);
+        chip.remove();
+        box.focus();
+      });
+      chips.append(chip);
+    }
     const cancel = () => {
       this.close();
       this.foot.querySelector("[aria-label=Edit]")?.focus();
     };
     const send = () => {
-      if (!box.value.trim() || !this.actions.edit(this.node, box.value)) return;
+      const asked = withFiles(box.value, [...kept]);
+      if (!asked.trim() || !this.actions.edit(this.node, asked)) return;
       this.close();
     };
     const buttons = h("div", { class: "buttons" });
@@ -74,7 +92,7 @@ export class QuestionView {
       h("button", { type: "button", class: "quiet", onclick: cancel }, "Cancel"),
       h("button", { type: "submit", class: "main" }, "Ask again"),
     );
-    this.form = h("form", { class: "edit" }, box, buttons);
+    this.form = h("form", { class: "edit" }, box, ...(files.length ? [chips] : []), buttons);
     this.form.addEventListener("submit", (event) => {
       event.preventDefault();
       send();
@@ -114,7 +132,7 @@ export class AnswerView {
   constructor(node, actions) {
     this.node = node;
     this.actions = actions;
-    this.who = h("div", { class: "who" });
+    this.who = h("h2", { class: "who" });
     this.body = h("div", { class: "markdown" });
     this.rendering = new Rendering(this.body);
     this.state = h("div", { class: "state" });
@@ -129,7 +147,7 @@ export class AnswerView {
   /** Show what there is by now; `run` is there while the answer grows. */
   draw(node, run) {
     this.node = node;
-    this.who.textContent = node.model ?? "";
+    this.who.textContent = node.model || "Answer";
     this.element.setAttribute("aria-label", node.model ? `Answer by ${node.model}` : "Answer");
     this.element.classList.toggle("growing", Boolean(run));
     this.element.setAttribute("aria-busy", String(Boolean(run)));
@@ -145,9 +163,12 @@ export class AnswerView {
 
   drawState(run) {
     const { node } = this;
-    if (run && !node.content) {
-      const [done, total] = run.reading ?? [0, 0];
-      const words = total ? `Reading the prompt ${done}/${total}` : "Waiting for the first word";
+    if (run && !run.pieces) {
+      const [done, total] = run.reading ?? run.loading ?? [0, 0];
+      const first = node.content ? "Going on" : "Waiting for the first word";
+      const model = () => `Loading the model, ${sizeOf(done)} of ${sizeOf(total)}`;
+      const told = () => (run.reading ? `Reading the prompt ${done}/${total}` : model());
+      const words = total ? told() : first;
       if (this.waiting === words) return;
       this.waiting = words;
       const bar = total ? h("progress", { max: total, value: done, "aria-label": words }) : null;
@@ -155,21 +176,24 @@ export class AnswerView {
       return;
     }
     this.waiting = null;
-    const said = `${Boolean(run)} ${node.state} ${node.error} ${node.finish} ${node.elsewhere}`;
+    const goOn = !run && this.actions.cutOff(node);
+    const said = [Boolean(run), node.state, node.error, node.finish, node.elsewhere, goOn].join();
     if (this.said === said) return;
     this.said = said;
     clearInterval(this.counting);
     this.state.replaceChildren();
     if (run) return;
     if (node.state === "failed") this.drawError(node.error ?? "That failed.");
-    else if (node.state === "stopped") this.state.append(h("p", { class: "ended" }, "Stopped."));
-    else if (node.state === "partial") {
-      const here = "Interrupted: this is what had come by then.";
-      const words = node.elsewhere ? "Still coming, in another tab." : here;
-      this.state.append(h("p", { class: "ended" }, words));
-    } else if (node.finish === "length") {
-      this.state.append(h("p", { class: "ended" }, "Ended at the longest answer allowed."));
-    }
+    const partial = node.elsewhere
+      ? "Still coming, in another tab."
+      : "Interrupted: this is what had come by then.";
+    const length = node.finish === "length" ? "Ended at the longest answer allowed." : null;
+    const words = { stopped: "Stopped.", partial, done: length }[node.state];
+    if (words) this.state.append(h("p", { class: "ended" }, words));
+    if (!goOn) return;
+    const button = h("button", { type: "button", class: "again" }, "Continue the answer");
+    button.addEventListener("click", () => this.actions.goOn(node));
+    this.state.lastElementChild.append(" ", button);
   }
 
   drawError(message) {
@@ -225,6 +249,7 @@ function statsText({ stats, model }) {
   ];
   const long = [
     model,
+    speed !== undefined && paceText(speed),
     prompt !== undefined && `prompt: ${plural(prompt, "token")}`,
     cached > 0 && `${cached.toLocaleString("en")} of them read before`,
     temperature !== undefined && `temperature ${temperature}`,

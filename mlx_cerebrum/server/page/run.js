@@ -4,8 +4,13 @@ import { ApiError, answer } from "./api.js";
 
 const SAVE_EVERY = 400; // milliseconds
 
+const LEAVING = 2000; // after the page was told to go, which ends every connection
+
+let leaving = -Infinity; // when it was told so
+addEventListener("beforeunload", () => (leaving = performance.now()));
+
 /**
- * `node` is the answer's message, empty as yet. `grew(node, run)` is called whenever something
+ * `node` is the answer's message, empty as yet or one that is gone on with. `grew(node, run)` is called whenever something
  * about it changed; `save(node)` keeps it.
  */
 export class Run {
@@ -15,7 +20,9 @@ export class Run {
     this.save = () => save(node);
     this.controller = new AbortController();
     this.reading = null; // [done, total] of the prompt's tokens
-    this.pieces = 0;
+    this.loading = null; // and of the model's bytes, where it was at rest
+    this.pieces = 0; // of this run
+    this.before = node.stats?.before; // tokens of the runs before this one
     this.timer = null;
     node.state = "partial";
     delete node.error;
@@ -28,8 +35,8 @@ export class Run {
     try {
       const { finish, usage } = await answer(body, {
         signal: this.controller.signal,
-        onReading: (done, total) => {
-          this.reading = [done, total];
+        onComment: (what, done, total) => {
+          this[what] = [done, total];
           this.grew();
         },
         onText: (text) => this.take(text),
@@ -38,6 +45,9 @@ export class Run {
       node.state = "done";
       node.finish = finish;
     } catch (error) {
+      // Then it is no failure; and where the page stays after all, it is told a little later.
+      const left = leaving + LEAVING - performance.now();
+      if (left > 0) await new Promise((resolve) => setTimeout(resolve, left));
       this.count(null);
       if (error.name === "AbortError") {
         node.state = "stopped";
@@ -75,9 +85,10 @@ export class Run {
   count(usage) {
     const stats = (this.node.stats ??= {});
     const tokens = usage?.completion_tokens ?? this.pieces;
-    const prompt = usage?.prompt_tokens ?? this.reading?.[1];
-    if (prompt !== undefined) stats.prompt = prompt;
-    stats.tokens = tokens;
+    const read = usage?.prompt_tokens ?? this.reading?.[1];
+    const before = this.before ?? 0; // they are part of the prompt that is read now
+    if (read !== undefined) stats.prompt = Math.max(0, read - before);
+    stats.tokens = before + tokens;
     const cached = usage?.prompt_tokens_details?.cached_tokens;
     if (cached !== undefined && cached !== null) stats.cached = cached;
     if (this.first === undefined) return;

@@ -72,9 +72,16 @@ function keep(values) {
   }
 }
 
+/** What a setting is where the reader leaves it empty, in words. */
+function defaultText(name, value) {
+  if (name === "seed") return "Default: another one each time.";
+  if (value === undefined || value === null) return "Default: the server's own.";
+  return `Default: ${value.toLocaleString("en")}${name === "max_tokens" ? " tokens" : ""}.`;
+}
+
 /**
- * Wire the dialog up. `opened()` gives { system, placeholder } of the conversation shown, and
- * `saved(system)` gets its system text.
+ * Wire the dialog up. `opened()` gives { system, placeholder } of the conversation shown, the
+ * server's `defaults` and the context's `length` in tokens; `saved(system)` gets its system text.
  */
 export function setUpSettings({ opened, saved }) {
   const dialog = byId("settings");
@@ -82,12 +89,21 @@ export function setUpSettings({ opened, saved }) {
   const system = form.elements.system;
   const everywhere = form.elements.everywhere;
 
+  let defaults = {};
+
   const check = (name) => {
     const input = form.elements[name];
     const empty = input.value.trim() === "" && !input.validity.badInput;
     const wrong = empty ? null : problem(name, input.valueAsNumber);
     byId(`${name}-problem`).textContent = wrong ?? "";
     input.setAttribute("aria-invalid", String(wrong !== null));
+    const slider = byId(`${name}-slider`);
+    if (slider) {
+      slider.value = empty || wrong ? (defaults[name] ?? slider.min) : input.value;
+      slider.classList.toggle("unset", empty);
+      const value = empty ? defaultText(name, defaults[name]) : input.value;
+      slider.setAttribute("aria-valuetext", value);
+    }
     return [wrong, empty ? undefined : input.valueAsNumber];
   };
 
@@ -100,6 +116,11 @@ export function setUpSettings({ opened, saved }) {
 
   for (const name of Object.keys(FIELDS)) {
     form.elements[name].addEventListener("input", () => check(name));
+    const slider = byId(`${name}-slider`);
+    slider?.addEventListener("input", () => {
+      form.elements[name].value = slider.value;
+      check(name);
+    });
   }
   form.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -123,6 +144,12 @@ export function setUpSettings({ opened, saved }) {
 
   return () => {
     const now = opened();
+    defaults = now.defaults ?? {};
+    if (now.length) byId("max_tokens-slider").max = now.length;
+    for (const name of Object.keys(FIELDS)) {
+      byId(`${name}-default`).textContent = defaultText(name, defaults[name]);
+      form.elements[name].placeholder = defaults[name] ?? "";
+    }
     show(kept);
     system.value = now.system;
     system.placeholder = now.placeholder;

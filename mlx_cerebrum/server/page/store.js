@@ -25,6 +25,10 @@ function open() {
   });
 }
 
+function newestFirst(metas) {
+  return metas.filter((meta) => !meta.deleted).sort((a, b) => b.updated - a.updated);
+}
+
 const nodesOf = (id) => IDBKeyRange.bound([id], [id, []]);
 
 /**
@@ -102,7 +106,14 @@ export class Store {
   /** Every conversation's meta, the one changed last first. */
   async list() {
     const all = await this.attempt("readonly", (metas) => done(metas.getAll()), []);
-    return all.filter((meta) => !meta.deleted).sort((a, b) => b.updated - a.updated);
+    return newestFirst(all);
+  }
+
+  /** Every conversation's meta, the one changed last first, and every message. */
+  async everything() {
+    const read = (metas, nodes) => Promise.all([done(metas.getAll()), done(nodes.getAll())]);
+    const [metas, nodes] = await this.attempt("readonly", read, [[], []]);
+    return { metas: newestFirst(metas), nodes };
   }
 
   /** { meta, nodes }; null where there is no such conversation, undefined where that is unknown. */
@@ -223,8 +234,12 @@ class MemoryStore {
   saveNow() {}
 
   async list() {
-    const metas = [...this.all.values()].map(({ meta }) => meta);
-    return metas.filter((meta) => !meta.deleted).sort((a, b) => b.updated - a.updated);
+    return newestFirst([...this.all.values()].map(({ meta }) => meta));
+  }
+
+  async everything() {
+    const nodes = [...this.all.values()].flatMap((one) => [...one.nodes.values()]);
+    return { metas: await this.list(), nodes };
   }
 
   async load(id) {

@@ -1,12 +1,20 @@
 // The conversation on the screen: which messages stand where, drawn at most once a frame.
 
+import { guess } from "./attached.js";
 import { arrange, byId, plural } from "./dom.js";
 import { Row, textOf } from "./compare.js";
 import { AnswerView, QuestionView } from "./messages.js";
+import { places } from "./search.js";
 
 const BY_HAND = 1000; // milliseconds after a key or a wheel in which scrolling is the reader's
 const SPOKEN = 2000; // characters of an answer that are read out when it is there
 const QUICK = 8; // milliseconds; after a drawing that took longer the next one waits
+
+const HITS = 500; // marked in one message
+
+// Highlights colour a range of text without touching the elements it runs through.
+const marked = globalThis.Highlight ? new Highlight() : null;
+if (marked) CSS.highlights.set("found", marked);
 
 const scroller = byId("scroller");
 const thread = byId("thread");
@@ -63,8 +71,7 @@ export class Thread {
     }
     for (const [key, row] of this.rows) {
       if (rows.has(row)) continue;
-      row.clear();
-      row.observer.disconnect();
+      row.close();
       this.rows.delete(key);
     }
     arrange(thread, wanted);
@@ -167,7 +174,47 @@ export class Thread {
       }
       if (used.used >= most.used) most = used;
     });
-    gauge(most, this.models[0] ?? {});
+    this.used = most;
+    this.gauge();
+  }
+
+  /** What is typed by now counts in the gauge too. */
+  drafted(tokens) {
+    this.draft = tokens;
+    if (this.used) this.gauge();
+  }
+
+  gauge() {
+    gauge(this.used, this.draft ?? 0, this.models[0] ?? {});
+  }
+
+  /** Go to a message, and mark the words in it that were looked for. */
+  find(node, words) {
+    this.unmark();
+    const view = this.views.get(node?.id);
+    if (!view) return;
+    this.following = false;
+    const { element, body } = view;
+    const ranges = rangesOf(body, words);
+    for (const range of ranges) marked?.add(range);
+    element.tabIndex = -1;
+    element.focus({ preventScroll: true });
+    const go = () => {
+      const rect = ranges[0]?.getBoundingClientRect();
+      const top = (rect?.height ? rect : element.getBoundingClientRect()).top;
+      const { top: above, height } = scroller.getBoundingClientRect();
+      scroller.scrollTop += top - above - Math.min(160, height / 3);
+    };
+    // What is off the screen has a guessed height until it is near.
+    go();
+    requestAnimationFrame(() => {
+      go();
+      requestAnimationFrame(go);
+    });
+  }
+
+  unmark() {
+    marked?.clear();
   }
 
   scrolled() {
@@ -193,11 +240,32 @@ export class Thread {
   }
 }
 
+/** The places of some words in an element's text. */
+function rangesOf(body, words) {
+  const found = [];
+  const walker = document.createTreeWalker(body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode() && found.length < HITS) {
+    const node = walker.currentNode;
+    for (const word of words) {
+      for (let from = 0; found.length < HITS; ) {
+        const [place] = places(node.data.slice(from), [word]) ?? [];
+        if (!place) break;
+        const range = new Range();
+        range.setStart(node, from + place[0]);
+        range.setEnd(node, from + place[1]);
+        found.push(range);
+        from += Math.max(place[1], place[0] + 1);
+      }
+    }
+  }
+  return found.sort((a, b) => a.compareBoundaryPoints(Range.START_TO_START, b));
+}
+
 /** Tokens of a conversation up to a message; a guess where the server has not said. */
 function tokensAfter(node, { used, exact }) {
   const { prompt, tokens } = node.stats ?? {};
   if (prompt !== undefined) return { used: prompt + (tokens ?? 0), exact: true };
-  return { used: used + Math.ceil(node.content.length / 4), exact: exact && !node.content };
+  return { used: used + guess(node.content), exact: exact && !node.content };
 }
 
 function windowNote(window) {
@@ -207,22 +275,26 @@ function windowNote(window) {
   );
 }
 
-function gauge({ used, exact }, { context_length: length, sliding_window: window }) {
+function gauge({ used, exact }, draft, { context_length: length, sliding_window: window }) {
   byId("gauge").hidden = !length;
   if (!length) return;
-  const about = exact ? "" : "about ";
-  const words = `${about}${used.toLocaleString("en")} of ${plural(length, "token")}`;
+  const about = exact && !draft ? "" : "about ";
+  const words = `${about}${(used + draft).toLocaleString("en")} of ${plural(length, "token")}`;
   byId("gauge-text").textContent = words;
-  byId("gauge-fill").style.width = `${Math.min(100, (100 * used) / length)}%`;
-  byId("gauge").classList.toggle("full", used > 0.9 * length);
+  const share = (tokens) => `${Math.min(100, (100 * tokens) / length)}%`;
+  byId("gauge-fill").style.width = share(used);
+  byId("gauge-draft").style.width = share(Math.min(draft, length - used));
+  byId("gauge").classList.toggle("full", used + draft > 0.9 * length);
   const mark = byId("gauge-window");
   mark.hidden = !window || window >= length;
-  if (!mark.hidden) mark.style.left = `${(100 * window) / length}%`;
+  if (!mark.hidden) mark.style.left = share(window);
   const bar = byId("gauge-bar");
   bar.setAttribute("aria-valuemax", String(length));
-  bar.setAttribute("aria-valuenow", String(Math.min(used, length)));
+  bar.setAttribute("aria-valuenow", String(Math.min(used + draft, length)));
   bar.setAttribute("aria-valuetext", words);
-  const passed = window && used > window ? "passed" : "not reached";
+  const passed = window && used + draft > window ? "passed" : "not reached";
   const marked = mark.hidden ? "" : `; the mark: the sliding window of ${plural(window, "token")}`;
-  byId("gauge").title = `Context used: ${words}${marked}${mark.hidden ? "" : `, ${passed}`}`;
+  const typed = draft ? `, about ${draft.toLocaleString("en")} of them in the question typed now` : "";
+  const where = mark.hidden ? "" : `, ${passed}`;
+  byId("gauge").title = `Context used: ${words}${typed}${marked}${where}`;
 }

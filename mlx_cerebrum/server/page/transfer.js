@@ -1,8 +1,8 @@
-// Conversations out to files, and in from them.
+// Conversations out to files and to paper, and in from files.
 
 import { Conversation } from "./conversation.js";
 import { byId, plural } from "./dom.js";
-import { FileError, backupFile, download, messagesFile, readFile } from "./files.js";
+import { FileError, backupFile, download, markdownFile, messagesFile, readFile } from "./files.js";
 import { toast } from "./list.js";
 
 /** Wire the buttons up; `go(id)` shows a conversation. */
@@ -40,7 +40,38 @@ export function setUpFiles(store, go) {
   });
 }
 
-/** One conversation as the list of messages that is shown of it. */
-export function saveFile({ meta, nodes }) {
-  download(messagesFile(new Conversation(meta, [...nodes.values()])));
+/**
+ * Wire the export's dialog up; returns what opens it for a conversation. `load(meta)`: that with
+ * its messages; `show(id)` puts it on the screen, which is what is printed.
+ */
+export function setUpExport({ load, show }) {
+  const dialog = byId("export");
+  let meta = null;
+  const act = (id, write) => {
+    byId(id).addEventListener("click", async () => {
+      dialog.close();
+      const found = await load(meta);
+      if (found) await write(new Conversation(found.meta, [...found.nodes.values()]));
+    });
+  };
+  act("export-markdown", (conversation) => download(markdownFile(conversation)));
+  act("export-json", (conversation) => download(messagesFile(conversation)));
+  act("export-print", async (conversation) => {
+    await show(conversation.meta.id);
+    // A frame, so that all there is to print is drawn.
+    requestAnimationFrame(() => requestAnimationFrame(() => print()));
+  });
+  let opened = [];
+  addEventListener("beforeprint", () => {
+    opened = [...document.querySelectorAll("#thread details:not([open])")];
+    for (const one of opened) one.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const one of opened) one.open = false;
+  });
+  return (one) => {
+    meta = one;
+    byId("export-name").textContent = meta.title || "Untitled";
+    dialog.showModal();
+  };
 }
