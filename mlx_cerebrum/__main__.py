@@ -30,6 +30,8 @@ COMMANDS = {
     "verify": ("convert.verify", "check every byte of a model"),
     "plan": ("mlx_cerebrum.plan.show", "show a layer plan and what it costs"),
     "convert": ("convert.__main__", "write a checkpoint laid out by a plan"),
+    "service": ("mlx_cerebrum.service.__main__", "let the server start by itself at login"),
+    "doctor": ("mlx_cerebrum.doctor.__main__", "say what this machine can run, and how fast"),
 }
 _TALKING = ("chat", "generate", "serve")  # they need a model
 # What the same thing is called elsewhere.
@@ -43,6 +45,8 @@ _OTHERS = {
     **dict.fromkeys(("ask", "complete", "prompt"), "generate"),
     **dict.fromkeys(("quantize", "merge"), "convert"),
     **dict.fromkeys(("check", "test"), "verify"),
+    **dict.fromkeys(("daemon", "autostart", "launchd", "systemd"), "service"),
+    **dict.fromkeys(("diagnose", "env", "bench", "benchmark"), "doctor"),
 }
 
 

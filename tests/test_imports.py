@@ -21,7 +21,8 @@ FLOORS = [
     ["weights"],
     ["decoding"],
     ["flags"],
-    ["generate", "demo", "chat", "server", "prompt_cache", "speculative"],
+    ["generate", "demo", "chat", "server", "doctor", "prompt_cache", "speculative"],
+    ["service"],
     ["__main__"],
 ]
 PURE = [

@@ -1,0 +1,1 @@
+"""What the machine can do with models, for its user and for a bug report."""

@@ -1,0 +1,83 @@
+"""`mlx-cerebrum doctor`: what this machine can do, and what to change."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from mlx_cerebrum import cli
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.text import one_line, say, tell
+
+UNFIT = 1  # nothing can run here as it is
+_MOST_SECONDS = 600.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return cli.run(lambda: _run(args), args.debug)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if not 0 <= args.seconds <= _MOST_SECONDS:
+        raise RequestError(f"seconds must be from 0 to {_MOST_SECONDS:g}, not {args.seconds:g}")
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError:
+        extra = "cpu or cuda" if sys.platform == "linux" else "metal"
+        stops = [
+            f"MLX can't be loaded here: install its {extra} backend"
+            + (" (pip install 'mlx[cpu]')" if sys.platform == "linux" else ", or mlx anew")
+        ]
+        return _show(args, [], {}, stops, [])
+    from mlx_cerebrum.doctor import pace
+    from mlx_cerebrum.doctor.report import report
+
+    if args.seconds and not args.json:
+        tell(f"timing the machine for {args.seconds:g} s ...")
+    found = report(pace.measure(args.seconds) if args.seconds else None)
+    return _show(args, found.facts, found.data, found.stops, found.advice)
+
+
+def _show(
+    args: argparse.Namespace,
+    facts: list[tuple[str, str]],
+    data: dict[str, Any],
+    stops: list[str],
+    advice: list[str],
+) -> int:
+    if args.json:
+        say(json.dumps({"usable": not stops, **data, "stops": stops, "advice": advice}))
+        return UNFIT if stops else 0
+    width = max((len(label) for label, _ in facts), default=0)
+    for label, words in facts:
+        say(f"{label:<{width}}  {one_line(words, 300)}")
+    for line in stops:
+        say(f"to do: {line}")
+    for line in advice:
+        say(f"could be better: {line}")
+    say("models can't run here yet" if stops else "models can run here")
+    return UNFIT if stops else 0
+
+
+def parser() -> cli.ArgumentParser:
+    p = cli.ArgumentParser(
+        prog="mlx-cerebrum doctor",
+        description="Say what this machine is, what it can run and how fast, and what to change."
+        " The text names nobody and no folder of yours: put it into a bug report as it is."
+        " Exit code 1: nothing can run here.",
+    )
+    p.add_argument(
+        "--seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="time a model for about so long, 0 not at all (default: 10)",
+    )
+    p.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    p.add_debug()
+    return p
+
+
+if __name__ == "__main__":
+    sys.exit(main())
