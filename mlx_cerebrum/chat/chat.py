@@ -170,7 +170,6 @@ class Chat:
             first = f"first after {answer.last.time_to_first_token:.2f} s"
             self.screen.notice(f"{figures(answer)}, {first}")
 
-    @awake()
     def compare(self, question: str, before: int) -> None:
         """Put a question to two models, and keep one of the answers."""
         session = self.session
@@ -182,7 +181,7 @@ class Chat:
         kept = names.index(session.current)
         with interrupts() as stopped:
             first.stopped = second.stopped = stopped
-            with closing(first), closing(second):
+            with awake(), closing(first), closing(second):
                 self.screen.compare((first, second))
             both = all(answer.text for answer in answers)
             if both:
