@@ -5,7 +5,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -201,10 +201,10 @@ class Service:
             ): self._load,
             Operation("/health", "Whether requests are taken", Health): self._health,
         }
-        described = document(list(operations))
+        described = cache(lambda: document(list(operations)))  # few ask; the start need not wait
 
         async def openapi(_: Request) -> Response:
-            return JSONResponse(described)
+            return JSONResponse(described())
 
         # Clients whose base address lacks the /v1 find the same.
         routes = [
