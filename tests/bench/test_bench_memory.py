@@ -91,6 +91,7 @@ def test_text_says_how_far_off(results: Results, tmp_path: Path) -> None:
     assert "Same model: NO" in wrong
 
 
+@pytest.mark.long
 def test_what_is_refused_or_killed_is_a_row_that_says_so(
     results: Results,
     checkpoint: MakeCheckpoint,

@@ -34,7 +34,7 @@ def holds(found: dict[str, Any]) -> None:
             assert sides["ours"]["kernels"] <= sides["mlx-lm"]["kernels"]
 
 
-@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("window", [24, pytest.param(None, marks=pytest.mark.long)])
 def test_all_parts(
     checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], window: int | None
 ) -> None:

@@ -94,6 +94,7 @@ def test_same_tokens_as_ours_past_the_window(folded: Folded, options: dict[str, 
     assert mx.allclose(model(ids), load(path, dtype="float32")[0](ids), atol=1e-5)  # no cache
 
 
+@pytest.mark.long
 def test_the_tokens_compared_depend_on_window_map_and_scales(folded: Folded) -> None:
     path = folded(scale=SCALE)
     expected = theirs(stock(path))

@@ -485,7 +485,8 @@ def test_metrics(tokenizer: Tokenizer) -> None:
         assert line in lines
 
 
-def test_the_document_is_kept(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("examples", [8, pytest.param(100, marks=pytest.mark.long)])
+def test_the_document_is_kept(tokenizer: Tokenizer, examples: int) -> None:
     """Requests that the OpenAPI document allows and such that it forbids, each with its answer."""
     with serving(FakeEngine(tokenizer), tokenizer) as server:
         document = server.client.get("/openapi.json").json()
@@ -499,12 +500,12 @@ def test_the_document_is_kept(tokenizer: Tokenizer) -> None:
             if operation.method == "post":
                 modes.append(GenerationMode.NEGATIVE)
             for mode in modes:
-                statuses |= try_out(operation, mode)
+                statuses |= try_out(operation, mode, examples)
         assert {200, 400, 404} <= statuses
 
 
 def try_out(
-    operation: schemathesis.APIOperation[Any, Any, Any, Any], mode: GenerationMode
+    operation: schemathesis.APIOperation[Any, Any, Any, Any], mode: GenerationMode, examples: int
 ) -> set[int]:
     """The statuses that came; each answer is one of those documented, and of its shape."""
     statuses = set()
@@ -517,7 +518,7 @@ def try_out(
     ]
 
     @settings(
-        max_examples=25,
+        max_examples=examples,
         deadline=None,
         derandomize=True,
         database=None,

@@ -89,6 +89,7 @@ def test_it_says_what_its_dequantized_weights_say(
     assert np.array_equal(packed.argmax(-1), exact.argmax(-1))
 
 
+@pytest.mark.long
 def test_another_quantization_would_show(
     demo: Path, requantized: Callable[[list[str]], Path]
 ) -> None:
