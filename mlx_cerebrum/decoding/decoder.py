@@ -154,8 +154,11 @@ class _Group:
             raise
 
     def join(self, generation: Generation) -> None:
-        self.rows.join(generation.caches)
         self.members.append(generation)
+        try:
+            self.rows.join(generation.caches)
+        finally:  # it may be in, and the joining interrupted
+            del self.members[len(self.rows) :]
 
     def leave(self, generation: Generation, keep: bool = True) -> None:
         self.rows.leave(self.members.index(generation), keep)
@@ -449,7 +452,6 @@ class Decoder:
             back[g] = len(guessed) - held
             # It may have left since the step was started, or its masks may have failed.
             if g in self._answers and g.failure is None:
-                g.tokens += own[: held + 1]
                 found = flight.logprobs.get(g)
                 logprobs = found.read()[: held + 1] if found else ()
                 advances.append(Advance(g, own[: held + 1], logprobs))
@@ -459,6 +461,8 @@ class Decoder:
             elif count := back.get(members[0]):
                 for c in members[0].caches:
                     c.trim(count)
+        for g, new, _ in advances:  # last: what raises before leaves all without this step
+            g.tokens += new
         return advances
 
     def _guess_alone(self, answers: list[Generation]) -> tuple[str, str, int] | None:

@@ -254,18 +254,20 @@ class WindowedKVCache:
             return mx.contiguous(entries)
 
         if self.keys is not None:
-            keys, values, *where = self.lend()
+            keys, values, *where = self.lent()
             self.take_over(Stretch(each(copied, keys), each(copied, values), *where))
 
-    def lend(self) -> Stretch:
-        """Give the live entries away, to go on elsewhere (`rows.Rows`); the cache keeps its marks,
-        and what they need besides. `take_over` brings entries back."""
+    def lent(self) -> Stretch:
+        """The live entries, to go on elsewhere (`rows.Rows`). Once they do, `give_up` leaves the
+        cache its marks and what these need besides; `take_over` brings entries back."""
         used = self._used()
         keep = used if self.window is None else min(used, self.window - 1 + self.rewind)
         self.set_aside(Stretch(self.keys, self.values, self._start, self.offset - keep))
-        lent = self._live().part(self.offset - keep, self.offset)
+        return self._live().part(self.offset - keep, self.offset)
+
+    def give_up(self) -> None:
+        """Hold no entries until `take_over`."""
         self.keys, self.values = None, None
-        return lent
 
     def set_aside(self, stretch: Stretch) -> None:
         """Entries that follow those set aside before are given up: keep what marks need of them."""
@@ -278,7 +280,7 @@ class WindowedKVCache:
     def whole(self) -> Stretch:
         """The buffer's entries with those set aside right before them: what a file holds."""
         run = [self._live().part(self._start, self.offset)]
-        for stretch in reversed(self._marks.aside):
+        for stretch in reversed(self._marks.before(self._start)):
             if stretch.end == run[0].start:
                 run.insert(0, stretch)
         return Stretch.joined(run)

@@ -53,7 +53,8 @@ class Marks:
     def __init__(self, window: int | None) -> None:
         self.window = window
         self.points: tuple[int, ...] = ()  # ascending
-        self.aside: list[Stretch] = []  # ascending, apart, and before the buffer
+        # Ascending and apart. Where Ctrl-C came before their buffer was moved, they are in it too.
+        self.aside: list[Stretch] = []
 
     def add(self, point: int) -> None:
         self.points = tuple(sorted({*self.points, point}))
@@ -86,7 +87,14 @@ class Marks:
 
     def leave(self, stretch: Stretch) -> None:
         """`stretch` leaves the buffer: set aside the parts of it that marks need."""
-        self.aside += self._copied(stretch)
+        first = max([stretch.start, *(s.end for s in self.aside[-1:])])
+        if first < stretch.end:
+            self.aside += self._copied(stretch.part(first, stretch.end))
+
+    def before(self, start: int) -> list[Stretch]:
+        """What is set aside of the tokens before `start`, where the buffer begins."""
+        ends = ((s, min(s.end, start)) for s in self.aside)
+        return [s if end == s.end else s.part(s.start, end) for s, end in ends if s.start < end]
 
     def _copied(self, stretch: Stretch) -> list[Stretch]:
         both = [(max(a, stretch.start), min(b, stretch.end)) for a, b in self.needed()]
@@ -108,7 +116,7 @@ class Marks:
         The buffer holds the entries of tokens `start` to `end`.
         """
         runs: list[tuple[int, int]] = []  # without a gap
-        for first, last in [*((s.start, s.end) for s in self.aside), (start, end)]:
+        for first, last in [*((s.start, s.end) for s in self.before(start)), (start, end)]:
             if runs and runs[-1][1] == first:
                 first, _ = runs.pop()
             runs.append((first, last))
@@ -118,6 +126,7 @@ class Marks:
     def take_back(self, point: int, live: Stretch) -> Stretch:
         """The entries needed at a reachable point, out of `aside` and `live`."""
         start = self.first_seen(point)
-        held = [s for s in (*self.aside, live) if s.start <= point and start <= s.end]
+        held = [*self.before(live.start), live]
+        held = [s for s in held if s.start <= point and start <= s.end]
         self.aside = [s for s in self.aside if s.end < start]
         return Stretch.joined([s.part(s.start, min(s.end, point)) for s in held])

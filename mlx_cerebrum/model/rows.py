@@ -24,10 +24,9 @@ _NONE = -1  # in `columns`: no token's entry
 class RowsCache:
     """One position's keys and values of all rows, `[B, H, T, D]`, as attention asks for them."""
 
-    def __init__(self, rows: "Rows") -> None:
+    def __init__(self, rows: "Rows", keys: Any = None, values: Any = None) -> None:
         self.rows = rows
-        self.keys: Any = None  # Entries
-        self.values: Any = None
+        self.keys, self.values = keys, values  # Entries
 
     @property
     def offset(self) -> mx.array:
@@ -160,10 +159,9 @@ class Rows:
             front = old[..., :keep, :] if in_place else mx.take_along_axis(old, index, axis=2)
             return mx.concatenate([front, mx.zeros((B, H, room - keep, D), old.dtype)], axis=2)
 
-        larger = [(each(moved, c.keys), each(moved, c.values)) for c in self.caches]
-        for c, (keys, values) in zip(self.caches, larger, strict=True):
-            c.keys, c.values = keys, values
-        self.columns, self.used = columns, keep
+        caches = [RowsCache(self, each(moved, c.keys), each(moved, c.values)) for c in self.caches]
+        # In one line, that Ctrl-C finds all moved or nothing.
+        self.caches, self.columns, self.used = caches, columns, keep
 
     def _set_aside(self, kept: np.ndarray[Any, Any]) -> None:
         """Give each row's own caches the entries before `kept` that their marks need."""
@@ -185,45 +183,42 @@ class Rows:
         """
         if len(self):  # all is copied anyway: holes need not be
             self._repack(0)
-        arrived: list[Stretch] = []
+        arrived = [mine.lent() for mine in own]
         count, wide = len(self), self.columns.shape[1]
+        start, end = arrived[0].start, arrived[0].end
+        used = max(self.used, end - start)
+        room = max(wide, used + self.step)
+
+        def widened(entries: mx.array) -> mx.array:
+            B, H, T, D = entries.shape
+            if room == T:
+                return entries
+            more = mx.zeros((B, H, room - T, D), entries.dtype)
+            return mx.concatenate([entries, more], axis=2)
+
+        def below(new: mx.array, *above: mx.array) -> mx.array:
+            return mx.concatenate([widened(entries) for entries in (*above, new)], axis=0)
+
+        columns = np.full((count + 1, room), _NONE)
+        columns[:-1, : self.used] = self.columns[:, : self.used]
+        columns[-1, : end - start] = np.arange(start, end)
+        rows, offsets = [*self.own, own], np.append(self.offsets, end)
         try:
-            for mine in own:
-                arrived.append(mine.lend())
-            start, end = arrived[0].start, arrived[0].end
-            used = max(self.used, end - start)
-            room = max(wide, used + self.step)
-
-            def widened(entries: mx.array) -> mx.array:
-                B, H, T, D = entries.shape
-                if room == T:
-                    return entries
-                more = mx.zeros((B, H, room - T, D), entries.dtype)
-                return mx.concatenate([entries, more], axis=2)
-
-            def below(new: mx.array, *above: mx.array) -> mx.array:
-                return mx.concatenate([widened(entries) for entries in (*above, new)], axis=0)
-
             for c, new in zip(self.caches, arrived, strict=True):
                 above = ((c.keys,), (c.values,)) if count else ((), ())
                 keys, values = each(below, new.keys, *above[0]), each(below, new.values, *above[1])
                 mx.eval(keys, values)  # one position's memory at a time
                 c.keys, c.values = keys, values
+            self.own, self.columns, self.used, self.offsets = rows, columns, used, offsets
         except BaseException:
             for c in self.caches:
                 c.keys, c.values = (
                     each(lambda a: a[:count, :, :wide], kv) if count else None
                     for kv in (c.keys, c.values)
                 )
-            for mine, new in zip(own, arrived, strict=False):
-                mine.take_over(new)
             raise
-        columns = np.full((count + 1, room), _NONE)
-        columns[:-1, : self.used] = self.columns[:, : self.used]
-        columns[-1, : end - start] = np.arange(start, end)
-        self.columns, self.used = columns, used
-        self.offsets = np.append(self.offsets, end)
-        self.own.append(own)
+        for mine in own:
+            mine.give_up()
 
     def leave(self, row: int, keep: bool = True) -> None:
         """A sequence goes: its own caches get its entries back, and the rows below it move up.
@@ -240,13 +235,14 @@ class Rows:
         else:
             for mine in self.own[row]:
                 mine.rewind_to(0)
-        del self.own[row]
-        rest = [r for r in range(len(self) + 1) if r != row]
-        self.columns, self.offsets = self.columns[rest], self.offsets[rest]
-        for c in self.caches:
-            c.keys, c.values = (
-                each(lambda a: a[mx.array(rest)], kv) if rest else None for kv in (c.keys, c.values)
+        rest = [r for r in range(len(self)) if r != row]
+        own, columns, offsets = [self.own[r] for r in rest], self.columns[rest], self.offsets[rest]
+        caches = [RowsCache(self) for _ in self.caches]
+        for old, new in zip(self.caches, caches if rest else (), strict=False):
+            new.keys, new.values = (
+                each(lambda a: a[mx.array(rest)], kv) for kv in (old.keys, old.values)
             )
+        self.own, self.columns, self.offsets, self.caches = own, columns, offsets, caches
 
     @staticmethod
     def _stretch(

@@ -15,7 +15,7 @@ from tiny import tiny_config, tiny_weights
 
 from mlx_cerebrum.decoding.decoder import Decoder, Generation
 from mlx_cerebrum.decoding.drafters import Drafter, ModelDrafter, NGramDrafter
-from mlx_cerebrum.decoding.logprobs import TokenLogprob
+from mlx_cerebrum.decoding.logprobs import Logprobs, TokenLogprob
 from mlx_cerebrum.decoding.policy import Policy
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.decoding.speculative import Speculation
@@ -280,4 +280,22 @@ def in_a_block(company: Company) -> Iterator[None]:
         TransformerBlock.__call__ = original  # type: ignore[method-assign]
 
 
-FAULTS = (in_a_sampler, in_a_block)
+@contextmanager
+def in_reading_logprobs(company: Company) -> Iterator[None]:
+    """When those of some answers have been read, and others not."""
+    original, calls = Logprobs.read, count()
+    at = company.draw.randrange(3)
+
+    def read(self: Logprobs) -> list[TokenLogprob]:
+        if next(calls) == at:
+            raise FaultError
+        return original(self)
+
+    Logprobs.read = read  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Logprobs.read = original  # type: ignore[method-assign]
+
+
+FAULTS = (in_a_sampler, in_a_block, in_reading_logprobs)

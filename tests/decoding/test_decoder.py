@@ -7,15 +7,27 @@
 import itertools
 import os
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from company import FAULTS, TOLERANCE, Company, Counted, Eager, FaultError, in_a_sampler, tiny_views
+from company import (
+    FAULTS,
+    TOLERANCE,
+    Company,
+    Counted,
+    Eager,
+    FaultError,
+    in_a_sampler,
+    in_reading_logprobs,
+    tiny_views,
+)
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -24,7 +36,7 @@ from mlx_cerebrum.decoding import decoder
 from mlx_cerebrum.decoding.decoder import Decoder, Generation, generate_step
 from mlx_cerebrum.decoding.drafters import Drafter, NGramDrafter
 from mlx_cerebrum.decoding.speculative import Speculation
-from mlx_cerebrum.model import together
+from mlx_cerebrum.model import rows, together
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.forward import Model, TransformerBlock
 from mlx_cerebrum.model.rows import Rows
@@ -217,6 +229,21 @@ def test_a_sampler_that_raises_ends_no_other() -> None:
     there.finish()
 
 
+def test_logprobs_that_can_not_be_read_lose_no_token() -> None:
+    """Of all answers or of none: what was chosen and not handed out would be missing."""
+    there = some(4, most=20)
+    for job in there.jobs:
+        job.generation.top_logprobs = 2
+    for _ in range(5):
+        before = [list(job.generation.tokens) for job in there.jobs]
+        with pytest.raises(FaultError), in_reading_logprobs(there):
+            there.decoder.step()
+        assert there.decoder.recover() is None
+        assert [job.generation.tokens for job in there.jobs] == before
+        there.step()
+    there.finish()
+
+
 def test_without_recovering_others_would_say_something_else() -> None:
     """Their last token is in their caches, and the next step gives it again."""
     there = some(4, most=20)
@@ -226,7 +253,7 @@ def test_without_recovering_others_would_say_something_else() -> None:
         there.finish()
 
 
-@pytest.mark.parametrize("length", [9, 40])
+@pytest.mark.parametrize("length", [9, pytest.param(40, marks=pytest.mark.long)])
 def test_interrupted_while_two_run(length: int, monkeypatch: Patch) -> None:
     """As the terminal's /compare: wherever it is, both caches hold what the target computed."""
     original = TransformerBlock.__call__
@@ -258,6 +285,56 @@ def test_interrupted_while_two_run(length: int, monkeypatch: Patch) -> None:
                 assert job.generation.tokens == [*job.prompt, *tokens]
                 there.check(job)
     assert call > 20
+
+
+@contextmanager
+def interrupted(there: Company, at: int, patch: Patch) -> Iterator[None]:
+    """As by Ctrl-C, before the at-th line of the decoder or its shared caches within a step."""
+    step, lines, files = Decoder.step, itertools.count(), {decoder.__file__, rows.__file__}
+
+    def line(frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line" and next(lines) == at:
+            raise KeyboardInterrupt
+        return line
+
+    def traced(self: Decoder) -> Any:
+        before = sys.gettrace()
+        sys.settrace(line)
+        try:
+            return step(self)
+        finally:
+            sys.settrace(before)
+
+    with patch.context() as patched:
+        patched.setattr(Decoder, "step", traced)
+        yield
+
+
+LINES = [1625, *(pytest.param(n, marks=pytest.mark.long) for n in range(0, 9680, 20))]
+
+
+@pytest.mark.parametrize("at", LINES)
+def test_interrupted_anywhere_while_four_run(at: int, monkeypatch: Patch) -> None:
+    """Three of them share caches, which are moved when they are full."""
+    monkeypatch.setattr(decoder, "STEP", 4)
+    there = Company(random.Random(at), VIEWS[12], 9, 4, 30)
+    models = [VIEWS[12][n] for n in (0, 0, 0, 1)]
+    jobs = [there.made(model, 9, most=16) for model in models]
+    runs = [there.decoder.run(job.generation) for job in jobs]
+    handed: list[list[int]] = [[] for _ in jobs]
+    try:
+        with interrupted(there, at, monkeypatch):
+            for turn in itertools.cycle(range(len(jobs))):
+                handed[turn].append(next(runs[turn])[0])
+    except (KeyboardInterrupt, StopIteration):
+        pass
+    for run in runs:
+        run.close()
+    for job, tokens in zip(jobs, handed, strict=True):
+        assert job.generation.tokens == [*job.prompt, *tokens]
+        there.check(job)
 
 
 @pytest.mark.parametrize("at", range(4))

@@ -249,7 +249,7 @@ def failing(original: Callable[..., Any], at: int) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("others", [0, 2])
-@pytest.mark.parametrize("what", ["eval", "lend", "concatenate"])
+@pytest.mark.parametrize("what", ["eval", "lent", "concatenate"])
 @pytest.mark.parametrize("at", range(POSITIONS))
 def test_a_row_that_has_no_memory_to_join(
     others: int, what: str, at: int, monkeypatch: pytest.MonkeyPatch
@@ -265,7 +265,7 @@ def test_a_row_that_has_no_memory_to_join(
         there.join(there.fresh(21))
         there.step([1] * len(there.members))
     with monkeypatch.context() as patch:
-        place = WindowedKVCache if what == "lend" else mx
+        place = WindowedKVCache if what == "lent" else mx
         patch.setattr(place, what, failing(getattr(place, what), at))
         with pytest.raises(RuntimeError, match="no memory"):
             there.join(newcomer)
