@@ -19,6 +19,7 @@ import psutil
 
 from mlx_cerebrum import __version__, device
 
+_KERNELS = "OPENBLAS_CORETYPE"
 _PRELOADED = "MLX_CEREBRUM_BENCH_BLAS"  # set after one attempt, so that there is never a second
 # Debian and Ubuntu, Fedora, Arch. Each exports BLAS under the names MLX was linked against.
 _OPENBLAS = (
@@ -29,17 +30,22 @@ _OPENBLAS = (
 
 
 def use_openblas(wanted: bool) -> None:
-    """Start this process over with OpenBLAS preloaded, if that is wanted, needed and possible.
+    """Start this process over with OpenBLAS preloaded and its kernels for this processor, if that
+    is wanted, needed and possible.
 
     Only the CPU backend on Linux needs it; child processes inherit it. Does not return when
     it starts over, so call it before any work.
     """
-    if not wanted or blas() != "reference" or _PRELOADED in os.environ:
+    if not wanted:
         return
-    found = [path for pattern in _OPENBLAS for path in sorted(Path("/").glob(pattern))]
-    if found:
-        preload = [str(found[0]), *filter(None, [os.environ.get("LD_PRELOAD")])]
-        environment = os.environ | {"LD_PRELOAD": ":".join(preload), _PRELOADED: "1"}
+    environment = dict(os.environ)
+    if blas() == "reference" and _PRELOADED not in os.environ:
+        found = [path for pattern in _OPENBLAS for path in sorted(Path("/").glob(pattern))]
+        preload = [*map(str, found[:1]), *filter(None, [os.environ.get("LD_PRELOAD")])]
+        environment |= {"LD_PRELOAD": ":".join(preload), _PRELOADED: "1"} if found else {}
+    elif (kernels := device.better_kernels()) and _KERNELS not in os.environ:
+        environment[_KERNELS] = kernels
+    if environment != os.environ:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
@@ -49,7 +55,9 @@ def blas() -> str:
         return "not used"
     if sys.platform == "darwin":
         return "Accelerate"
-    return "OpenBLAS" if device.has_openblas() else "reference"
+    if not device.has_openblas():
+        return "reference"
+    return f"OpenBLAS ({device.openblas_kernels()})"
 
 
 def card() -> dict[str, Any]:

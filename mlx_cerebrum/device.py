@@ -6,11 +6,13 @@ not its functions, and keep no answer. Whoever puts another `backend` here chang
 
 import ctypes
 import sys
+from pathlib import Path
 from typing import Literal
 
 import mlx.core as mx
 
 Backend = Literal["metal", "cuda", "cpu"]
+_CPU = Path("/proc/cpuinfo")
 
 
 def backend() -> Backend:
@@ -34,6 +36,22 @@ def has_openblas() -> bool:
     """Whether OpenBLAS was loaded before MLX's own BLAS. Only a symbol of the process itself says
     so: numpy brings an OpenBLAS under other names."""
     return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "openblas_get_config")
+
+
+def openblas_kernels() -> str:
+    """The processor, by its maker's name, that OpenBLAS computes for."""
+    name = ctypes.CDLL(None).openblas_get_corename
+    name.restype = ctypes.c_char_p
+    return bytes(name()).decode()
+
+
+def better_kernels() -> str | None:
+    """What OPENBLAS_CORETYPE is to be set to before the process starts, where OpenBLAS is older
+    than the processor: it then takes it for one of 2004. None where its own choice is right."""
+    if not has_openblas() or openblas_kernels() != "Prescott":
+        return None
+    able = _CPU.read_text(encoding="utf-8").split()
+    return "SkylakeX" if "avx512vl" in able else "Haswell" if "avx2" in able else None
 
 
 def stream() -> mx.Stream:

@@ -89,3 +89,22 @@ def test_every_place_follows(backend: device.Backend, monkeypatch: pytest.Monkey
     assert cpu.in_slices(512, 512, mx.float32, "causal") == linux_cpu
     config = ModelConfig.from_dict(GEOMETRIES["cerebrum-7b"])
     assert keeps_scores(config, 4) == (backend != "metal")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "able", "better"),
+    [
+        ("Prescott", "sse2 avx2 fma avx512f avx512vl", "SkylakeX"),
+        ("Prescott", "sse2 avx2 fma", "Haswell"),
+        ("Prescott", "sse2", None),
+        ("Zen", "sse2 avx2 fma avx512f avx512vl", None),
+    ],
+)
+def test_kernels_for_a_processor_that_openblas_does_not_know(
+    chosen: str, able: str, better: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"model name: x\nflags: {able}\n")
+    monkeypatch.setattr(device, "has_openblas", lambda: True)
+    monkeypatch.setattr(device, "openblas_kernels", lambda: chosen)
+    monkeypatch.setattr(device, "_CPU", tmp_path / "cpuinfo")
+    assert device.better_kernels() == better
