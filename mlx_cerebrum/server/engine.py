@@ -13,19 +13,18 @@ import mlx.core as mx
 
 from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.prompt_store import PromptStore
-from mlx_cerebrum.decoding.stream import check_request
-from mlx_cerebrum.decoding.text import StopText
-from mlx_cerebrum.errors import CerebrumError, MemoryBudgetError, RequestError
+from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.machine.awake import LINGER, Awake
 from mlx_cerebrum.machine.pressure import Pressure
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits, release
 from mlx_cerebrum.model.memory import HEADROOM, available_bytes, human
-from mlx_cerebrum.server.batch import Batch, Sized, jobs_bytes
-from mlx_cerebrum.server.holding import Holding, Laid, Source, pathless
+from mlx_cerebrum.server.batch import Batch, jobs_bytes
+from mlx_cerebrum.server.holding import Holding, Laid, Source
 from mlx_cerebrum.server.jobs import ClosedError, Event, Failed, Job, Loading, Stats
 from mlx_cerebrum.server.loader import Coming, Loader
 from mlx_cerebrum.server.log import write
+from mlx_cerebrum.server.refusals import check_job, too_large, too_little, why_not
 from mlx_cerebrum.server.task import Counts, Task, said
 from mlx_cerebrum.server.waiting import Waiting
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
@@ -38,7 +37,6 @@ _SAY_LOADING = 0.5  # seconds after which those who wait for a model hear how fa
 _ENDS = ("stop", "length", "cancelled", "failed")
 _CLOSING = "the server is shutting down; ask again later"
 _STOPPED = "the engine has stopped; start it again"
-MOST_LOGPROBS = 20  # alternatives a token, as OpenAI's
 
 
 class BatchEngine:
@@ -214,7 +212,7 @@ class BatchEngine:
             )
             job = replace(job, max_tokens=max(fits, 1))
         if (needed := self._bytes(job)) > budget and not resting:
-            raise RequestError(_too_large(job, needed, budget))
+            raise RequestError(too_large(job, needed, budget))
         return job
 
     def _bytes(self, job: Job) -> int:
@@ -505,7 +503,7 @@ class BatchEngine:
             needed, budget = self._predicted(task), self._budget - self._loader.reserved
             if needed > budget:
                 if not self._running and self._loader.holding is None:  # nothing will be freed
-                    self._fail([task], Failed(_too_large(task.job, needed, budget), True))
+                    self._fail([task], Failed(too_large(task.job, needed, budget), True))
                     continue
                 return
             self._keep_prompts(budget - needed)
@@ -554,43 +552,3 @@ class BatchEngine:
                 self._loader.holding.drop()
         mx.clear_cache()
         self._awake.release()
-
-
-def too_little(name: str, needed: int, free: int) -> str:
-    """What to say where weights don't fit."""
-    return f"{name} needs {human(needed)} and {human(max(0, free))} are free"
-
-
-def why_not(error: Exception, source: Source, name: str) -> str:
-    """Why weights can't be loaded, in one line without a path."""
-    if isinstance(error, CerebrumError):
-        return pathless(error, source.path, name)
-    text = str(error).lower()
-    if isinstance(error, MemoryError) or "alloc" in text or "memory" in text:
-        return "the device ran out of memory"
-    return f"its weights can't be read ({type(error).__name__})"
-
-
-def _too_large(job: Job, needed: int, free: int) -> str:
-    return (
-        f"a prompt of {len(job.prompt)} tokens with {job.n} x {job.max_tokens} more needs"
-        f" {human(needed)}, and there are {human(max(0, free))} for all requests;"
-        " ask for fewer tokens"
-    )
-
-
-def check_job(job: Job, models: Mapping[str, Sized], max_batch: int) -> None:
-    """Raise RequestError for a job that can never run, however much memory there is."""
-    if job.model not in models:
-        raise RequestError(f"there is no model {job.model!r}; there are {', '.join(models)}")
-    config = models[job.model].config
-    check_request(config, job.prompt, job.max_tokens, least=0 if job.echo else 1)
-    job.sampling.check_vocabulary(config.vocab_size)
-    if not 1 <= job.n <= max_batch:
-        raise RequestError(f"n must be from 1 to {max_batch}, not {job.n}")
-    k = job.top_logprobs
-    if k is not None and not 0 <= k <= MOST_LOGPROBS:
-        raise RequestError(
-            f"top_logprobs must be from 0 to {MOST_LOGPROBS}, not {job.top_logprobs}"
-        )
-    StopText(job.stop)

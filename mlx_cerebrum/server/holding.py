@@ -9,9 +9,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.errors import CerebrumError, CheckpointError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import Workload
 from mlx_cerebrum.server.batch import Batch
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.gguf_paths import gguf_at
@@ -20,6 +22,7 @@ from mlx_cerebrum.weights.opening import ModelSpec, Opened, open_model
 from mlx_cerebrum.weights.storage import Storage
 from mlx_cerebrum.weights.views import Order, views
 
+_TALK = (256, 256)  # tokens of a prompt and of its answer: with less it would be of no use
 Files = frozenset[tuple[int, int]]  # device and inode of each file with weights
 
 
@@ -51,8 +54,10 @@ class Source:
 
     @property
     def needed(self) -> int:
-        """Bytes that loading takes at most."""
-        return self.storage.nbytes + self.storage.transient
+        """Bytes that loading takes at most, or a short conversation after it."""
+        config, item = self.config, self.storage.dtype.size
+        talk = Workload(config, item, *_TALK, prefill_step()).bytes
+        return self.storage.nbytes + max(self.storage.transient, talk)
 
     def shares(self, other: "Source") -> bool:
         """Whether one loaded set of weights would do for both, whatever their orders."""

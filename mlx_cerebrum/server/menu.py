@@ -16,11 +16,12 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.plan.layer_plan import LayerPlan, named_plans
 from mlx_cerebrum.server.answers import LoadProgress, Memory, ShelfList, ShelfModel
-from mlx_cerebrum.server.engine import BatchEngine, too_little
+from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.server.faults import ApiError
 from mlx_cerebrum.server.holding import Holding, Laid, Source, pathless
 from mlx_cerebrum.server.jobs import ClosedError
 from mlx_cerebrum.server.loader import Coming
+from mlx_cerebrum.server.refusals import too_little
 from mlx_cerebrum.shelf.entries import Entry, entries
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 
@@ -95,10 +96,21 @@ class Menu:
             return self._row(entry)
 
     def meant(self, name: str) -> str | None:
-        """The name in /v1/models of a model that the shelf calls so; None where none answers."""
+        """The name in /v1/models of a model that the shelf calls so; None where there is none.
+
+        Raises ApiError for one that is not answered with yet.
+        """
         with self._lock:
             entry = next((entry for entry in entries() if entry.called == name), None)
-            return None if entry is None else self._state(entry, self._look(entry))[1]
+            if entry is None:
+                return None
+            state, model = self._state(entry, self._look(entry))
+        if model is None:
+            message = f"{name} is on the shelf, and not answered with yet: POST /shelf/load"
+            if state == "loading":
+                message = f"{name} is being loaded; /shelf says how far it is"
+            raise ApiError(404, message, code="model_not_found", param="model")
+        return model
 
     def _over(self, name: str, problem: str | None) -> None:
         """On the engine's thread. It must not wait for the lock: files may be read under it."""

@@ -78,8 +78,10 @@ class Launchd:
         if done.returncode != 0:
             return State(True, None, "launchd does not have it; install it again")
         pid, ended = _PID.search(done.stdout), _ENDED.search(done.stdout)
-        note = "" if pid or ended is None else f"it last ended with exit code {ended[1].strip()}"
-        return State(True, int(pid[1]) if pid else None, note)
+        if pid is not None:
+            return State(True, int(pid[1]))
+        code = "" if ended is None or "never" in ended[1] else ended[1].strip()
+        return State(True, None, f"it last ended with exit code {code}" if code else "it waits")
 
     @property
     def _domain(self) -> str:

@@ -18,8 +18,10 @@ from server_room import WAIT, Running
 from tiny import tiny_config, tiny_weights
 
 from mlx_cerebrum.flags import model_spec
+from mlx_cerebrum.machine.awake import Awake
 from mlx_cerebrum.server import __main__ as command
 from mlx_cerebrum.server.engine import BatchEngine
+from mlx_cerebrum.server.holding import Source
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 
 SMALL = {"num_hidden_layers": 4, "vocab_size": 260, "max_position_embeddings": 100_000}
@@ -199,7 +201,7 @@ def test_what_does_not_fit_is_refused_with_what_would(
         needed = {}
         for name in ("other", "deep"):
             opened = open_model(ModelSpec(shelf / f"{name}-16bit"))
-            needed[name] = opened.storage.nbytes + opened.storage.transient
+            needed[name] = Source.of(opened).needed
         monkeypatch.setattr(BatchEngine, "room", needed["other"] - 1)
         row = rows(server)["other:16bit"]
         assert row["why_not"].startswith("other:16bit needs ")
@@ -250,3 +252,100 @@ def test_closing_while_a_model_loads(shelf: Path) -> None:
     with serving("one") as server:
         load(server, "large:16bit").raise_for_status()
     assert not engine_of(server)._thread.is_alive()
+
+
+def test_two_loads_come_one_after_the_other(shelf: Path) -> None:
+    put(shelf, "third-16bit", 6, num_hidden_layers=5)
+    with serving("one") as server:
+        for name in ("other:16bit", "third:16bit", "deep:16bit"):
+            assert load(server, name).json()["state"] in ("loading", "loaded")
+        for name in ("other:16bit", "third:16bit", "deep:16bit"):
+            until(server, name)
+            assert answer(server, name)
+        assert len(engine_of(server).holdings) == 3
+
+
+def test_what_is_asked_for_and_not_loaded(shelf: Path) -> None:
+    with serving("one") as server:
+        body = {"model": "other:16bit", "prompt": "Hi", "max_tokens": 2}
+        refused = server.client.post("/v1/completions", json=body)
+        assert refused.status_code == 404
+        assert "POST /shelf/load" in refused.json()["error"]["message"]
+        assert server.client.get("/v1/models/other:16bit").status_code == 404
+
+
+def test_a_model_that_went_away_while_it_rested(shelf: Path) -> None:
+    with serving("one", "--unload-after", "0.05s") as server:
+        assert answer(server, "one")
+        until(server, "one:16bit", "at rest")
+        (shelf / "one-16bit").rename(shelf / ".gone")
+        body = {"model": "one", "prompt": "Hi", "max_tokens": 2}
+        refused = server.client.post("/v1/completions", json=body)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+        wanted = "one can't be loaded: its files are gone"
+        assert refused.json()["error"]["message"] == wanted
+        streamed = server.client.post("/v1/completions", json=body | {"stream": True}).text
+        assert wanted in streamed
+        (shelf / ".gone").rename(shelf / "one-16bit")
+        assert answer(server, "one")
+
+
+def test_idle_weights_make_room_for_those_that_are_asked_for(
+    shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where weights may rest, two models that fit only one by one take turns."""
+    with serving("one", "--unload-after", "1h") as server:
+        engine = engine_of(server)
+        most = engine.stats().weights_bytes + 8_000_000
+
+        def available() -> int:
+            held = sum(holding.nbytes for holding in engine.holdings)
+            return most - held if engine.stats().loaded < 2 else 0
+
+        first = answer(server, "one")
+        monkeypatch.setattr("mlx_cerebrum.server.engine.available_bytes", available)
+        monkeypatch.setattr("mlx_cerebrum.server.engine.HEADROOM", 1.0)
+        source = engine.holdings[0].source
+        assert source is not None
+        monkeypatch.setattr(Source, "needed", most - source.storage.nbytes // 2)
+        load(server, "other:16bit").raise_for_status()
+        assert until(server, "other:16bit")
+        assert rows(server)["one:16bit"]["state"] == "at rest"
+        other = answer(server, "other:16bit")
+        assert answer(server, "one") == first
+        assert rows(server)["other:16bit"]["state"] == "at rest"
+        assert answer(server, "other:16bit") == other
+
+
+def test_the_machine_is_kept_awake_while_there_is_work(
+    shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[bool] = []
+
+    class Noted(Awake):
+        @property
+        def held(self) -> bool:
+            return bool(held) and held[-1]
+
+        def hold(self) -> None:
+            if not self.held:
+                held.append(True)
+
+        def settle(self) -> None:
+            self.release()
+
+        def release(self) -> None:
+            if self.held:
+                held.append(False)
+
+    monkeypatch.setattr("mlx_cerebrum.server.engine.Awake", Noted)
+    with serving("one") as server:
+        assert answer(server, "one")
+        assert held[0] is True
+        ends = time.monotonic() + WAIT
+        while held[-1]:
+            assert time.monotonic() < ends
+            time.sleep(0.01)
+        answer(server, "one")
+    assert held[-1] is False
