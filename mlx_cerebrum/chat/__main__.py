@@ -10,7 +10,9 @@ import mlx.core as mx
 from mlx_cerebrum import cli
 from mlx_cerebrum.chat.about import about
 from mlx_cerebrum.chat.chat import SYNONYMS, Chat
-from mlx_cerebrum.chat.commands import COMMANDS
+from mlx_cerebrum.chat.commands import COMMANDS, resume_at_start
+from mlx_cerebrum.chat.keeper import Keeper
+from mlx_cerebrum.chat.kept import Kept, conversations
 from mlx_cerebrum.chat.prompt import (
     CommandCompleter,
     EditingReader,
@@ -19,7 +21,7 @@ from mlx_cerebrum.chat.prompt import (
     open_history,
 )
 from mlx_cerebrum.chat.screen import FullScreen, PlainScreen, Rows, Screen, is_full
-from mlx_cerebrum.chat.session import DecodingOptions, Messages, Session
+from mlx_cerebrum.chat.session import DecodingOptions, Session
 from mlx_cerebrum.chat.settings import Settings, add_drawing_flags, options_of
 from mlx_cerebrum.chat.signals import orderly_end
 from mlx_cerebrum.errors import RequestError
@@ -37,7 +39,6 @@ from mlx_cerebrum.model.entries import check_kv_bits
 from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.progress import progress
-from mlx_cerebrum.tokenizer.conversation import read_messages
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 from mlx_cerebrum.weights.views import load_views
@@ -54,18 +55,20 @@ def _run(args: argparse.Namespace) -> int:
     options.sampling.check_used()
     if args.load is not None and args.system is not None:
         raise RequestError("--load is a whole conversation: no --system with it, use /system")
+    if args.resume and (args.load is not None or args.system is not None):
+        raise RequestError("--resume goes on with a kept conversation: no --load or --system too")
     if sys.stdin is None:
         raise RequestError("standard input is closed; there is nobody to talk with")
     spec, memory = model_spec(args), memory_limit(args)
-    messages = None if args.load is None else read_messages(args.load)
+    loaded = None if args.load is None else _loaded(args.load)
     if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 costs a line, not the chat
         sys.stdin.reconfigure(errors="surrogateescape")
     with orderly_end(), limits(memory):
-        return _talk(args, spec, options, messages)
+        return _talk(args, spec, options, loaded)
 
 
 def _talk(
-    args: argparse.Namespace, spec: ModelSpec, options: DecodingOptions, messages: Messages | None
+    args: argparse.Namespace, spec: ModelSpec, options: DecodingOptions, loaded: Kept | None
 ) -> int:
     screen = FullScreen() if is_full(args.plain) else PlainScreen()
     opened = open_model(spec)
@@ -79,15 +82,27 @@ def _talk(
         session.set_system(args.system)
     chat = _chat(session, screen, args, about(opened, models))
     _header(chat)
-    if messages is not None:
-        chat.load(messages, str(args.load))
+    if loaded is not None:
+        chat.load(loaded, str(args.load))
+    elif args.resume:
+        resume_at_start(chat)
     return chat.run()
 
 
+def _loaded(path: Path) -> Kept:
+    """The conversation of --load. Raises RequestError for a file of several."""
+    found = conversations(path)
+    if len(found) > 1:
+        raise RequestError(f"{path} holds {len(found)} conversations; /load lets you choose one")
+    return found[0]
+
+
 def _chat(session: Session, screen: Screen, args: argparse.Namespace, rows: Rows) -> Chat:
-    settings = Settings(args)
+    settings, asks = Settings(args), sys.stdin.isatty()
+    keeper = Keeper(session, screen.notice) if asks and not args.no_keep else None
+    more = rows, keeper, not args.no_save
     if isinstance(screen, PlainScreen):
-        return Chat(session, screen, PlainReader(), COMMANDS, settings, sys.stdin.isatty(), rows)
+        return Chat(session, screen, PlainReader(), COMMANDS, settings, asks, *more)
     takes = {
         "plan": lambda: dict.fromkeys(session.models, ""),
         "set": lambda: {name: settings.about(name) for name in settings},
@@ -101,7 +116,7 @@ def _chat(session: Session, screen: Screen, args: argparse.Namespace, rows: Rows
         history = open_history(None)
         screen.notice(f"questions are not remembered: {cli.describe(error)}")
     reader = EditingReader(history, completer)
-    return Chat(session, screen, reader, COMMANDS, settings, True, rows)
+    return Chat(session, screen, reader, COMMANDS, settings, asks, *more)
 
 
 def _header(chat: Chat) -> None:
@@ -132,6 +147,23 @@ def parser() -> cli.ArgumentParser:
     add_drawing_flags(p)
     add_kv_bits_flag(p)
     add_prefill_flag(p)
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a conversation that is kept: asks which, on a pipe takes the newest"
+        " (default: a new one)",
+    )
+    p.add_argument(
+        "--no-keep",
+        action="store_true",
+        help="keep no conversations (default: each in a file only you can read, for /resume;"
+        " none of a pipe's)",
+    )
+    p.add_argument(
+        "--no-save",
+        action="store_true",
+        help="leave without offering to save what is kept nowhere (default: it is offered once)",
+    )
     p.add_argument(
         "--plain",
         action="store_true",

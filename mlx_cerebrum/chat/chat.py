@@ -5,9 +5,12 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 from mlx_cerebrum import cli
+from mlx_cerebrum.chat.keeper import Keeper, take
+from mlx_cerebrum.chat.kept import Kept
 from mlx_cerebrum.chat.prompt import Reader
 from mlx_cerebrum.chat.quotes import unquoted
 from mlx_cerebrum.chat.screen import Rows, Screen
@@ -39,6 +42,8 @@ class Chat:
     commands: what lines that begin with a slash do, by the word after it.
     asks: whether the program may ask questions of its own: somebody is there to answer them.
     about: what the model is, for `/show`.
+    keeper: writes the conversation as it grows; None: it is kept nowhere.
+    offers: whether leaving what is kept nowhere is asked about.
     """
 
     def __init__(
@@ -50,6 +55,8 @@ class Chat:
         settings: Settings,
         asks: bool,
         about: Rows = (),
+        keeper: Keeper | None = None,
+        offers: bool = True,
     ) -> None:
         self.session = session
         self.screen = screen
@@ -58,13 +65,19 @@ class Chat:
         self.settings = settings
         self.asks = asks
         self.about = about
+        self.keeper = keeper
+        self.offers = offers
+        self.listed: list[tuple[Path, Kept]] = []  # by /resume, as its numbers count
         self.saved: Messages = []
         self.file: Path | None = None  # this chat wrote it, and overwrites it without asking
         self.failed = False
 
     @property
     def unsaved(self) -> bool:
-        return self.session.question is not None and self.session.messages() != self.saved
+        """Whether leaving would lose something."""
+        if self.session.question is None or self.session.messages() == self.saved:
+            return False
+        return self.keeper is None or not self.keeper.up_to_date
 
     def run(self) -> int:
         """Talk until the end. The exit code: 2 where a line of a pipe was refused, else 0."""
@@ -72,11 +85,30 @@ class Chat:
             try:
                 self.handle(self.reader.read(f"{self._label()}> "))
             except EOFError:
-                return cli.BAD_INPUT if self.failed and not self.asks else 0
+                if self._may_leave():
+                    return cli.BAD_INPUT if self.failed and not self.asks else 0
             except KeyboardInterrupt:
                 if not self.asks:
                     raise
                 self.screen.notice("/quit or Ctrl-D leaves")
+
+    def _may_leave(self) -> bool:
+        """Offer once to save what is kept nowhere; False where somebody would rather stay."""
+        if not (self.asks and self.offers and self.unsaved):
+            return True
+        try:
+            name = self.reader.ask("Save this conversation? A file's name, or Enter for no: ")
+            if name.strip().lower() in ("y", "yes"):
+                name = self.reader.ask("The file's name: ")
+        except EOFError:
+            return True
+        except KeyboardInterrupt:
+            return False
+        name = name.strip()
+        if not name or name.lower() in ("n", "no"):
+            return True
+        self.handle(f"/save {name}")
+        return not self.unsaved
 
     def _label(self) -> str:
         """The shortest name of the current model."""
@@ -95,6 +127,7 @@ class Chat:
             except UnicodeEncodeError:
                 raise RequestError("this line is not valid UTF-8 text; nothing was asked") from None
             self._do(line.strip())
+            self.keep()
         except CerebrumError as error:
             self.failed = True
             self.screen.error(cli.describe(error))
@@ -123,16 +156,21 @@ class Chat:
         elif text:
             self.ask(text[1:] if _SLASH.match(text) else text)
 
-    def load(self, messages: Messages, source: str) -> None:
-        """Go on with a conversation from a file."""
-        session = self.session
-        session.replace(messages)
-        self.saved = session.messages()
-        self.say_where(source)
+    def keep(self) -> None:
+        """Write what has changed of the conversation, where it is kept."""
+        if self.keeper is not None:
+            self.keeper.keep()
 
-    def say_where(self, source: str) -> None:
-        """Say which conversation is gone on with, and where it stands."""
+    def load(self, found: Kept, source: str, own: bool = False) -> None:
+        """Go on with a conversation of a file, and say where it stands.
+
+        own: it is kept in that one from here on.
+        """
         session = self.session
+        take(session, found, own)
+        self.saved = session.messages()
+        if session.exchanges:
+            self.screen.recall(session.exchanges[-1].question, session.exchanges[-1].answer.text)
         last = session.question
         asked = "" if last is None else f"; the last question: {shorten(last)}"
         waiting = " is not answered yet, /retry asks it" if session.unanswered is not None else ""
@@ -145,27 +183,38 @@ class Chat:
         before = len(session.exchanges) if before is None else before
         (stream,) = session.ask(question, before=before, temp=temp)
         with interrupts() as stream.stopped:  # until it is kept: Ctrl-C is pressed twice, too
-            self._show(stream)
+            self._show(stream, question, before)
             self._conclude(question, stream.answer, before)
 
     def go_on(self) -> None:
         """Let the last answer go on where it was cut."""
         session, stream = self.session, self.session.go_on()
         last, begun = session.exchanges[-1], len(stream.answer.said)
+        before = len(session.exchanges) - 1
         with interrupts() as stream.stopped:
-            self._show(stream, last.answer.text)
+            self._show(stream, last.question, before, last.answer.text)
             if len(stream.answer.said) > begun:
-                self._conclude(last.question, stream.answer, len(session.exchanges) - 1)
+                self._conclude(last.question, stream.answer, before)
                 return
             self.screen.notice("stopped before it went on; the answer is as it was")
         if not self.asks:
             raise KeyboardInterrupt
 
     @awake()
-    def _show(self, stream: AnswerStream, before: str | None = None) -> None:
-        answer = stream.answer
-        with closing(stream):
-            self.screen.show(stream, before)
+    def _show(
+        self, stream: AnswerStream, question: str, before: int, shown: str | None = None
+    ) -> None:
+        answer, keeper = stream.answer, self.keeper
+        if keeper is not None:
+            keeper.begin(question, before)
+            stream.came = partial(keeper.grow, question, before, answer)
+        try:
+            with closing(stream):
+                self.screen.show(stream, shown)
+        except BaseException:
+            if keeper is not None:
+                keeper.grow(question, before, answer, at_once=True)
+            raise
         if self.asks and answer.last is not None:
             first = f"first after {answer.last.time_to_first_token:.2f} s"
             self.screen.notice(f"{figures(answer)}, {first}")
@@ -179,6 +228,8 @@ class Chat:
         first, second = session.ask(question, names, before)
         answers = (first.answer, second.answer)
         kept = names.index(session.current)
+        if self.keeper is not None:
+            self.keeper.begin(question, before)
         with interrupts() as stopped:
             first.stopped = second.stopped = stopped
             with awake(), closing(first), closing(second):

@@ -16,7 +16,7 @@ from mlx_cerebrum.chat.drawing import MarkdownStream, Region
 from mlx_cerebrum.chat.session import AnswerStream
 from mlx_cerebrum.chat.signals import quiet_keys
 from mlx_cerebrum.chat.wording import figures
-from mlx_cerebrum.text import clean, say, tell
+from mlx_cerebrum.text import clean, one_line, say, tell
 
 Rows = Sequence[tuple[str, str]]
 
@@ -38,6 +38,9 @@ class Screen(Protocol):
 
         before: what was shown of it already, where it goes on.
         """
+
+    def recall(self, question: str, answer: str) -> None:
+        """The end of a conversation that is gone on with."""
 
     def compare(self, streams: tuple[AnswerStream, AnswerStream]) -> None:
         """Two answers as they come."""
@@ -85,6 +88,9 @@ class PlainScreen:
         for name, text in rows:
             self.notice(f"{name:<{width}}  {text}")
 
+    def recall(self, question: str, answer: str) -> None:
+        pass  # only answers go to standard output
+
     def show(self, stream: AnswerStream, before: str | None = None) -> None:
         if before is None:
             self._show(stream)
@@ -130,6 +136,12 @@ class FullScreen:
         for name, text in rows:
             grid.add_row(Text(clean(name)), Text(clean(text)))
         self._console.print(grid)
+
+    def recall(self, question: str, answer: str) -> None:
+        self._console.print(Text(f"> {one_line(question, 200)}", style="bold"))
+        drawn = MarkdownStream(self._region)
+        drawn.add(answer)
+        drawn.finish()
 
     def show(self, stream: AnswerStream, before: str | None = None) -> None:
         with quiet_keys(self._region.leave):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+from mlx_cerebrum.chat.kept import new_name
 from mlx_cerebrum.decoding.decode import Sampler, greedy, prefill_step
 from mlx_cerebrum.decoding.decoder import Decoder
 from mlx_cerebrum.decoding.draft_models import stored_order
@@ -87,6 +88,7 @@ class AnswerStream(Iterator[str]):
     ) -> None:
         self.answer = answer
         self.stopped: Callable[[], bool] = lambda: False
+        self.came: Callable[[], None] = lambda: None  # called after each piece
         self.progress: Callable[[int, int], None] = lambda done, total: None
         self._start = start
         self._make_room = make_room
@@ -109,6 +111,8 @@ class AnswerStream(Iterator[str]):
         if response.finish_reason is not None:
             self.answer.reason = response.finish_reason
             self._end()
+        else:
+            self.came()
         return response.text
 
     def _first(self) -> Response:
@@ -175,6 +179,7 @@ class Session:
         self.models = dict(models)
         self.tokenizer = tokenizer
         self.options = options
+        self.name = new_name()  # of the conversation
         self.current = next(iter(self.models))
         self.system: str | None = None
         self.exchanges: list[Exchange] = []
@@ -184,7 +189,7 @@ class Session:
         self._caches: dict[str, PromptCache] = {}
         self._room = int(available_bytes() * CACHE_SHARE)
         self._answers = 0
-        self._cleared: tuple[str | None, list[Exchange], str | None] | None = None
+        self._cleared: tuple[str, str | None, list[Exchange], str | None] | None = None
         self._window_said = False
 
     @property
@@ -427,7 +432,7 @@ class Session:
             last = self.exchanges.pop()
             self.exchanges += [] if last.replaced is None else [last.replaced]
         elif self._cleared is not None:
-            self.system, self.exchanges, self.unanswered = self._cleared
+            self.name, self.system, self.exchanges, self.unanswered = self._cleared
             self._cleared = None
         return dropped
 
@@ -439,7 +444,8 @@ class Session:
     def clear(self) -> None:
         """Begin a new conversation under the same system text."""
         if self.question is not None:
-            self._cleared = (self.system, self.exchanges, self.unanswered)
+            self._cleared = (self.name, self.system, self.exchanges, self.unanswered)
+            self.name = new_name()
         self.exchanges, self.unanswered, self._window_said = [], None, False
 
     def replace(self, messages: Messages) -> None:
@@ -453,7 +459,7 @@ class Session:
         texts = [message["content"] for message in turns]
         if messages:
             self.tokenizer.apply_chat_template(messages)
-        self.system = system
+        self.name, self.system = new_name(), system
         self.exchanges = [
             Exchange(question, Answer(text=answer))
             for question, answer in zip(texts[::2], texts[1::2], strict=False)

@@ -31,6 +31,11 @@ def write_messages(path: Path, messages: Sequence[Mapping[str, Any]]) -> None:
     run writes it, OSError where writing fails.
     """
     text = json.dumps([dict(message) for message in messages], indent=2, ensure_ascii=False) + "\n"
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write what was said, as `write_messages` does; raises the same."""
     if not path.parent.is_dir():
         raise RequestError(f"{path.parent} is not a directory; make it first")
     if path.exists() and not path.is_file():  # nor replace a device, as root could

@@ -18,6 +18,7 @@ from talker import LETTERS, talker, talkers
 from mlx_cerebrum.chat.__main__ import main, parser
 from mlx_cerebrum.chat.chat import SYNONYMS, Chat
 from mlx_cerebrum.chat.commands import COMMANDS
+from mlx_cerebrum.chat.keeper import Keeper
 from mlx_cerebrum.chat.prompt import CommandCompleter, history_path, open_history
 from mlx_cerebrum.chat.quotes import is_open
 from mlx_cerebrum.chat.screen import PlainScreen
@@ -60,13 +61,19 @@ class Script:
 
 
 def talk(
-    views: Views, lines: Sequence[str], answers: Sequence[str] = (), asks: bool = True
+    views: Views,
+    lines: Sequence[str],
+    answers: Sequence[str] = (),
+    asks: bool = True,
+    keeps: bool = False,
+    offers: bool = True,
 ) -> tuple[Chat, int]:
     args = parser().parse_args(["--max-tokens", "12"])
     session = Session(*views, options_of(args))
-    chat = Chat(
-        session, PlainScreen(), Script(lines, answers), COMMANDS, Settings(args), asks, ABOUT
-    )
+    screen = PlainScreen()
+    keeper = Keeper(session, screen.notice) if keeps else None
+    more = (COMMANDS, Settings(args), asks, ABOUT, keeper, offers)
+    chat = Chat(session, screen, Script(lines, answers), *more)
     return chat, chat.run()
 
 
@@ -143,8 +150,8 @@ def test_commands_before_any_question(
 def test_help_names_every_command(views: Views, capsys: pytest.CaptureFixture[str]) -> None:
     talk(views, ["/help"])
     err = capsys.readouterr().err
-    wanted = "help set show system plan compare continue retry edit undo save load stats clear quit"
-    assert list(COMMANDS) == wanted.split()
+    wanted = "help set show system plan compare continue retry edit undo save load export resume"
+    assert list(COMMANDS) == [*wanted.split(), "delete", "stats", "clear", "quit"]
     assert all(f"/{name}" in err for name in COMMANDS)
     assert "Alt+Enter" in err
 
@@ -473,7 +480,7 @@ def test_files_that_hold_no_conversation(
 ) -> None:
     file = tmp_path / "talk.json"
     file.write_text(text)
-    chat, _ = talk(views, ["One?", f"/load {file}"], ["y"])
+    chat, _ = talk(views, ["One?", f"/load {file}"], ["y"], offers=False)
     assert chat.session.question == "One?"
     assert len(capsys.readouterr().err.splitlines()) <= 3
 

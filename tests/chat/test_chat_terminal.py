@@ -23,7 +23,8 @@ def start(
     under: Sequence[str] = (),
     **size: int,
 ) -> Program:
-    checkpoint = talker(folder, says)
+    checkpoint = folder / "talker"
+    checkpoint = checkpoint if checkpoint.exists() else talker(folder, says)
     command = [sys.executable, "-m", "mlx_cerebrum.chat", "--model", str(checkpoint)]
     removed = {"NO_COLOR", "COLUMNS", "LINES", "XTERM_VERSION"}
     env = {name: value for name, value in os.environ.items() if name not in removed}

@@ -29,6 +29,8 @@ from convert.destination import JOURNAL, Journal
 from convert.examine import directory as examine
 from convert.recipe import Sensitivity
 from convert.repository import begun_with
+from mlx_cerebrum.chat import kept
+from mlx_cerebrum.chat.export import as_markdown
 from mlx_cerebrum.decoding.grammar_text import Ask, Written
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_cache_file import load_prompt_cache, save_prompt_cache
@@ -489,6 +491,20 @@ def read_talk(folder: Path) -> None:
     assert [each["role"] for each in in_turns(messages)].count("system") < 2
 
 
+def write_kept(folder: Path) -> None:
+    node = {"id": "a", "parent": None, "role": "user", "content": "Q?", "at": 5, "state": "done"}
+    said = node | {"id": "b", "parent": "a", "role": "assistant", "finish": "stop", "model": "m"}
+    one = {"id": "x", "title": "Q?", "updated": 5, "system": "", "leaf": "b", "nodes": [node, said]}
+    whole = {"format": kept.FORMAT, "version": kept.VERSION, "conversations": [one, one]}
+    (folder / "kept.json").write_text(json.dumps(whole))
+
+
+def read_kept(folder: Path) -> None:
+    for one in kept.conversations(folder / "kept.json"):
+        as_markdown(one.title, one.system, one.turns)
+        assert all(turn.role in ("user", "assistant") for turn in one.turns)
+
+
 CALLED = {"name": "f", "arguments": '{"a": 1}'}
 FUNCTION = {
     "name": "f",
@@ -785,6 +801,7 @@ READERS: dict[str, Reader] = {
         read_talk,
     ),
     "request": Reader(prepare_requests, change_request, read_request),
+    "kept": Reader(write_kept, one_json("kept.json"), read_kept),
     "schema": Reader(write_schema, one_json("schema.json"), read_schema),
     "sensitivity": Reader(write_table, one_json("table.json"), read_sensitivity),
     "journal": Reader(prepare_journal, change_journal, read_journal),
