@@ -21,12 +21,6 @@ from mlx_cerebrum import __version__, device
 
 _KERNELS = "OPENBLAS_CORETYPE"
 _PRELOADED = "MLX_CEREBRUM_BENCH_BLAS"  # set after one attempt, so that there is never a second
-# Debian and Ubuntu, Fedora, Arch. Each exports BLAS under the names MLX was linked against.
-_OPENBLAS = (
-    "usr/lib/*/openblas-pthread/libblas.so.3",
-    "usr/lib64/libopenblas.so.0",
-    "usr/lib/libopenblas.so.0",
-)
 
 
 def use_openblas(wanted: bool) -> None:
@@ -40,9 +34,9 @@ def use_openblas(wanted: bool) -> None:
         return
     environment = dict(os.environ)
     if blas() == "reference" and _PRELOADED not in os.environ:
-        found = [path for pattern in _OPENBLAS for path in sorted(Path("/").glob(pattern))]
-        preload = [*map(str, found[:1]), *filter(None, [os.environ.get("LD_PRELOAD")])]
-        environment |= {"LD_PRELOAD": ":".join(preload), _PRELOADED: "1"} if found else {}
+        if found := device.installed_openblas():
+            preload = [str(found), *filter(None, [os.environ.get("LD_PRELOAD")])]
+            environment |= {"LD_PRELOAD": ":".join(preload), _PRELOADED: "1"}
     elif (kernels := device.better_kernels()) and _KERNELS not in os.environ:
         environment[_KERNELS] = kernels
     if environment != os.environ:

@@ -13,6 +13,12 @@ import mlx.core as mx
 
 Backend = Literal["metal", "cuda", "cpu"]
 _CPU = Path("/proc/cpuinfo")
+# Debian and Ubuntu, Fedora, Arch: each exports BLAS under the names MLX was linked against.
+_OPENBLAS = (
+    "usr/lib/*/openblas-pthread/libblas.so.3",
+    "usr/lib64/libopenblas.so.0",
+    "usr/lib/libopenblas.so.0",
+)
 
 
 def backend() -> Backend:
@@ -36,6 +42,12 @@ def has_openblas() -> bool:
     """Whether OpenBLAS was loaded before MLX's own BLAS. Only a symbol of the process itself says
     so: numpy brings an OpenBLAS under other names."""
     return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "openblas_get_config")
+
+
+def installed_openblas() -> Path | None:
+    """The file to set LD_PRELOAD to before the process starts."""
+    found = (path for pattern in _OPENBLAS for path in sorted(Path("/").glob(pattern)))
+    return next(found, None)
 
 
 def openblas_kernels() -> str:

@@ -22,12 +22,6 @@ from mlx_cerebrum.weights.opening import ModelSpec, open_model
 
 _CONVERSATION = 0.5 * GB  # that a model should leave for caches
 _LEAST_DISK = 12 * GB  # what the 12.25B in 8 bits takes, and a file of its source
-# Debian and Ubuntu, Fedora, Arch: under the names that MLX was linked against.
-_OPENBLAS = (
-    "usr/lib/*/openblas-pthread/libblas.so.3",
-    "usr/lib64/libopenblas.so.0",
-    "usr/lib/libopenblas.so.0",
-)
 _PACKAGE = "Debian and Ubuntu: libopenblas0-pthread"
 _MOST_WIRED = 0.85  # that it may take without the system suffering
 
@@ -93,14 +87,21 @@ def _machine(found: Report) -> None:
     found.add("chip", chip(), chip=chip())
     words: str = backend
     if sys.platform == "linux" and backend == "cpu":
-        blas = "OpenBLAS" if device.has_openblas() else "the reference BLAS"
+        blas = "the reference BLAS"
+        if device.has_openblas():
+            blas = f"OpenBLAS ({device.openblas_kernels()})"
         words += f", with {blas}"
         found.data["blas"] = blas
         if not device.has_openblas():
-            blas_at = next((path for place in _OPENBLAS for path in Path("/").glob(place)), None)
+            blas_at = device.installed_openblas()
             found.advice.append(
                 "prompts are read ten times as fast with OpenBLAS: "
                 + (f"set LD_PRELOAD={blas_at}" if blas_at else f"install it ({_PACKAGE})")
+            )
+        elif kernels := device.better_kernels():
+            found.advice.append(
+                "OpenBLAS is older than this processor, and takes it for one of 2004: set"
+                f" OPENBLAS_CORETYPE={kernels} (prompts may be read four times as fast)"
             )
     found.add("backend", words, backend=backend)
     if sys.platform == "darwin" and backend != "metal":
