@@ -162,3 +162,16 @@ def test_without_a_backend_it_says_what_to_do(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "MLX can't be loaded here" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a Mac has Accelerate")
+def test_an_openblas_older_than_the_processor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(device, "backend", lambda: "cpu")
+    monkeypatch.setattr(device, "has_openblas", lambda: True)
+    monkeypatch.setattr(device, "openblas_kernels", lambda: "Prescott")
+    monkeypatch.setattr(device, "better_kernels", lambda: "Haswell")
+    _, found = told(capsys)
+    assert found["blas"] == "OpenBLAS (Prescott)"
+    assert any("OPENBLAS_CORETYPE=Haswell" in line for line in found["advice"])
