@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -30,14 +30,14 @@ from mlx_cerebrum.server.answers import (
     ShelfModel,
     TextCompletion,
 )
-from mlx_cerebrum.server.bodies import Open, parse_body
+from mlx_cerebrum.server.bodies import parse_body
 from mlx_cerebrum.server.connections import Patience, Room
 from mlx_cerebrum.server.faults import ApiError
 from mlx_cerebrum.server.ignored import Ignored
 from mlx_cerebrum.server.intake import Accepted, Defaults, Intake
 from mlx_cerebrum.server.jobs import BusyError, ClosedError, Engine, Failed
 from mlx_cerebrum.server.journal import ID, Journal
-from mlx_cerebrum.server.menu import Menu
+from mlx_cerebrum.server.menu import LoadRequest, Menu
 from mlx_cerebrum.server.metrics import Metrics
 from mlx_cerebrum.server.openapi import Operation, document
 from mlx_cerebrum.server.responses import ResponseObject, ResponsesRequest, ResponsesShape
@@ -98,12 +98,6 @@ class Settings:
     log: bool = False
     debug: bool = False
     page: Path = page_files.FOLDER
-
-
-class LoadRequest(Open):
-    """The body of /shelf/load."""
-
-    id: str = Field(description="A model's id, as /shelf lists it")
 
 
 class Service:

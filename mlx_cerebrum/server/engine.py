@@ -138,7 +138,7 @@ class BatchEngine:
         Raises ClosedError.
         """
         laid = Laid(opened.config, opened.storage.dtype, opened.tokenizer)
-        coming = Coming(name, laid, Source.of(opened), over)
+        coming = Coming(name, laid, Source.of(opened), opened, over)
         with self._changed:
             if self._deadline is not None:
                 raise ClosedError(self._why)
@@ -335,7 +335,8 @@ class BatchEngine:
         """Begin with the next model that is asked for, unless another is being loaded."""
         while self._loader.coming and self._loader.holding is None:
             coming = self._loader.coming.popleft()
-            name, source = coming.name, coming.source
+            name, source, opened = coming.name, coming.source, coming.opened
+            coming.opened = None
             same = [h for h in self._holdings if h.source is not None and h.source.shares(source)]
             try:
                 if same:
@@ -346,10 +347,10 @@ class BatchEngine:
                     continue
                 self._make_room(name, source)
                 coming.holding = Holding({name: coming.laid}, source)
-                self._loader.begin(coming.holding)
+                self._loader.begin(coming.holding, opened)
                 self._begun = coming
             except Exception as error:
-                self._not_loaded(coming, error)
+                self._not_loaded(coming, why_not(error, source, name))
 
     def _make_room(self, name: str, source: Source) -> None:
         """Where weights may rest, let those rest that have nothing to do, the longest idle first,
@@ -369,25 +370,27 @@ class BatchEngine:
         idle = [h for h in self._holdings if h.batch is not None and h.source is not None]
         return [h for h in idle if h.batch and not h.batch.tasks and not self._queued(h)]
 
-    def _not_loaded(self, coming: Coming, error: Exception) -> None:
-        message = why_not(error, coming.source, coming.name)
-        write(f"{coming.name} can't be loaded: {message}")
-        coming.end(message)
+    def _not_loaded(self, coming: Coming, why: str) -> None:
+        write(f"{coming.name} can't be loaded: {why}")
+        coming.end(why)
 
     def _load_on(self, holding: Holding) -> None:
         """A matrix more of what is being loaded."""
-        coming = self._begun
+        coming, problem, there = self._begun, None, False
         try:
             there = self._loader.go_on(self._running)
         except Exception as error:
+            assert holding.source is not None
+            problem = why_not(error, holding.source, holding.name)
+        if problem is not None:  # here the error, which has what was loaded, is forgotten
             self._begun = None
             gc.collect()
             release()
             self._measure()
             if coming is not None:
-                self._not_loaded(coming, error)
+                self._not_loaded(coming, problem)
             else:
-                self._give_up(holding, error)
+                self._give_up(holding, problem)
             return
         if not there:
             if time.monotonic() >= self._say_next:
@@ -417,13 +420,12 @@ class BatchEngine:
         except Exception as error:
             if isinstance(error, MemoryBudgetError) and self._running:
                 return False
-            self._give_up(holding, error)
+            self._give_up(holding, why_not(error, holding.source, holding.name))
         return True
 
-    def _give_up(self, holding: Holding, error: Exception) -> None:
+    def _give_up(self, holding: Holding, why: str) -> None:
         """What is at rest can't be loaded: its jobs fail, later ones try again."""
-        assert holding.source is not None
-        message = f"{holding.name} can't be loaded: {why_not(error, holding.source, holding.name)}"
+        message = f"{holding.name} can't be loaded: {why}"
         write(message)
         self._fail(self._queued(holding), Failed(message, unavailable=True))
 

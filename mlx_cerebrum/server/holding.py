@@ -141,10 +141,13 @@ class Holding:
             return self.ready
         return 0 if self.source is None else self.source.storage.nbytes
 
-    def begin(self) -> None:
-        """Begin to load: `next(pieces)` goes on. Raises CerebrumError."""
+    def begin(self, opened: Opened | None = None) -> None:
+        """Begin to load: `next(pieces)` goes on. Raises CerebrumError.
+
+        opened: its headers, where they have just been read.
+        """
         assert self.source is not None
-        opened = self.source.open()
+        opened = self.source.open() if opened is None else opened
         self.ready = 0
         self.pieces = load_in_pieces(opened.checkpoint, opened.config, opened.storage)
 

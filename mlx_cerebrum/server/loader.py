@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.server.holding import Holding, Laid, Source
 from mlx_cerebrum.server.log import write
+from mlx_cerebrum.weights.opening import Opened
 
 _TELL = 2.0  # seconds between two lines of a load that takes long
 
@@ -26,6 +27,7 @@ class Coming:
     name: str
     laid: Laid
     source: Source
+    opened: Opened | None  # until it is its turn: it keeps files open
     over: Callable[[str | None], None]
     holding: Holding | None = None  # once it is its turn
     ended: bool = False
@@ -50,9 +52,9 @@ class Loader:
         source = None if self.holding is None else self.holding.source
         return 0 if source is None else source.needed
 
-    def begin(self, holding: Holding) -> None:
+    def begin(self, holding: Holding, opened: Opened | None = None) -> None:
         """Raises CerebrumError for what can't be loaded."""
-        holding.begin()
+        holding.begin(opened)
         self.holding = holding
         self._next = self._began = self._told = time.monotonic()
         assert holding.source is not None

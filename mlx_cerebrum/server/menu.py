@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import mlx.core as mx
+from pydantic import Field
 
 from mlx_cerebrum.errors import CerebrumError, PlanError
 from mlx_cerebrum.machine import facts as machine
@@ -16,6 +17,7 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.plan.layer_plan import LayerPlan, named_plans
 from mlx_cerebrum.server.answers import LoadProgress, Memory, ShelfList, ShelfModel
+from mlx_cerebrum.server.bodies import Open
 from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.server.faults import ApiError
 from mlx_cerebrum.server.holding import Holding, Laid, Source, pathless
@@ -33,7 +35,14 @@ class _Known:
     """What the headers of a model say; `fault`: that they say nothing that can be run."""
 
     source: Source | None = None
+    plan: str | None = None  # the order of its blocks
     fault: str | None = None
+
+
+class LoadRequest(Open):
+    """The body of /shelf/load."""
+
+    id: str = Field(description="A model's id, as /shelf lists it")
 
 
 class Menu:
@@ -143,7 +152,7 @@ class Menu:
             bits=entry.bits or None,
             blocks=None if config is None else config.num_hidden_layers,
             positions=None if config is None else config.num_positions,
-            plan=None if config is None else _plan(config),
+            plan=known.plan,
             window=None if config is None else config.sliding_window,
             state=state,
             model=model,
@@ -201,7 +210,8 @@ class Menu:
         if before is not None and before[0] == signature:
             return before[1]
         try:
-            known = _Known(Source.of(open_model(self._spec(entry))))
+            opened = open_model(self._spec(entry))
+            known = _Known(Source.of(opened), _plan(opened.config))
         except CerebrumError as error:
             known = _Known(fault=pathless(error, entry.path, entry.called))
         except OSError as error:

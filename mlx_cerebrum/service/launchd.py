@@ -6,6 +6,7 @@ import re
 import time
 from pathlib import Path
 from typing import Any
+from xml.parsers.expat import ExpatError
 
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.service.unit import State, Unit, must, rotate, tool, write_private
@@ -51,7 +52,7 @@ class Launchd:
         try:
             found: Any = plistlib.loads(self.file.read_bytes())
             return tuple(str(word) for word in found["ProgramArguments"])
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, ExpatError):
             raise RequestError(f"{self.file} can't be read; install it again") from None
 
     def install(self, unit: Unit) -> None:

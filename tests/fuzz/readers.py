@@ -44,6 +44,7 @@ from mlx_cerebrum.server.bodies import (
     parse_body,
 )
 from mlx_cerebrum.server.intake import Defaults, Intake
+from mlx_cerebrum.server.menu import LoadRequest
 from mlx_cerebrum.server.responses import ResponsesRequest
 from mlx_cerebrum.server.schema import (
     ChatRequest,
@@ -591,6 +592,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "tokenize": {"messages": TALK, "return_token_strs": True, "add_special_tokens": False},
     "tokenize-text": {"prompt": "a", "add_special": True},
     "detokenize": {"tokens": [5, 6, 258]},
+    "load": {"id": "cerebrum-7b:4bit"},
     "typeset": {"jobs": [["tex", "$x^2$"], ["code", "python", "x = 1"]]},
 }
 
@@ -637,6 +639,8 @@ def read_request(folder: Path) -> None:
             intake().talk(ChatRequest if kind == "chat" else ResponsesRequest, body, "")
         elif kind == "typeset":
             parse_body(TypesetRequest, body)
+        elif kind == "load":
+            parse_body(LoadRequest, body)
         else:
             getattr(intake(), kind)(*[body, ""][: 1 + (kind == "completion")])
 

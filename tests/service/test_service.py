@@ -271,6 +271,24 @@ def test_status_on_macos(
         assert str(home) not in out
 
 
+@pytest.mark.parametrize("data", [b"", b"garbage", b"<plist><dict>", b"[Service]\nExecStart=x"])
+def test_a_file_that_is_not_ours(
+    home: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    data: bytes,
+) -> None:
+    for system, one in ((on_macos, Launchd(home)), (on_linux, Systemd(home))):
+        system(monkeypatch)
+        one.file.parent.mkdir(parents=True, exist_ok=True)
+        one.file.write_bytes(data)
+        assert main(["service", "status"]) == 2
+        assert "install it again" in capsys.readouterr().err
+        assert main(["service", "install", "small"]) == 0
+        assert one.words()[-1] == "small"
+
+
 def test_a_large_log_begins_anew(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "server.log"
     rotate(log)
