@@ -123,6 +123,17 @@ class Layout(ApiObject):
     sliding_window: int | None
     context_length: int
     vocabulary_size: int
+    layer_map: list[int] = []  # the block that runs at each position
+    bits: int | None = None  # of a weight; null: not quantized
+
+
+class DrawnBy(ApiObject):
+    """What answers are drawn by where a request does not say."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    min_p: float
 
 
 class ModelCard(ApiObject):
@@ -133,6 +144,7 @@ class ModelCard(ApiObject):
     context_length: int  # tokens of prompt and answer; vLLM's name for it is the next
     max_model_len: int
     cerebrum: Layout
+    defaults: DrawnBy
 
 
 class ModelList(ApiObject):

@@ -22,6 +22,7 @@ from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.server import faults, page_files
 from mlx_cerebrum.server.answers import (
     ChatCompletion,
+    DrawnBy,
     Health,
     Layout,
     ModelCard,
@@ -341,12 +342,19 @@ class Service:
 
     def _card(self, name: str) -> ModelCard:
         layout = self._intake.models[name].layout
+        max_tokens, drawn = self.settings.defaults.max_tokens, self.settings.defaults.sampling
         return ModelCard(
             id=name,
             created=self._started,
             context_length=layout.context_length,
             max_model_len=layout.context_length,
             cerebrum=layout,
+            defaults=DrawnBy(
+                max_tokens=max_tokens,
+                temperature=drawn.temp,
+                top_p=drawn.top_p,
+                min_p=drawn.min_p,
+            ),
         )
 
     async def _shelf(self, _: Request) -> Response:

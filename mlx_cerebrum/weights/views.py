@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
+from typing import Any
 
 from mlx_cerebrum.errors import PlanError
 from mlx_cerebrum.model.config import ModelConfig
@@ -82,17 +83,20 @@ def find(names: Iterable[str], asked: str) -> str:
     return ending[0]
 
 
-def describe(model: Model) -> Mapping[str, int | None]:
+def describe(model: Model) -> Mapping[str, Any]:
     """What a list of models says about each."""
     return described(model.config)
 
 
-def described(config: ModelConfig) -> Mapping[str, int | None]:
+def described(config: ModelConfig) -> Mapping[str, Any]:
     """The same of a model whose weights are not here."""
+    packed = config.quantization
     return {
         "positions": config.num_positions,
         "blocks": config.num_hidden_layers,
         "sliding_window": config.sliding_window,
         "context_length": config.max_position_embeddings,
         "vocabulary_size": config.vocab_size,
+        "layer_map": list(config.layer_map),
+        "bits": None if packed is None else packed["bits"],
     }

@@ -312,7 +312,11 @@ def test_models(server: Running) -> None:
         "sliding_window": 12,
         "context_length": CONTEXT,
         "vocabulary_size": VOCABULARY,
+        "layer_map": [],
+        "bits": None,
     }
+    drawn = {"max_tokens": 1024, "temperature": 0.0, "top_p": 1.0, "min_p": 0.0}
+    assert first["defaults"] == drawn
     assert first["context_length"] == first["max_model_len"] == CONTEXT
     assert server.client.get("/v1/models/small").json() == first
     assert server.client.get("/v1/models/deep").json()["id"] == "small-deep"

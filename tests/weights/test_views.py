@@ -63,7 +63,10 @@ def test_views_of_the_demo_take_one_models_memory(demo: Path) -> None:
         "sliding_window": None,
         "context_length": 8192,
         "vocabulary_size": 49152,
+        "layer_map": list(found["demo-interleaved"].config.layer_map),
+        "bits": 4,
     }
+    assert len(found["demo-interleaved"].config.layer_map) == 34
     assert found["demo"].model is found["demo-interleaved"].model
     ids = mx.array([tokenizer.encode("Hello")])
     assert not mx.allclose(found["demo"](ids), found["demo-interleaved"](ids))
