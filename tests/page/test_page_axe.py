@@ -80,7 +80,7 @@ def test_axe_finds_nothing(launched: Browser, room: Room, scheme: Any, device: A
         page.fill("#question", "And?")
         page.click("#send")
         idle(page)
-        page.get_by_role("button", name="Right is better").click()
+        page.get_by_role("button", name="cerebrum-7b is better").click()
         check(page)
         room.script = lambda body: Script(status=400, error="too long")
         page.fill("#question", "Wrong")

@@ -193,8 +193,8 @@ def test_votes_are_told_per_model_and_stay(page: Page, room: Room) -> None:
     two(room, "One two", "One three")
     page.click("#compare")
     ask(page, "Q")
-    left = page.get_by_role("button", name="Left is better")
-    right = page.get_by_role("button", name="Right is better")
+    left = page.get_by_role("button", name="cerebrum-12.25b is better")
+    right = page.get_by_role("button", name="cerebrum-7b is better")
     left.click()
     expect(left).to_have_attribute("aria-pressed", "true")
     expect(page.locator(".votes .muted")).to_have_text(

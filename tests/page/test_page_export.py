@@ -130,6 +130,7 @@ def test_another_markdown_file_gets_one_line(page: Page, text: str, line: str) -
 
 LONG = "\n\n".join(f"Paragraph {n}: " + "word " * 60 for n in range(60))
 WIDE = "So\n\n```python\n" + "x = 1  # " + "wide " * 60 + "the end\n```\n\n$$\n\\frac{1}{2}\n$$\n"
+WIDE += "\nSo[^1].\n\n[^1]: A note\n"
 
 
 def test_all_of_a_conversation_is_printed_and_nothing_to_press(
@@ -152,7 +153,8 @@ def test_all_of_a_conversation_is_printed_and_nothing_to_press(
                     .filter((one) => one.checkVisibility()).map((one) => one.outerHTML);
                 const code = document.querySelector(".code pre");
                 return {
-                    pressed: shown("button, textarea, select, input, aside, dialog, #below"),
+                    pressed: shown("button:not(.ref, .ref-back), textarea, select, input")
+                        .concat(shown("aside, dialog, #below")),
                     wide: code.scrollWidth - code.clientWidth,
                     back: getComputedStyle(document.body).backgroundColor,
                     text: getComputedStyle(document.querySelector(".answer p")).color,

@@ -223,7 +223,7 @@ def test_the_card_says_what_runs(page: Page, room: Room) -> None:
     card = page.locator("#card")
     expect(page.locator("#card-models h3")).to_have_text("cerebrum-12.25b")
     for said in (
-        "32 are stored and run, in 56 positions",
+        "32 stored, run in 56 positions",
         "0\u20137, 4\u201311, 8\u201315, 12\u201319, 16\u201323, 20\u201327, 24\u201331",
         "4 bits",
         "4,096 tokens, about 3,100 words, are looked at directly. This conversation is longer",
@@ -250,7 +250,7 @@ def test_a_server_that_says_less_of_its_models_has_a_shorter_card(
     room.models = [{"id": "other", "object": "model", "cerebrum": {"positions": 2, "blocks": 2}}]
     with visit(launched, room.url) as page:
         page.click("#open-card")
-        expect(page.locator("#card")).to_contain_text("2 are stored and run, each once")
+        expect(page.locator("#card")).to_contain_text("2 stored, run each once")
         expect(page.locator("#card svg")).to_have_count(0)
 
 

@@ -65,7 +65,7 @@ function facts(model, used, speed) {
     ? "This conversation is longer: what is older the model knows only through what it made of it."
     : "This conversation is still within it.";
   return [
-    ["Blocks", `${blocks} are stored and run, ${again}`],
+    ["Blocks", `${blocks} stored, run ${again}`],
     model.layer_map && ["Order", list(model.layer_map)],
     (bits || bytes) && ["Weights", weights.filter(Boolean).join(", ")],
     length && ["Context", `${plural(length, "token")} of conversation at most, ${about(length)}`],

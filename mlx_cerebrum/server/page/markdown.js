@@ -243,6 +243,6 @@ function tableElement(block, context) {
     row.map((text, index) => withInline(h(tag, { class: aligns[index] }), text, context));
   const top = h("thead", {}, h("tr", {}, ...cells("th", head)));
   const body = h("tbody", {}, ...rows.map((row) => h("tr", {}, ...cells("td", row))));
-  const table = h("table", { dir: directionOf(block) }, top, body);
-  return h("div", { class: "table", tabindex: 0 }, table);
+  const all = { class: "table", tabindex: 0, dir: directionOf(block) };
+  return h("div", all, h("table", {}, top, body));
 }

@@ -4,11 +4,7 @@ import { h, plural } from "./dom.js";
 
 const KEY = "cerebrum.votes";
 const MOST = 5000; // votes; the oldest go first
-const CHOICES = [
-  ["Left is better", -1],
-  ["As good", 0],
-  ["Right is better", 1],
-];
+const CHOICES = [-1, 0, 1]; // the left one, both alike, the right one
 
 let held = load(); // [left model, right model, choice] by the two answers
 const listeners = new Set();
@@ -105,9 +101,9 @@ export function tallyText(a, b) {
 /** The buttons to vote with, and the tally, for a pair of answers. */
 export class VoteButtons {
   constructor() {
-    this.buttons = CHOICES.map(([name, choice]) => {
+    this.buttons = CHOICES.map((choice) => {
       const act = () => vote(this.pair, voteOf(this.pair) === choice ? null : choice);
-      return h("button", { type: "button", class: "vote", onclick: act }, name);
+      return h("button", { type: "button", class: "vote", onclick: act });
     });
     this.said = h("span", { class: "muted", role: "status" });
     const group = { class: "vote-group", role: "group", "aria-label": "Which answer is better?" };
@@ -125,10 +121,12 @@ export class VoteButtons {
     this.element.hidden = !this.pair;
     if (!this.pair) return;
     const now = voteOf(this.pair);
-    this.buttons.forEach((button, index) => {
-      button.setAttribute("aria-pressed", String(CHOICES[index][1] === now));
-    });
     const [left, right] = this.pair.map(({ model }) => model);
+    const names = [`${left} is better`, "As good", `${right} is better`]; // on a phone none is left
+    this.buttons.forEach((button, index) => {
+      if (button.textContent !== names[index]) button.textContent = names[index];
+      button.setAttribute("aria-pressed", String(CHOICES[index] === now));
+    });
     const text = now === null ? "" : tallyText(left, right);
     if (this.said.textContent !== text) this.said.textContent = text;
   }
