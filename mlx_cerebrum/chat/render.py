@@ -186,6 +186,7 @@ _TEX = "\\()[]{},;:"  # what a backslash before it does not escape: \( \\ \{ \, 
 _OPENS = re.compile(r"\\[(\[]|\$\$?|\\begin\{[^{}\n]*\}|\\boxed\{")
 # A formula without a sign of TeX's, $x$ or $3n + 1$, has no words, and none joins on to it.
 _WORDS = re.compile(r"[^\W\d_]{4}|[^\W\d_]{2,}\s+[^\W\d_]{2,}|[,;]\s+[^\W\d_]{2,}")
+_ALNUM = re.compile(r"[^\W\d_]")  # letters, and signs such as \u00b2, which is none
 _AFTER = re.compile(r"(?:th|st|nd|rd|s)?(?![a-zA-Z0-9_])")
 _SIGN = re.compile(r"[\\^_={}]")
 _TEX_SIGN = re.compile(r"[\\^{}]")
@@ -194,6 +195,8 @@ _BRACES = re.compile(r"\\.|[{}\n]", re.DOTALL)
 _CLOSES = {"\\(": "\\)", "\\[": "\\]", "$$": "$$", "$": "$"}
 _DIGITS = tuple("0123456789")
 _DOLLARS = 20  # within a formula
+_SCHEME = re.compile(r"(?<![a-zA-Z0-9_])https?\Z")
+_ADDRESS = re.compile(r"://[^\s<>\"`[\]|*]{1,2041}")
 _LONGEST_BOX = 1000  # characters within \boxed{}
 _LONGEST = 4000  # characters of a formula within a line
 _DISPLAY = re.compile(r"(`+)[^`]*\1|\\(?:begin|end)\{[^{}]*\}|\\.|\$\$")
@@ -201,6 +204,7 @@ _DISPLAY = re.compile(r"(`+)[^`]*\1|\\(?:begin|end)\{[^{}]*\}|\\.|\$\$")
 
 def mathematics(parser: MarkdownIt) -> None:
     """A plugin for CommonMark's parser."""
+    parser.inline.ruler.before("escape", "address", _address)
     parser.inline.ruler.before("escape", "formula", _formula)
     parser.inline.ruler.at("escape", _escape)
     parser.inline.ruler.at("emphasis", _emphasis)
@@ -266,6 +270,27 @@ def _escape(state: StateInline, silent: bool) -> bool:
     return True
 
 
+def _address(state: StateInline, silent: bool) -> bool:
+    """What stands behind `https`: none of its signs is Markdown's or TeX's."""
+    if not _SCHEME.search(state.src[max(0, state.pos - 6) : state.pos]):
+        return False
+    found = _ADDRESS.match(state.src, state.pos)
+    if found is None:
+        return False
+    text = found[0]
+    closing = text.count(")") - text.count("(")
+    while text:  # punctuation at the end is the sentence's, a bracket too if nothing opened it
+        if text[-1] == ")" and closing > 0:
+            closing -= 1
+        elif text[-1] not in ".,;:!?'_~":
+            break
+        text = text[:-1]
+    if not silent:
+        state.pending += text
+    state.pos += len(text)
+    return bool(text)
+
+
 def _formula(state: StateInline, silent: bool) -> bool:
     end = _formula_end(state.src, state.pos)
     if not end:
@@ -306,11 +331,16 @@ def _is_formula(source: str, start: int, end: int) -> bool:
         return False
     if inner.strip() != inner:  # $ x = 5 $, but not $5 and $7
         bare = _COMMAND.sub("", inner)
-        padded = inner[0] == inner[-1] == " " and not _WORDS.search(bare)
+        padded = inner[0] == inner[-1] == " " and not _has_words(bare)
         return padded and _SIGN.search(inner) is not None
     if not _AFTER.match(source, end + 1):  # $2^n$fold, but not $HOME=$PATH
         return _TEX_SIGN.search(inner) is not None
-    return _SIGN.search(inner) is not None or not _WORDS.search(inner)
+    return _SIGN.search(inner) is not None or not _has_words(inner)
+
+
+def _has_words(text: str) -> bool:
+    letters = _ALNUM.sub(lambda one: one[0] if one[0].isalpha() else "0", text)
+    return _WORDS.search(letters) is not None
 
 
 def _dollar(source: str, begin: int, end: int) -> int:

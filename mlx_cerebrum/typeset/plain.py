@@ -85,8 +85,13 @@ def _flat(formula: Element) -> list[str] | None:
     return [text] if text else None
 
 
-# Lines that stand beside each other, their middle ones in a row.
-_Box = list[str]
+class _Box(NamedTuple):
+    """Lines that stand beside those of other boxes, each box's `middle` one in the same row."""
+
+    lines: list[str]
+    middle: int
+
+
 _TALL = {"(": "⎛⎜⎜⎜⎝", ")": "⎞⎟⎟⎟⎠", "[": "⎡⎢⎢⎢⎣", "]": "⎤⎥⎥⎥⎦", "{": "⎧⎪⎨⎪⎩", "}": "⎫⎪⎬⎪⎭"}
 _TALL |= {"|": "│││││", "‖": "‖‖‖‖‖", "": "     "}  # first, above the middle, middle, below, last
 
@@ -100,7 +105,7 @@ def _boxes(nodes: list[Node]) -> list[_Box]:
         if run:
             # What stands there is to the left of a sign that comes first.
             before = [_Part("", "one")] if boxes else []
-            boxes.append([_joined([*before, *_row(run)])[0].strip()])
+            boxes.append(_Box([_joined([*before, *_row(run)])[0].strip()], 0))
         run.clear()
 
     for node in nodes:
@@ -111,6 +116,10 @@ def _boxes(nodes: list[Node]) -> list[_Box]:
             if [one.name for one in inner] == ["mo", "mtable", "mo"]:
                 signs = [_characters(inner[0]), _characters(inner[2])]
                 table = inner[1]
+        if table is not None and (braced := _braced(table)) is not None:
+            end_run()
+            boxes.append(braced)
+            continue
         if table is None or table.name != "mtable":
             run.append(node)
             continue
@@ -144,7 +153,25 @@ def _matrix(table: Element, opening: str, closing: str) -> _Box:
                 line += text.rjust(widths[at]) if right else text.ljust(widths[at])
             line += " │" if at in ruled else ""
         lines.append(f"{line} {_side(closing, number, len(rows))}")
-    return [line.rstrip() if not closing else line for line in lines]
+    return _Box([line.rstrip() if not closing else line for line in lines], (len(lines) - 1) // 2)
+
+
+def _braced(of: Element) -> _Box | None:
+    """Something with a brace below or above it, and what that says."""
+    below = of.name == "munder"
+    if not below and of.name != "mover":
+        return None
+    base, label = _elements(of)
+    inner = _elements(base)
+    if base.name != of.name or len(inner) != 2 or inner[1].children != ["⏟" if below else "⏞"]:
+        return None
+    text, said = (_text(one)[0].strip() for one in (inner[0], label))
+    half = max(len(text) // 2, 1)
+    left, right = ("└", "┘") if below else ("┌", "┐")
+    brace = f"{left}{'─' * (half - 1)}{'┬' if below else '┴'}{'─' * (half - 1)}{right}"
+    width = max(len(text), len(brace), len(said))
+    lines = [text.center(width), brace.center(width), said.center(width)]
+    return _Box(lines, 0) if below else _Box(lines[::-1], 2)
 
 
 def _style(cell: Element) -> str:
@@ -164,14 +191,14 @@ def _side(sign: str, row: int, rows: int) -> str:
 
 
 def _beside_each_other(boxes: list[_Box]) -> list[str] | None:
-    above = max(((len(box) - 1) // 2 for box in boxes), default=0)
-    below = max((len(box) - 1 - (len(box) - 1) // 2 for box in boxes), default=0)
+    above = max((box.middle for box in boxes), default=0)
+    below = max((len(box.lines) - 1 - box.middle for box in boxes), default=0)
     lines = [""] * (above + 1 + below)
     for place, box in enumerate(boxes):
-        width = max(map(len, box))
-        first = above - (len(box) - 1) // 2
+        width = max(map(len, box.lines))
+        first = above - box.middle
         for at in range(len(lines)):
-            inside = box[at - first] if 0 <= at - first < len(box) else ""
+            inside = box.lines[at - first] if 0 <= at - first < len(box.lines) else ""
             lines[at] += " " * (place > 0) + inside.ljust(width)
     return [line.rstrip() for line in lines] if any(map(str.strip, lines)) else None
 
@@ -219,7 +246,7 @@ def _row(nodes: list[Node]) -> list[_Part]:
 def _parts(of: Element) -> list[_Part]:
     match of.name:
         case "mrow" | "math" | "mtd":
-            return _row(of.children)
+            return _binomial(of) or _row(of.children)
         case "mi" | "mn":
             return [_word(_characters(of))]
         case "mtext":
@@ -298,6 +325,21 @@ def _space(of: Element) -> list[_Part]:
     if of.attributes.get("style") or (of.attributes.get("width") and not found):
         return []
     return [_Part("  " if width >= 1 else " ", "space")] if width > 0 else []
+
+
+def _binomial(of: Element) -> list[_Part]:
+    """n over k in brackets; empty for anything else."""
+    inner = _elements(of)
+    if [one.name for one in inner] != ["mo", "mfrac", "mo"]:
+        return []
+    signs = [_characters(inner[0]), _characters(inner[2])]
+    if signs != ["(", ")"] or inner[1].attributes.get("linethickness") != "0":
+        return []
+    above, below = (
+        text if text and holds >= _FRACTION else f"({text})"
+        for text, holds in map(_text, _elements(inner[1]))
+    )
+    return [_Part(f"({above} choose {below})", "one")]
 
 
 def _fraction(of: Element) -> _Part:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+from mlx_cerebrum.typeset.macros import put_in
+
 LONGEST = 4000  # characters
 DEEPEST = 60  # elements within each other
 MOST = 4000  # elements
@@ -84,9 +86,9 @@ Node = Element | str
 def split(source: str) -> tuple[str, bool] | None:
     """The TeX between a formula's marks, and whether it stands alone; None where it has none."""
     for opening, closing, alone in _OPENINGS:
-        least = len(opening) + len(closing)
-        if source.startswith(opening) and source.endswith(closing) and len(source) > least:
-            return source[len(opening) : -len(closing)], alone
+        if source.startswith(opening):
+            whole = source.endswith(closing) and len(source) > len(opening) + len(closing)
+            return (source[len(opening) : -len(closing)], alone) if whole else None
     if source.startswith("\\boxed{") and source.endswith("}"):
         return source, False
     found = _BEGIN.match(source)
@@ -102,8 +104,10 @@ def formula(source: str) -> Element | None:
     """
     if len(source) > LONGEST or (found := split(source)) is None:
         return None
-    tex, alone = found
-    if not tex.strip() or _DEFINES.search(tex) or _PROSE.search(_COMMAND.sub("\\\\", tex)):
+    alone, tex = found[1], put_in(found[0], LONGEST)
+    if tex is None or not tex.strip() or _DEFINES.search(tex):
+        return None
+    if _PROSE.search(_COMMAND.sub("\\\\", tex)):
         return None
     if _ROWS.search(tex) and "\\begin" not in tex:  # rows without the words around them
         rows = "align*" if "&" in tex else "gather*"

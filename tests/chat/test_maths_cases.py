@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ from playwright.sync_api import Page
 from terminal import Terminal
 from test_answers import READ, every_piece_is_drawn, words
 from test_chat_render import streamed
+
+from mlx_cerebrum.chat.render import markdown_parser
+from mlx_cerebrum.typeset.tex import split
 
 __all__ = ["every_piece_is_drawn"]
 # The formulas that are drawn, once there are as many as expected, or no more come.
@@ -58,3 +62,63 @@ def test_on_the_page(page: Page, case: dict[str, Any]) -> None:
         assert not set(signs) & set("\\&")
     expected = words(case.get("page", text))
     assert words(page.evaluate(READ, {"text": text, "size": len(text)})) == expected
+
+
+# The rules are written twice, in Python and in the page's JavaScript: on any text they must agree.
+
+PIECES = [
+    *["$"] * 6,
+    *["$$", "\\(", "\\)", "\\[", "\\]", "{", "}", "\\{", "\\}", "\\$", "\\\\", "\\"],
+    *["\\begin{align}", "\\end{align}", "\\boxed{", "\\frac{1}{2}", "\\text{", "^2", "_1", "="],
+    *["x", "n", "5", "7.50", "th", "s", "word", "two words", "a, then", "\u00e9", "\u03b1"],
+    *["\u4e2d", "\u00b2", " ", " ", " ", "\n", "\n\n", "\u00a0", ",", ".", "*", "**", "_", "`"],
+    *["``", "+ 3", "[a](", ")", "https://x.y/", "&amp;", "<br>", "&", "-", "|", "!", "~~"],
+    *["# ", "# "],
+]
+FOUND = """async (texts) => {
+    const { blocks } = await import("/blocks.js");
+    const { scan } = await import("/inline.js");
+    const none = () => ({ links: new Map(), notes: new Map(), asked: new Set() });
+    const inline = (text) => scan(text, none()).flatMap((piece) => piece.formula ?? []);
+    const within = (block) => {
+        if (block.blocks) return block.blocks.flatMap(within);
+        if (block.items) return block.items.flat().flatMap(within);
+        if (block.rows) return [block.head, ...block.rows].flat().flatMap(inline);
+        if (block.type === "formula") return block.closed ? [block.text] : [];
+        return ["fence", "definition"].includes(block.type) ? [] : inline(block.text ?? "");
+    };
+    return texts.map((text) => blocks(text.split("\\n"), 0).flatMap(within));
+}"""
+
+
+def random_texts(count: int, seed: int) -> list[str]:
+    random = Random(seed)
+    return ["".join(random.choices(PIECES, k=random.randint(1, 16))) for _ in range(count)]
+
+
+def on_the_terminal(text: str) -> list[str]:
+    """The formulas in a text."""
+    inline = [token for token in markdown_parser().parse(text) if token.type == "inline"]
+    children = (child for token in inline for child in token.children or ())
+    return whole([child.content for child in children if child.type == "formula"])
+
+
+def whole(formulas: list[str]) -> list[str]:
+    """Without those that are empty or left open, which both show as text; spaces as one."""
+    return [" ".join(one.split()) for one in formulas if split(one)]
+
+
+def differences(page: Page, texts: list[str]) -> list[tuple[str, list[str], list[str]]]:
+    found = page.evaluate(FOUND, texts)
+    pairs = zip(texts, map(on_the_terminal, texts), map(whole, found), strict=True)
+    return [(text, ours, theirs) for text, ours, theirs in pairs if ours != theirs]
+
+
+def test_both_find_the_same_formulas(page: Page) -> None:
+    assert differences(page, random_texts(4000, seed=1)) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(2, 12))
+def test_both_find_the_same_formulas_at_length(page: Page, seed: int) -> None:
+    assert differences(page, random_texts(20_000, seed)) == []

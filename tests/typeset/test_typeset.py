@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_cerebrum.typeset import code, tex, worker
+from mlx_cerebrum.typeset import code, macros, tex, worker
 from mlx_cerebrum.typeset.plain import plain
 from mlx_cerebrum.typeset.tex import Element
 
@@ -92,7 +92,6 @@ def test_align_has_columns_and_a_box_is_one() -> None:
         r"\begin{align}x\label{a}\end{align}\ref{a}",
         r"$\class{a}{x}$",
         r"$\style{position:fixed}{x}$",
-        r"$\def\x{y}\x$",
         r"$\newcommand{\x}{\x\x}\x$",
         r"$\let\x\frac$",
         r"$\includegraphics{x}$",
@@ -195,7 +194,16 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         (r"x = 1 \\ y &= 2", "x = 1\n    y = 2"),
         (r"\overset{?}{=}", None),
         (r"\cancel{x}", None),
-        (r"\binom{5}{2}", None),
+        (r"\binom{5}{2} = 10", "(5 choose 2) = 10"),
+        (r"\binom{n+1}{2k}^2x", "((n + 1) choose 2k)²x"),
+        (r"{n \choose k} \ge \dbinom nk", "(n choose k) ≥ (n choose k)"),
+        (r"{n \atop k}", None),
+        (r"\underbrace{a+b+c}_{n} = s", "a + b + c = s\n└───┬───┘\n    n"),
+        (r"1 + \underbrace{x}_{\text{small}}", "1 +   x\n     └┬┘\n    small"),
+        (r"\overbrace{aaaa}^{4} b", "  4\n┌─┴─┐\n aaaa b"),
+        (r"\underbrace{x}", None),
+        (r"\frac{\underbrace{x}_2}{2}", None),
+        (r"\newcommand{\R}{\mathbf{A}}x \in \R", "x ∈ A"),
         (r"\begin{matrix}1&2\\3&4\end{matrix}", None),
         (r"\overrightarrow{AB}", None),
         (r"{}^nC_r", None),
@@ -259,3 +267,47 @@ def test_code_is_bounded_and_keeps_its_ends() -> None:
 def test_every_language_is_known() -> None:
     unknown = [language for language in code.LANGUAGES if code._lexer(language) is None]
     assert unknown == []
+
+
+@pytest.mark.parametrize(
+    ("source", "put"),
+    [
+        (r"\newcommand{\R}{\mathbb{R}} x \in \R", r" x \in \mathbb{R}"),
+        (r"\newcommand\half[1]{\frac{#1}{2}}\half{x} + \half y", r"\frac{x}{2} + \frac{y}{2}"),
+        (r"\def\a{x}\def\b#1#2{#2\a#1}\b{1}{2}", "2x1"),
+        (r"\renewcommand{\vec}[1]{\mathbf{#1}}\vec\alpha", r"\mathbf{\alpha}"),
+        (r"\DeclareMathOperator*{\argmax}{arg\,max}\argmax_x", r"\operatorname*{arg\,max}_x"),
+        (r"\newcommand{\e}{\varepsilon}\e x", r"\varepsilon x"),
+        (r"\newcommand{\e}{\varepsilon}\e{}x", r"\varepsilon{}x"),
+        (r"\newcommand{\e}{\mathrm{e}}\ex", r"\ex"),
+        (r"\e\newcommand{\e}{1}\e", r"\e1"),
+        (r"\newcommand{\x}{\x\x}\x", None),
+        (r"\newcommand{\a}{\b}\newcommand{\b}{\a}\a", None),
+        (r"\newcommand{\a}[1]{#1#1#1#1}" + r"\a{" * 9 + "x" + "}" * 9, None),
+        (r"\newcommand{\a}[2]{#1#2}\a{1}", None),
+        # Not simple: they stay, and are refused.
+        (r"\newcommand{\a}[1]{#2}\a x", r"\newcommand{\a}[1]{#2}\a x"),
+        (r"\newcommand{\a}[1][2]{#1}\a", r"\newcommand{\a}[1][2]{#1}\a"),
+        (r"\newcommand{\a}{x", r"\newcommand{\a}{x"),
+        (r"\let\a\b", r"\let\a\b"),
+    ],
+)
+def test_macros_of_a_formula_are_put_in(source: str, put: str | None) -> None:
+    found = macros.put_in(source, tex.LONGEST)
+    assert (found and found.strip()) == (put and put.strip())
+
+
+def test_macros_end_soon() -> None:
+    started = time.process_time()
+    for text in (
+        r"\newcommand{\a}" * 250,
+        r"\def\a{" * 500,
+        r"\def\a#1{#1}" + r"\a" * 1900,
+        r"\def\a{x}" + r"\a" * 199 + "{" * 3000,
+    ):
+        macros.put_in(text, tex.LONGEST)
+    assert time.process_time() - started < 1
+
+
+def test_a_formula_of_definitions_alone_stays_as_written() -> None:
+    assert worker.formula(r"$\newcommand{\R}{\mathbb{R}}$") is None

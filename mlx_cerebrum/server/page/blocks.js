@@ -177,9 +177,9 @@ function formula(lines, at) {
     end += 1;
   }
   const text = lines.slice(at, end).map((line) => line.trimEnd()).join("\n").trimStart();
-  const last = text.length - close.length;
-  const ends = open || text.indexOf(close, 2) === last;
-  const alone = /^(?:\\\[|\$\$|\\begin)/.test(text) && ends;
+  const opening = { "\\]": "\\[", $$: "$$" }[close] ?? close.replace("\\end", "\\begin");
+  const found = text.indexOf(close, opening.length);
+  const alone = text.startsWith(opening) && found === (open ? -1 : text.length - close.length);
   return [{ type: alone ? "formula" : "paragraph", text, closed: !open }, end];
 }
 

@@ -48,7 +48,8 @@ export function appendInline(into, source, { links, notes, asked }) {
 // Pieces: { text }, { code }, { formula }, { newline }, { note }, { link, close } and delimiter runs such as **,
 // { char, count, closes, opens }: tags that end before it and begin after it.
 
-function scan(source, defined) {
+/** The pieces of a paragraph. */
+export function scan(source, defined) {
   const pieces = [];
   const openers = { "*": [], _: [], "~": [] };
   const brackets = [];
@@ -137,8 +138,9 @@ function formulaEnd(source, start, ends) {
   }
   const end = open === "$" ? dollar(source, from, ends.get(close)) : ends.get(close);
   if (!(end - from <= LONGEST_FORMULA)) {
-    // Of several lines it runs to their end, as blocks.js has it.
-    const lines = open !== "$" && open !== "\\(" && source.indexOf("\n", from) >= 0;
+    // Of several lines, or all of one, it runs to their end, as blocks.js has it.
+    const first = !/\S/.test(source.slice(0, start));
+    const lines = open !== "$" && open !== "\\(" && (first || source.indexOf("\n", from) >= 0);
     return lines ? { end: source.length, closed: false } : null;
   }
   if (open === "$" && !isFormula(source, start, end)) return null;
