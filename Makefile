@@ -49,6 +49,7 @@ OUT ?= bench-results
 demo: $(VENV)/.run
 	$(RUN) -m mlx_cerebrum.demo
 	@echo "Next: 'make serve' opens a chat page with this model, 'make chat' talks in this terminal."
+	@echo "Other commands, in a new terminal, begin with: source $(VENV)/bin/activate"
 
 serve: $(VENV)/.run
 	$(RUN) -m mlx_cerebrum.server --model demo --open

@@ -75,7 +75,7 @@ def required(package: str, extra: str) -> str:
     """The installed version. Raises RequestError, saying how to get the package."""
     version = machine.version(package)
     if version is None:
-        raise RequestError(f"{package} is not installed; pip install 'mlx-cerebrum[{extra}]'")
+        raise RequestError(f"{package} is not installed; pip install -e '.[{extra}]'")
     return version
 
 

@@ -15,6 +15,7 @@ from threading import Condition, Event, Thread
 from convert.integrity import HashedFile, ReadError
 from convert.source import Source, Stamps
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.installed import program
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.fetching import StoppedError, fetch, there
 from mlx_cerebrum.weights.remote import Remote
@@ -132,7 +133,7 @@ class ArrivingSource(Source):
             if len({extent.path for extent in checkpoint.extents(module).values()}) > 1:
                 raise CheckpointError(
                     f"{checkpoint.path.name}: {module} lies in two files, which can't be read one"
-                    " at a time: fetch it whole (`hf download`), and convert that"
+                    f" at a time: fetch it whole (`{program('hf')} download`), and convert that"
                 )
         self._last = {self._file(module): module for module in self.modules}
 

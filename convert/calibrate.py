@@ -21,10 +21,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
+from mlx_cerebrum import cli  # isort: skip  # first: it says what is not installed
 import mlx.core as mx
 
 from convert.recipe import Sensitivity
-from mlx_cerebrum import __version__, cli, device
+from mlx_cerebrum import __version__, device
 from mlx_cerebrum.errors import ConfigError, RequestError
 from mlx_cerebrum.model.cache import attention_mask
 from mlx_cerebrum.model.config import ModelConfig
@@ -211,7 +212,7 @@ def _dense(checkpoint: Checkpoint, config: ModelConfig, tokens: int) -> Storage:
     require(
         calibration_bytes(config, tokens, dtype.size),
         f"calibrating {checkpoint.path.name} (the whole model, dense)",
-        "use the table that comes with the package (no --calibrate), or a machine with more",
+        "use the table that comes with the package, or a machine with more",
     )
     packings = {module: checkpoint.packing(module) for module in matrix_shapes(config)}
     return Storage(dtype, packings, True, config.stored_parameters * dtype.size, 0)

@@ -192,15 +192,15 @@ def _overflowed(
             scaled = "" if output.scale is None else f" once scaled by {output.scale:g}"
             raise CheckpointError(
                 f"{output.name}.{part} has values too large for {FLOATS[rows.dtype]}{scaled};"
-                " choose another --dtype, or add --allow-nonfinite"
+                " convert with another --dtype, or with --allow-nonfinite"
             )
     return found
 
 
 def _not_finite(tensor: str, count: int) -> CheckpointError:
     return CheckpointError(
-        f"{tensor} has {count} values that are NaN or infinite; the source is damaged, or add"
-        " --allow-nonfinite"
+        f"{tensor} has {count} values that are NaN or infinite; the source is damaged, or"
+        " convert with --allow-nonfinite"
     )
 
 

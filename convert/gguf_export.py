@@ -29,6 +29,7 @@ from convert.layout import tensor_scale, unrolled_config
 from convert.source import check_stamps, stamps
 from mlx_cerebrum.errors import CheckpointError, ConfigError
 from mlx_cerebrum.files.replacing import replacing
+from mlx_cerebrum.installed import install_command
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.tensors import (
     BLOCK,
@@ -133,7 +134,8 @@ def _package() -> ModuleType:
     try:
         import gguf
     except ImportError:
-        raise ConfigError("writing GGUF needs the gguf package: pip install gguf") from None
+        command = install_command(None, "gguf")
+        raise ConfigError(f"writing GGUF needs the gguf package: {command}") from None
     module: ModuleType = gguf
     return module
 

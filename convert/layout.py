@@ -331,7 +331,8 @@ def _output(
         packing = None
     elif packing is not None and scale is not None:
         raise ConfigError(
-            f"{checkpoint.path}: {source} is quantized and can't be scaled; add --dequantize"
+            f"{checkpoint.path}: {source} is quantized and can't be scaled; convert with"
+            " --dequantize"
         )
     if source in (EMBEDDING, HEAD):
         kept = change.vocabulary

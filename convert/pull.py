@@ -42,6 +42,7 @@ from mlx_cerebrum.shelf.places import (
     split,
 )
 from mlx_cerebrum.text import one_line, tell
+from mlx_cerebrum.weights import cached
 from mlx_cerebrum.weights.demo_wheel import WHEEL, unpack, wheel
 from mlx_cerebrum.weights.fetching import fetch, there
 from mlx_cerebrum.weights.remote import Remote
@@ -209,7 +210,7 @@ def _share(wanted: Wanted, quiet: bool) -> bool:
     """Make it of what is on the shelf, if that has its blocks."""
     found = [entry for entry in entries() if wanted.is_made_of(entry)]
     if found and wanted.revision is not None:
-        commit = Remote.look(wanted.repo, wanted.revision).commit
+        commit = cached.look(wanted.repo, wanted.revision).commit
         found = [entry for entry in found if entry.provenance.get("revision") == commit]
     if not found:
         return False
@@ -372,7 +373,7 @@ def _told(
     )
     yield f"{wanted.name}: {made.bits} bits a weight{f' ({why})' if why else ''}, {order}, {window}"
     room = machine(free)
-    more = "" if made.memory <= room.memory else "; --kv-bits 8 or a smaller --window takes less"
+    more = "" if made.memory <= room.memory else "; chat --kv-bits 8 or --window takes less"
     yield (
         f"  memory  {human(made.memory)} with a full window, of {human(room.memory)} that may be"
         f" used{more}"

@@ -1,6 +1,7 @@
 """A hub repository that is to be converted: its state, small files and headers, but no weights."""
 
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from mlx_cerebrum.files import json_file
 from mlx_cerebrum.shelf.entries import STATE
 from mlx_cerebrum.text import tell
 from mlx_cerebrum.tokenizer.files import FILES
+from mlx_cerebrum.weights import cached
 from mlx_cerebrum.weights.hub import only_gguf
-from mlx_cerebrum.weights.remote import Remote, UnreachableError
+from mlx_cerebrum.weights.network import UnreachableError, patiently
+from mlx_cerebrum.weights.remote import Remote
 from mlx_cerebrum.weights.safetensors_checkpoint import INDEX, SafetensorsCheckpoint
 
 _WEIGHTS = ".safetensors"
@@ -28,7 +31,7 @@ def look(name: str, repo: str, revision: str | None, begun: dict[str, Any]) -> R
 
     Raises CheckpointError where that is not to be had any more.
     """
-    remote = Remote.look(repo, revision)
+    remote = cached.look(repo, revision)
     known, commit = begun.get("files"), begun.get("commit")
     if not isinstance(known, dict) or not isinstance(commit, str) or commit == remote.commit:
         return remote
@@ -40,7 +43,7 @@ def look(name: str, repo: str, revision: str | None, begun: dict[str, Any]) -> R
     some = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
     anew = f"to begin anew: mlx-cerebrum rm {name}, then pull it again"
     try:
-        before = Remote.look(repo, commit)
+        before = cached.look(repo, commit)
     except UnreachableError:
         raise
     except CheckpointError:
@@ -66,7 +69,7 @@ def headers(remote: Remote, work: Path) -> SafetensorsCheckpoint:
         raise CheckpointError(_no_model(remote.repo, list(remote.files)))
     for name in ("config.json", "adapter_config.json", INDEX, "README.md", *FILES):
         if name in remote.files:
-            data = remote.small(name, directory / name)
+            data = patiently(partial(remote.small, name, directory / name))
             (directory / name).write_bytes(data)
         else:  # of an earlier commit
             (directory / name).unlink(missing_ok=True)
@@ -83,9 +86,10 @@ def headers(remote: Remote, work: Path) -> SafetensorsCheckpoint:
         raise CheckpointError(
             f"{remote.repo}: {INDEX} lists {missing[0]!s:.80}, which is not there"
         )
-    if unknown := [name for name in names if remote.files[name].hash is None]:
+    asked = not isinstance(remote, cached.CachedRemote)
+    if asked and (unknown := [name for name in names if remote.files[name].hash is None]):
         raise CheckpointError(f"{remote.repo}: the hub says no hash of {unknown[0]}, to compare it")
-    found = {name: remote.header(name) for name in sorted(names)}
+    found = {name: patiently(partial(remote.header, name)) for name in sorted(names)}
     checkpoint = SafetensorsCheckpoint.of_headers(directory, found)
     checkpoint.check()
     return checkpoint

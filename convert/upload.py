@@ -14,6 +14,7 @@ from typing import Any
 from convert.card import REPO_ID
 from mlx_cerebrum import __version__
 from mlx_cerebrum.errors import CerebrumError, CheckpointError, ConfigError
+from mlx_cerebrum.installed import program
 from mlx_cerebrum.text import one_line
 
 _READ_ONLY = "read"  # what the hub calls the role of such tokens and members
@@ -32,9 +33,7 @@ def check_uploadable(repo_id: str) -> None:
     if not REPO_ID.fullmatch(repo_id):
         raise _not_an_id(repo_id)
     if get_token() is None:
-        raise CheckpointError(
-            f"uploading to {repo_id} needs a token: log in with `hf auth login`, or set HF_TOKEN"
-        )
+        raise CheckpointError(f"uploading to {repo_id} needs a token: {_log_in()}")
     with _explained(repo_id):
         api = HfApi()
         _require_writable(repo_id, api.whoami())
@@ -69,7 +68,7 @@ def upload(directory: Path, repo_id: str, *, private: bool = False, quiet: bool 
     files = [f.name for f in directory.iterdir() if f.is_file() and not f.name.startswith(".")]
     if quiet:
         disable_progress_bars()
-    again = f"; {directory} is whole, upload it with: hf upload {repo_id} {directory}"
+    again = f"; {directory} is whole, upload it with: {program('hf')} upload {repo_id} {directory}"
     with _explained(repo_id, again):
         api = HfApi()
         url = api.create_repo(repo_id, private=private or None, exist_ok=True)
@@ -80,6 +79,10 @@ def upload(directory: Path, repo_id: str, *, private: bool = False, quiet: bool 
             commit_message=f"Upload with mlx-cerebrum {__version__}",
         )
     return str(url)
+
+
+def _log_in() -> str:
+    return f"log in with `{program('hf')} auth login`, or set HF_TOKEN"
 
 
 def _not_an_id(repo_id: str) -> ConfigError:
@@ -127,7 +130,7 @@ def _explain(error: BaseException, repo_id: str) -> str:
     status = next((answer.status_code for answer in answers if answer is not None), None)
     cause = str(chain[-1]) or type(chain[-1]).__name__
     if status == 401:
-        return f"{repo_id}: the hub refused the token; log in with `hf auth login`, or set HF_TOKEN"
+        return f"{repo_id}: the hub refused the token; {_log_in()}"
     if status == 403:
         return f"{repo_id}: the token may not write there; make one with write access to it"
     if status == 404:

@@ -129,7 +129,8 @@ def _refuse(
             f" {human(disk)} of disk)"
         )
     elif each.least_memory > room.memory * HEADROOM:
-        what = "nothing larger than a model of about half that would; to try: --model demo"
+        what = "nothing larger than a model of about half that would;"
+        what += " to try: mlx-cerebrum chat demo"
     else:
         what = "free some space, or keep models elsewhere: mlx-cerebrum --models DIR ..."
     if each.least_memory > room.memory * HEADROOM:

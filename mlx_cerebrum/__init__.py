@@ -4,8 +4,12 @@ The names below load on first use, so that planning never imports MLX and `pytho
 mlx_cerebrum.generate` imports its module once.
 """
 
-import importlib
 import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036, the first thing that an older Python reads
+    sys.exit("error: Python 3.11 or newer is needed, and this is " + sys.version.split()[0])
+
+import importlib
 import types
 from collections.abc import Callable, Mapping
 from importlib.abc import Loader

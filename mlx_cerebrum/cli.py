@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from types import FrameType
 from typing import Any, NoReturn
 
+from mlx_cerebrum import installed
 from mlx_cerebrum.errors import CerebrumError, RequestError, cut, shown
 from mlx_cerebrum.text import one_line, tell, tell_traceback
 
@@ -237,11 +238,17 @@ def _drop_stdout() -> None:  # so that the interpreter's own last flush is quiet
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Ctrl-C while modules are still being imported, before `run` can catch it; and faults."""
+    """Ctrl-C while modules are still being imported, before `run` can catch it; what is not
+    installed; and faults."""
     if issubclass(kind, KeyboardInterrupt):
         tell("interrupted")
-    else:
-        tell_traceback(error)
+        return
+    if isinstance(error, ImportError) and (line := installed.remedy(error)) is not None:
+        if "--debug" in sys.argv:
+            tell_traceback(error)
+        tell(f"error: {one_line(line)}")
+        raise SystemExit(BAD_INPUT)
+    tell_traceback(error)
 
 
 sys.excepthook = _uncaught  # programs import this module first; libraries never

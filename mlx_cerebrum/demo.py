@@ -7,12 +7,12 @@ twice, which is to it what the 12.25B is to the 7B.
 import argparse
 import sys
 
+from mlx_cerebrum import cli  # isort: skip  # first: it says what is not installed
 import mlx.core as mx
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.stream import stream_generate
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import add_max_tokens_flag

@@ -4,6 +4,8 @@ import hashlib
 import json
 import re
 import socket
+import ssl
+import struct
 import threading
 import time
 from collections import Counter
@@ -32,7 +34,14 @@ class Faults:
     portal_for: str = ""  # only for this file
     status: dict[str, int] = field(default_factory=dict)  # file, or "api" -> what is answered
     flip: dict[str, int] = field(default_factory=dict)  # file -> how often a byte of it is wrong
+    wait: str | dict[str, str] = ""  # Retry-After of such an answer, or other headers
+    answers: int = 1_000_000  # how often a status is answered
+    resets: int = 0  # how often a body of a weight file ends in a reset
+    longer: int = 0  # bytes by which a body's Content-Length is too large
+    token: str = ""  # the only one that is known; a request may have none
+    gated: bool = False  # nothing without that
     stall: float = 0.0  # seconds of silence before each body of a weight file
+    stalls: int = 1_000_000  # how often
     no_lfs: bool = False  # git keeps the weights, as it does small ones
     no_hashes: bool = False
     once: str = ""  # what the repository was called before
@@ -48,12 +57,21 @@ class Hub(ThreadingHTTPServer):
         self.directory, self.repo = directory, repo
         self.faults = Faults()
         self.sent: Counter[str] = Counter()
+        self.proxied = 0  # requests that came as to a proxy
         self.asked: list[tuple[str, str | None]] = []
         self.past: dict[str, Path] = {}  # earlier commits, and what they hold
         self._hashes: dict[tuple[Path, int, int], tuple[str, str]] = {}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away, perhaps killed, is nothing to print."""
+
+    def wrap(self, pem: Path) -> None:
+        """Speak TLS from now on, with the key and certificate of one file."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(pem)
+        self.socket = context.wrap_socket(
+            self.socket, server_side=True, do_handshake_on_connect=False
+        )
 
     @property
     def address(self) -> str:
@@ -106,10 +124,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         hub, faults = self.server, self.server.faults
         path = unquote(self.path.partition("?")[0])
+        if path.startswith("http://"):  # it is taken for a proxy
+            hub.proxied += 1
+            path = "/" + path.split("/", 3)[3]
         name = path.rpartition("/")[2] if "/resolve/" in path else "api"
         if faults.portal or name == faults.portal_for:
             self._whole(200, b"<!DOCTYPE html><html>Welcome to the hotel</html>", "text/html")
-        elif name in faults.status:
+        elif refused := self._refused():
+            self._whole(401, b"", error=refused)
+        elif name in faults.status and faults.answers > 0:
+            faults.answers -= 1
             code = {401: "GatedRepo", 403: "GatedRepo", 404: "RepoNotFound"}
             status = faults.status[name]
             self._whole(status, b"", error=code.get(status, ""))
@@ -124,6 +148,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(found[1], found[2])
         else:
             self._whole(404, b"", error="RepoNotFound")
+
+    def _refused(self) -> str:
+        """Why this token, or none, is refused; as the hub words it."""
+        faults, given = self.server.faults, self.headers.get("Authorization", "")
+        if faults.token and given and given != f"Bearer {faults.token}":
+            return "Invalid credentials in Authorization header"
+        return "GatedRepo" if faults.gated and not given else ""
 
     def _info(self, revision: str | None) -> None:
         hub, faults = self.server, self.server.faults
@@ -159,10 +190,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         if status == 206:
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
-        self.send_header("Content-Length", str(stop - start))
+        weights = path.suffix == ".safetensors" and stop == size
+        longer = faults.longer if weights else 0
+        self.send_header("Content-Length", str(stop - start + longer))
+        if longer:
+            self.close_connection = True
         self.end_headers()
-        if path.suffix == ".safetensors" and stop == size:
+        if weights and faults.stalls > 0:
+            faults.stalls -= 1
             time.sleep(faults.stall)
+        if weights and faults.resets > 0:
+            faults.resets -= 1
+            self._body(path, start, start + (stop - start) // 2)
+            # Closed so, it is a reset (RST) that goes out, not an end.
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.request.close()
+            self.close_connection = True
+            raise ConnectionResetError
         self._body(path, start, stop)
 
     def _body(self, path: Path, start: int, stop: int) -> None:
@@ -192,7 +236,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Content-Type", kind)
         if error:
-            self.send_header("X-Error-Code", error)
+            self.send_header("X-Error-Message" if " " in error else "X-Error-Code", error)
+        if status >= 400 and (wait := self.server.faults.wait):
+            for header, value in ({"Retry-After": wait} if isinstance(wait, str) else wait).items():
+                self.send_header(header, value)
         self.end_headers()
         self.wfile.write(data)
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # The runtime's rooms, lowest floor first: one imports its own modules and what is on a lower floor.
 FLOORS = [
     ["errors"],
-    ["device", "text", "files", "typeset"],
+    ["device", "text", "files", "typeset", "installed"],
     ["cli", "progress"],
     ["tokenizer", "model"],
     ["plan", "machine"],

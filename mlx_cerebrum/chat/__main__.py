@@ -5,9 +5,9 @@ import io
 import sys
 from pathlib import Path
 
+from mlx_cerebrum import cli  # isort: skip  # first: it says what is not installed
 import mlx.core as mx
 
-from mlx_cerebrum import cli
 from mlx_cerebrum.chat.about import about
 from mlx_cerebrum.chat.chat import SYNONYMS, Chat
 from mlx_cerebrum.chat.commands import COMMANDS, resume_at_start

@@ -10,9 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-_INSTEAD = (
-    "take the unquantized checkpoint (--q-bits 4 packs it as it loads), or one for MLX or a GGUF"
-)
+_INSTEAD = "take the unquantized checkpoint (it is packed here), or one for MLX or a GGUF"
 
 # `quant_method` as config.json has it -> what people call it; any other keeps its name.
 _METHODS = {

@@ -157,7 +157,7 @@ class LayerPlan(Merge):
         if found is not None and found[0] != 1.0:
             raise PlanError(
                 f"{found[1].place}: scales {name} by {found[0]:g}, which a folded model cannot "
-                "express (only o_proj and down_proj); only --layout unrolled can"
+                "express (only o_proj and down_proj); only `convert --layout unrolled` can"
             )
 
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 
+from mlx_cerebrum import cli  # isort: skip  # first: it says what is not installed
 import mlx.core as mx
 
-from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.errors import CheckpointError, RequestError, shown
 from mlx_cerebrum.flags import (

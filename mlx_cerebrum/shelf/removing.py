@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from mlx_cerebrum import cli
+from mlx_cerebrum import cli, installed
 from mlx_cerebrum.errors import CheckpointError, RequestError
 from mlx_cerebrum.shelf.entries import Entry, Unfinished, entries, require, unfinished
 from mlx_cerebrum.shelf.listing import cached_models, size_text
@@ -24,7 +24,8 @@ def _run(args: argparse.Namespace) -> int:
         here, begun = _meant(name)
         if not here and not begun:
             if any(name.lower() == cached.lower() for cached, _ in cached_models()):
-                raise RequestError(f"{name} is the hub's cache's: remove it with `hf cache rm`")
+                hf = installed.program("hf")
+                raise RequestError(f"{name} is the hub's cache's: remove it with `{hf} cache rm`")
             require(name)  # says what there is
         if len(here) > 1:
             several = ", ".join(entry.called for entry in here)

@@ -11,7 +11,8 @@ from threading import Event
 
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.text import tell
-from mlx_cerebrum.weights.remote import Remote, RemoteFile, UnreachableError
+from mlx_cerebrum.weights.network import UnreachableError, pause
+from mlx_cerebrum.weights.remote import Remote, RemoteFile
 
 _WAITS = (1, 2, 4, 8, 15, 30, 30)  # seconds before each new try that brings nothing
 _PIECE = 4_000_000  # bytes hashed at a time
@@ -107,7 +108,7 @@ def _rest(
                     raise CheckpointError(
                         f"{error}; what has come is kept: run the same command again to go on"
                     ) from error
-                if stop.wait(_WAITS[tries]):
+                if stop.wait(pause(error, _WAITS[tries])):
                     raise StoppedError from None
 
 

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.installed import install_command
 from mlx_cerebrum.model.tensors import PARTS
 from mlx_cerebrum.weights.checkpoint import FLOATS
 from mlx_cerebrum.weights.gguf_file import BLOCK_WEIGHTS, GGUFFile, GGUFTensor, quote
@@ -265,7 +266,7 @@ def _dequantized(file: GGUFFile, tensor: GGUFTensor) -> Iterator[npt.NDArray[np.
     except ImportError:
         raise CheckpointError(
             f"{file.path}: tensor {quote(tensor.name)} is stored as {tensor.ggml_type}, which takes"
-            " the gguf package to read: pip install gguf"
+            f" the gguf package to read: {install_command(None, 'gguf')}"
         ) from None
     kind = gguf.GGMLQuantizationType[tensor.ggml_type]
     width = tensor.shape[-1]

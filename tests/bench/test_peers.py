@@ -86,7 +86,7 @@ def test_every_engine_says_what_ours_says(
         assert set(rows) == set(names)
         assert side["together"]
         assert side["rounds"] == 2
-        assert "pip install 'mlx-cerebrum[oracle]'" in rows["transformers"]["failure"]
+        assert "pip install -e '.[oracle]'" in rows["transformers"]["failure"]
         for name in ("mlx-lm", "llama.cpp F32"):
             assert "failure" not in rows[name], rows[name]
             assert (rows[name]["agreeing"], rows[name]["compared"]) == (TOKENS, TOKENS)
@@ -132,7 +132,7 @@ def test_one_failing_engine_costs_only_its_row(
     results = measured(pair, settings)
     rows = results["sides"]["a"]["engines"]
     assert rows["mlx-lm"] == {"failure": "ValueError: no luck"}
-    missing = "xllamacpp is not installed; pip install 'mlx-cerebrum[bench]'"
+    missing = "xllamacpp is not installed; pip install -e '.[bench]'"
     assert rows["llama.cpp F32"] == {"failure": missing}
     assert rows["mlx-cerebrum"]["decode"]["median"] > 0
     assert f"llama.cpp Q8_0: not measured: {missing}" in "\n".join(peers.text(results))

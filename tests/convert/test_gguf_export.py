@@ -422,7 +422,7 @@ def test_without_the_package(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ConfigError, match="pip install gguf"):
+    with pytest.raises(ConfigError, match=r"needs the gguf package: .* install "):
         write(checkpoint(), tmp_path / "out.gguf")
 
 

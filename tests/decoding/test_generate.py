@@ -375,7 +375,7 @@ def test_without_a_hub_the_error_names_the_demo(
     assert done.returncode == 2
     assert done.stdout == ""
     assert "AetherResearch/Cerebrum-1.0-7b" in done.stderr
-    assert "--model demo" in done.stderr
+    assert "the model `demo`" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

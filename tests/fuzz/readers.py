@@ -68,8 +68,9 @@ from mlx_cerebrum.tokenizer.sentencepiece_model import (
 )
 from mlx_cerebrum.tokenizer.template import ChatTemplate
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.network import explained
 from mlx_cerebrum.weights.opening import open_checkpoint
-from mlx_cerebrum.weights.remote import Remote, explained
+from mlx_cerebrum.weights.remote import Remote
 from mlx_cerebrum.weights.safetensors_checkpoint import INDEX
 
 from . import gguf_seed, templates

@@ -413,7 +413,7 @@ def test_a_scale_of_another_tensor_needs_the_unrolled_layout(scale: str, tensor:
         scaled(scale).residual_scales(4)
     message = str(caught.value)
     assert message.startswith(f"p.yml:7: slices[1].sources[0].parameters.scale: scales {tensor} by")
-    assert message.endswith("only --layout unrolled can")
+    assert message.endswith("only `convert --layout unrolled` can")
 
 
 def test_embedding_scales_follow_the_first_slice() -> None:

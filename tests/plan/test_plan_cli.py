@@ -152,10 +152,10 @@ def test_scales_are_shown(run: Run, tmp_path: Path) -> None:
     file.write_text(body + "parameters: {scale: 0.5}\n")
     code, out, _ = run(str(file))
     assert code == 0
-    assert re_line(out, "Scales: ").endswith("only --layout unrolled can")
+    assert re_line(out, "Scales: ").endswith("only `convert --layout unrolled` can")
     shown = json.loads(run(str(file), "--json")[1])
     assert shown["residual_scales"] is None
-    assert "only --layout unrolled" in shown["only_unrolled"]
+    assert "only `convert --layout unrolled`" in shown["only_unrolled"]
 
 
 def re_line(text: str, start: str) -> str:

@@ -27,9 +27,10 @@ from convert.writer import Writer
 from mlx_cerebrum.shelf import listing, removing, showing
 from mlx_cerebrum.shelf.entries import PULLS, entries, find, unfinished
 from mlx_cerebrum.shelf.lock import alone
-from mlx_cerebrum.weights import demo_wheel, fetching, remote
+from mlx_cerebrum.weights import demo_wheel, fetching, network
 from mlx_cerebrum.weights.hub import resolve
-from mlx_cerebrum.weights.remote import RemoteFile, UnreachableError
+from mlx_cerebrum.weights.network import UnreachableError
+from mlx_cerebrum.weights.remote import RemoteFile
 
 ROOT = Path(__file__).parents[2]
 repository, hub = shelf_room.repository, shelf_room.hub  # fixtures
@@ -347,7 +348,7 @@ def test_a_server_without_ranges(hub: Hub) -> None:
 FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"portal": True}, "open a browser, log in"),
     ({"portal_for": SHARDS[1]}, f"{SHARDS[1]}: a web page came instead"),
-    ({"status": {"api": 401}}, "needs its terms accepted on the hub and a token (HF_TOKEN)"),
+    ({"status": {"api": 401}}, "is gated: accept its terms at "),
     ({"status": {"api": 404}}, "is not on the hub, or needs a token"),
     ({"status": {SHARDS[0]: 403}}, "the hub refused it (403)"),
     ({"status": {SHARDS[2]: 404}}, "is not on the hub any more"),
@@ -393,8 +394,8 @@ def test_a_repository_that_was_renamed(hub: Hub) -> None:
 
 def test_a_certificate_that_is_not_valid_yet_points_at_the_clock() -> None:
     error = OSError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate is not yet valid")
-    right = "is this machine's date right"
-    with pytest.raises(UnreachableError, match=right), remote.explained("x/y", None):
+    right = "is this machine's clock right"
+    with pytest.raises(UnreachableError, match=right), network.explained("x/y", None):
         raise error
 
 

@@ -16,6 +16,7 @@ import pytest
 from conftest import MakeCheckpoint
 
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.installed import program
 from mlx_cerebrum.weights import hub
 
 ROOT = Path(__file__).parents[2]
@@ -193,8 +194,8 @@ def test_a_repository_of_gguf_files(stand_in: StandIn, tmp_path: Path) -> None:
     assert stand_in.fetched == {"README.md"}
     assert done.stderr.endswith(
         f"error: {REPO} has no safetensors but GGUF files (x-Q4_K_M.gguf,"
-        f" x-Q8_0-00001-of-00002.gguf): fetch one with `hf download {REPO} x-Q4_K_M.gguf` and name"
-        " the file that it prints\n"
+        f" x-Q8_0-00001-of-00002.gguf): fetch one with `{program('hf')} download {REPO}"
+        " x-Q4_K_M.gguf` and name the file that it prints\n"
     )
     (snapshot,) = tmp_path.glob("hub/models--owner--tiny/snapshots/*")
     (snapshot / "x-Q4_K_M.gguf").symlink_to(stand_in.directory / "x-Q4_K_M.gguf")
@@ -206,7 +207,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     done = generate(env, "--model", REPO)
     assert done.returncode == 2
-    assert "--model demo" in done.stderr
+    assert "the model `demo`" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -1,0 +1,154 @@
+"""What is said where something is not installed: a command that can be typed as it stands."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_cerebrum import installed
+
+ROOT = Path(__file__).parent.parent
+PYTHON = "/opt/it/bin/python"
+GIT = {"url": "https://example.org/x", "vcs_info": {"vcs": "git", "commit_id": "abc"}}
+WAYS: list[tuple[str, Any, bool, str]] = [
+    ("uv-receipt.toml", GIT, False, "uv tool install --force 'mlx-cerebrum[cpu] @ git+{url}@abc'"),
+    ("pipx_metadata.json", GIT, False, "pipx install --force 'mlx-cerebrum[cpu] @ git+{url}@abc'"),
+    ("", GIT, True, f"{PYTHON} -m pip install 'mlx-cerebrum[cpu] @ git+{{url}}@abc'"),
+    ("", GIT, False, f"uv pip install --python {PYTHON} 'mlx-cerebrum[cpu] @ git+{{url}}@abc'"),
+    (
+        "uv-receipt.toml",
+        {"url": "file:///a%20b", "dir_info": {"editable": True}},
+        False,
+        "uv tool install --force --editable '/a b[cpu]'",
+    ),
+    (
+        "",
+        {"url": "file:///a/x.whl", "archive_info": {}},
+        True,
+        f"{PYTHON} -m pip install 'mlx-cerebrum[cpu] @ file:///a/x.whl'",
+    ),
+    ("", {"url": "file:///a", "dir_info": {"editable": True}}, True, "pip install -e '/a[cpu]'"),
+    ("", None, True, f"{PYTHON} -m pip install 'mlx[cpu]'"),
+    ("", {"url": 3}, True, f"{PYTHON} -m pip install 'mlx-cerebrum[cpu] @ 3'"),
+    ("", ["no"], True, f"{PYTHON} -m pip install 'mlx[cpu]'"),
+]
+
+
+@pytest.mark.parametrize(("note", "origin", "pip", "command"), WAYS)
+def test_the_way_it_was_installed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    note: str,
+    origin: Any,
+    pip: bool,
+    command: str,
+) -> None:
+    class Known:
+        def read_text(self, name: str) -> str | None:
+            return None if origin is None else json.dumps(origin)
+
+    if note:
+        (tmp_path / note).touch()
+    monkeypatch.setattr(metadata, "distribution", lambda name: Known())
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", PYTHON)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if pip else None)
+    url = origin["url"] if isinstance(origin, dict) else ""
+    assert installed.install_command("cpu", "mlx[cpu]").endswith(command.format(url=url))
+
+
+def test_a_dependencys_command_can_be_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert installed.program("hf") == "hf"  # nowhere
+    (tmp_path / "hf").touch()
+    assert installed.program("hf") == str(tmp_path / "hf")
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/hf")
+    assert installed.program("hf") == "hf"
+
+
+# Every way in, without MLX's backend and without a package.
+
+_BACKEND = "libmlx.so: cannot open shared object file: No such file or directory"
+BROKEN = {
+    "mlx/core.py": f"raise ImportError({_BACKEND!r}, name='mlx.core')",
+    "mlx/__init__.py": "",
+}
+COMMANDS = [
+    "mlx_cerebrum chat demo",
+    "mlx_cerebrum generate demo --prompt x",
+    "mlx_cerebrum serve demo",
+    "mlx_cerebrum pull cerebrum-7b",
+    "mlx_cerebrum verify x",
+    "mlx_cerebrum convert --mlx-path x",
+    "mlx_cerebrum.chat",
+    "mlx_cerebrum.server --model demo",
+    "mlx_cerebrum.generate --prompt x",
+    "mlx_cerebrum.demo",
+    "convert --mlx-path x",
+    "convert verify x",
+    "convert.calibrate",
+    "bench",
+]
+
+
+def started(command: str, before: Path, *, bare: bool = False) -> subprocess.CompletedProcess[str]:
+    """`python -m COMMAND`, where `before` hides packages; bare: without any that is installed."""
+    path = os.pathsep.join([str(before), str(ROOT)])
+    words = [sys.executable, *(["-S"] if bare else []), "-m", *command.split()]
+    return subprocess.run(
+        words,
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=before,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="on macOS, Metal comes with MLX")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_without_a_backend_one_line_says_which_extra(command: str, tmp_path: Path) -> None:
+    for name, text in BROKEN.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    done = started(command, tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: MLX has no backend here: install the extra [cpu], or")
+    assert "[cpu]" in done.stderr.split(" install ")[-1]
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["mlx_cerebrum chat demo", "mlx_cerebrum.server", "convert"])
+def test_without_an_environment_one_line_says_how_to_get_into_it(
+    command: str, tmp_path: Path
+) -> None:
+    done = started(command, tmp_path, bare=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert f" is not installed in {sys.executable}" in done.stderr
+    assert "make -C" in done.stderr or "source " in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_needs_no_mlx_runs_without_a_backend(tmp_path: Path) -> None:
+    (tmp_path / "mlx").mkdir()
+    for name, text in BROKEN.items():
+        (tmp_path / name).write_text(text)
+    for command in ("--version", "list", "plan cerebrum-12.25b"):
+        done = started(f"mlx_cerebrum --models {tmp_path} {command}", tmp_path)
+        assert (done.returncode, done.stderr) == (0, ""), command
+
+
+def test_a_fault_of_the_programs_own_is_shown_whole() -> None:
+    assert installed.remedy(ModuleNotFoundError("x", name="mlx_cerebrum.nothing")) is None
+    assert installed.remedy(ImportError("cannot import name", name="rich")) is None
