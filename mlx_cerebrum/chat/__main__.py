@@ -105,7 +105,7 @@ def _chat(session: Session, screen: Screen, args: argparse.Namespace, rows: Rows
         return Chat(session, screen, PlainReader(), COMMANDS, settings, asks, *more)
     takes = {
         "plan": lambda: dict.fromkeys(session.models, ""),
-        "set": lambda: {name: settings.about(name) for name in settings},
+        "set": lambda: {name: settings.brief(name) for name in settings},
         "show": lambda: {"info": "the model", "parameters": "what is set", "system": "its text"},
         "help": lambda: {name: command.help for name, command in COMMANDS.items()},
     }

@@ -88,7 +88,7 @@ def _settings(chat: Chat) -> list[tuple[str, str]]:
     system = chat.session.system
     told = "the template's own" if system is None else one_line(system, 60) or "(empty)"
     rows = [("system", f"the system text: {told}")]
-    return rows + [(f"{n} {chat.settings.value(n)}", chat.settings.about(n)) for n in chat.settings]
+    return rows + [(f"{n} {chat.settings.value(n)}", chat.settings.brief(n)) for n in chat.settings]
 
 
 def _unquoted(text: str) -> str:
@@ -233,7 +233,10 @@ def _choose(chat: Chat, found: Sequence[tuple[Path, Kept]], enter: int | None = 
     if not chat.asks:
         return enter
     default = "" if enter is None else f" [{enter + 1}]"
-    typed = chat.typed(f"Which one?{default} ")
+    try:
+        typed = chat.reader.ask(f"Which one?{default} ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return None
     return _number(typed, len(found)) if typed else enter
 
 
@@ -274,8 +277,10 @@ def resume_at_start(chat: Chat) -> None:
     if not chat.listed:
         chat.screen.notice(f"no conversation is kept yet in {folder()}; this is a new one")
         return
-    at = _choose(chat, chat.listed, 0) if chat.asks else 0
-    _go_on_with(chat, *chat.listed[at or 0])
+    if (at := _choose(chat, chat.listed, 0)) is None:
+        chat.screen.notice("a new conversation")
+    else:
+        _go_on_with(chat, *chat.listed[at])
 
 
 def _others(chat: Chat, words: str) -> list[tuple[Path, Kept]]:

@@ -16,6 +16,9 @@ from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import AnyFormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.layout.containers import Window
+from prompt_toolkit.layout.dimension import Dimension
+from prompt_toolkit.layout.menus import CompletionsMenu
 from prompt_toolkit.styles import Style
 
 from mlx_cerebrum.chat.quotes import QUOTES, is_open
@@ -127,13 +130,16 @@ MENU = {
 }
 
 
+_MENU_LINES = 20  # all commands
+
+
 class _Editor(PromptSession[str]):
     """Lines below the text are free while there is a menu to show, and only then."""
 
     @property
     def reserve_space_for_menu(self) -> int:
         state = self.default_buffer.complete_state
-        return min(16, len(state.completions)) if state is not None else 0
+        return min(_MENU_LINES, len(state.completions)) if state is not None else 0
 
     @reserve_space_for_menu.setter
     def reserve_space_for_menu(self, lines: int) -> None:
@@ -153,6 +159,9 @@ class EditingReader:
             prompt_continuation=lambda width, line, wrapped: "" if wrapped else "... ",
             style=Style.from_dict(MENU),
         )
+        for part in self._session.layout.walk():
+            if isinstance(part, CompletionsMenu) and isinstance(part.content, Window):
+                part.content.height = Dimension(min=1, max=_MENU_LINES)
 
     def read(self, prompt: str, default: str | None = None) -> str:
         return _prompt(self._session, [("", "\n"), ("bold", clean(prompt))], default or "")

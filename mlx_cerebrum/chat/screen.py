@@ -7,6 +7,7 @@ from itertools import chain, islice
 from typing import Protocol
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +21,7 @@ from mlx_cerebrum.text import clean, one_line, say, tell
 
 Rows = Sequence[tuple[str, str]]
 
-LEAST_WIDTH = 60  # of a terminal that two columns fit in, cells
+LEAST_WIDTH = 60  # of a terminal that things fit side by side in, cells
 
 
 class Screen(Protocol):
@@ -130,9 +131,14 @@ class FullScreen:
         self._console.print(Text(clean(text), style=self._styles["error"]))
 
     def table(self, rows: Rows) -> None:
+        if self._console.width < LEAST_WIDTH:  # below each other
+            for name, text in rows:
+                self._console.print(Text(clean(name), style="bold"))
+                self._console.print(Padding(Text(clean(text), overflow="fold"), (0, 0, 0, 2)))
+            return
         grid = Table.grid(padding=(0, 2, 0, 0))
-        grid.add_column(style="bold", max_width=max(8, self._console.width // 2))
-        grid.add_column()
+        grid.add_column(style="bold", max_width=self._console.width // 2, overflow="fold")
+        grid.add_column(overflow="fold")
         for name, text in rows:
             grid.add_row(Text(clean(name)), Text(clean(text)))
         self._console.print(grid)

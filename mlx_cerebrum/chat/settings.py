@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import NoReturn
@@ -88,6 +89,10 @@ class Settings:
     def about(self, name: str) -> str:
         """A flag's help, as `--help` has it."""
         return (self._flags[name].help or "").replace("%%", "%")
+
+    def brief(self, name: str) -> str:
+        """The beginning of its help, for a list."""
+        return re.split(r"[;:]| \(default", self.about(name), maxsplit=1)[0]
 
     def value(self, name: str) -> str:
         """What a flag is set to, as it would be typed."""

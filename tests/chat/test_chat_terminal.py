@@ -11,6 +11,9 @@ import pytest
 from talker import LETTERS, talker
 from terminal import Program
 
+from mlx_cerebrum.chat.commands import COMMANDS
+from mlx_cerebrum.chat.palette import styles
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -278,12 +281,68 @@ def test_a_dumb_terminal(tmp_path: Path, flags: tuple[str, ...]) -> None:
         assert "\x1b" not in program.raw
 
 
-def test_without_colours(tmp_path: Path) -> None:
-    colour = re.compile(r"\x1b\[[\d;]*[349]\d[;m]")
-    for colours in (True, False):
-        folder = tmp_path / str(colours)
-        with start(folder, "--max-tokens", "5", colours=colours) as program:
+@pytest.mark.parametrize("colours", [True, False])
+def test_colours_and_none(tmp_path: Path, colours: bool) -> None:
+    """Those of a terminal that says it is white; NO_COLOR has none."""
+    with start(tmp_path, "--max-tokens", "5", colours=colours) as program:
+        program.terminal.background = "ffff/ffff/ffff"
+        program.until("talker>")
+        program.send("/nope\r")
+        program.until("is not a command")
+        used = set(re.findall(r"\x1b\[(?:\d+;)*38;5;(\d+)m", program.raw))
+        colors = [styles((255, 255, 255))[name].color for name in ("notice", "error")]
+        wanted = {str(color.number) for color in colors if color}
+        assert used >= wanted if colours else not used
+
+
+def test_the_menu_has_every_command_and_takes_no_room_later(tmp_path: Path) -> None:
+    with start(tmp_path, rows=30) as program:
+        program.until("talker>")
+        at_prompt(program).send("/")
+        for name, command in COMMANDS.items():
+            program.until(f"/{name:<10}{command.help[:40]}")
+        program.send("set \x7f\x7f\x7f\x7f\x7f")
+        program.until(lambda text: text.endswith("talker>"))
+
+
+def test_a_line_at_a_time_between_triple_quotes(tmp_path: Path) -> None:
+    """Also in a window of 20 columns, with wide characters."""
+    with start(tmp_path, "--max-tokens", "5", columns=20) as program:
+        program.until("talker>")
+        at_prompt(program).send('"""\r')
+        program.until('"""\n...')
+        program.send("\u6f22\u5b57 one\r/help\r")
+        program.send('"""\r')
+        program.until("stopped at 5 tokens")
+        at_prompt(program).send("/set\r")
+        text = program.until("guess several")
+        assert "\u2026" not in text
+        at_prompt(program).send("\x04")
+        assert program.end() == 0
+    (file,) = (tmp_path / ".local/share/mlx-cerebrum/conversations").glob("*.json")
+    assert "\u6f22\u5b57 one\\n/help" in file.read_text("utf-8")
+
+
+def test_leaving_what_is_not_kept(tmp_path: Path) -> None:
+    """Ctrl-C stays, Ctrl-D leaves; asked on a dumb terminal too, never with --no-save."""
+    for flags, term in ((), "xterm-256color"), (("--plain",), "xterm"):
+        with start(tmp_path, "--max-tokens", "5", "--no-keep", *flags, term=term) as program:
             program.until("talker>")
-            program.send("/nope\r")
-            program.until("is not a command")
-            assert bool(colour.search(program.raw)) == colours
+            program.send("One?\r")
+            program.until("stopped at 5 tokens")
+            at_prompt(program).send("/quit\r")
+            program.until("Save this conversation?")
+            program.send("\x03")
+            program.until(lambda text: text.endswith("talker>"))
+            at_prompt(program).send("/quit\r")
+            program.until(lambda text: text.count("Save this conversation?") == 2)
+            program.send("\x04")
+            assert program.end() == 0
+    with start(tmp_path, "--max-tokens", "5", "--no-keep", "--no-save") as program:
+        program.until("talker>")
+        program.send("One?\r")
+        program.until("stopped at 5 tokens")
+        at_prompt(program).send("\x04")
+        assert program.end() == 0
+        assert "Save" not in program.terminal.text
+    assert not (tmp_path / ".local").exists()
