@@ -343,6 +343,7 @@ def plots(results: Results, machine: Results) -> dict[str, Picture]:
             for n in random["names"]
         }
 
+    toy = f"random weights, hidden size {random['hidden_size']}"
     without, x = "ours with the window and mlx-lm without", "tokens of context"
     return {
         "context": curves(
@@ -350,14 +351,16 @@ def plots(results: Results, machine: Results) -> dict[str, Picture]:
             f"Decode pace over the context, {without}.",
             x=x,
             y="tokens/s",
-            title="Decode over the context",
+            title=f"Decode over the context: {toy}",
+            of=toy,
         ),
         "context-kv": curves(
             series(lambda side: Spread.of([side["kv"] / MB])),
             f"Bytes of keys and values over the context, {without}.",
             x=x,
             y="MB",
-            title="Keys and values held",
+            title=f"Keys and values held: {toy}",
             log_y=True,
+            of=toy,
         ),
     }

@@ -62,6 +62,8 @@ class Picture:
     draw: Callable[["Figure"], object]  # on an empty figure
     alt: str
     size: tuple[float, float] = (8.0, 4.5)
+    of: str = ""  # whose figures these are, where it is not the run's model
+    note: str = ""  # of what model, on what machine, when: stands above the picture
 
     def markdown(self, name: str, folder: str = "") -> str:
         """The picture as `save` wrote it to NAME.svg."""
@@ -93,6 +95,8 @@ def drawn(picture: Picture) -> "Figure":
 
     figure = Figure(picture.size, layout="constrained")
     picture.draw(figure)
+    if picture.note:
+        figure.suptitle(picture.note, x=0.01, ha="left", fontsize="small")
     return figure
 
 
@@ -105,6 +109,7 @@ def curves(
     title: str,
     log_x: bool = True,
     log_y: bool = False,
+    of: str = "",
 ) -> Picture:
     """A line for each series through its medians, with a whisker from lowest to highest."""
 
@@ -133,7 +138,7 @@ def curves(
             plot.yaxis.set_major_formatter(number)
         legend(figure, plot)
 
-    return Picture(draw, alt)
+    return Picture(draw, alt, of=of)
 
 
 def intervals(

@@ -1,13 +1,15 @@
 """The report of a run: a page of tables and pictures, made from its results.json alone.
 
 python -m bench render DIR         a run's README.md and pictures, again
-python -m bench render --figures   the table of all runs, and the figures in documents
+python -m bench render --figures   the table of all runs, the figures in documents, and the picture
+                                   of the first page
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
-from bench import figures, plots, suite
+from bench import figures, plots, suite, summary
 from bench.report import machine_text, table
 from bench.suite import Results, escaped, reading
 from mlx_cerebrum import cli
@@ -47,8 +49,10 @@ def _run(directories: list[Path], documents: bool) -> int:
         say(str(directory / PAGE))
         for found in suite.private(document):
             tell(f"before you send it: {suite.FILE} says {found!r}")
-    for name in figures.rewrite() if documents else ():
-        say(name)
+    if documents:
+        for name in figures.rewrite():
+            say(name)
+        say(str(summary.draw().relative_to(summary.ROOT)))
     return 0
 
 
@@ -120,15 +124,19 @@ def _section(name: str, document: Results, directory: Path | None) -> list[str]:
         return [title, f"Not measured: {results['not_measured']}"]
     module = suite.module(name)
     drawn = suite.pictures(module, results, document["machine"])
-    pictures = _pictures(drawn, directory) if directory else []
+    pictures = _pictures(drawn, directory, document, name) if directory else []
     return [title, module.__doc__.splitlines()[0], *module.text(results), *pictures]
 
 
-def _pictures(drawn: dict[str, plots.Picture], directory: Path) -> list[str]:
+def _pictures(
+    drawn: dict[str, plots.Picture], directory: Path, document: Results, section: str
+) -> list[str]:
     directory.mkdir(parents=True, exist_ok=True)
+    model, date = document["model"]["model"], document["runs"][section]["date"]
     try:
         for name, one in drawn.items():
-            plots.save(one, directory, name)
+            note = suite.origin(one.of or f"model {model}", document["machine"], date)
+            plots.save(replace(one, note=note), directory, name)
     except ImportError:
         return [NO_PICTURES]
     return [one.markdown(name) for name, one in drawn.items()]

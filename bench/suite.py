@@ -58,6 +58,11 @@ def pictures(module: Any, results: Results, machine: Results) -> dict[str, Any]:
     return found
 
 
+def origin(model: str, machine: Results, date: str) -> str:
+    """Of what a picture's figures are: they are no others'."""
+    return f"{model}; {machine['processor']}, {machine['cores']} cores, {machine['device']}; {date}"
+
+
 def begun(command: Sequence[str], pair: Pair, directory: Path | None) -> Results:
     """The document to measure into, with what `directory` has of this machine and model already.
 
