@@ -31,7 +31,8 @@ READ = """async ({ text, size }) => {
         const list = node.localName === "li" && node.parentElement?.localName === "ol";
         const items = [...(node.parentElement?.children ?? [])];
         const number = list ? node.parentElement.start + items.indexOf(node) : "";
-        const inline = ["a", "code", "del", "em", "span", "strong"].includes(node.localName);
+        const inline = ["a", "button", "code", "del", "em", "span", "strong",
+            "sup"].includes(node.localName);
         return inline ? inner : `\\n${number} ${inner}\\n`;
     };
     return read(into);

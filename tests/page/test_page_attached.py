@@ -25,12 +25,12 @@ def attach(page: Page, *files: Any) -> None:
     page.set_input_files("#text-files", list(files))
 
 
-def hand_over(page: Page, how: str, name: str, text: str, more: str = "") -> bool:
+def hand_over(page: Page, how: str, name: str, text: str, more: str = "", times: int = 1) -> bool:
     """Drop or paste a file; whether the browser would still have done its own with it."""
     done: bool = page.evaluate(
-        """([how, name, text, more]) => {
+        """([how, name, text, more, times]) => {
             const data = new DataTransfer();
-            data.items.add(new File([text], name));
+            data.items.add(new File([text.repeat(times)], name));
             if (more) data.setData("text/plain", more);
             const options = { bubbles: true, cancelable: true, composed: true };
             const box = document.getElementById("question");
@@ -43,7 +43,7 @@ def hand_over(page: Page, how: str, name: str, text: str, more: str = "") -> boo
             at.dispatchEvent(event("dragover"));
             return at.dispatchEvent(event("drop"));
         }""",
-        [how, name, text, more],
+        [how, name, text, more, times],
     )
     return done
 
@@ -84,13 +84,16 @@ def test_dropped_and_pasted(page: Page) -> None:
     assert not hand_over(page, "#thread, main", "dropped.txt", "D")
     expect(page.locator(CHIPS)).to_have_count(1)
     assert not hand_over(page, "paste", "pasted.txt", "P")
-    expect(page.locator(CHIPS)).to_have_count(2)
-    # What has text besides is pasted as text: a table of an office program, with its picture.
+    # Finder gives the name as text, other programs the address.
+    assert not hand_over(page, "paste", "from Finder.txt", "F", more="from Finder.txt")
+    assert not hand_over(page, "paste", "a b.txt", "A", more="file:///home/me/a%20b.txt\n")
+    expect(page.locator(CHIPS)).to_have_count(4)
+    # Any other text is what is meant: a table of an office program, with its picture.
     assert hand_over(page, "paste", "picture.png", "x", more="a\tb")
     # Beside the conversation nothing is taken, and the page stays where it is.
     assert not hand_over(page, "#sidebar", "missed.txt", "M")
     page.wait_for_timeout(50)
-    expect(page.locator(CHIPS)).to_have_count(2)
+    expect(page.locator(CHIPS)).to_have_count(4)
     expect(page.locator("main.dropping")).to_have_count(0)
 
 
@@ -100,14 +103,15 @@ def test_what_is_no_text_or_too_much_is_refused_in_one_line(page: Page, room: Ro
         ("photo.png", b"\x89PNG\r\n\x1a\n\x00\x01", "photo.png is no text"),
         ("old.txt", b"Gr\xf6\xdfe", "old.txt is no text"),
         ("nul.txt", b"a\x00b", "nul.txt is no text"),
-        (
-            "big.log",
-            b"x" * 10_000_000,
-            "big.log is too large (10.0 MB): a question holds 1,000,000",
-        ),
-        ("long.log", b"x" * 1_000_001, "long.log is too large (1.0 MB)"),
     ]:
         attach(page, text_file(name, data))
+        expect(toast).to_contain_text(line)
+        expect(page.locator(CHIPS)).to_have_count(0)
+    for name, length, line in [
+        ("big.log", 10_000_000, "big.log is too large (10.0 MB): a question holds 1,000,000"),
+        ("long.log", 1_000_001, "long.log is too large (1.0 MB)"),
+    ]:
+        hand_over(page, "main", name, "x", times=length)
         expect(toast).to_contain_text(line)
         expect(page.locator(CHIPS)).to_have_count(0)
     # Of several the good ones are taken, as long as there is room.

@@ -53,8 +53,15 @@ def check(page: Page) -> None:
     assert told == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("device", [{}, PHONE], ids=["wide", "phone"])
+@pytest.mark.parametrize(
+    ("scheme", "device"),
+    [
+        pytest.param("light", {}, id="light, wide"),
+        pytest.param("dark", PHONE, id="dark, phone"),
+        pytest.param("dark", {}, id="dark, wide", marks=pytest.mark.long),
+        pytest.param("light", PHONE, id="light, phone", marks=pytest.mark.long),
+    ],
+)
 def test_axe_finds_nothing(launched: Browser, room: Room, scheme: Any, device: Any) -> None:
     room.script = lambda body: Script(pieces=[ANSWER], prompt_tokens=5000, finish="length")
     with visit(launched, room.url, color_scheme=scheme, **device) as page:

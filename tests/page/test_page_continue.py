@@ -94,6 +94,7 @@ def test_a_column_goes_on_by_its_own_model(page: Page, room: Room) -> None:
     assert room.asked[-1]["model"] == "cerebrum-7b"
 
 
+@pytest.mark.long
 def test_the_real_server_goes_on(launched: Browser) -> None:
     """In pieces it is the answer that it is in one."""
     with real_server() as url, visit(launched, url) as page:

@@ -1,8 +1,9 @@
 """Search over the page's conversations: what it finds, and the way there and back."""
 
 import page_driver
+import pytest
 from page_driver import ask, file, idle, last, take, until
-from page_room import Room, Script, visit
+from page_room import Hold, Room, Script, visit
 from playwright.sync_api import Browser, Page, expect
 
 launched, served, room, page = (
@@ -99,6 +100,7 @@ def test_a_search_is_text_and_nothing_more(page: Page) -> None:
     assert page.evaluate("window.ran") is None
 
 
+@pytest.mark.long
 def test_many_conversations_are_searched_without_stopping_the_page(page: Page) -> None:
     nodes = [
         {"id": f"n{n}", "role": "user", "parent": f"n{n - 1}" if n else None, "at": n}
@@ -146,8 +148,6 @@ def test_on_a_mac_the_key_is_command(launched: Browser, room: Room) -> None:
 
 
 def test_while_an_answer_comes_it_can_be_found(page: Page, room: Room) -> None:
-    from page_room import Hold
-
     room.script = lambda body: Script(pieces=["walrus", Hold(), " and carpenter"])
     ask(page, "Go", wait=False)
     until(page, "document.querySelector('.answer')?.textContent.includes('walrus')")

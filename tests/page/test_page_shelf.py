@@ -4,7 +4,7 @@ from typing import Any
 
 import page_driver
 from page_driver import ask
-from page_room import Raw, Room, Script, visit
+from page_room import Hold, Raw, Room, Script, visit
 from playwright.sync_api import Browser, Page, expect
 
 launched, served, room = page_driver.launched, page_driver.served, page_driver.room
@@ -113,8 +113,6 @@ def test_a_model_that_can_not_be_loaded_is_told_in_one_line(launched: Browser, r
 
 
 def test_a_model_that_was_at_rest_shows_that_it_loads(launched: Browser, room: Room) -> None:
-    from page_room import Hold
-
     room.script = lambda body: Script(
         pieces=[Raw(": loading 1000000000/4000000000\n\n"), Hold(), "Hi"]
     )

@@ -84,7 +84,7 @@ export async function readText(file) {
     throw new Error(`${name} can't be read. A folder? Only files can be put into a question.`);
   }
   const text = decoded(bytes);
-  if (text === null) throw new Error(`${name} is no text, so it can't be put into a question.`);
+  if (text === null) throw new Error(`${name} is no text in UTF-8, so it can't be put into a question.`);
   if (text.length > LONGEST) {
     throw new Error(`${name} is too large (${sizeOf(file.size)}): ${most}.`);
   }

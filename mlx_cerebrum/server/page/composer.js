@@ -97,6 +97,12 @@ export function focusQuestion() {
   if (!touch()) box.focus();
 }
 
+/** Is a line a file's name, path or address? */
+function namesFile(line, name) {
+  const last = line.slice(line.lastIndexOf("/") + 1);
+  return last === name || last === encodeURIComponent(name);
+}
+
 /** Files that are dropped on the conversation, pasted or chosen go into the question. */
 function setUpFiles() {
   const take = async (files) => {
@@ -110,9 +116,13 @@ function setUpFiles() {
     await take(files);
   });
   box.addEventListener("paste", (event) => {
-    const { files, types } = event.clipboardData;
-    // A table copied from an office program comes as a picture too: its text is what is meant.
-    if (!files.length || types.includes("text/plain")) return;
+    const files = [...event.clipboardData.files];
+    const text = event.clipboardData.getData("text/plain").trim();
+    // A file comes with its name or address as text. A table of an office program comes with its
+    // picture as a file: there the text is what is meant.
+    const lines = text ? text.split(/\s*\n/) : [];
+    const named = lines.every((line) => files.some(({ name }) => namesFile(line, name)));
+    if (!files.length || !named) return;
     event.preventDefault();
     take(files);
   });

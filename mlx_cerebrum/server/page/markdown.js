@@ -5,6 +5,7 @@ import { copyFrom, h } from "./dom.js";
 import { appendInline } from "./inline.js";
 import { setCode, setFormula, setGrowingCode } from "./maths.js";
 
+const HEADINGS = "h3, h4, h5, h6";
 // Scripts that are written from right to left, where a text's first letter is of them.
 const RIGHT_TO_LEFT =
   /^[^\p{L}]*[\p{sc=Hebrew}\p{sc=Arabic}\p{sc=Syriac}\p{sc=Thaana}\p{sc=Nko}\p{sc=Adlam}]/u;
@@ -19,10 +20,11 @@ export class Rendering {
   begin() {
     this.text = "";
     this.settled = 0; // characters of `text` whose blocks are final
-    this.final = []; // those blocks: { block, source, element, asked }
+    this.final = []; // those blocks: { block, source, element, headings, asked }
     this.tail = []; // and the ones after them
     this.defined = new Map(); // what the final ones define, by label; a footnote's begins with ^
     this.all = new Map(); // and the tail too
+    this.open = []; // the headings that the next one of the tail may be under
     this.into.replaceChildren();
   }
 
@@ -30,22 +32,28 @@ export class Rendering {
     if (text === this.text) return;
     if (!text.startsWith(this.text)) this.begin();
     this.text = text;
-    const lines = text.slice(this.settled).replace(/\r\n?/g, "\r").split(/[\n\r]/);
+    const rest = text.slice(this.settled).replace(/\r\n?/g, "\r");
+    const lines = rest.split(/[\n\r]/);
     const found = blocks(lines, 0);
     this.define(found);
     const before = this.tail;
+    let [line, end] = [0, 0];
     this.tail = found.map((block, index) => {
-      const source = lines.slice(block.line, found[index + 1]?.line).join("\n");
-      return this.place(before[index], block, source);
+      const begin = end;
+      for (const next = found[index + 1]?.line ?? lines.length; line < next; line += 1) {
+        end += lines[line].length + 1;
+      }
+      return this.place(before[index], block, rest.slice(begin, end));
     });
     for (const { element } of before.slice(found.length)) element.remove();
-    setLevels(this.into);
+    setLevels(this.tail, this.open);
     // A block is final once the next has a whole line: until then that may still join it.
     let last = found.length - 1;
     if (last > 0 && found[last].line >= lines.length - 1) last -= 1;
     if (last <= 0 || text.includes("\r")) return;
     for (const line of lines.slice(0, found[last].line)) this.settled += line.length + 1;
     for (const { block } of this.tail.slice(0, last)) collect(block, this.defined);
+    this.open = setLevels(this.tail.slice(0, last), this.open);
     this.final.push(...this.tail.slice(0, last));
     this.tail = this.tail.slice(last);
   }
@@ -84,6 +92,11 @@ export class Rendering {
     const { all } = this;
     const notes = { has: (label) => all.has(`^${label}`) };
     const element = render(one.block, { links: all, notes, asked: one.asked });
+    const levels = one.headings?.map((heading) => heading.getAttribute("aria-level"));
+    one.headings = element.matches(HEADINGS) ? [element] : [...element.querySelectorAll(HEADINGS)];
+    levels?.forEach((level, index) => {
+      if (level) one.headings[index]?.setAttribute("aria-level", level);
+    });
     if (one.element) one.element.replaceWith(element);
     else this.into.append(element);
     one.element = element;
@@ -125,17 +138,21 @@ function collect(block, into) {
   for (const one of inner) collect(one, into);
 }
 
-/** Headings below the message's own (2), none more than one level deeper than that before it. */
-function setLevels(into) {
-  const open = [];
-  for (const heading of into.querySelectorAll("h3, h4, h5, h6")) {
+/**
+ * Headings below the message's own (2), none more than one level deeper than that before it; `open`:
+ * the levels they were written with of those that the first may be under. Returns it for the next.
+ */
+function setLevels(blocks, open) {
+  const above = [...open];
+  for (const heading of blocks.flatMap(({ headings }) => headings)) {
     const own = Number(heading.localName[1]);
-    while (open.length && open.at(-1) >= own) open.pop();
-    open.push(own);
-    const level = 2 + open.length;
+    while (above.length && above.at(-1) >= own) above.pop();
+    above.push(own);
+    const level = 2 + above.length;
     if (level === own) heading.removeAttribute("aria-level");
     else heading.setAttribute("aria-level", level);
   }
+  return above;
 }
 
 function render(block, context) {
