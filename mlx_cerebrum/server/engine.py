@@ -118,8 +118,14 @@ class BatchEngine:
         return self._holdings
 
     @property
+    def rests(self) -> bool:
+        """Whether weights that have nothing to do may be released."""
+        return self._unload_after is not None
+
+    @property
     def room(self) -> int:
-        """Bytes that a further checkpoint may take now, besides all that jobs may need."""
+        """Bytes that a further checkpoint may take now, besides all that jobs may need; where
+        weights may rest, those of idle ones too."""
         return self._room
 
     @property

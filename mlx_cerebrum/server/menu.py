@@ -87,9 +87,14 @@ class Menu:
             entry = next((entry for entry in entries() if entry.called == name), None)
             if entry is None:
                 raise ApiError(404, f"{name} is gone", code="model_not_found", param="id")
-            if (problem := self._why_not(entry, self._look(entry))) is not None:
+            known = self._look(entry)
+            if known.fault is not None:
+                raise ApiError(409, known.fault, code="cannot_load", param="id")
+            if (problem := self._why_not(entry, known)) is not None:
                 fits = [row.id for row in listed if self._could_be_loaded(row)][:3]
                 hint = f"{' or '.join(fits)} would fit" if fits else "no other would fit"
+                if not self._engine.rests:
+                    hint += "; with --unload-after 15m idle models make room"
                 raise ApiError(409, f"{problem}; {hint}", code="does_not_fit", param="id")
             try:
                 opened = open_model(self._spec(entry))
