@@ -26,6 +26,9 @@ from mlx_cerebrum.weights import views
 # Two slashes begin a message with one. Not where code is pasted: `// a comment`, `/// another`.
 _SLASH = re.compile(r"//(?=[^/\s])")
 
+# What people type to leave elsewhere, and nobody asks a model.
+_LEAVING = {"exit", "quit", "exit()", "quit()", ":q", ":q!", ":wq", ":x"}
+
 
 @dataclass(frozen=True)
 class Command:
@@ -151,6 +154,8 @@ class Chat:
             if quoted.strip():
                 self.ask(quoted)
             return
+        if self.asks and text.lower() in _LEAVING:
+            raise RequestError(f'/quit leaves; """{text}""" says that to the model')
         if text.startswith("/") and not text.startswith("//"):
             run_command(self, text)
         elif text:

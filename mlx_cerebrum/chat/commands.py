@@ -14,7 +14,7 @@ from mlx_cerebrum import cli
 from mlx_cerebrum.chat.chat import Chat, Command
 from mlx_cerebrum.chat.export import as_markdown
 from mlx_cerebrum.chat.keeper import turns_of
-from mlx_cerebrum.chat.kept import TITLE, Kept, conversations, folder, newest, path_of, read
+from mlx_cerebrum.chat.kept import TITLE, Kept, conversations, folder, newest, path_of, read, remove
 from mlx_cerebrum.chat.quotes import QUOTES
 from mlx_cerebrum.chat.session import Answer
 from mlx_cerebrum.chat.wording import counted, shorten
@@ -308,7 +308,7 @@ def _delete(chat: Chat, argument: str) -> None:
         raise RequestError("/resume lists them first")
     path, one = chat.listed[_number(argument, len(chat.listed))]
     if not chat.asks or chat.confirm(f'Delete "{one.title}"?'):
-        path.unlink(missing_ok=True)
+        remove(path)
         chat.screen.notice(f'deleted "{one.title}"')
 
 

@@ -13,7 +13,7 @@ EVERY = 3.0  # seconds between two times that a growing answer is written
 
 
 class Keeper:
-    """Writes after each exchange, and an answer while it comes. Never raises.
+    """Writes after each exchange, and an answer while it comes. Writing never raises.
 
     `tell` is told once of what can't be kept.
     """
@@ -48,10 +48,10 @@ class Keeper:
             self._write_passing(question, before, answer)
 
     def leave(self) -> None:
-        """Keep this conversation no more, and remove its file."""
+        """Keep this conversation no more, and remove its file; raises as `kept.remove`."""
         name = self._session.name
+        kept.remove(kept.path_of(name))
         self._left.add(name)
-        kept.path_of(name).unlink(missing_ok=True)
         self._written = None
 
     def _now(self) -> tuple[str, str, list[Turn]]:

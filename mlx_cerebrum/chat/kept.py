@@ -65,10 +65,15 @@ class Kept:
 
 
 def folder() -> Path:
-    """Where conversations are kept: beside the models, in this user's data."""
-    return places.folder({k: v for k, v in os.environ.items() if k != places.VARIABLE}).with_name(
-        "conversations"
-    )
+    """Where conversations are kept: beside the models, in this user's data.
+
+    Raises RequestError for a user without a home, as in some containers.
+    """
+    own = {name: value for name, value in os.environ.items() if name != places.VARIABLE}
+    try:
+        return places.folder(own).with_name("conversations")
+    except RuntimeError as error:
+        raise RequestError(f"no conversation can be kept: {error}") from None
 
 
 def new_name() -> str:
@@ -101,6 +106,14 @@ def keep(name: str, system: str, turns: Sequence[Turn], passing: str | None = No
             if time.monotonic() > until:
                 raise
             time.sleep(0.02)
+
+
+def remove(path: Path) -> None:
+    """Remove a conversation, if it is there. Raises RequestError where that is not possible."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror or error}") from None
 
 
 def _own(path: Path, name: str) -> dict[str, Any]:

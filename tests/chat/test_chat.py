@@ -15,10 +15,12 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from talker import LETTERS, talker, talkers
 
+from mlx_cerebrum.chat import kept
 from mlx_cerebrum.chat.__main__ import main, parser
 from mlx_cerebrum.chat.chat import SYNONYMS, Chat
 from mlx_cerebrum.chat.commands import COMMANDS
 from mlx_cerebrum.chat.keeper import Keeper
+from mlx_cerebrum.chat.kept import Turn
 from mlx_cerebrum.chat.prompt import CommandCompleter, history_path, open_history
 from mlx_cerebrum.chat.quotes import is_open
 from mlx_cerebrum.chat.screen import PlainScreen
@@ -101,6 +103,8 @@ def test_a_conversation(views: Views, capsys: pytest.CaptureFixture[str]) -> Non
         ("/set verbose", "'verbose' is no setting"),
         ("/show license", "/show info, parameters or system, not 'license'"),
         ("/help me", "there is no /me"),
+        ("exit", '/quit leaves; """exit""" says that to the model'),
+        (":wq", "/quit leaves"),
         ("/sta", "did you mean /stats?"),
         ("/usr/bin is what?", "// begins a message with a slash"),
         ("/", "/help lists them"),
@@ -593,6 +597,36 @@ def test_on_a_pipe_each_line_is_a_question(tmp_path: Path) -> None:
     assert not (tmp_path / "state").exists()
 
 
+def test_triple_quotes_on_a_pipe(tmp_path: Path) -> None:
+    done = chat_on_a_pipe(
+        tmp_path,
+        b'"""one\n/two"""\n/set system """\nBe brief.\n"""\nexit\n'
+        b"/save " + os.fsencode(tmp_path) + b'/talk.json\n"""\nopen\nto the end',
+    )
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert saved[0] == {"role": "system", "content": "Be brief."}
+    assert [m["content"] for m in saved if m["role"] == "user"] == ["one\n/two", "exit"]
+    assert done.stdout.count(b"\n\n") == 2  # the third is asked, though nothing closed it
+    assert done.returncode == 0
+    assert not (tmp_path / ".local").exists()
+
+
+def test_resume_on_a_pipe_takes_the_newest_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("a", "b"):
+        kept.keep(name, "", [Turn("user", f"{name}?"), Turn("assistant", f"{name}.")])
+    before = kept.path_of("b").read_bytes()
+    done = chat_on_a_pipe(tmp_path, b"Then?\n/save %s/t.json\n" % os.fsencode(tmp_path), "--resume")
+    assert done.returncode == 0
+    saved = json.loads((tmp_path / "t.json").read_text())
+    assert [m["content"] for m in saved[:3]] == ["b?", "b.", "Then?"]
+    assert kept.path_of("b").read_bytes() == before
+    assert len(list(kept.folder().iterdir())) == 2
+
+
 def test_odd_lines_on_a_pipe(tmp_path: Path) -> None:
     """CRLF, NUL, a line longer than the model's positions, and no end of the last line."""
     done = chat_on_a_pipe(
@@ -622,6 +656,7 @@ def test_on_a_pipe_that_ends_well(tmp_path: Path) -> None:
         (["--plan", "nowhere.yml"], "neither a file nor a named plan"),
         (["--plan", "cerebrum-12.25b"], "blocks"),
         (["--load", "nowhere.json"], "does not exist"),
+        (["--resume", "--load", "x.json"], "no --load or --system too"),
         (["--kv-bits", "8"], "16"),
         (["--loud"], "unrecognized arguments: --loud"),
         (["--q-group-size", "32"], "only means something with --q-bits"),

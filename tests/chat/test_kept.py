@@ -247,6 +247,18 @@ def test_a_disk_that_fails_costs_a_line(
     assert (tmp_path / "saved.json").exists()  # then leaving it is asked about
 
 
+def test_a_user_without_a_home(
+    views: Views, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    monkeypatch.delenv("HOME")
+    talk(views, ["One?", "/resume", "Two?"], keeps=True, offers=False)
+    assert capsys.readouterr().err.count("can be kept: Could not determine home") == 2
+
+
 @pytest.mark.parametrize(
     ("lines", "answers", "left"),
     [

@@ -199,6 +199,19 @@ def test_json_is_one_object_and_nothing_else(
     assert answer["plan"] == "demo-interleaved"
 
 
+def test_an_answer_cut_by_its_length_says_how_to_get_more(
+    demo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--model", demo, "--prompt", "Count to twenty.", "--max-tokens", 3)
+    code, _, err = run(capsys, *asked)
+    assert code == 0
+    assert err.splitlines()[-1] == "note: cut at 3 tokens; --max-tokens N lets it go on"
+    for flag in ("--quiet", "--json"):
+        assert run(capsys, *asked, flag)[2] == ""
+    _, _, err = run(capsys, "--model", demo, "--prompt", "What is the capital of France?")
+    assert "note:" not in err
+
+
 def test_quiet_prints_the_answer_only(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--model", demo, "--prompt", "The capital of France is", "--raw", "--max-tokens", 2]
     assert run(capsys, *args, "--quiet") == (0, " Paris.\n", "")
