@@ -166,8 +166,10 @@ def _shelf(found: Report) -> None:
 def _advise_wired(found: Report, needed: int) -> None:
     """Where a model would fit if Metal took more of the memory than it does by itself."""
     total = memory_bytes()
-    if needed + _CONVERSATION <= _MOST_WIRED * total:
-        megabytes = int(min(_MOST_WIRED * total, (needed + _CONVERSATION) * 1.05) / 2**20)
+    wanted = min(_MOST_WIRED * total, (needed + _CONVERSATION) * 1.05)
+    has = int(mx.device_info().get("max_recommended_working_set_size", 0))
+    if needed + _CONVERSATION <= _MOST_WIRED * total and wanted > has:
+        megabytes = int(wanted / 2**20)
         found.advice.append(
             f"to fit a model that does not: sudo sysctl iogpu.wired_limit_mb={megabytes}"
             " (until the next start)"

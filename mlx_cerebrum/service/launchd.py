@@ -56,6 +56,8 @@ class Launchd:
             raise RequestError(f"{self.file} can't be read; install it again") from None
 
     def install(self, unit: Unit) -> None:
+        if tool("launchctl", "print", self._domain).returncode != 0:
+            raise RequestError("this user has no desktop here; log in as that user, not over ssh")
         rotate(unit.log)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_private(self.file, self.text(unit))  # it may hold the key

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.service.unit import State, Unit, must, rotate, tool, write_private
+from mlx_cerebrum.text import one_line
 
 NAME = "mlx-cerebrum.service"
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
@@ -65,6 +66,10 @@ class Systemd:
         return words
 
     def install(self, unit: Unit) -> None:
+        done = tool("systemctl", "--user", "show-environment")
+        if done.returncode != 0:
+            said = one_line(done.stderr, 200)
+            raise RequestError(f"this user has no systemd here ({said}); log in as that user")
         rotate(unit.log)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         before = self.file.read_bytes() if self.file.exists() else None

@@ -124,7 +124,8 @@ def test_a_mac(monkeypatch: pytest.MonkeyPatch, checkpoint: MakeCheckpoint, shel
     as_mac(monkeypatch, "arm64", wired_limit_mb=12000)
     monkeypatch.setattr(device, "backend", lambda: "metal")
     monkeypatch.setattr(report, "memory_bytes", lambda: 16 * 2**30)
-    monkeypatch.setattr(report, "available_bytes", lambda: 1000)
+    large = {"name": "large:8bit", "needs_bytes": 12_200_000_000, "fits": False}
+    monkeypatch.setattr(report, "_entry", lambda entry: (large, "large:8bit: does not fit now"))
     found = report.report(Pace("the demo model", True, 10**9, 100.0, 50.0, 9e10))
     facts = dict(found.facts)
     assert facts["system"] == "macOS 14.5"
@@ -132,7 +133,9 @@ def test_a_mac(monkeypatch: pytest.MonkeyPatch, checkpoint: MakeCheckpoint, shel
     assert facts["wired limit"] == "12000 MB (iogpu.wired_limit_mb)"
     assert facts["bandwidth"] == "about 90 GB/s of weights are read"
     assert found.stops == []
-    assert any("sudo sysctl iogpu.wired_limit_mb=" in line for line in found.advice)
+    assert "sudo sysctl iogpu.wired_limit_mb=12717" in found.advice[0]
+    large["needs_bytes"] = 16_000_000_000  # nothing helps
+    assert not any("sudo" in line for line in report.report(None).advice)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ WAIT = 60.0  # seconds
 STAND_IN = """#!/bin/sh
 echo "$*" >> "{notes}"
 case "$*" in
+  *show-environment | "print gui/$(id -u)") test ! -f "{notes}.away" ;;
   print*) test -f "{notes}.print" && cat "{notes}.print" ;;
   *show*) cat "{notes}.show" 2>/dev/null || true ;;
   bootout*) exit 3 ;;
@@ -287,6 +288,17 @@ def test_a_file_that_is_not_ours(
         assert "install it again" in capsys.readouterr().err
         assert main(["service", "install", "small"]) == 0
         assert one.words()[-1] == "small"
+
+
+def test_without_a_session_nothing_is_written(
+    home: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "notes.away").touch()
+    for system, one in ((on_macos, Launchd(home)), (on_linux, Systemd(home))):
+        system(monkeypatch)
+        assert main(["service", "install", "small"]) == 2
+        assert "log in as that user" in capsys.readouterr().err
+        assert not one.file.exists()
 
 
 def test_a_large_log_begins_anew(tmp_path: Path) -> None:
