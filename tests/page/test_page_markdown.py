@@ -1,5 +1,6 @@
 """The page's Markdown: what it draws, that nothing in it runs, and that it stays quick."""
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -506,6 +507,69 @@ def test_every_beginning_of_a_text_is_drawn_as_if_it_were_all(page: Page) -> Non
         DOCUMENT,
     )
     assert same is None
+
+
+# Lines that are something else after some, or before some.
+LINES = """a
+Title
+===
+---
+-
+- item
+  - sub
+    code
+      deeper
+
+[x]: https://example.org/a
+[x]
+[^1]
+[^1]: note
+  goes on
+[t][x] and [y][]
+> q
+> [x]: https://example.org/q
+```py
+```
+x = 1
+## H
+#### D
+| a | b |
+|---|---|
+\\[
+\\]
+$$
+1. one
+1) two
+    **b**
+> [^1]
+* * *
+[y]: <https://example.org/y> 'T'
+\u0645\u0631
+"""
+
+
+def test_random_texts_grow_as_if_drawn_at_once(page: Page) -> None:
+    chance = random.Random(7)
+    texts = [
+        "\n".join(chance.choices(LINES.splitlines(), k=chance.randint(3, 25))) for _ in range(300)
+    ]
+    differs = page.evaluate(
+        """async (texts) => {
+            const { Rendering } = await import("/markdown.js");
+            const [grown, fresh] = [0, 0].map(() => document.createElement("div"));
+            for (const text of texts) {
+                const rendering = new Rendering(grown);
+                for (let cut = 1; cut <= text.length; cut += 3) {
+                    rendering.update(text.slice(0, cut));
+                    new Rendering(fresh).update(text.slice(0, cut));
+                    if (grown.innerHTML !== fresh.innerHTML) return text.slice(0, cut);
+                }
+            }
+            return null;
+        }""",
+        texts,
+    )
+    assert differs is None
 
 
 def test_what_is_final_is_not_drawn_again(page: Page) -> None:

@@ -83,7 +83,7 @@ def test_the_card_lists_the_shelf_and_why_one_can_not_be_loaded(
         page.click("#open-card")
         card = page.locator("#card")
         expect(card).to_contain_text("A toaster, 16 GB of memory")
-        expect(card).to_contain_text("4 bits each, 4.10 GB")
+        expect(card).to_contain_text("stored in 4 bits each, 4.10 GB")
         items = page.locator("#card-others li")
         expect(items).to_have_count(2)
         expect(items.last).to_contain_text("big needs 24.00 GB")
@@ -110,6 +110,22 @@ def test_a_model_that_can_not_be_loaded_is_told_in_one_line(launched: Browser, r
         shelf.rows[1] |= {"state": "on the shelf", "loading": None, "why_not": "it is damaged"}
         expect(page.locator("#toast")).to_contain_text("it is damaged")
         expect(page.locator("#banner")).to_be_hidden()
+
+
+def test_one_that_was_loading_when_the_page_came_is_offered_when_it_is_there(
+    launched: Browser, room: Room
+) -> None:
+    with visit(launched, room.url) as page:
+        shelf = Shelf(page)
+        shelf.rows[1] |= {"state": "loading", "loading": {"done": 1.2e9, "total": 4.1e9}}
+        page_driver.reload(page)
+        expect(page.locator("#model-0 optgroup option").first).to_have_text(
+            "other (4.10 GB), loading"
+        )
+        expect(page.locator("#banner")).to_contain_text("Loading other: 1.20 GB")
+        shelf.arrive(room)
+        expect(page.locator("#model-0 > option[value=other]")).to_have_count(1)
+        expect(page.locator("#model-0")).to_have_value("cerebrum-12.25b")
 
 
 def test_a_model_that_was_at_rest_shows_that_it_loads(launched: Browser, room: Room) -> None:

@@ -35,7 +35,7 @@ const OWN = "Empty: the text that the model's own template begins with.";
 let models = [];
 let conversation;
 let wanted = null; // the conversation asked for last
-let loadFor = null; // who chose a model from the shelf: { lane, conversation }
+let loadFor = null; // the model chosen from the shelf, and where: { id, lane, conversation }
 let looking = null; // the search for a server that is gone
 const open = new Map(); // conversations with an answer on its way, by id
 const missed = new Map(); // of those that other tabs changed while this one was hidden: listed?
@@ -80,8 +80,8 @@ const shelf = new Shelf({
   arrived: async ({ id, model }) => {
     models = await askModels();
     shell.banner(`${id} is loaded.`, 4000);
-    const { lane, conversation: asked } = loadFor ?? {};
-    loadFor = null;
+    const { lane, conversation: asked } = loadFor?.id === id ? loadFor : {};
+    if (asked) loadFor = null;
     if (asked) asked.meta.models = asked.meta.models.with(lane, model ?? id);
     if (asked === conversation) keepMeta();
     else draw();
@@ -350,8 +350,9 @@ setUpCopy(byId("thread"));
 for (const lane of [0, 1]) {
   byId(`model-${lane}`).addEventListener("change", ({ target }) => {
     if (target.value.startsWith(SHELF)) {
-      loadFor = { lane, conversation };
-      shelf.load(target.value.slice(SHELF.length));
+      const id = target.value.slice(SHELF.length);
+      loadFor = { id, lane, conversation };
+      shelf.load(id);
       draw(); // until it is there, the one before answers
       return;
     }

@@ -57,7 +57,7 @@ function facts(model, used, speed) {
   const again = positions === blocks ? "each once" : `in ${plural(positions, "position")}`;
   const round = (count) => Math.round(count / 100) * 100;
   const about = (tokens) => `about ${plural(round(tokens * WORDS), "word")}`;
-  const weights = [bits && `${bits} bits each`, bytes && sizeOf(bytes)];
+  const weights = [bits && `stored in ${bits} bits each`, bytes && sizeOf(bytes)];
   weights.push(positions > blocks && "once for all the positions that run them");
   const passed = window && used > window;
   const looked = `${plural(window ?? 0, "token")}, ${about(window)}, are looked at directly.`;

@@ -2,7 +2,7 @@
 
 import { Attached, LONGEST, guess, partsOf, withFiles } from "./attached.js";
 import { fileChip } from "./chips.js";
-import { byId, composing, touch } from "./dom.js";
+import { announce, byId, composing, plural, touch } from "./dom.js";
 import { toast } from "./list.js";
 import { fit } from "./messages.js";
 
@@ -106,7 +106,10 @@ function namesFile(line, name) {
 /** Files that are dropped on the conversation, pasted or chosen go into the question. */
 function setUpFiles() {
   const take = async (files) => {
+    const before = attached.files.length;
     await attached.add([...files]);
+    const added = attached.files.length - before;
+    if (added > 0) announce(`${plural(added, "file")} added to the question.`);
     focusQuestion();
   };
   byId("attach").addEventListener("click", () => byId("text-files").click());

@@ -6,8 +6,8 @@ const AGAIN = 700; // milliseconds between two looks while one is loading
 
 /**
  * `rows`: the shelf's models, none where the server has no shelf; `machine`: its name, or null.
- * Each of `changed` is called when that may be other; `arrived(row)` when a model that was asked
- * for answers, `failed(line)` when it does not.
+ * Each of `changed` is called when that may be other; `news(row)` while a model is loading,
+ * `arrived(row)` when it answers, `failed(line)` when it does not.
  */
 export class Shelf {
   constructor({ arrived, failed, news }) {
@@ -17,7 +17,7 @@ export class Shelf {
     this.changed = [];
     this.rows = [];
     this.machine = null;
-    this.wanted = new Set(); // asked for here
+    this.wanted = new Set(); // on their way, whoever asked
     this.timer = null;
     this.none = false;
   }
@@ -36,14 +36,14 @@ export class Shelf {
     this.none = found === null;
     this.rows = found?.models ?? [];
     this.machine = found?.machine ?? null;
+    for (const { id, state } of this.rows) if (state === "loading") this.wanted.add(id);
     await this.settle();
     for (const changed of this.changed) changed();
-    const loading = this.rows.some(({ state }) => state === "loading");
     clearTimeout(this.timer);
-    if (loading || this.wanted.size) this.timer = setTimeout(() => this.look(), AGAIN);
+    if (this.wanted.size) this.timer = setTimeout(() => this.look(), AGAIN);
   }
 
-  /** Tell of what was asked for and is there, or will not be. */
+  /** Tell of what was on its way and is there, or will not be. */
   async settle() {
     for (const id of [...this.wanted]) {
       const row = this.rows.find((one) => one.id === id);
