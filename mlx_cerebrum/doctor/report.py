@@ -116,7 +116,7 @@ def _machine(found: Report) -> None:
 
 def _memory(found: Report) -> None:
     total, free = memory_bytes(), available_bytes()
-    words = f"{human(total)}, of which models may take {human(free)} now"
+    words = f"{human(total)}; models may take {human(free)} now"
     found.add("memory", words, memory_bytes=total, available_bytes=free)
     if is_short():
         found.add("pressure", "the system is short of memory now", short_of_memory=True)

@@ -250,7 +250,7 @@ class BatchEngine:
         self._prompts = PromptStore(min(self._cache_bytes, self._budget))
         for holding in self._holdings:
             self._begin_to_answer(holding)
-        self._look()
+        self._share_memory()
 
     def _measure(self) -> None:
         """What jobs and kept prompts may take, now that other weights are held."""
@@ -293,7 +293,7 @@ class BatchEngine:
         if self._loader.holding is not None and not closing:
             self._load_on(self._loader.holding)
         self._rest_idle()
-        self._keep_prompts(self._budget - self._loader.reserved - self._predicted())
+        self._share_memory()
         self._look()
         if self._running or self._has_work:
             self._awake.hold()
@@ -332,8 +332,12 @@ class BatchEngine:
         self._active = sum(batch.rows() for batch in self._batches)
         self._kv_bytes = sum(batch.kv_bytes for batch in self._batches)
         self._kept_bytes = self._prompts.nbytes
-        self._room = self._budget - self._loader.reserved - self._predicted()
-        self._room += sum(holding.nbytes for holding in self._idle())
+
+    def _share_memory(self) -> None:
+        """What jobs don't need is for earlier prompts, or a further checkpoint."""
+        free = self._budget - self._loader.reserved - self._predicted()
+        self._keep_prompts(free)
+        self._room = free + sum(holding.nbytes for holding in self._idle())
 
     # Weights that come and go.
 
