@@ -324,7 +324,7 @@ class Watched:
         for page in self.context.pages:
             self.faults += page.evaluate("window.reports ?? []")
         assert self.outside == []
-        assert self.faults == []
+        assert self.faults == [], self.faults
 
 
 @contextmanager

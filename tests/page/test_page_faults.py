@@ -201,6 +201,13 @@ def test_a_wait_goes_on_while_something_else_is_read(page: Page, room: Room) -> 
     expect(page.locator(".again")).to_contain_text(re.compile(r"in [34]\d{3} s"))
 
 
+def test_every_module_is_asked_for_with_the_page() -> None:
+    """Not one after the other, as each is found in another."""
+    html = (FOLDER / "index.html").read_text(encoding="utf-8")
+    asked = set(re.findall(r'(?:href|src)="(\w+\.js)"', html))
+    assert asked == {file.name for file in FOLDER.glob("*.js")}
+
+
 def test_no_address_of_an_answer_is_looked_up() -> None:
     """Browsers ask for the names of a page's links before anyone follows them."""
     html = (FOLDER / "index.html").read_text(encoding="utf-8")

@@ -254,6 +254,20 @@ def test_a_server_that_says_less_of_its_models_has_a_shorter_card(
         expect(page.locator("#card svg")).to_have_count(0)
 
 
+def test_a_pace_is_told_in_words(page: Page) -> None:
+    told = page.evaluate(
+        """async () => {
+            const { paceText } = await import("/card.js");
+            return [2, 5.5, 40].map(paceText);
+        }"""
+    )
+    assert told == [
+        "about 1.5 words a second, slower than people read",
+        "about 4.1 words a second, about as fast as people read",
+        "about 30 words a second, faster than people read",
+    ]
+
+
 OUT_OF_RANGE = [
     ("temperature", "3", "from 0 to 2"),
     ("top_p", "0", "Above 0, to 1"),

@@ -327,6 +327,21 @@ def test_a_hidden_tab_looks_when_it_is_shown(page: Page, room: Room) -> None:
     expect(other.locator(".count")).to_have_text("1/2")
 
 
+def test_what_other_tabs_tell_while_a_page_opens_is_heard(page: Page, room: Room) -> None:
+    """`visit` fails for an error of any page."""
+    ask(page, "One")
+    page.evaluate(
+        """() => {
+            const channel = new BroadcastChannel("cerebrum");
+            setInterval(() => channel.postMessage({ id: "x", listed: true }), 1);
+        }"""
+    )
+    for _ in range(3):
+        other = page.context.new_page()
+        other.goto(room.url)
+        expect(other.locator("#conversations .open")).to_have_count(1)
+
+
 def test_a_question_sent_while_its_conversation_opens_again_is_seen(page: Page, room: Room) -> None:
     numbered(room)
     ask(page, "One")

@@ -38,7 +38,7 @@ let wanted = null; // the conversation asked for last
 let loadFor = null; // the model chosen from the shelf, and where: { id, lane, conversation }
 let looking = null; // the search for a server that is gone
 const open = new Map(); // conversations with an answer on its way, by id
-const missed = new Map(); // of those that other tabs changed while this one was hidden: listed?
+const missed = new Map(); // that other tabs changed while this one was hidden, or opened: listed?
 
 const store = await Store.open({
   onfail: tellNotKept,
@@ -246,7 +246,7 @@ function ended(one, answers) {
 
 /** Another tab changed a conversation: take over what it added. */
 async function heard(id, listed) {
-  if (document.hidden) {
+  if (document.hidden || !conversation) {
     missed.set(id, listed || missed.get(id) === true);
     return;
   }
@@ -368,12 +368,15 @@ for (const text of EXAMPLES) {
   byId("examples").append(h("li", {}, h("button", { type: "button", onclick: use }, text)));
 }
 addEventListener("pagehide", () => store.saveNow(chat.growing()));
-document.addEventListener("visibilitychange", () => {
+function catchUp() {
   if (document.hidden) return;
-  for (const [id, listed] of missed) heard(id, listed);
+  const all = [...missed];
   missed.clear();
-});
+  for (const [id, listed] of all) heard(id, listed);
+}
+document.addEventListener("visibilitychange", catchUp);
 addEventListener("hashchange", () => go(location.hash.slice(1)));
 store.listen(heard);
 await go(location.hash.slice(1));
+catchUp();
 await look();

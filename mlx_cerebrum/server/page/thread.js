@@ -16,6 +16,8 @@ const HITS = 500; // marked in one message
 const marked = globalThis.Highlight ? new Highlight() : null;
 if (marked) CSS.highlights.set("found", marked);
 
+const guessed = new WeakMap(); // tokens of messages that the server has not counted
+
 const scroller = byId("scroller");
 const thread = byId("thread");
 const toEnd = byId("to-end");
@@ -265,7 +267,11 @@ function rangesOf(body, words) {
 function tokensAfter(node, { used, exact }) {
   const { prompt, tokens } = node.stats ?? {};
   if (prompt !== undefined) return { used: prompt + (tokens ?? 0), exact: true };
-  return { used: used + guess(node.content), exact: exact && !node.content };
+  const known = guessed.get(node);
+  if (known?.length !== node.content.length) {
+    guessed.set(node, { length: node.content.length, tokens: guess(node.content) });
+  }
+  return { used: used + guessed.get(node).tokens, exact: exact && !node.content };
 }
 
 function windowNote(window) {
