@@ -10,7 +10,8 @@ The way of a request, from HTTP to the first thing its client reads:
    same prompt.
 3. `streaming.RunningRequest` submits the jobs to the `jobs.Engine`.
 4. `engine.BatchEngine` queues each job as a **task** (`task.Task`). On its own thread, the only one
-   that touches MLX, it starts the task in the `batch.Batch` once there is room.
+   that touches MLX, it starts the task in the `batch.Batch` once there is room. Each checkpoint
+   (`holding.Holding`) has a batch of its own; one that is at rest is loaded first (`loader`).
 5. The batch makes a sequence of each choice, and lets the `decoding.Decoder` take all sequences
    forward together, whatever their models: a chunk of one prompt and a token of every choice at a
    time. Each is an **event** of its job (`jobs.Reading`, `jobs.Piece`; `jobs.Failed` ends one that
@@ -18,4 +19,6 @@ The way of a request, from HTTP to the first thing its client reads:
 6. `streaming.StreamResponse` says at once who answers, then sends events as they come;
    `streaming.WholeResponse` sends all at the end. Both send the objects of OpenAI's API that
    `answers` describes.
+
+What could be answered with besides is the shelf's (`menu`).
 """
