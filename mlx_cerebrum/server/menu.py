@@ -4,6 +4,7 @@ A client names a model as the shelf lists it, never a path.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -27,6 +28,7 @@ from mlx_cerebrum.server.refusals import too_little
 from mlx_cerebrum.shelf.entries import Entry, entries
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 
+REMEMBERED = 30.0  # seconds for which the shelf says that a model could not be loaded
 _Signature = tuple[tuple[str, int, int, int], ...]  # of a folder's files
 
 
@@ -62,7 +64,7 @@ class Menu:
         self._lock = threading.Lock()  # of all that follows
         self._known: dict[str, tuple[_Signature, _Known]] = {}  # by the shelf's name
         self._coming: dict[str, Coming] = {}  # what was asked for
-        self._failed: dict[str, str] = {}  # why one could not be loaded
+        self._failed: dict[str, tuple[str, float]] = {}  # why one could not be loaded, and when
 
     def list(self) -> ShelfList:
         """The shelf, the last used first."""
@@ -131,7 +133,7 @@ class Menu:
         if problem is None:
             self._served(name, self._engine.laid[name])
         else:
-            self._failed[name] = problem
+            self._failed[name] = problem, time.monotonic()
 
     def _list(self) -> ShelfList:
         rows = [self._row(entry) for entry in entries()]
@@ -161,7 +163,7 @@ class Menu:
             window=None if config is None else config.sliding_window,
             state=state,
             model=model,
-            why_not=self._failed.get(entry.called) or self._why_not(entry, known) if idle else None,
+            why_not=self._why_not(entry, known) or self._fault(entry.called) if idle else None,
             loading=loading,
         )
 
@@ -204,6 +206,11 @@ class Menu:
             if known.source.needed <= room
             else too_little(entry.called, known.source.needed, room)
         )
+
+    def _fault(self, name: str) -> str | None:
+        """Why it could not be loaded a moment ago; later it may be tried again."""
+        problem, when = self._failed.get(name, ("", 0.0))
+        return problem if problem and time.monotonic() - when < REMEMBERED else None
 
     def _could_be_loaded(self, row: ShelfModel) -> bool:
         return row.state == "on the shelf" and row.why_not is None

@@ -254,7 +254,8 @@ def test_a_process_at_rest_is_small(large: Path) -> None:
                 return found
 
             first = text()
-            assert held.memory_info().rss > (2 * size if device.backend() == "cpu" else size)
+            if device.backend() == "cpu":  # a GPU's buffers are not counted everywhere
+                assert held.memory_info().rss > 2 * size
             until(lambda: "cerebrum_checkpoints_at_rest 1.0" in client.get("/metrics").text, 30)
             time.sleep(0.2)
             assert held.memory_info().rss < 0.4 * GB

@@ -234,6 +234,8 @@ def test_weights_that_turn_out_damaged(shelf: Path, monkeypatch: pytest.MonkeyPa
         assert answer(server, "one")
         monkeypatch.undo()
         monkeypatch.setenv("MLX_CEREBRUM_MODELS", str(shelf))
+        monkeypatch.setattr("mlx_cerebrum.server.menu.REMEMBERED", 0.0)
+        assert rows(server)["other:16bit"]["why_not"] is None
         load(server, "other:16bit").raise_for_status()
         until(server, "other:16bit")
 
