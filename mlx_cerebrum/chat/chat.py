@@ -1,8 +1,8 @@
 """The chat itself: reads lines, asks the session, shows what comes."""
 
 import re
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -89,11 +89,17 @@ class Chat:
                 self.handle(self.reader.read(f"{self._label()}> "))
             except EOFError:
                 if self._may_leave():
+                    self._say_kept()
                     return cli.BAD_INPUT if self.failed and not self.asks else 0
             except KeyboardInterrupt:
                 if not self.asks:
                     raise
                 self.screen.notice("/quit or Ctrl-D leaves")
+
+    def _say_kept(self) -> None:
+        keeper = self.keeper
+        if keeper is not None and self.session.question is not None and keeper.up_to_date:
+            self.screen.notice("the conversation is kept: --resume goes on with it")
 
     def _may_leave(self) -> bool:
         """Offer once to save what is kept nowhere; False where somebody would rather stay."""
@@ -209,20 +215,26 @@ class Chat:
     def _show(
         self, stream: AnswerStream, question: str, before: int, shown: str | None = None
     ) -> None:
-        answer, keeper = stream.answer, self.keeper
-        if keeper is not None:
-            keeper.begin(question, before)
-            stream.came = partial(keeper.grow, question, before, answer)
-        try:
-            with closing(stream):
-                self.screen.show(stream, shown)
-        except BaseException:
-            if keeper is not None:
-                keeper.grow(question, before, answer, at_once=True)
-            raise
+        answer = stream.answer
+        with self._keeping(stream, question, before), closing(stream):
+            self.screen.show(stream, shown)
         if self.asks and answer.last is not None:
             first = f"first after {answer.last.time_to_first_token:.2f} s"
             self.screen.notice(f"{figures(answer)}, {first}")
+
+    @contextmanager
+    def _keeping(self, stream: AnswerStream, question: str, before: int) -> Iterator[None]:
+        """Inside, the question and what comes of its answer are kept, whatever happens."""
+        if self.keeper is None:
+            yield
+            return
+        self.keeper.begin(question, before)
+        stream.came = partial(self.keeper.grow, question, before, stream.answer)
+        try:
+            yield
+        except BaseException:
+            self.keeper.grow(question, before, stream.answer, at_once=True)
+            raise
 
     def compare(self, question: str, before: int) -> None:
         """Put a question to two models, and keep one of the answers."""
@@ -233,11 +245,10 @@ class Chat:
         first, second = session.ask(question, names, before)
         answers = (first.answer, second.answer)
         kept = names.index(session.current)
-        if self.keeper is not None:
-            self.keeper.begin(question, before)
         with interrupts() as stopped:
             first.stopped = second.stopped = stopped
-            with awake(), closing(first), closing(second):
+            keeping = self._keeping((first, second)[kept], question, before)
+            with awake(), keeping, closing(first), closing(second):
                 self.screen.compare((first, second))
             both = all(answer.text for answer in answers)
             if both:

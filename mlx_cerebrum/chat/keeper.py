@@ -40,6 +40,9 @@ class Keeper:
 
     def begin(self, question: str, before: int) -> None:
         """A question has been asked after so many exchanges: it is kept whatever happens."""
+        known = self._session.exchanges[before : before + 1]
+        if known and known[0].question == question:
+            return  # asked again: until there is another answer, the one there is stays
         self._write_passing(question, before, None)
 
     def grow(self, question: str, before: int, answer: Answer, at_once: bool = False) -> None:

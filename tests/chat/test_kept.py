@@ -201,6 +201,29 @@ def test_each_exchange_is_kept(views: Views) -> None:
     assert sorted(texts(path)[::2] for path in files) == [["One?"], ["One?"], ["Two?", "Three?"]]
 
 
+@pytest.mark.parametrize("line", ["/retry 0.9", "/compare", "/continue", "/edit Two?"])
+def test_what_is_there_stays_until_more_comes(
+    views: Views, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    """A chat that is killed while the last question is asked again."""
+    chat, files = kept_talk(views, ["One?"])
+    (before,) = kept.read(files[0])
+
+    def killed(*_: Any) -> None:
+        raise SystemExit(143)
+
+    for name in ("show", "compare"):
+        monkeypatch.setattr(chat.screen, name, killed)
+    with pytest.raises(SystemExit):
+        chat.handle(line)
+    (after,) = kept.read(files[0])
+    expected = [Turn("user", "Two?")] if line.startswith("/edit") else before.turns
+    if line == "/continue":  # as far as it had come
+        assert [turn.text for turn in after.turns] == [turn.text for turn in before.turns]
+    else:
+        assert after.turns == expected
+
+
 def test_resume(views: Views, capsys: pytest.CaptureFixture[str]) -> None:
     kept_talk(views, ["The first one?"])
     first, _ = kept_talk(views, ["/plan twice", "The second?", "And more?"])
