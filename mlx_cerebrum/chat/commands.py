@@ -233,11 +233,14 @@ def _choose(chat: Chat, found: Sequence[tuple[Path, Kept]], enter: int | None = 
     if not chat.asks:
         return enter
     default = "" if enter is None else f" [{enter + 1}]"
-    try:
-        typed = chat.reader.ask(f"Which one?{default} ").strip()
-    except (EOFError, KeyboardInterrupt):
-        return None
-    return _number(typed, len(found)) if typed else enter
+    while True:
+        try:
+            typed = chat.reader.ask(f"Which one?{default} ").strip()
+            return _number(typed, len(found)) if typed else enter
+        except RequestError as error:
+            chat.screen.error(cli.describe(error))
+        except (EOFError, KeyboardInterrupt):
+            return None
 
 
 def _number(typed: str, most: int) -> int:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.padding import Padding
+from rich.segment import SegmentLines
 from rich.table import Table
 from rich.text import Text
 
@@ -141,7 +142,9 @@ class FullScreen:
         grid.add_column(overflow="fold")
         for name, text in rows:
             grid.add_row(Text(clean(name)), Text(clean(text)))
-        self._console.print(grid)
+        # Without spaces at their ends, which would be lines of their own in a narrower window.
+        lines = SegmentLines(self._region.lines(grid), new_lines=True)
+        self._console.print(lines, end="")
 
     def recall(self, question: str, answer: str) -> None:
         self._console.print(Text(f"> {one_line(question, 200)}", style="bold"))

@@ -249,7 +249,8 @@ def test_resume(views: Views, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_delete(views: Views, capsys: pytest.CaptureFixture[str]) -> None:
     kept_talk(views, ["One?"])
-    _, files = kept_talk(views, ["/delete", "/resume", "/delete 1", "Two?", "/delete"], ["", "n"])
+    lines = ["/delete", "/resume", "/delete 1", "Two?", "/delete"]
+    _, files = kept_talk(views, lines, ["7", "", "n"])
     assert [texts(path)[0] for path in files] == ["One?", "Two?"]
     lines = ["/resume", "/delete 2", "Three?", "/delete", "More?"]
     chat, files = kept_talk(views, lines, ["", "y", "y"])
