@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mlx_cerebrum.machine.facts import memory_bytes, sysctl_number
-from mlx_cerebrum.model.limits import PROC, host_bytes
+from mlx_cerebrum.machine.facts import sysctl_number
+from mlx_cerebrum.model.limits import PROC, cgroups, sizes
 
 _LEVEL = "kern.memorystatus_vm_pressure_level"  # 1 normal, 2 warning, 4 critical (XNU)
 _WARNING = 2
@@ -15,7 +15,7 @@ _WARNING = 2
 # memory, in percent.
 _WAITED = re.compile(r"^some avg10=(\d+(?:\.\d+)?)", re.MULTILINE)
 _MOST_WAITED = 10.0
-_LEAST_FREE = 0.04  # of all memory, and of what limits leave of it
+_LEAST_FREE = 0.04  # of all memory
 
 LOOK = 1.0  # seconds between two looks
 CALM = 30.0  # seconds without pressure before it counts as over: else it would come and go
@@ -27,13 +27,24 @@ def is_short(proc: Path = PROC) -> bool:
         return level >= _WARNING
     if sys.platform != "linux":
         return False
-    try:
-        waited = _WAITED.search((proc / "pressure" / "memory").read_text())
-    except OSError:  # a kernel without it
-        waited = None
-    if waited is not None and float(waited[1]) >= _MOST_WAITED:
+    # The machine's, and of each group with limits that this process is in.
+    files = [
+        proc / "pressure" / "memory",
+        *(folder / "memory.pressure" for folder in cgroups(proc)),
+    ]
+    if any(_waited(file) >= _MOST_WAITED for file in files):
         return True
-    return host_bytes(proc) < _LEAST_FREE * memory_bytes()
+    memory = sizes(proc / "meminfo")
+    total = memory.get("MemTotal", 0)
+    return memory.get("MemAvailable", total) < _LEAST_FREE * total
+
+
+def _waited(file: Path) -> float:
+    try:
+        found = _WAITED.search(file.read_text())
+    except (OSError, ValueError):  # a kernel, or a group, without it
+        return 0.0
+    return float(found[1]) if found else 0.0
 
 
 class Pressure:

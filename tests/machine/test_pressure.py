@@ -6,19 +6,23 @@ from pathlib import Path
 import pytest
 
 from mlx_cerebrum.machine import pressure
-from mlx_cerebrum.machine.facts import memory_bytes
 from mlx_cerebrum.machine.pressure import CALM, LOOK, Pressure, is_short
 
 
 def proc(folder: Path, waited: float | None = 0.0, free: float = 0.5) -> Path:
     """A stand-in for /proc: the share of time waited for memory, and of memory that is free."""
-    (folder / "meminfo").write_text(f"MemAvailable:  {int(free * memory_bytes()) // 1024} kB\n")
+    (folder / "meminfo").write_text(
+        f"MemTotal: 16000000 kB\nMemAvailable: {int(free * 16_000_000)} kB\n"
+    )
     if waited is not None:
         (folder / "pressure").mkdir()
-        some = f"some avg10={waited:.2f} avg60=0.00 avg300=0.00 total=1\n"
-        full = "full avg10=99.00 avg60=0.00 avg300=0.00 total=1\n"
-        (folder / "pressure" / "memory").write_text(some + full)
+        (folder / "pressure" / "memory").write_text(stalled(waited))
     return folder
+
+
+def stalled(waited: float) -> str:
+    some = f"some avg10={waited:.2f} avg60=0.00 avg300=0.00 total=1\n"
+    return some + "full avg10=99.00 avg60=0.00 avg300=0.00 total=1\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -35,6 +39,17 @@ def proc(folder: Path, waited: float | None = 0.0, free: float = 0.5) -> Path:
 )
 def test_linux(tmp_path: Path, waited: float | None, free: float, short: bool) -> None:
     assert is_short(proc(tmp_path, waited, free)) is short
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_group_with_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pressure counts too; that it is small beside the machine does not."""
+    monkeypatch.setattr(pressure, "cgroups", lambda proc: iter([tmp_path / "none", tmp_path]))
+    assert not is_short(proc(tmp_path))
+    (tmp_path / "memory.pressure").write_text(stalled(9.0))
+    assert not is_short(tmp_path)
+    (tmp_path / "memory.pressure").write_text(stalled(11.0))
+    assert is_short(tmp_path)
 
 
 @pytest.mark.parametrize(("level", "short"), [(1, False), (2, True), (4, True)])

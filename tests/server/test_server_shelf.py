@@ -13,10 +13,13 @@ from typing import Any
 import httpx
 import mlx.core as mx
 import pytest
+import shelf_room
 from conftest import write_checkpoint
+from hub_stand_in import Hub
 from server_room import WAIT, Running
 from tiny import tiny_config, tiny_weights
 
+from convert import pull
 from mlx_cerebrum.flags import model_spec
 from mlx_cerebrum.machine.awake import Awake
 from mlx_cerebrum.server import __main__ as command
@@ -24,6 +27,7 @@ from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.server.holding import Source
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 
+repository, hub = shelf_room.repository, shelf_room.hub  # fixtures
 SMALL = {"num_hidden_layers": 4, "vocab_size": 260, "max_position_embeddings": 100_000}
 ORDER = [0, 1, 2, 1, 2, 3]
 
@@ -354,3 +358,22 @@ def test_the_machine_is_kept_awake_while_there_is_work(
             time.sleep(0.01)
         answer(server, "one")
     assert held[-1] is False
+
+
+def test_what_pull_makes_of_one_source_is_one_set_of_weights(hub: Hub) -> None:
+    """The 12.25B and the 7B are the same blocks: both are there as soon as one is."""
+    for name in ("cerebrum-12.25b", "cerebrum-7b"):
+        assert pull.main([name, "--bits", "4", "--yes", "--quiet"]) == 0
+    assert pull.main(["cerebrum-7b", "--bits", "8", "--yes", "--quiet"]) == 0
+    with serving("cerebrum-12.25b:4bit") as server:
+        found = rows(server)
+        for name, positions in (("cerebrum-12.25b", 56), ("cerebrum-7b", 32)):
+            row = found[f"{name}:4bit"]
+            expected = {"state": "loaded", "positions": positions, "plan": name, "bits": 4}
+            assert row.items() >= expected.items()
+            assert answer(server, f"{name}:4bit") == answer(server, row["model"])
+        assert found["cerebrum-7b:8bit"]["state"] == "on the shelf"
+        load(server, "cerebrum-7b:8bit").raise_for_status()
+        until(server, "cerebrum-7b:8bit")
+        assert len(engine_of(server).holdings) == 2
+        assert answer(server, "cerebrum-7b:8bit")
