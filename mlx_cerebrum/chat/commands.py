@@ -407,6 +407,8 @@ KEYS = (
     ("Enter", "send; pasted text keeps its lines"),
     (QUOTES, "begins and ends a message of several lines, typed line by line"),
     ("Alt+Enter", "a new line, as does a \\ at the end of one"),
+    ("Ctrl-X Ctrl-E", "write the message in $EDITOR; leaving that sends it"),
+    ("Ctrl-R", "search what was asked before"),
     ("Ctrl-C", "stop the answer and keep what came"),
     ("Ctrl-D", "leave"),
     ("//", "begins a message with a slash"),

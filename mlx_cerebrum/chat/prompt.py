@@ -156,6 +156,8 @@ class EditingReader:
             key_bindings=_bindings(),
             multiline=True,
             enable_suspend=True,
+            enable_open_in_editor=True,
+            tempfile_suffix=".md",
             prompt_continuation=lambda width, line, wrapped: "" if wrapped else "... ",
             style=Style.from_dict(MENU),
         )

@@ -323,6 +323,24 @@ def test_a_line_at_a_time_between_triple_quotes(tmp_path: Path) -> None:
     assert "\u6f22\u5b57 one\\n/help" in file.read_text("utf-8")
 
 
+def test_a_message_is_written_in_an_editor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = tmp_path / "editor"
+    editor.write_text('#!/bin/sh\nls -l "$1" > "$0.saw"; echo "and more" >> "$1"\n')
+    editor.chmod(0o755)
+    monkeypatch.setenv("EDITOR", str(editor))
+    monkeypatch.delenv("VISUAL", raising=False)
+    with start(tmp_path, "--max-tokens", "5") as program:
+        program.until("talker>")
+        at_prompt(program).send("One \x18\x05")
+        program.until("> One and more\n")  # sent, as a shell does
+        program.until("stopped at 5 tokens")
+        at_prompt(program).send("\x04")
+        assert program.end() == 0
+    saw = (tmp_path / "editor.saw").read_text()
+    assert saw.startswith("-rw-------")
+    assert saw.rstrip().endswith(".md")
+
+
 def test_leaving_what_is_not_kept(tmp_path: Path) -> None:
     """Ctrl-C stays, Ctrl-D leaves; asked on a dumb terminal too, never with --no-save."""
     for flags, term in ((), "xterm-256color"), (("--plain",), "xterm"):
