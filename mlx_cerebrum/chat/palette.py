@@ -22,16 +22,16 @@ from rich.style import Style
 Rgb = tuple[int, int, int]  # 0 to 255, sRGB
 
 LEAST = 4.5  # contrast of text, as WCAG 2.2 asks for (1.4.3)
-_AIM = 6.0  # of the allowed contrasts, about this one: the colour is still seen as one
+_AIM = 7.0  # of the allowed contrasts, about this one: the colour is still seen as one
 PATIENCE = 1.0  # seconds that a terminal has to answer
 
 # In degrees, 0 is red; None: a grey. And what goes with it, alone where there are no colours.
 _HUES: dict[str, tuple[float | None, str]] = {
-    "code": (175, "bold"),
+    "code": (183, "bold"),
     "link": (220, "underline"),
     "keyword": (300, "bold"),
     "string": (110, ""),
-    "name": (175, ""),
+    "name": (183, ""),
     "number": (15, ""),
     "comment": (None, "italic"),
     "notice": (None, "italic"),
@@ -91,7 +91,7 @@ def _strength(colour: Rgb) -> float:
 def _has(colour: Rgb, hue: float) -> bool:
     own, saturation, _ = colorsys.rgb_to_hsv(*_unit(colour))
     apart = abs(own * 360 - hue) % 360
-    return saturation >= 0.35 and min(apart, 360 - apart) <= 18
+    return saturation >= 0.35 and min(apart, 360 - apart) <= 15
 
 
 def of_terminal(console: Console) -> Mapping[str, Style]:
