@@ -1,5 +1,6 @@
 """What there is to know of this machine, and what its user could change. No names of people."""
 
+import os
 import platform
 import shutil
 import sys
@@ -84,7 +85,11 @@ def _software(found: Report) -> None:
 
 def _machine(found: Report) -> None:
     backend = device.backend()
-    found.add("chip", chip(), chip=chip())
+    cores, gpu = os.cpu_count(), None
+    if device.on_gpu():
+        gpu = mx.device_info().get("architecture")
+    more = f", {gpu}" if gpu else ""
+    found.add("chip", f"{chip()}, {cores} cores{more}", chip=chip(), cores=cores, gpu=gpu)
     words: str = backend
     if sys.platform == "linux" and backend == "cpu":
         blas = "the reference BLAS"
