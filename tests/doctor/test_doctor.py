@@ -83,7 +83,7 @@ def test_the_text_is_fit_for_a_bug_report(
 
 
 def test_a_pace_of_seconds(capsys: pytest.CaptureFixture[str], demo: Path) -> None:
-    assert main(["doctor", "--seconds", "1", "--json"]) == 0
+    assert main(["doctor", "--seconds", "0.2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["pace"]
     assert found["model"].startswith("the demo model")
     assert found["written_per_second"] > 0
@@ -97,7 +97,7 @@ def test_without_the_demo_a_random_model_is_timed(
     monkeypatch.setattr(pace, "has_demo", lambda: False)
     small = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}
     monkeypatch.setattr(pace, "_RANDOM", pace._RANDOM | small)
-    found = pace.measure(0.5)
+    found = pace.measure(0.2)
     assert not found.is_demo
     assert "the demo model is not here" in found.model
     assert found.bandwidth > 1e8

@@ -100,11 +100,11 @@ def test_requests_that_come_while_it_is_being_released(path: Path) -> None:
     """Many rests, each met by requests at about the same time: all are answered alike."""
     with engine_for(path, 0.001) as engine:
         expected = Client(engine, asked()).done().text()
-        for pause in np.linspace(0, 0.02, 25):
+        for pause in np.linspace(0, 0.02, 9):
             time.sleep(float(pause))
             both = [Client(engine, asked()) for _ in range(2)]
             assert [client.done().text() for client in both] == [expected] * 2
-        assert engine.stats().rests > 3
+        assert engine.stats().rests > 1
 
 
 def test_a_view_of_it_is_there_again_too(path: Path, tmp_path: Path) -> None:

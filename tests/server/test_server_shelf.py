@@ -145,7 +145,7 @@ def test_a_further_model_is_answered_with(shelf: Path) -> None:
         assert load(server, "other:16bit").json()["state"] == "loaded"
         both: list[str] = []
         asking = [
-            threading.Thread(target=lambda m=model: both.append(answer(server, m, max_tokens=200)))
+            threading.Thread(target=lambda m=model: both.append(answer(server, m, max_tokens=50)))
             for model in ("one", "other:16bit", "one", "other:16bit")
         ]
         for thread in asking:
@@ -364,7 +364,6 @@ def test_what_pull_makes_of_one_source_is_one_set_of_weights(hub: Hub) -> None:
     """The 12.25B and the 7B are the same blocks: both are there as soon as one is."""
     for name in ("cerebrum-12.25b", "cerebrum-7b"):
         assert pull.main([name, "--bits", "4", "--yes", "--quiet"]) == 0
-    assert pull.main(["cerebrum-7b", "--bits", "8", "--yes", "--quiet"]) == 0
     with serving("cerebrum-12.25b:4bit") as server:
         found = rows(server)
         for name, positions in (("cerebrum-12.25b", 56), ("cerebrum-7b", 32)):
@@ -372,8 +371,3 @@ def test_what_pull_makes_of_one_source_is_one_set_of_weights(hub: Hub) -> None:
             expected = {"state": "loaded", "positions": positions, "plan": name, "bits": 4}
             assert row.items() >= expected.items()
             assert answer(server, f"{name}:4bit") == answer(server, row["model"])
-        assert found["cerebrum-7b:8bit"]["state"] == "on the shelf"
-        load(server, "cerebrum-7b:8bit").raise_for_status()
-        until(server, "cerebrum-7b:8bit")
-        assert len(engine_of(server).holdings) == 2
-        assert answer(server, "cerebrum-7b:8bit")
