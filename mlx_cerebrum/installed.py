@@ -22,7 +22,8 @@ def remedy(error: ImportError) -> str | None:
     """One line for an import that failed because something is not installed; else None, for a
     fault of the program's own."""
     name = error.name or ""
-    if name == "mlx.core" and sys.platform == "linux":
+    # The dynamic loader calls the module by its last name.
+    if sys.platform == "linux" and Path(error.path or "").match("mlx/core.*"):
         what = "MLX has no backend here" if "libmlx" in str(error) else f"MLX fails ({error})"
         return (
             f"{what}: install the extra [cpu], or [cuda] for an NVIDIA GPU:"

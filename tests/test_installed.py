@@ -79,7 +79,7 @@ def test_a_dependencys_command_can_be_typed(
 
 _BACKEND = "libmlx.so: cannot open shared object file: No such file or directory"
 BROKEN = {
-    "mlx/core.py": f"raise ImportError({_BACKEND!r}, name='mlx.core')",
+    "mlx/core.py": f"raise ImportError({_BACKEND!r}, name='core', path='/x/mlx/core.so')",
     "mlx/__init__.py": "",
 }
 COMMANDS = [

@@ -5,7 +5,7 @@ import json
 import sys
 from typing import Any
 
-from mlx_cerebrum import cli
+from mlx_cerebrum import cli, installed
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.text import one_line, say, tell
 
@@ -24,10 +24,10 @@ def _run(args: argparse.Namespace) -> int:
     try:
         import mlx.core  # noqa: F401
     except ImportError:
-        extra = "cpu or cuda" if sys.platform == "linux" else "metal"
+        remedy = installed.install_command("cpu", "mlx[cpu]")
         stops = [
-            f"MLX can't be loaded here: install its {extra} backend"
-            + (" (pip install 'mlx[cpu]')" if sys.platform == "linux" else ", or mlx anew")
+            "MLX can't be loaded here: "
+            + (f"{remedy}, or [cuda]" if sys.platform == "linux" else "install mlx anew")
         ]
         return _show(args, [], {}, stops, [])
     from mlx_cerebrum.doctor import pace
