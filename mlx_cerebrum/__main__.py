@@ -8,6 +8,7 @@ import argparse
 import importlib
 import os
 import sys
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from mlx_cerebrum import __version__, cli
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.shelf.entries import entries, find
-from mlx_cerebrum.shelf.places import HUB_ID, SHORT, VARIABLE, short_name, split
+from mlx_cerebrum.shelf.places import BITS, HUB_ID, SHORT, VARIABLE, short_name, split
 from mlx_cerebrum.text import say, tell
 
 # Modules by name, imported when asked for: the runtime itself never depends on `convert`.
@@ -43,7 +44,10 @@ _OTHERS = {
     **dict.fromkeys(("server", "web", "api", "up"), "serve"),
     **dict.fromkeys(("info", "inspect"), "show"),
     **dict.fromkeys(("ask", "complete", "prompt"), "generate"),
-    **dict.fromkeys(("quantize", "merge"), "convert"),
+    **dict.fromkeys(("quantize", "merge", "create"), "convert"),
+    **dict.fromkeys(("demo",), "chat demo"),
+    **dict.fromkeys(("push", "upload"), "convert --upload-repo"),
+    **dict.fromkeys(("bench", "benchmark", "status"), "doctor"),
     **dict.fromkeys(("check", "test"), "verify"),
     **dict.fromkeys(("daemon", "autostart", "launchd", "systemd"), "service"),
     **dict.fromkeys(("diagnose", "env", "bench", "benchmark"), "doctor"),
@@ -122,13 +126,17 @@ def _is_to_fetch(name: str, args: argparse.Namespace) -> bool:
     A hub id is only fetched to the shelf where nothing else is asked of it; without a terminal
     it comes from the hub's cache, as ever.
     """
-    if Path(name).expanduser().exists() or find(name) is not None:
-        return False
+    with suppress(RuntimeError):  # ~nosuchuser
+        if Path(name).expanduser().exists() or find(name) is not None:
+            return False
     if name == "demo":
         from mlx_cerebrum.weights.hub import has_demo
 
         return not has_demo()
-    if short_name(split(name)[0]) in SHORT and not HUB_ID.fullmatch(name):
+    base, bits = split(name)
+    if short_name(base) in SHORT and not HUB_ID.fullmatch(name):
+        if bits not in (None, *BITS):
+            raise RequestError(f"a model is kept in 4, 8 or 16 bits a weight, not {bits}")
         return True
     plain = args.revision is None and args.q_bits is None
     if not (HUB_ID.fullmatch(name) and plain and (args.yes or _at_terminal())):
@@ -164,7 +172,9 @@ def _at_terminal() -> bool:
 
 
 def _help(arguments: list[str]) -> int:
-    if arguments[:1] in (["--version"], ["-V"]):
+    if len(arguments) > 1 and arguments[0] in ("help", "--help", "-h") and arguments[1] in COMMANDS:
+        return main([arguments[1], "--help"])
+    if arguments[:1] in (["--version"], ["-V"], ["version"], ["-v"]):
         say(f"mlx-cerebrum {__version__}")
         return 0
     if arguments[:1] in ([], ["-h"], ["--help"], ["help"]):
@@ -178,7 +188,9 @@ def _help(arguments: list[str]) -> int:
     known, typed = ", ".join(COMMANDS), arguments[0]
     if typed == "--models":
         raise RequestError("--models wants a folder: mlx-cerebrum --models DIR COMMAND ...")
-    near = get_close_matches(typed, COMMANDS, 1)
+    if typed.startswith("-") and (command := next((a for a in arguments if a in COMMANDS), None)):
+        raise RequestError(f"{typed} stands after the command: mlx-cerebrum {command} ... {typed}")
+    near = get_close_matches(typed.lower(), COMMANDS, 1)
     meant = _OTHERS.get(typed.lower()) or (near[0] if near else None)
     hint = f"did you mean `mlx-cerebrum {meant}`? " if meant else ""
     raise RequestError(f"{typed!r} is not a command; {hint}there are {known}")

@@ -30,7 +30,9 @@ _ELSEWHERE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("--out", "--output", "--outfile", "-o"), ("--mlx-path",)),
     **dict.fromkeys(("-q", "--quantize", "--quant"), ("--q-bits", "--bits", "--quantize")),
     **dict.fromkeys(("--q-bits", "--quantization"), ("--bits", "--q-bits")),
-    **dict.fromkeys(("-p", "--text", "--question"), ("--prompt",)),
+    **dict.fromkeys(("-p",), ("--prompt", "--port")),
+    **dict.fromkeys(("--text", "--question"), ("--prompt",)),
+    **dict.fromkeys(("--tokens", "--num-tokens", "--length"), ("--max-tokens",)),
     **dict.fromkeys(("--system-prompt", "--sys", "-sys"), ("--system",)),
     **dict.fromkeys(("--context", "--ctx-size", "--num-ctx", "-c"), ("--window",)),
     **dict.fromkeys(("--chat-template",), ("--template",)),
@@ -38,7 +40,25 @@ _ELSEWHERE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("-y", "--force", "--assume-yes"), ("--yes",)),
     **dict.fromkeys(("--ignore-eos-token",), ("--ignore-eos",)),
 }
+# Flags of other programs for what is done here anyway.
+_NEEDLESS = {
+    "--stream": "answers are shown as they come",
+    "--prompt": "for one question: `generate NAME --prompt TEXT`",
+    **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-layers"), "the GPU is used by itself"),
+    **dict.fromkeys(("-v", "--verbose"), "--debug shows the traceback of an error"),
+    **dict.fromkeys(("-f", "--force", "-y", "--yes"), "nothing is asked here"),
+    **dict.fromkeys(("-a", "--all"), "it stands for nothing here; name what you mean"),
+}
 _FLAG = re.compile(r"--[A-Za-z][\w-]*|-[A-Za-z]+")
+_STRAY = re.compile(r"unrecognized arguments: ([^-].*)")
+_ALONE = {  # what to do instead of giving a command one word more
+    "chat": "ask when it runs, or one question with `generate NAME --prompt TEXT`",
+    "pull": "name one model at a time",
+    "show": "name one model at a time",
+    "verify": "name one model at a time",
+    "list": "of one model, `show NAME` says more",
+    "convert": "the source is --hf-path, what is written --mlx-path",
+}
 _NUMBER_OF_Q = re.compile(r"unrecognized arguments: (\d)")
 _MOST_WHOLE = 2**31  # MLX counts in 32 bits
 _MOST_NUMBER = 1e18
@@ -78,11 +98,13 @@ class ArgumentParser(argparse.ArgumentParser):
             if not _FLAG.fullmatch(flag) or flag in known:
                 continue
             meant = next((f for f in _ELSEWHERE.get(flag, ()) if f in known), None)
-            near = get_close_matches(flag, [f for f in known if f.startswith("--")], 1, 0.75)
-            meant = meant or (near[0] if near else None)
+            if meant is None and flag not in _NEEDLESS:
+                near = get_close_matches(flag, [f for f in known if f.startswith("--")], 1, 0.75)
+                meant = near[0] if near else None
             takes = meant and known[meant].nargs != 0 and after and after[0] != "-"
             value = f"={given_value}" if equals else f" {after}" if takes else ""
             hint = f"; did you mean {meant}{value}?" if meant else ""
+            hint = hint or (f"; {_NEEDLESS[flag]}" if flag in _NEEDLESS else "")
             self.error(f"unrecognized arguments: {word}{hint}")
 
     def format_help(self) -> str:
@@ -91,6 +113,12 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if (more := _NUMBER_OF_Q.fullmatch(message)) and "--q-bits" in self._option_string_actions:
             message = f"-q takes no number; did you mean -q --q-bits {more[1]}?"
+        if stray := _STRAY.fullmatch(message):
+            name = re.split(r"[ .]", self.prog)[-1]
+            if "--prompt" in self._option_string_actions:
+                message += f"; did you mean --prompt {shown(stray[1])}?"
+            elif name in _ALONE:
+                message += f"; {_ALONE[name]}"
         see = _spelled_here(f"{self.prog} --help")
         self.exit(BAD_INPUT, f"error: {one_line(message)} (see {see})\n")
 

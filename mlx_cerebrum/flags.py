@@ -309,7 +309,9 @@ def asked_model(args: argparse.Namespace) -> str | None:
         return name
     if name is None:
         raise RequestError("--bits goes with the name of a model on the shelf")
-    if name == "demo" or Path(name).exists():
+    if name == "demo":
+        raise RequestError("--bits is for names on the shelf; the demo is packed already: drop it")
+    if Path(name).exists():
         raise RequestError(f"--bits is for names on the shelf; {name}: try --q-bits {args.bits}")
     base, bits = split(name)
     if bits not in (None, args.bits):

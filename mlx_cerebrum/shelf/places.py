@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from mlx_cerebrum.errors import CheckpointError
@@ -18,6 +19,8 @@ BITS = (16, 8, 4)  # 16: as stored
 SEVEN_B = "AetherResearch/Cerebrum-1.0-7b"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _VARIANT = re.compile(r"(.+?):(\d+)(?:-?bits?)?", re.ASCII)
+_ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:models/)?", re.ASCII)
+_OTHER_BITS = re.compile(r"(.+?)[:@_-](?:q|Q|int|INT)?(4|8|16)(?:-?bits?|_[\w]+)?", re.ASCII)
 _FOLDER = re.compile(r"(.+)-(\d+)bit", re.ASCII)
 
 
@@ -69,6 +72,25 @@ def split(name: str) -> tuple[str, int | None]:
 def short_name(name: str) -> str | None:
     """The short name that this is, in whatever case, or that this hub id is kept under."""
     return _BY_LOWER.get(name.lower())
+
+
+def meant(name: str) -> str | None:
+    """The model that may be meant by a name that is none: an address of the hub, another spelling,
+    bits as other tools write them. None where nothing is near, or it is that name already."""
+    base, bits = _ADDRESS.sub("", name.strip()).rstrip("/"), ""
+    base = "/".join(base.split("/")[:2])
+    if (found := _OTHER_BITS.fullmatch(base)) is not None:
+        base, bits = found[1], f":{found[2]}bit"
+    plain = re.sub(r"[^a-z0-9]", "", base.lower()).removeprefix("cerebrum").removeprefix("10")
+    if HUB_ID.fullmatch(base):
+        near = base
+    elif plain in ("", "1225b", "1225", "12b", "12", "122b") and base:
+        near = "cerebrum-12.25b"
+    elif plain in ("7b", "7"):
+        near = "cerebrum-7b"
+    else:
+        near = next(iter(get_close_matches(base.lower(), [*SHORT, "demo"], 1, 0.75)), "")
+    return near + bits if near and near + bits != name else None
 
 
 def folder_name(name: str, bits: int | None = None) -> str:

@@ -11,7 +11,7 @@ from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.files.foreign import config_problem, directory_problem
 from mlx_cerebrum.model.config import ModelConfig, read_json
 from mlx_cerebrum.shelf.entries import find, require
-from mlx_cerebrum.shelf.places import HUB_ID, SEVEN_B, SHORT, split
+from mlx_cerebrum.shelf.places import HUB_ID, SEVEN_B, SHORT, meant, split
 from mlx_cerebrum.tokenizer.files import FILES
 from mlx_cerebrum.weights.gguf_paths import gguf_at
 
@@ -88,13 +88,18 @@ def resolve(
             return require(name).path
         raise CheckpointError(
             f"{name} does not exist, and is neither on the shelf (mlx-cerebrum list) nor a hub id"
-            " like owner/name"
+            f" like owner/name{did_you_mean(name)}"
         )
     entry = None if revision is not None or as_stored else find(name)
     if entry is not None and entry.name.lower() == name.lower():  # no short name's other spelling
         entry.mark_used()
         return entry.path
     return download(name, revision, check)
+
+
+def did_you_mean(name: str) -> str:
+    """The end of a message about a model's name that is none."""
+    return f"; did you mean {near}?" if (near := meant(name)) else ""
 
 
 def download(

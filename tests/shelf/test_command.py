@@ -55,7 +55,7 @@ def test_one_line_from_nothing_to_an_answer(
     assert main([*argv, "--max-tokens", "2"]) == 0
     out, err = capsys.readouterr()
     assert "cerebrum" not in out  # it is the answer's alone
-    assert "; 56 positions, window 12, " in err.splitlines()[-1].replace("float32", "")
+    assert "; 56 positions, window 12, " in err.replace("float32", "")
     assert find("cerebrum-12.25b:4bit") is not None
     assert main(["verify", "cerebrum-12.25b", "--quiet"]) == 0
     hub.faults.portal = True  # what is here needs no hub
@@ -154,7 +154,10 @@ def test_another_folder(
         ("chat demo --temperature=0.7", "did you mean --temp=0.7? (see mlx-cerebrum chat --help)"),
         ("chat demo -q 4", "did you mean --q-bits 4? (see mlx-cerebrum chat --help)"),
         ("chat demo --temp 5", "temp must be from 0 to 2, not 5"),
-        ("chat demo --bits 4", "--bits is for names on the shelf; demo: try --q-bits 4"),
+        (
+            "chat demo --bits 4",
+            "--bits is for names on the shelf; the demo is packed already: drop it",
+        ),
         ("chat demo --model x", "demo and --model x: name one model"),
         ("convert --model x", "did you mean --hf-path x? (see mlx-cerebrum convert --help)"),
         ("convert -q 4 --mlx-path x", "-q takes no number; did you mean -q --q-bits 4?"),
