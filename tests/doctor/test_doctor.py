@@ -82,7 +82,10 @@ def test_the_text_is_fit_for_a_bug_report(
     assert max(map(len, out.splitlines())) < 200
 
 
-def test_a_pace_of_seconds(capsys: pytest.CaptureFixture[str], demo: Path) -> None:
+def test_a_pace_of_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, demo: Path
+) -> None:
+    monkeypatch.setattr(pace, "_CHUNK", 4)
     assert main(["doctor", "--seconds", "0.2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["pace"]
     assert found["model"].startswith("the demo model")
