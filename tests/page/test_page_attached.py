@@ -3,6 +3,7 @@
 from typing import Any
 
 import page_driver
+import pytest
 from page_driver import ask, asked, idle, questions, reload
 from page_room import Room
 from playwright.sync_api import Page, expect
@@ -70,6 +71,7 @@ def test_files_go_into_the_question_as_blocks_of_code(page: Page, room: Room) ->
     assert page.locator("#title").inner_text() == "What is this?"
 
 
+@pytest.mark.long
 def test_a_file_is_taken_out_again_and_one_alone_is_a_question(page: Page, room: Room) -> None:
     attach(page, text_file("a.txt", "A"), text_file("b.txt", ""))
     page.get_by_role("button", name="Remove a.txt").click()
@@ -126,6 +128,7 @@ def test_what_is_no_text_or_too_much_is_refused_in_one_line(page: Page, room: Ro
     assert room.asked == []
 
 
+@pytest.mark.long
 def test_other_encodings_that_say_so_are_read(page: Page, room: Room) -> None:
     attach(
         page, text_file("a.txt", "\ufeffGröße".encode()), text_file("b.txt", "ß".encode("utf-16"))
@@ -136,6 +139,7 @@ def test_other_encodings_that_say_so_are_read(page: Page, room: Room) -> None:
     assert "\nß\n" in asked(room)[0][1]
 
 
+@pytest.mark.long
 def test_files_of_a_draft_stay_with_it(page: Page, room: Room) -> None:
     ask(page, "One")
     attach(page, text_file("a.txt", "A"))
@@ -149,6 +153,7 @@ def test_files_of_a_draft_stay_with_it(page: Page, room: Room) -> None:
     expect(page.locator("#question")).to_have_value("typed")
 
 
+@pytest.mark.long
 def test_a_question_with_files_is_edited(page: Page, room: Room) -> None:
     attach(page, text_file("a.txt", "A"), text_file("b.txt", "B"))
     ask(page, "Old")
@@ -174,6 +179,7 @@ def test_no_file_becomes_more_than_text(page: Page, room: Room) -> None:
     assert page.evaluate("window.ran") is None
 
 
+@pytest.mark.long
 def test_what_looks_like_files_takes_no_time(page: Page) -> None:
     seconds = page.evaluate(
         """async () => {

@@ -1,6 +1,7 @@
 """The page's compare mode: one question, two columns, and where they first differ."""
 
 import page_driver
+import pytest
 from page_driver import answers, ask, asked, idle, last, numbered, questions, reload
 from page_room import Hold, Room, Script, visit, words
 from playwright.sync_api import Browser, Page, expect
@@ -222,6 +223,7 @@ def test_votes_are_told_per_model_and_stay(page: Page, room: Room) -> None:
     )
 
 
+@pytest.mark.long
 def test_there_is_no_vote_where_there_is_nothing_to_choose(page: Page, room: Room) -> None:
     page.click("#compare")
     votes = page.locator(".votes:visible")

@@ -40,6 +40,7 @@ def test_one_that_was_too_long_goes_on_where_it_ended(page: Page, room: Room) ->
     assert len(kept_nodes(page)) == 2  # the same message, no other version
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["stopped", "lost", "reloaded"])
 def test_one_that_was_cut_off_goes_on(page: Page, room: Room, way: str) -> None:
     room.script = lambda body: Script(
@@ -62,6 +63,7 @@ def test_one_that_was_cut_off_goes_on(page: Page, room: Room, way: str) -> None:
     expect(page.get_by_role("button", name="Continue the answer")).to_have_count(0)
 
 
+@pytest.mark.long
 def test_what_is_read_before_it_goes_on_is_shown_below_it(page: Page, room: Room) -> None:
     room.script = lambda body: Script(pieces=["Half"], finish="length")
     ask(page, "Q")
@@ -75,6 +77,7 @@ def test_what_is_read_before_it_goes_on_is_shown_below_it(page: Page, room: Room
     expect(page.get_by_role("button", name="Continue the answer")).to_be_visible()
 
 
+@pytest.mark.long
 def test_only_the_last_answer_is_gone_on_with(page: Page, room: Room) -> None:
     room.script = lambda body: Script(pieces=["Half"], finish="length")
     ask(page, "One")
@@ -83,6 +86,7 @@ def test_only_the_last_answer_is_gone_on_with(page: Page, room: Room) -> None:
     expect(page.get_by_role("button", name="Continue the answer")).to_have_count(1)
 
 
+@pytest.mark.long
 def test_a_column_goes_on_by_its_own_model(page: Page, room: Room) -> None:
     page.click("#compare")
     room.script = lambda body: Script(pieces=["Half"], finish="length")

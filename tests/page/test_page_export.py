@@ -88,6 +88,7 @@ def test_what_is_exported_is_read_again_as_it_was(page: Page, room: Room, tmp_pa
     assert page.evaluate("window.ran") is None
 
 
+@pytest.mark.long
 def test_both_columns_are_exported_and_read_again(page: Page, room: Room, tmp_path: Path) -> None:
     room.script = lambda body: Script(pieces=[f"{body['model']} {len(body['messages'])}"])
     ask(page, "Alone")
@@ -118,6 +119,7 @@ def test_both_columns_are_exported_and_read_again(page: Page, room: Room, tmp_pa
         ("<!-- cerebrum-conversation 2 -->\n", "is no conversation"),
     ],
 )
+@pytest.mark.long
 def test_another_markdown_file_gets_one_line(page: Page, text: str, line: str) -> None:
     take(page, read(text))
     expect(page.locator("#toast")).to_contain_text("again.md")
@@ -176,6 +178,7 @@ def test_all_of_a_conversation_is_printed_and_nothing_to_press(
         expect(page.locator(".question pre")).to_be_hidden()
 
 
+@pytest.mark.long
 def test_print_is_offered_where_one_exports(page: Page) -> None:
     ask(page, "One")
     page.click("#new")

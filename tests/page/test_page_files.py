@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import page_driver
+import pytest
 from page_driver import (
     answers,
     ask,
@@ -244,6 +245,7 @@ def test_the_card_says_what_runs(page: Page, room: Room) -> None:
     expect(page.locator("#card-models h3")).to_have_text(["cerebrum-12.25b", "cerebrum-7b"])
 
 
+@pytest.mark.long
 def test_a_server_that_says_less_of_its_models_has_a_shorter_card(
     launched: Browser, room: Room
 ) -> None:

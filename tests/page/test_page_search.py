@@ -90,6 +90,7 @@ def test_a_hit_in_a_version_that_is_not_shown_is_shown(page: Page, room: Room) -
     expect(page.locator(".count")).to_have_text("1/2")
 
 
+@pytest.mark.long
 def test_a_search_is_text_and_nothing_more(page: Page) -> None:
     text = "<img src=x onerror=window.ran=1> .* \\ ( [a"
     take(page, file("a.json", said(text, "y")))
@@ -135,6 +136,7 @@ def test_many_conversations_are_searched_without_stopping_the_page(page: Page) -
     assert longest < 1000, longest  # one go over all of it would take longer on any machine
 
 
+@pytest.mark.long
 def test_on_a_mac_the_key_is_command(launched: Browser, room: Room) -> None:
     with visit(launched, room.url) as page:
         mac = "Object.defineProperty(navigator, 'platform', { get: () => 'MacIntel' })"
@@ -147,6 +149,7 @@ def test_on_a_mac_the_key_is_command(launched: Browser, room: Room) -> None:
         assert page.locator("#open-search").get_attribute("title") == "Search (⌘K)"
 
 
+@pytest.mark.long
 def test_while_an_answer_comes_it_can_be_found(page: Page, room: Room) -> None:
     room.script = lambda body: Script(pieces=["walrus", Hold(), " and carpenter"])
     ask(page, "Go", wait=False)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import page_driver
+import pytest
 from page_driver import ask
 from page_room import Hold, Raw, Room, Script, visit
 from playwright.sync_api import Browser, Page, expect
@@ -97,6 +98,7 @@ def test_the_card_lists_the_shelf_and_why_one_can_not_be_loaded(
         expect(page.locator("#model-0")).to_have_value("cerebrum-7b")  # nobody chose the other
 
 
+@pytest.mark.long
 def test_a_model_that_can_not_be_loaded_is_told_in_one_line(launched: Browser, room: Room) -> None:
     with visit(launched, room.url) as page:
         shelf = shown(page)
@@ -112,6 +114,7 @@ def test_a_model_that_can_not_be_loaded_is_told_in_one_line(launched: Browser, r
         expect(page.locator("#banner")).to_be_hidden()
 
 
+@pytest.mark.long
 def test_one_that_was_loading_when_the_page_came_is_offered_when_it_is_there(
     launched: Browser, room: Room
 ) -> None:
@@ -128,6 +131,7 @@ def test_one_that_was_loading_when_the_page_came_is_offered_when_it_is_there(
         expect(page.locator("#model-0")).to_have_value("cerebrum-12.25b")
 
 
+@pytest.mark.long
 def test_a_model_that_was_at_rest_shows_that_it_loads(launched: Browser, room: Room) -> None:
     room.script = lambda body: Script(
         pieces=[Raw(": loading 1000000000/4000000000\n\n"), Hold(), "Hi"]
@@ -140,6 +144,7 @@ def test_a_model_that_was_at_rest_shows_that_it_loads(launched: Browser, room: R
         expect(page.locator(".answer .markdown")).to_have_text("Hi")
 
 
+@pytest.mark.long
 def test_without_a_shelf_there_is_none(launched: Browser, room: Room) -> None:
     with visit(launched, room.url) as page:
         with page.expect_response("**/shelf") as answered:

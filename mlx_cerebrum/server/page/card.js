@@ -55,7 +55,7 @@ export function paceText(speed) {
 function facts(model, used, speed) {
   const { blocks, positions, bits, bytes, sliding_window: window, context_length: length } = model;
   const again = positions === blocks ? "each once" : `in ${plural(positions, "position")}`;
-  const round = (count) => Math.round(count / 100) * 100;
+  const round = (count) => (count < 200 ? Math.round(count) : Math.round(count / 100) * 100);
   const about = (tokens) => `about ${plural(round(tokens * WORDS), "word")}`;
   const weights = [bits && `stored in ${bits} bits each`, bytes && sizeOf(bytes)];
   weights.push(positions > blocks && "once for all the positions that run them");
