@@ -17,7 +17,7 @@ from mlx_cerebrum.server.__main__ import KEY_VARIABLE, settings_of
 from mlx_cerebrum.server.__main__ import parser as server_parser
 from mlx_cerebrum.server.listening import bind
 from mlx_cerebrum.shelf.entries import entries, find
-from mlx_cerebrum.shelf.places import HUB_ID
+from mlx_cerebrum.shelf.places import HUB_ID, VARIABLE, folder
 from mlx_cerebrum.text import one_line
 from mlx_cerebrum.weights.hub import has_demo
 from mlx_cerebrum.weights.opening import open_model
@@ -27,7 +27,7 @@ _PATHS = ("--model", "--plan", "--template")  # flags whose value may be a path
 _OF_NOBODY = ("--open",)  # a service has no screen
 # What decides where models and packages are found, and how fast the CPU multiplies.
 _KEPT = (
-    "MLX_CEREBRUM_MODELS",
+    VARIABLE,
     "HF_HOME",
     "HF_HUB_CACHE",
     "HF_ENDPOINT",
@@ -82,6 +82,8 @@ def unit(words: Sequence[str], log: Path, environment: Mapping[str, str] = os.en
             f" {human(memory_bytes())}; take a smaller model, or --q-bits 4"
         )
     kept = {name: value for name in _KEPT if (value := environment.get(name))}
+    if VARIABLE in kept:  # it may be relative to where the command was typed
+        kept[VARIABLE] = str(folder(environment))
     if settings.api_key is not None:
         kept[KEY_VARIABLE] = settings.api_key
     program = (sys.executable, "-P", "-m", "mlx_cerebrum.server")  # -P: not the folder it runs in

@@ -171,11 +171,13 @@ def test_paths_are_whole_and_the_key_is_not_in_the_command(
 ) -> None:
     on_macos(monkeypatch)
     monkeypatch.chdir(home / "models")
+    monkeypatch.setenv("MLX_CEREBRUM_MODELS", ".")
     (home / "models" / "8080").write_text("a file that is called as the port")
     words = ["--model", "small-16bit", "--port=8080", "--api-key", "open sesame"[5:], "--open"]
     assert main(["service", "install", *words]) == 0
     found = plist(home)
     assert found["ProgramArguments"][4:] == ["--model", str(model), "--port", "8080"]
+    assert found["EnvironmentVariables"]["MLX_CEREBRUM_MODELS"] == str(home / "models")
     assert found["EnvironmentVariables"]["MLX_CEREBRUM_API_KEY"] == "sesame"
 
 
