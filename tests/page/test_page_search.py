@@ -1,5 +1,7 @@
 """Search over the page's conversations: what it finds, and the way there and back."""
 
+from typing import Any
+
 import page_driver
 import pytest
 from page_driver import ask, file, idle, last, take, until
@@ -88,6 +90,27 @@ def test_a_hit_in_a_version_that_is_not_shown_is_shown(page: Page, room: Room) -
     page.locator(HITS, has=page.locator("mark")).click()
     expect(page.locator(".answer .markdown")).to_have_text("It is red")
     expect(page.locator(".count")).to_have_text("1/2")
+
+
+def test_a_file_in_a_question_is_unfolded_where_it_has_the_hit(page: Page, room: Room) -> None:
+    text = b"line\n" * 8000 + b"the aardvark\n" + b"line\n" * 800
+    held: Any = {"name": "a.txt", "mimeType": "", "buffer": text}
+    other: Any = {"name": "b.txt", "mimeType": "", "buffer": b"nothing"}
+    page.set_input_files("#text-files", [held, other])
+    ask(page, "What is it?")
+    page.click("#new")
+    search(page, "aardvark")
+    expect(page.locator(f"{HITS} mark")).to_have_text("aardvark")
+    page.keyboard.press("Enter")
+    expect(page.locator(".question pre")).to_have_count(1)
+    until(page, "[...CSS.highlights.get('found')].map(String).join() === 'aardvark'")
+    expect(page.locator(".question .file").first).to_contain_text("… and")
+    seen = """() => {
+        const [range] = CSS.highlights.get("found");
+        const [a, b] = [range, scroller].map((one) => one.getBoundingClientRect());
+        return a.top > b.top && a.bottom < b.bottom;
+    }"""
+    until(page, f"({seen})()")
 
 
 @pytest.mark.long

@@ -1,6 +1,7 @@
 // The conversation on the screen: which messages stand where, drawn at most once a frame.
 
 import { guess } from "./attached.js";
+import { unfold } from "./chips.js";
 import { arrange, byId, plural } from "./dom.js";
 import { Row, textOf } from "./compare.js";
 import { AnswerView, QuestionView } from "./messages.js";
@@ -197,12 +198,20 @@ export class Thread {
     if (!view) return;
     this.following = false;
     const { element, body } = view;
+    unfold(body, words);
     const ranges = rangesOf(body, words);
     for (const range of ranges) marked?.add(range);
     element.tabIndex = -1;
     element.focus({ preventScroll: true });
+    const [first] = ranges;
+    const inner = first?.startContainer.parentElement.closest("pre, .table"); // it scrolls too
     const go = () => {
-      const rect = ranges[0]?.getBoundingClientRect();
+      if (inner) {
+        const [at, of] = [first, inner].map((one) => one.getBoundingClientRect());
+        if (at.top < of.top || at.bottom > of.bottom) inner.scrollTop += at.top - of.top - 40;
+        if (at.left < of.left || at.right > of.right) inner.scrollLeft += at.left - of.left - 40;
+      }
+      const rect = first?.getBoundingClientRect();
       const top = (rect?.height ? rect : element.getBoundingClientRect()).top;
       const { top: above, height } = scroller.getBoundingClientRect();
       scroller.scrollTop += top - above - Math.min(160, height / 3);
