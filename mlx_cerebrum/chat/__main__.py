@@ -10,7 +10,8 @@ import mlx.core as mx
 
 from mlx_cerebrum.chat.about import about
 from mlx_cerebrum.chat.chat import SYNONYMS, Chat
-from mlx_cerebrum.chat.commands import COMMANDS, resume_at_start
+from mlx_cerebrum.chat.commands import COMMANDS
+from mlx_cerebrum.chat.filing import resume_at_start
 from mlx_cerebrum.chat.keeper import Keeper
 from mlx_cerebrum.chat.kept import Kept, conversations
 from mlx_cerebrum.chat.prompt import (

@@ -1,20 +1,11 @@
 """What lines that begin with a slash do."""
 
 import re
-import shlex
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from datetime import datetime
-from functools import partial
-from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_cerebrum import cli
+from mlx_cerebrum.chat import filing
 from mlx_cerebrum.chat.chat import Chat, Command
-from mlx_cerebrum.chat.export import as_markdown
-from mlx_cerebrum.chat.keeper import turns_of
-from mlx_cerebrum.chat.kept import TITLE, Kept, conversations, folder, newest, path_of, read, remove
 from mlx_cerebrum.chat.quotes import QUOTES
 from mlx_cerebrum.chat.session import Answer
 from mlx_cerebrum.chat.wording import counted, shorten
@@ -22,7 +13,6 @@ from mlx_cerebrum.errors import RequestError, shown
 from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.text import one_line
 from mlx_cerebrum.tokenizer.chat_formats import DEFAULT_SYSTEM
-from mlx_cerebrum.tokenizer.conversation import write_messages, write_text
 from mlx_cerebrum.weights import views
 
 
@@ -67,7 +57,11 @@ def _set(chat: Chat, argument: str) -> None:
         return
     typed, value = found[1], _unquoted(found[2])
     if typed.lower() == "system":
-        _system(chat, value)
+        if value or not found[2].strip():
+            _system(chat, value)
+        else:  # ""
+            chat.session.set_system("")
+            chat.screen.notice("system text set to nothing")
         return
     name = chat.settings.find(typed)
     if not value:
@@ -182,149 +176,6 @@ def _undo(chat: Chat, argument: str) -> None:
         chat.screen.notice(f"dropped: {shorten(dropped)} ({counted(count, 'exchange')} left)")
 
 
-def _save(chat: Chat, argument: str) -> None:
-    path, messages = _path(argument), chat.session.messages()
-    if chat.session.question is None:
-        raise RequestError("there is nothing to save yet")
-    _write(chat, path, partial(write_messages, messages=messages))
-    chat.saved, chat.file = messages, path.absolute()
-    chat.screen.notice(f"saved {counted(len(messages), 'message')} to {path}")
-
-
-def _write(chat: Chat, path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file, one that is there only where somebody says so."""
-    try:
-        asked = path.is_file() and path.absolute() != chat.file
-        if asked and not chat.confirm(f"{path} exists. Overwrite it?"):
-            raise RequestError(f"{path} exists and stays as it is; give another name")
-        write(path)
-    except OSError as error:
-        raise RequestError(cli.describe(error)) from None
-
-
-def _load(chat: Chat, argument: str) -> None:
-    path = _path(argument)
-    found = [(path, one) for one in conversations(path)]
-    at = 0 if len(found) == 1 else _choose(chat, found)
-    if at is None:
-        raise RequestError(f"{path} holds {len(found)} conversations; say which, at a terminal")
-    if _left(chat):
-        chat.load(found[at][1], str(path))
-
-
-def _left(chat: Chat) -> bool:
-    """Whether the conversation may be left; says so where it may not."""
-    if not (chat.unsaved and chat.asks):
-        return True
-    count = counted(len(chat.session.exchanges), "exchange")
-    if chat.confirm(f"This conversation ({count}) is not saved. Leave it?"):
-        return True
-    chat.screen.notice("nothing changed; /save FILE keeps it")
-    return False
-
-
-def _choose(chat: Chat, found: Sequence[tuple[Path, Kept]], enter: int | None = None) -> int | None:
-    """Show conversations by number, and which somebody wants; Enter is the one at `enter`."""
-    rows = [
-        (str(n), f"{_date(one.updated)}  {one.title}  ({counted(len(one.turns), 'message')})")
-        for n, (_, one) in enumerate(found, 1)
-    ]
-    chat.screen.table(rows)
-    if not chat.asks:
-        return enter
-    default = "" if enter is None else f" [{enter + 1}]"
-    while True:
-        try:
-            typed = chat.reader.ask(f"Which one?{default} ").strip()
-            return _number(typed, len(found)) if typed else enter
-        except RequestError as error:
-            chat.screen.error(cli.describe(error))
-        except (EOFError, KeyboardInterrupt):
-            return None
-
-
-def _number(typed: str, most: int) -> int:
-    """A place in a list, from 0. Raises RequestError for what is none of its numbers."""
-    if not (typed.isdecimal() and len(typed) < 9 and 1 <= int(typed) <= most):
-        raise RequestError(f"{shown(typed)} is none of the numbers 1 to {most}")
-    return int(typed) - 1
-
-
-def _date(seconds: float) -> str:
-    if not seconds:
-        return ""
-    when = datetime.fromtimestamp(seconds)
-    return f"{when:%H:%M}, today" if when.date() == datetime.now().date() else f"{when:%Y-%m-%d}"
-
-
-def _resume(chat: Chat, argument: str) -> None:
-    if chat.listed and argument.isdecimal():
-        at: int | None = _number(argument, len(chat.listed))
-    else:
-        chat.listed = _others(chat, "" if argument.isdecimal() else argument)
-        if not chat.listed:
-            raise RequestError(f"no conversation{argument and ' with these words'} is kept")
-        if argument.isdecimal():
-            at = _number(argument, len(chat.listed))
-        else:
-            at = _choose(chat, chat.listed)
-    if at is None:
-        chat.screen.notice("/resume NUMBER goes on with one, /delete NUMBER removes it")
-    elif _left(chat):
-        _go_on_with(chat, *chat.listed[at])
-
-
-def resume_at_start(chat: Chat) -> None:
-    """For --resume: the conversation somebody picks, the newest where nobody is there."""
-    chat.listed = _others(chat, "")
-    if not chat.listed:
-        chat.screen.notice(f"no conversation is kept yet in {folder()}; this is a new one")
-        return
-    if (at := _choose(chat, chat.listed, 0)) is None:
-        chat.screen.notice("a new conversation")
-    else:
-        _go_on_with(chat, *chat.listed[at])
-
-
-def _others(chat: Chat, words: str) -> list[tuple[Path, Kept]]:
-    return [(path, one) for path, one in newest(words) if one.name != chat.session.name]
-
-
-def _go_on_with(chat: Chat, path: Path, found: Kept) -> None:
-    (again,) = read(path)[:1]  # another chat may have gone on with it
-    chat.load(again, f'"{found.title}"', own=path == path_of(again.name))
-    chat.listed = []
-
-
-def _delete(chat: Chat, argument: str) -> None:
-    if not argument:
-        if chat.keeper is None:
-            raise RequestError("this conversation is kept nowhere")
-        if chat.asks and not chat.confirm("Delete this conversation's file?"):
-            return
-        chat.keeper.leave()
-        chat.screen.notice(
-            "deleted; what you see is kept nowhere from here on, but /save writes it"
-        )
-        return
-    if not chat.listed:
-        raise RequestError("/resume lists them first")
-    path, one = chat.listed[_number(argument, len(chat.listed))]
-    if not chat.asks or chat.confirm(f'Delete "{one.title}"?'):
-        remove(path)
-        chat.screen.notice(f'deleted "{one.title}"')
-
-
-def _export(chat: Chat, argument: str) -> None:
-    turns = turns_of(chat.session)
-    if not turns:
-        raise RequestError("there is nothing to export yet")
-    path, title = _path(argument), one_line(turns[0].text, TITLE)
-    text = as_markdown(title, chat.session.system or "", turns)
-    _write(chat, path, partial(write_text, text=text))
-    chat.screen.notice(f"exported {counted(len(turns), 'message')} to {path}, as Markdown")
-
-
 def _stats(chat: Chat, argument: str) -> None:
     session = chat.session
     config, last = session.model.config, session.last
@@ -366,19 +217,6 @@ def _figures(answer: Answer) -> str:
     )
 
 
-def _path(text: str) -> Path:
-    """A file as it is typed, or as a shell would quote it: what dragging one here types."""
-    with suppress(ValueError):  # a single quote
-        words = shlex.split(text)
-        text = words[0] if len(words) == 1 else text
-    if not text or "\0" in text:
-        raise RequestError(f"{text!r} can't be a file's name")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:  # ~nosuchuser
-        return Path(text)
-
-
 COMMANDS = {
     "help": Command("[COMMAND]", _help, "this list"),
     "set": Command("[NAME VALUE]", _set, "temperature and the like; alone, lists all"),
@@ -393,12 +231,14 @@ COMMANDS = {
     "edit": Command("[TEXT]", _edit, "change the last question and ask it anew"),
     "undo": Command("", _undo, "take back the last question, /retry, /edit, /compare or /clear"),
     "save": Command(
-        "FILE", _save, "write the conversation as JSON, for /load or generate --messages"
+        "FILE", filing.save, "write the conversation as JSON, for /load or generate --messages"
     ),
-    "load": Command("FILE", _load, "go on with a saved conversation in place of this one"),
-    "export": Command("FILE", _export, "write the conversation as Markdown, to be read"),
-    "resume": Command("[NUMBER]", _resume, "list the conversations kept, or go on with one"),
-    "delete": Command("[NUMBER]", _delete, "delete this conversation's file, or one of /resume's"),
+    "load": Command("FILE", filing.load, "go on with a saved conversation in place of this one"),
+    "export": Command("FILE", filing.export, "write the conversation as Markdown, to be read"),
+    "resume": Command("[NUMBER|WORDS]", filing.resume, "go on with a kept conversation"),
+    "delete": Command(
+        "[NUMBER]", filing.delete, "delete this conversation's file, or a listed one"
+    ),
     "stats": Command("", _stats, "tokens, pace, caches, memory"),
     "clear": Command("", _clear, "begin a new conversation under the same system text"),
     "quit": Command("", _quit, "leave"),

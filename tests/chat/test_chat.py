@@ -354,6 +354,10 @@ def test_ollamas_names(views: Views, capsys: pytest.CaptureFixture[str]) -> None
     assert "Alt+Enter" in err.rpartition("/set [NAME VALUE]")[2]
     assert chat.session.question is None
     assert (code, chat.failed) == (0, False)
+    chat.handle('/set system ""')
+    assert chat.session.system == ""
+    chat.handle("/set system -")
+    assert chat.session.system is None
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_it_goes_on_through_a_character_and_a_stop_string(views: Views, drawn: b
         options = replace(options, stop=(whole.text[20:24],))
         whole = ask(Session(*views, options), "Say!")
         assert (whole.reason, len(whole.text)) == ("stop", 20)
-    for cut in range(17, len(whole.said), 3 if drawn else 1):
+    for cut in range(17, len(whole.said), 6 if drawn else 1):
         session = Session(*views, replace(options, max_tokens=cut))
         ask(session, "Say!")
         session.options = replace(options, max_tokens=40 - cut)

@@ -342,23 +342,22 @@ def test_a_message_is_written_in_an_editor(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_leaving_what_is_not_kept(tmp_path: Path) -> None:
-    """Ctrl-C stays, Ctrl-D leaves; asked on a dumb terminal too, never with --no-save."""
-    for flags, term in ((), "xterm-256color"), (("--plain",), "xterm"):
-        with start(tmp_path, "--max-tokens", "5", "--no-keep", *flags, term=term) as program:
-            program.until("talker>")
-            program.send("One?\r")
-            program.until("stopped at 5 tokens")
-            at_prompt(program).send("/quit\r")
-            program.until("Save this conversation?")
-            program.send("\x03")
-            program.until(lambda text: text.endswith("talker>"))
-            at_prompt(program).send("/quit\r")
-            program.until(lambda text: text.count("Save this conversation?") == 2)
-            program.send("\x04")
-            assert program.end() == 0
-    with start(tmp_path, "--max-tokens", "5", "--no-keep", "--no-save") as program:
+    """Ctrl-C stays, Ctrl-D leaves. With --no-save nobody is asked."""
+    with start(tmp_path, "--max-tokens", "5", "--no-keep") as program:
         program.until("talker>")
         program.send("One?\r")
+        program.until("stopped at 5 tokens")
+        at_prompt(program).send("/quit\r")
+        program.until("Save this conversation?")
+        program.send("\x03")
+        program.until(lambda text: text.endswith("talker>"))
+        at_prompt(program).send("\x04")
+        program.until(lambda text: text.count("Save this conversation?") == 2)
+        program.send("\x04")
+        assert program.end() == 0
+    with start(tmp_path, "--max-tokens", "5", "--no-keep", "--no-save", "--plain") as program:
+        program.until("talker>")
+        program.send("One?\n")
         program.until("stopped at 5 tokens")
         at_prompt(program).send("\x04")
         assert program.end() == 0

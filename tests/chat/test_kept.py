@@ -253,10 +253,22 @@ def test_delete(views: Views, capsys: pytest.CaptureFixture[str]) -> None:
     _, files = kept_talk(views, lines, ["7", "", "n"])
     assert [texts(path)[0] for path in files] == ["One?", "Two?"]
     lines = ["/resume", "/delete 2", "Three?", "/delete", "More?"]
-    chat, files = kept_talk(views, lines, ["", "y", "y"])
+    chat, files = kept_talk(views, lines, ["", "y", "y", "never asked.json"])
     assert [texts(path)[0] for path in files] == ["Two?"]
     assert 'deleted "One?"' in capsys.readouterr().err
     assert chat.session.question == "More?"
+
+
+def test_a_long_list_says_how_older_ones_are_found(
+    views: Views, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for n in range(kept.LISTED + 3):
+        kept.keep(f"talk{n}", "", said(f"Question {n}?", "A."))
+    kept_talk(views, ["/resume", "/resume question 0?"])
+    err = capsys.readouterr().err
+    assert "/resume WORDS finds older ones" in err
+    assert "Question 0?" not in err.partition("Which")[0].partition("older ones")[0]
+    assert "Question 0?  (2 messages)" in err
 
 
 def test_a_disk_that_fails_costs_a_line(
