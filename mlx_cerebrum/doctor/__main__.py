@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from mlx_cerebrum import cli, installed
@@ -35,7 +36,13 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.seconds and not args.json:
         tell(f"timing the machine for {args.seconds:g} s ...")
-    found = report(pace.measure(args.seconds) if args.seconds else None)
+    try:
+        found = report(pace.measure(args.seconds) if args.seconds else None)
+    except RuntimeError as error:  # MLX's: a driver that is missing, a device that is gone
+        said = one_line(str(error).replace(str(Path.home()), "~"), 200)
+        return _show(
+            args, [], {}, [f"MLX fails here ({said}): install it, or its driver, anew"], []
+        )
     return _show(args, found.facts, found.data, found.stops, found.advice)
 
 

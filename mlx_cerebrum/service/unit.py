@@ -151,7 +151,9 @@ def rotate(log: Path, most: int = 10_000_000) -> None:
 def tool(*words: str) -> subprocess.CompletedProcess[str]:
     """Run a tool of the system's; its output is kept. Raises RequestError where it is missing."""
     try:
-        return subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        return subprocess.run(
+            words, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
+        )
     except OSError as error:
         raise RequestError(f"{words[0]} can't be run: {error.strerror}") from None
 

@@ -154,6 +154,18 @@ def test_a_python_for_intel(
     assert any("Metal" in line for line in found.stops)
 
 
+def test_a_device_that_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: Any) -> None:
+        raise RuntimeError(f"[cuda] no driver in {Path.home()}/drivers\nat all")
+
+    monkeypatch.setattr(report, "_memory", fails)
+    code, found = told(capsys)
+    assert (code, found["usable"]) == (1, False)
+    assert found["stops"][0].startswith("MLX fails here ([cuda] no driver in ~/drivers at all)")
+
+
 def test_without_a_backend_it_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx" / "core.py").write_text("raise ImportError('libmlx.so: cannot open')")
