@@ -20,6 +20,9 @@ from page_driver import (
 from page_room import Room, Script, visit
 from playwright.sync_api import Browser, Page, expect
 
+from mlx_cerebrum.chat.export import as_markdown
+from mlx_cerebrum.chat.kept import Turn
+
 launched, served, room, page = (
     page_driver.launched,
     page_driver.served,
@@ -72,6 +75,8 @@ def test_what_is_exported_is_read_again_as_it_was(page: Page, room: Room, tmp_pa
     expect(page.locator(".answer")).to_have_count(4)
     title = page.locator("#title").inner_text()
     text = saved(page, title, tmp_path)
+    turns = [Turn(one["role"], one["content"]) for one in talk[1:]]
+    assert text == as_markdown(title, talk[0]["content"], turns)  # the terminal's file
     # For people, what comes after an open fence is outside of it.
     assert "an open fence\n```\n\n<!--" in text
     before = [(n["role"], n["content"]) for n in sorted(kept_nodes(page), key=lambda n: n["at"])]
