@@ -97,7 +97,7 @@ def keep(name: str, system: str, turns: Sequence[Turn], passing: str | None = No
     until = time.monotonic() + _PATIENCE
     while True:
         try:
-            with replacing(path, path.with_name(f".{name}.partial"), 0o600) as file:
+            with replacing(path, _partial(path), 0o600) as file:
                 before = _own(path, name) if path.exists() else {}
                 text, leaf = _merged(before, name, system, turns, passing)
                 file.write(text.encode())
@@ -108,10 +108,15 @@ def keep(name: str, system: str, turns: Sequence[Turn], passing: str | None = No
             time.sleep(0.02)
 
 
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.partial")
+
+
 def remove(path: Path) -> None:
     """Remove a conversation, if it is there. Raises RequestError where that is not possible."""
     try:
         path.unlink(missing_ok=True)
+        _partial(path).unlink(missing_ok=True)  # of a chat that was killed
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror or error}") from None
 

@@ -344,6 +344,35 @@ def test_columns_are_wrapped_anew_when_the_window_changes(rows: int) -> None:
     assert words >= {f"{side}{i}" for side in "lr" for i in range(150)}
 
 
+MARKS = "\n -*>`#|1.\t<[]()&;\\_~=+!:\u6f22"
+
+
+@given(
+    st.tuples(*(st.text(st.sampled_from(own + MARKS), max_size=60) for own in ("jjj", "zzz"))),
+    st.integers(1, 9),
+    st.lists(st.tuples(st.integers(8, 40), st.integers(3, 12)), max_size=3),
+)
+@settings(deadline=None, max_examples=100)
+def test_any_two_texts_can_be_shown_side_by_side(
+    texts: tuple[str, str], size: int, sizes: list[tuple[int, int]]
+) -> None:
+    """Whatever they are, and however often the window changes: all of both is there in the end."""
+    terminal = Terminal(30, 8)
+    console = console_on(terminal)
+    answers = (Answer("one"), Answer("two"))
+    columns = Columns(Region(console), answers)
+    for at in range(0, max(map(len, texts)) + 1, size):
+        for answer, text in zip(answers, texts, strict=True):
+            answer.text = text[: at + size]
+            answer.reason = "stop" if at + size >= len(text) else ""
+        columns.draw()
+        if sizes:
+            resize(terminal, console, *sizes.pop())
+    columns.draw(final=True)
+    for text, letter in zip(texts, "jz", strict=True):
+        assert terminal.text.count(letter) >= min(1, text.count(letter))
+
+
 def test_columns_of_a_tiny_window() -> None:
     terminal = Terminal(20, 6)
     answers = (Answer("one", "\u6f22\u5b57" * 9, "stop"), Answer("two", "```\ncode\n```", "stop"))

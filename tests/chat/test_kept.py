@@ -135,6 +135,16 @@ def test_a_file_that_is_something_else_stays_as_it_is(text: str) -> None:
     assert [one.name for _, one in kept.newest()] in ([], ["b"])
 
 
+def test_what_is_removed_is_gone() -> None:
+    """With what a chat that was killed while it wrote has left."""
+    kept.keep("a", "", said("Q?", "A."))
+    path = kept.path_of("a")
+    path.with_name(".a.partial").write_text("half")
+    kept.remove(path)
+    assert list(path.parent.iterdir()) == []
+    kept.remove(path)
+
+
 def test_a_circle_ends() -> None:
     kept.keep("a", "", said("Q?", "A."))
     path = kept.path_of("a")
