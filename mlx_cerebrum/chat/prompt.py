@@ -1,6 +1,7 @@
 """Where questions come from: a line editor, a bare terminal, or a pipe."""
 
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
-from prompt_toolkit.filters import Condition
+from prompt_toolkit.filters import Condition, emacs_mode
 from prompt_toolkit.formatted_text import AnyFormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -157,6 +158,7 @@ class EditingReader:
             multiline=True,
             enable_suspend=True,
             enable_open_in_editor=True,
+            vi_mode=_has_vi_keys(),
             tempfile_suffix=".md",
             prompt_continuation=lambda width, line, wrapped: "" if wrapped else "... ",
             style=Style.from_dict(MENU),
@@ -171,6 +173,16 @@ class EditingReader:
     def ask(self, question: str) -> str:
         session: PromptSession[str] = PromptSession(history=InMemoryHistory(), enable_suspend=True)
         return _prompt(session, question)
+
+
+def _has_vi_keys() -> bool:
+    """Whether this user has set vi's keys for all programs that read lines, in ~/.inputrc."""
+    try:
+        path = Path(os.environ.get("INPUTRC") or Path.home() / ".inputrc")
+        text = path.read_text(errors="replace")
+    except (OSError, RuntimeError, ValueError):
+        return False
+    return re.search(r"(?m)^\s*set\s+editing-mode\s+vi\s*$", text) is not None
 
 
 def _prompt(session: PromptSession[str], message: AnyFormattedText, default: str = "") -> str:
@@ -205,7 +217,7 @@ def _bindings() -> KeyBindings:
         else:
             buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
+    @keys.add("escape", "enter", filter=emacs_mode)
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 

@@ -29,7 +29,7 @@ def start(
     checkpoint = folder / "talker"
     checkpoint = checkpoint if checkpoint.exists() else talker(folder, says)
     command = [sys.executable, "-m", "mlx_cerebrum.chat", "--model", str(checkpoint)]
-    removed = {"NO_COLOR", "COLUMNS", "LINES", "XTERM_VERSION"}
+    removed = {"NO_COLOR", "COLUMNS", "LINES", "XTERM_VERSION", "INPUTRC"}
     env = {name: value for name, value in os.environ.items() if name not in removed}
     env |= {"TERM": term, "HOME": str(folder), "XDG_STATE_HOME": str(folder / "state")}
     env |= {"PYTHONPATH": str(ROOT)} | ({} if colours else {"NO_COLOR": "1"})
@@ -339,6 +339,19 @@ def test_a_message_is_written_in_an_editor(tmp_path: Path, monkeypatch: pytest.M
     saw = (tmp_path / "editor.saw").read_text()
     assert saw.startswith("-rw-------")
     assert saw.rstrip().endswith(".md")
+
+
+def test_vis_keys_for_those_who_have_set_them(tmp_path: Path) -> None:
+    (tmp_path / ".inputrc").write_text("$include /etc/inputrc\nset editing-mode vi\n")
+    with start(tmp_path, "--max-tokens", "5", "--no-history") as program:
+        program.until("talker>")
+        at_prompt(program).send("Thisx\x1b")
+        program.until("Thisx")
+        program.send("xA one\r")
+        program.until("> This one\n")
+        program.until("stopped at 5 tokens")
+        at_prompt(program).send("\x04")
+        assert program.end() == 0
 
 
 def test_leaving_what_is_not_kept(tmp_path: Path) -> None:
