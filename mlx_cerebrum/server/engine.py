@@ -141,8 +141,10 @@ class BatchEngine:
         is all it is. Others are answered meanwhile.
 
         over: called on the engine's thread once jobs for it are taken, or with why none can be.
-        Raises ClosedError.
+        Raises ClosedError, and RequestError for a name that is taken.
         """
+        if name in self.laid:
+            raise RequestError(f"there is a model {name} already")
         laid = Laid(opened.config, opened.storage.dtype, opened.tokenizer)
         coming = Coming(name, laid, Source.of(opened), opened, over)
         with self._changed:

@@ -23,7 +23,9 @@ from mlx_cerebrum.weights.storage import Storage
 from mlx_cerebrum.weights.views import Order, views
 
 _TALK = (256, 256)  # tokens of a prompt and of its answer: with less it would be of no use
-Files = frozenset[tuple[int, int]]  # device and inode of each file with weights
+# Of each file with weights: device and inode, which a later file may get again; bytes, and when it
+# was written.
+Files = frozenset[tuple[int, int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def weight_files(path: Path) -> Files:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
     if not stats:
         raise CheckpointError(f"{path} has no weights")
-    return frozenset((stat.st_dev, stat.st_ino) for stat in stats)
+    return frozenset((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats)
 
 
 class Holding:

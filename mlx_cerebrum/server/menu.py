@@ -92,7 +92,10 @@ class Menu:
             known = self._look(entry)
             if known.fault is not None:
                 raise ApiError(409, known.fault, code="cannot_load", param="id")
-            if (problem := self._why_not(entry, known)) is not None:
+            problem = self._why_not(entry, known)
+            if problem is not None and name in self._engine.laid:
+                raise ApiError(409, problem, code="cannot_load", param="id")
+            if problem is not None:
                 fits = [row.id for row in listed if self._could_be_loaded(row)][:3]
                 hint = f"{' or '.join(fits)} would fit" if fits else "no other would fit"
                 if not self._engine.rests:
@@ -200,12 +203,10 @@ class Menu:
             h.source is not None and h.source.shares(known.source) for h in self._engine.holdings
         ):
             return None  # a view takes no memory
-        room = self._engine.room
-        return (
-            None
-            if known.source.needed <= room
-            else too_little(entry.called, known.source.needed, room)
-        )
+        if entry.called in self._engine.laid:
+            return f"{entry.called} is answered with from other files; start the server anew"
+        needed, room = known.source.needed, self._engine.room
+        return None if needed <= room else too_little(entry.called, needed, room)
 
     def _fault(self, name: str) -> str | None:
         """Why it could not be loaded a moment ago; later it may be tried again."""

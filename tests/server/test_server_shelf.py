@@ -371,3 +371,18 @@ def test_what_pull_makes_of_one_source_is_one_set_of_weights(hub: Hub) -> None:
             expected = {"state": "loaded", "positions": positions, "plan": name, "bits": 4}
             assert row.items() >= expected.items()
             assert answer(server, f"{name}:4bit") == answer(server, row["model"])
+
+
+def test_a_model_that_was_replaced_on_the_shelf(shelf: Path) -> None:
+    """The one that is loaded goes on under its name; the new one is not taken for it."""
+    with serving("one") as server:
+        load(server, "other:16bit").raise_for_status()
+        until(server, "other:16bit")
+        before = answer(server, "other:16bit")
+        shutil.rmtree(shelf / "other-16bit")
+        put(shelf, "other-16bit", 9, num_hidden_layers=6)
+        row = rows(server)["other:16bit"]
+        assert row["state"] == "on the shelf"
+        assert row["why_not"].endswith("from other files; start the server anew")
+        assert load(server, "other:16bit").status_code == 409
+        assert answer(server, "other:16bit") == before
