@@ -92,9 +92,12 @@ def test_dropped_and_pasted(page: Page) -> None:
     expect(page.locator(CHIPS)).to_have_count(4)
     # Any other text is what is meant: a table of an office program, with its picture.
     assert hand_over(page, "paste", "picture.png", "x", more="a\tb")
-    # Beside the conversation nothing is taken, and the page stays where it is.
+    # The list imports what is dropped there, or says why it can't; the page stays where it is.
     assert not hand_over(page, "#sidebar", "missed.txt", "M")
-    page.wait_for_timeout(50)
+    expect(page.locator("#toast")).to_contain_text("missed.txt is not valid JSON")
+    assert not hand_over(page, "nav", "talk.json", '[{"role": "user", "content": "Dropped"}]')
+    expect(page.locator("#conversations .open")).to_have_text(["Dropped"])
+    page.click("#new")
     expect(page.locator(CHIPS)).to_have_count(4)
     expect(page.locator("main.dropping")).to_have_count(0)
 

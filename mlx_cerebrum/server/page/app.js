@@ -150,7 +150,8 @@ function aboutModels(chosen) {
 
 async function drawAll() {
   const metas = await store.list();
-  drawList(metas, conversation.meta.id, { open: (meta) => go(meta.id), rename, save: openExport, remove });
+  const actions = { open: (meta) => go(meta.id), rename, save: openExport, remove };
+  drawList(metas, conversation.meta.id, actions);
 }
 
 /** Show a conversation, or a new one. */

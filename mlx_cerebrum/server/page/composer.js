@@ -135,8 +135,9 @@ function setUpFiles() {
   addEventListener("dragover", (event) => {
     if (!holds(event)) return;
     event.preventDefault();
-    const here = main.contains(event.target) && !document.querySelector("dialog[open]");
-    event.dataTransfer.dropEffect = here ? "copy" : "none";
+    const free = !document.querySelector("dialog[open]");
+    const [here, list] = [main, byId("sidebar")].map((one) => free && one.contains(event.target));
+    event.dataTransfer.dropEffect = here || list ? "copy" : "none"; // the list imports it
     main.classList.toggle("dropping", here);
   });
   const over = () => main.classList.remove("dropping");

@@ -26,7 +26,8 @@ export function asMarkdown(conversation) {
     if (node.role === "user") add(`question${column}`, "Question", node.content);
     else {
       const by = oneLine(node.model ?? "").replaceAll("--", "- -").slice(0, LONGEST_NAME);
-      add(`answer${column}${by ? ` by ${by}` : ""}`, by ? `Answer by ${by}` : "Answer", node.content);
+      const named = by ? ` by ${by}` : "";
+      add(`answer${column}${named}`, `Answer${named}`, node.content);
     }
   }
   return `${parts.join("\n\n")}\n`;

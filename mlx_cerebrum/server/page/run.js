@@ -10,8 +10,8 @@ let leaving = -Infinity; // when it was told so
 addEventListener("beforeunload", () => (leaving = performance.now()));
 
 /**
- * `node` is the answer's message, empty as yet or one that is gone on with. `grew(node, run)` is called whenever something
- * about it changed; `save(node)` keeps it.
+ * `node` is the answer's message, empty as yet or one that is gone on with. `grew(node, run)` is
+ * called whenever something about it changed; `save(node)` keeps it.
  */
 export class Run {
   constructor(node, { grew, save }) {

@@ -28,6 +28,9 @@ export function setUpFiles(store, go) {
     if (said || wrong) toast([said, wrong].filter(Boolean).join(" "));
   }
 
+  byId("sidebar").addEventListener("drop", ({ dataTransfer }) => {
+    if (dataTransfer?.files.length) take([...dataTransfer.files]); // composer.js keeps the page here
+  });
   byId("backup").addEventListener("click", async () => {
     const metas = await store.list();
     const all = await Promise.all(metas.map(({ id }) => store.load(id)));
