@@ -27,6 +27,7 @@ from mlx_cerebrum.server.log import write
 from mlx_cerebrum.server.refusals import check_job, too_large, too_little, why_not
 from mlx_cerebrum.server.task import Counts, Task, said
 from mlx_cerebrum.server.waiting import Waiting
+from mlx_cerebrum.text import one_line
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.opening import Opened
 
@@ -383,7 +384,7 @@ class BatchEngine:
         return [h for h in idle if h.batch and not h.batch.tasks and not self._queued(h)]
 
     def _not_loaded(self, coming: Coming, why: str) -> None:
-        write(f"{coming.name} can't be loaded: {why}")
+        write(f"{one_line(coming.name)} can't be loaded: {one_line(why)}")
         coming.end(why)
 
     def _load_on(self, holding: Holding) -> None:
@@ -437,7 +438,7 @@ class BatchEngine:
 
     def _give_up(self, holding: Holding, why: str) -> None:
         """What is at rest can't be loaded: its jobs fail, later ones try again."""
-        message = f"{holding.name} can't be loaded: {why}"
+        message = f"{holding.name} can't be loaded: {one_line(why)}"
         write(message)
         self._fail(self._queued(holding), Failed(message, unavailable=True))
 

@@ -15,6 +15,7 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import Workload
 from mlx_cerebrum.server.batch import Batch
+from mlx_cerebrum.text import one_line
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.gguf_paths import gguf_at
 from mlx_cerebrum.weights.loading import load_in_pieces
@@ -127,7 +128,7 @@ class Holding:
     @property
     def name(self) -> str:
         """The first of its models', for people."""
-        return next(iter(self.laid))
+        return one_line(next(iter(self.laid)))
 
     @property
     def loading(self) -> tuple[int, int] | None:

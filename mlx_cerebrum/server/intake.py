@@ -119,11 +119,11 @@ class Intake:
         """The name of the model that is meant. Raises ApiError (404)."""
         if not asked:
             return next(iter(self.models))
-        if asked not in self.models and (meant := self.also(asked[:200])) is not None:
-            return meant
         try:
             return views.find(self.models, asked[:200])
         except PlanError as error:
+            if (meant := self.also(asked[:200])) is not None:
+                return meant
             raise ApiError(404, str(error), code="model_not_found", param="model") from None
 
     def talk(self, kind: type[Conversation], body: bytes, owner: str) -> Accepted[Conversation]:
