@@ -8,6 +8,7 @@ from axe_playwright_python.sync_playwright import Axe
 from page_driver import PHONE, idle, last, ready
 from page_room import Room, Script, visit
 from playwright.sync_api import Browser, Page, expect
+from test_page_shelf import shown
 
 launched, served, room = page_driver.launched, page_driver.served, page_driver.room
 
@@ -109,6 +110,19 @@ def test_axe_finds_nothing(launched: Browser, room: Room, scheme: Any, device: A
         check(page)
         page.locator("#conversations li").hover()
         page.get_by_role("button", name="Export").click()
+        check(page)
+
+
+@pytest.mark.long
+def test_axe_finds_nothing_at_the_shelf(launched: Browser, room: Room) -> None:
+    with visit(launched, room.url) as page:
+        shelf = shown(page)
+        page.click("#open-card")
+        expect(page.locator("#card-others li")).to_have_count(2)
+        check(page)
+        shelf.rows[1] |= {"state": "loading", "loading": {"done": 1e9, "total": 4e9}}
+        page.get_by_role("button", name="Load other").click()
+        expect(page.locator("#card-others progress")).to_be_visible()
         check(page)
 
 

@@ -306,6 +306,9 @@ def test_a_phones_keyboard_writes_lines_and_stays_away(launched: Browser, room: 
         expect(page.locator("#stop")).to_be_visible()
         page.keyboard.press("Escape")
         idle(page)
+        attached: Any = {"name": "a.txt", "mimeType": "", "buffer": b"text"}
+        page.set_input_files("#text-files", attached)
+        expect(page.locator(".chip")).to_be_visible()
         page.tap("#toggle-list")
         small = page.evaluate(
             """() => Array.from(document.querySelectorAll("button, select, textarea"))
