@@ -66,6 +66,20 @@ def test_refused_before_anything_is_loaded(
     assert message in refused(capsys, *flags)
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("15m", 900), ("2h", 7200), ("1.5h", 5400), ("0", None), ("never", None)],
+)
+def test_a_time_until_weights_rest(text: str, seconds: float | None) -> None:
+    assert server.parser().parse_args(["--unload-after", text]).unload_after == seconds
+    assert server.parser().parse_args([]).unload_after is None
+
+
+@pytest.mark.parametrize("text", ["15", "0s", "9999h", "nan", "1e3s", "", "15 m", "m"])
+def test_a_time_that_is_none(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    assert "no time such as 90s, 15m or 2h" in refused(capsys, "--unload-after", text)
+
+
 def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     with bind("127.0.0.1", 0, False) as taken:
         port = str(taken.getsockname()[1])
