@@ -9,7 +9,7 @@ import pytest
 from conftest import mistral_model
 from talker import talkers
 
-from mlx_cerebrum.chat.session import Answer, AnswerStream, DecodingOptions, Session
+from mlx_cerebrum.chat.session import Answer, DecodingOptions, Session
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.decoding.stream import generate, stream_generate
 from mlx_cerebrum.errors import MemoryBudgetError, RequestError
@@ -465,8 +465,9 @@ def test_clear_can_be_undone(views: Views) -> None:
 
 def test_the_demo_computes_only_the_new_turn(demo: Path) -> None:
     """Its end-of-turn token and the text around it are found again in the next prompt."""
-    views = load_views(open_model(ModelSpec(demo, window=40)))
-    session = Session(*views, DecodingOptions(max_tokens=12))
+    session = Session(
+        *load_views(open_model(ModelSpec(demo, window=40))), DecodingOptions(max_tokens=12)
+    )
     held = ask(session, "Hi").tokens
     for question in ("What is the capital of France?", "And of Italy?"):
         answer = ask(session, question)
@@ -474,18 +475,13 @@ def test_the_demo_computes_only_the_new_turn(demo: Path) -> None:
         assert 0 <= again <= 2  # where the length cut an answer, its last token was not run yet
         held = answer.tokens
     assert session.passes_window()
-    whole = ask(Session(*views, DecodingOptions(max_tokens=30)), "Count to nine, in words.")
-    assert len(whole.said) > 13
-    session.clear()
+    cut = replace(session.options, max_tokens=3)
+    session.options = cut
     ask(session, "Count to nine, in words.")
-    while len(session.exchanges[0].answer.said) < len(whole.said):
-        stream = session.go_on()
-        assert computed_of(stream) == 1  # also past the window
-        session.keep("Count to nine, in words.", stream.answer, 0)
-    assert session.exchanges[0].answer.said[: len(whole.said)] == whole.said
-    assert session.exchanges[0].answer.text.startswith(whole.text)
-
-
-def computed_of(stream: AnswerStream) -> int:
+    stream = session.go_on()
     "".join(stream)
-    return computed(stream.answer)
+    assert computed(stream.answer) == 1  # also past the window
+    session.options = replace(cut, max_tokens=6)
+    whole = ask(session, "Count to nine, in words.", len(session.exchanges) - 1)
+    assert (stream.answer.said, stream.answer.text) == (whole.said, whole.text)
+    assert len(whole.said) == 6
