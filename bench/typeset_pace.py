@@ -27,7 +27,7 @@ from bench.server_process import metrics, serving
 from mlx_cerebrum.errors import CerebrumError, RequestError
 
 CLIENTS = 8
-_TOKENS = 256  # of an answer
+_TOKENS = 64  # of an answer: the last ones are waited for
 _SETTLE = 2.0  # seconds at the start of a stretch that don't count
 _JSON = {"Content-Type": "application/json"}
 
@@ -54,9 +54,10 @@ class Load:
         """One formula after the other, at the rate asked for, each another one."""
         with closing(HTTPConnection(self._address, timeout=60)) as connection:
             for number in count():
-                while not self._reading.wait(0.05):
-                    if self.over.is_set():
-                        return
+                while not (self.over.is_set() or self._reading.wait(0.05)):
+                    pass
+                if self.over.is_set():
+                    return
                 started = time.monotonic()
                 body = json.dumps({"jobs": [_job(number)]})
                 connection.request("POST", "/typeset", body, _JSON)

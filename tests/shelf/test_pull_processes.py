@@ -42,7 +42,8 @@ def test_ctrl_c_at_any_moment_is_one_word_and_it_goes_on(hub: Hub, tmp_path: Pat
         if pulling.returncode == 0:
             done += 1
             break
-        assert pulling.returncode == 130
+        # While modules are imported, the signal itself ends it: to a shell that is 130 too.
+        assert pulling.returncode in (130, -signal.SIGINT)
         assert err.endswith("interrupted\n"), err
         stopped += 1
     assert stopped > 5
