@@ -26,7 +26,8 @@ def as_markdown(title: str, system: str, turns: Sequence[Turn]) -> str:
     if system.strip():
         add("system", "System text", system)
     for turn in turns:
-        by = _line(turn.model).replace("--", "- -")[:200]
+        model = turn.model.encode(errors="replace").decode()  # a folder's name may be no text
+        by = _line(model).replace("--", "- -")[:200]
         if turn.role == "user":
             add("question", "Question", turn.text)
         else:

@@ -100,7 +100,7 @@ def keep(name: str, system: str, turns: Sequence[Turn], passing: str | None = No
             with replacing(path, _partial(path), 0o600) as file:
                 before = _own(path, name) if path.exists() else {}
                 text, leaf = _merged(before, name, system, turns, passing)
-                file.write(text.encode())
+                file.write(text.encode(errors="replace"))  # a folder's name may be no text
             return leaf
         except CheckpointError:
             if time.monotonic() > until:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from command import run
 from prompt_toolkit.completion import CompleteEvent
@@ -17,6 +18,7 @@ from talker import LETTERS, talker, talkers
 
 from mlx_cerebrum.chat import kept
 from mlx_cerebrum.chat.__main__ import main, parser
+from mlx_cerebrum.chat.about import bits
 from mlx_cerebrum.chat.chat import SYNONYMS, Chat
 from mlx_cerebrum.chat.commands import COMMANDS
 from mlx_cerebrum.chat.keeper import Keeper
@@ -29,6 +31,8 @@ from mlx_cerebrum.chat.settings import Settings, options_of
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.storage import Storage
 
 Views = tuple[Mapping[str, Model], Tokenizer]
 ROOT = Path(__file__).parents[2]
@@ -302,6 +306,20 @@ def test_compare_of_the_last_question_replaces_its_answer(views: Views) -> None:
     alone, _ = talk(({"talker": views[0]["talker"]}, views[1]), [])
     alone.handle("/compare Q?")
     assert alone.session.messages() == []
+
+
+@pytest.mark.parametrize(
+    ("packed", "dequantized", "says"),
+    [
+        ([4, None], False, "4 bits"),
+        ([8, 4, 4], False, "4 and 8 bits"),
+        ([None], False, "bfloat16"),
+        ([4], True, "bfloat16"),
+    ],
+)
+def test_the_bits_of_the_header(packed: list[int | None], dequantized: bool, says: str) -> None:
+    held = {str(n): None if b is None else Packing(b, 64) for n, b in enumerate(packed)}
+    assert bits(Storage(mx.bfloat16, held, dequantized, 0, 0)) == says
 
 
 # Settings.

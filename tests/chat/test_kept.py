@@ -145,6 +145,13 @@ def test_what_is_removed_is_gone() -> None:
     kept.remove(path)
 
 
+def test_a_models_name_that_is_no_text() -> None:
+    turns = said("Q?", "A.", model="a\udcff")
+    kept.keep("a", "", turns)
+    assert texts(kept.path_of("a")) == ["Q?", "A."]
+    assert "## Answer by a?" in as_markdown("", "", turns).encode().decode()
+
+
 def test_a_circle_ends() -> None:
     kept.keep("a", "", said("Q?", "A."))
     path = kept.path_of("a")
