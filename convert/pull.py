@@ -384,11 +384,12 @@ def _told(
         f"  disk    {human(made.layout.nbytes)}, while it is made up to"
         f" {human(made.layout.nbytes + besides)}; {human(free)} are free"
     )
+    where = f"{remote.repo} ({remote.commit[:7]})"
     minutes = max(1, round(missing / _PACE / 60))
-    yield (
-        f"  fetch   {human(missing)} from {remote.repo} ({remote.commit[:7]}):"
-        f" {minutes} min at 100 Mbit/s"
-    )
+    if missing:
+        yield f"  fetch   {human(missing)} from {where}: {minutes} min at 100 Mbit/s"
+    else:
+        yield f"  fetch   nothing: {where} lies here"
 
 
 def parser() -> cli.ArgumentParser:

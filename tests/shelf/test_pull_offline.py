@@ -40,7 +40,7 @@ def test_what_the_cache_has_whole_is_made_without_the_hub(
 ) -> None:
     assert run(NAME) == 0
     err = capsys.readouterr().err
-    assert "  fetch   0.0 MB from" in err
+    assert f"  fetch   nothing: {REPO} ({hub.commit[:7]}) lies here" in err
     assert ("is taken as the hub's cache has it" in err) != cut_off
     assert hub.sent.total() == 0
     made = find(NAME)
