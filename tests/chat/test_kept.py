@@ -270,10 +270,18 @@ def test_delete(views: Views, capsys: pytest.CaptureFixture[str]) -> None:
     _, files = kept_talk(views, lines, ["7", "", "n"])
     assert [texts(path)[0] for path in files] == ["One?", "Two?"]
     lines = ["/resume", "/delete 2", "Three?", "/delete", "More?"]
-    chat, files = kept_talk(views, lines, ["", "y", "y", "never asked.json"])
+    chat, files = kept_talk(views, lines, ["", "y", "y"])
     assert [texts(path)[0] for path in files] == ["Two?"]
     assert 'deleted "One?"' in capsys.readouterr().err
     assert chat.session.question == "More?"
+
+
+def test_nobody_is_asked_to_save_what_they_delete(
+    views: Views, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept_talk(views, ["One?", "/delete"], ["y", "asked.json"])
+    assert not (tmp_path / "asked.json").exists()
 
 
 def test_a_long_list_says_how_older_ones_are_found(
