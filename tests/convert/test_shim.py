@@ -77,10 +77,10 @@ def theirs(model: Any, prompt: list[int] = PROMPT, count: int = 48, **options: A
     [
         {},
         {"packing": Packing(4, 32)},
-        {"packing": Packing(4, 32, "mxfp4")},
+        pytest.param({"packing": Packing(4, 32, "mxfp4")}, marks=pytest.mark.long),
         {"scale": SCALE},
-        {"window": 0},
-        {"source": {"tie_word_embeddings": True}},
+        pytest.param({"window": 0}, marks=pytest.mark.long),
+        pytest.param({"source": {"tie_word_embeddings": True}}, marks=pytest.mark.long),
     ],
     ids=["dense", "4-bit", "mxfp4", "scaled", "windowless", "tied"],
 )

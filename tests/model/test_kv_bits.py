@@ -257,7 +257,8 @@ def last_logits(model: Model, ids: mx.array, chunk: int, bits: int) -> mx.array:
     return model.logits(h[:, -1:])[0, 0]
 
 
-@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("bits", [4, 8])
 def test_drafting_writes_what_plain_decoding_writes(
     bits: int, demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,12 @@ def model() -> Model:
 @pytest.mark.parametrize(
     ("prompt", "window", "kv_bits"),
     [
-        *((p, w, None) for p in (90, CHUNK + 1, 2 * CHUNK + 30, 3 * CHUNK) for w in (None, 300)),
+        *((p, w, None) for p in (90, 2 * CHUNK + 30) for w in (None, 300)),
+        *(
+            pytest.param(p, w, None, marks=pytest.mark.long)
+            for p in (CHUNK + 1, 3 * CHUNK)
+            for w in (None, 300)
+        ),
         *((2 * CHUNK + 30, w, bits) for w in (None, 300) for bits in (8, 4)),
     ],
 )

@@ -551,7 +551,7 @@ $$
 def test_random_texts_grow_as_if_drawn_at_once(page: Page) -> None:
     chance = random.Random(7)
     texts = [
-        "\n".join(chance.choices(LINES.splitlines(), k=chance.randint(3, 25))) for _ in range(300)
+        "\n".join(chance.choices(LINES.splitlines(), k=chance.randint(3, 25))) for _ in range(100)
     ]
     differs = page.evaluate(
         """async (texts) => {

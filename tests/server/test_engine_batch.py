@@ -458,6 +458,7 @@ def test_no_more_memory_than_predicted(
     )
 
 
+@pytest.mark.long
 def test_places_to_go_back_to_are_predicted_and_give_way(loaded: Callable[[int], Loaded]) -> None:
     """Past the window they take memory of their own: as much as there is, which is then counted."""
     held: dict[int, int] = {}
@@ -477,7 +478,7 @@ def test_places_to_go_back_to_are_predicted_and_give_way(loaded: Callable[[int],
         assert held[room] - held[0] <= predicted[room] - predicted[0] <= 4 * room
 
 
-@pytest.mark.parametrize("window", [0, 1000])
+@pytest.mark.parametrize("window", [0, pytest.param(1000, marks=pytest.mark.long)])
 def test_a_batch_that_is_never_empty_does_not_grow(
     loaded: Callable[[int], Loaded], window: int
 ) -> None:

@@ -96,6 +96,7 @@ def test_never_by_default(path: Path) -> None:
         assert engine.stats().at_rest == 0
 
 
+@pytest.mark.long
 def test_requests_that_come_while_it_is_being_released(path: Path) -> None:
     """Many rests, each met by requests at about the same time: all are answered alike."""
     with engine_for(path, 0.001) as engine:
