@@ -52,19 +52,20 @@ class Load:
 
     def reader(self) -> None:
         """One formula after the other, at the rate asked for, each another one."""
-        with closing(HTTPConnection(self._address, timeout=60)) as connection:
-            for number in count():
-                while not (self.over.is_set() or self._reading.wait(0.05)):
-                    pass
-                if self.over.is_set():
-                    return
-                started = time.monotonic()
+        for number in count():
+            while not (self.over.is_set() or self._reading.wait(0.05)):
+                pass
+            if self.over.is_set():
+                return
+            started = time.monotonic()
+            # A connection each: the server closes one that has long been silent.
+            with closing(HTTPConnection(self._address, timeout=60)) as connection:
                 body = json.dumps({"jobs": [_job(number)]})
                 connection.request("POST", "/typeset", body, _JSON)
                 if b"null" in connection.getresponse().read():
                     raise CerebrumError("a formula was not set")
-                self.formulas += 1
-                time.sleep(max(0.0, 1 / self._rate - (time.monotonic() - started)))
+            self.formulas += 1
+            time.sleep(max(0.0, 1 / self._rate - (time.monotonic() - started)))
 
     def pace(self, reading: bool, seconds: float) -> float:
         """Tokens a second that all clients together get."""
