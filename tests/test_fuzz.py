@@ -19,7 +19,7 @@ def test_every_reader_reads_what_is_valid(tmp_path: Path) -> None:
 
 
 # Inputs of each reader: some seconds in the suite, a minute of one core in the long run.
-@pytest.mark.parametrize("inputs", [20, pytest.param(500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("inputs", [50, pytest.param(500, marks=pytest.mark.long)])
 def test_no_reader_is_at_fault(inputs: int) -> None:
     counts = dict.fromkeys(READERS, inputs)
     tallies = fuzz(counts, SEED)
