@@ -312,7 +312,7 @@ def interrupted(there: Company, at: int, patch: Patch) -> Iterator[None]:
         yield
 
 
-LINES = [1625, *(pytest.param(n, marks=pytest.mark.long) for n in range(0, 9680, 20))]
+LINES = [1625, *(pytest.param(n, marks=pytest.mark.long) for n in range(0, 9680, 60))]
 
 
 @pytest.mark.parametrize("at", LINES)
