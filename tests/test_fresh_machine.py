@@ -228,7 +228,7 @@ def machine(hub: Hub, tmp_path: Path) -> Machine:
 
 
 @pytest.mark.long
-@pytest.mark.skipif("CI" in os.environ, reason="CI is a fresh machine, and runs them itself")
+@pytest.mark.skipif("CI" in os.environ, reason="CI is a fresh machine, and runs the first itself")
 @pytest.mark.timeout(60 * MINUTES)
 def test_each_command_as_it_is_printed(machine: Machine) -> None:
     for command in COMMANDS:

@@ -466,7 +466,7 @@ def test_clear_can_be_undone(views: Views) -> None:
 def test_the_demo_computes_only_the_new_turn(demo: Path) -> None:
     """Its end-of-turn token and the text around it are found again in the next prompt."""
     session = Session(
-        *load_views(open_model(ModelSpec(demo, window=40))), DecodingOptions(max_tokens=12)
+        *load_views(open_model(ModelSpec(demo, window=40))), DecodingOptions(max_tokens=8)
     )
     held = ask(session, "Hi").tokens
     for question in ("What is the capital of France?", "And of Italy?"):
