@@ -229,7 +229,7 @@ def _kept(one: Mapping[str, Any], path: Path) -> Kept:
     while leaf in nodes:
         node = nodes.pop(leaf)  # so that a circle ends, too
         turns.append(Turn(node["role"], node["content"], _word(node, "model"), _reason(node)))
-        leaf = node["parent"]
+        leaf = node.get("parent")
     updated = one.get("updated")
     seconds = updated / 1000 if isinstance(updated, int | float) and 0 < updated < 1e14 else 0.0
     title = one_line(_word(one, "title"), TITLE) or path.stem

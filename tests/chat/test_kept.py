@@ -410,3 +410,12 @@ def test_a_chat_that_dies_goes_on_later(
         assert program.end() == 0
     (path,) = kept_files(tmp_path)
     assert texts(path)[1][:-20] == text
+
+
+def test_a_message_that_names_none_before_it_is_the_first(tmp_path: Path) -> None:
+    node = {"id": "a", "role": "user", "content": "Q?", "at": 5}
+    one = {"id": "x", "leaf": "a", "nodes": [node]}
+    whole = {"format": kept.FORMAT, "version": kept.VERSION, "conversations": [one]}
+    (tmp_path / "x.json").write_text(json.dumps(whole))
+    (found,) = kept.read(tmp_path / "x.json")
+    assert [turn.text for turn in found.turns] == ["Q?"]
