@@ -148,7 +148,7 @@ def nonsense(model: str) -> list[Question]:
         {"temperature": "hot"},
         {"temperature": float("nan")},
         {"temperature": -1},
-        {"max_tokens": -1},
+        {"max_tokens": -2},
         {"max_tokens": "many"},
         {"n": 0},
         {"stop": [1, 2]},

@@ -31,6 +31,7 @@ from server_room import (
     until_closed,
 )
 
+from bench import server_mix
 from mlx_cerebrum.decoding.logprobs import TokenLogprob
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError
@@ -536,3 +537,12 @@ def try_out(
 
     check()
     return statuses
+
+
+def test_what_the_load_sends_to_be_refused_is_refused(tokenizer: Tokenizer) -> None:
+    with serving(FakeEngine(tokenizer), tokenizer) as server:
+        model = server.client.get("/v1/models").json()["data"][0]["id"]
+        for asked in server_mix.nonsense(model):
+            kind = {"Content-Type": "application/json"}
+            answer = server.client.post(asked.path, content=asked.data, headers=kind)
+            assert 400 <= answer.status_code < 500, (asked.malformed, answer.text[:200])
