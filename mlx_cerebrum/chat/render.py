@@ -14,7 +14,7 @@ from markdown_it.rules_block import StateBlock, list_block
 from markdown_it.rules_inline import StateInline, emphasis, escape
 from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markdown import CodeBlock, Heading, Markdown, MarkdownElement
+from rich.markdown import BlockQuote, CodeBlock, Heading, ListItem, Markdown, MarkdownElement
 from rich.padding import Padding
 from rich.style import Style
 from rich.text import Text
@@ -78,6 +78,9 @@ def finished(text: str, parser: MarkdownIt) -> tuple[int, bool]:
     return 0, False
 
 
+_NARROW = 8  # cells: with less, marks beside a text leave it none
+
+
 class _Heading(Heading):
     """A heading at the left, like the text around it."""
 
@@ -101,7 +104,35 @@ class _CodeBlock(CodeBlock):
         code = str(self.text).rstrip()
         parts = worker.highlighted(self.lexer_name, code) or [("", code)]
         text = Text.assemble(*((piece, self.styles.get(kind, "")) for kind, piece in parts))
-        yield Padding(text, (0, 2))
+        yield Padding(text, (0, 2)) if options.max_width >= _NARROW else text
+
+
+class _Quote(BlockQuote):
+    """A quote, without its mark where that would leave no room for the text."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if options.max_width < _NARROW:
+            yield self.elements
+        else:
+            yield from super().__rich_console__(console, options)
+
+
+class _Item(ListItem):
+    """A list's item, without its mark where that would leave no room for the text."""
+
+    def render_bullet(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if options.max_width < _NARROW:
+            yield self.elements
+        else:
+            yield from super().render_bullet(console, options)
+
+    def render_number(
+        self, console: Console, options: ConsoleOptions, number: int, last_number: int
+    ) -> RenderResult:
+        if options.max_width < _NARROW + len(str(last_number)):
+            yield self.elements
+        else:
+            yield from super().render_number(console, options, number, last_number)
 
 
 class AnswerMarkdown(Markdown):
@@ -112,6 +143,8 @@ class AnswerMarkdown(Markdown):
         "heading_open": _Heading,
         "fence": _CodeBlock,
         "code_block": _CodeBlock,
+        "blockquote_open": _Quote,
+        "list_item_open": _Item,
     }
 
     def __init__(self, text: str, styles: Mapping[str, Style] = PLAIN) -> None:

@@ -5,7 +5,7 @@ import time
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console, ConsoleDimensions
 from terminal import Terminal
@@ -348,6 +348,8 @@ def test_columns_are_wrapped_anew_when_the_window_changes(rows: int) -> None:
 MARKS = "\n -*>`#|1.\t<[]()&;\\_~=+!:\u6f22"
 
 
+@example(("", ">z"), 1, [(8, 12)])
+@example(("", ">" * 9 + "zz"), 99, [])
 @given(
     st.tuples(*(st.text(st.sampled_from(own + MARKS), max_size=60) for own in ("jjj", "zzz"))),
     st.integers(1, 9),
