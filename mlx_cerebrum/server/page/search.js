@@ -120,7 +120,7 @@ export function setUpSearch({ everything, go }) {
     list.scrollTop = 0;
     if (!words.length) said.textContent = hits.length ? "" : "There are no conversations yet.";
     else if (!hits.length) said.textContent = "Nothing found.";
-    else said.textContent = more ? `The first ${hits.length} hits.` : plural(hits.length, "hit");
+    else said.textContent = plural(hits.length, "hit") + (more ? ", and there are more." : "");
   };
 
   const look = async () => {
@@ -144,13 +144,18 @@ export function setUpSearch({ everything, go }) {
           if (own !== turn || !held) return; // another letter came, or Escape
           until = performance.now() + SLICE;
         }
-        if (here === EACH) break;
         if (!places(node.content, words)) continue;
+        if (here === EACH) {
+          more = true;
+          break;
+        }
         found.push({ meta, node });
         here += 1;
       }
-      more = found.length > MOST;
-      if (more) break;
+      if (found.length > MOST) {
+        more = true;
+        break;
+      }
     }
     hits = found.slice(0, MOST);
     draw(words, more);
