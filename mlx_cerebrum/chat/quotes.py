@@ -21,7 +21,7 @@ def is_open(text: str) -> bool:
 
 def unquoted(text: str) -> tuple[str, str] | None:
     """`(command before the quotes, text between them)`; None where nothing is quoted."""
-    found, text = _BEGINS.match(text), text.rstrip()
-    if found is None or not text.endswith(QUOTES) or len(text) < found.end() + len(QUOTES):
+    found, inner = _BEGINS.match(text), text.rstrip().removesuffix(QUOTES)
+    if found is None or inner == text.rstrip() or not is_open(inner):
         return None
-    return found[1] or "", text[found.end() : -len(QUOTES)].strip("\n")
+    return found[1] or "", inner[found.end() :].strip("\n")

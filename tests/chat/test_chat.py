@@ -386,6 +386,7 @@ def test_ollamas_names(views: Views, capsys: pytest.CaptureFixture[str]) -> None
         ('"""one"""', "one"),
         ('"""\n/help\n"""', "/help"),
         ('"""Doc."""\nimport x', '"""Doc."""\nimport x'),
+        ('"""Doc."""\nx = """y"""', '"""Doc."""\nx = """y"""'),
         ('"""', '"""'),
         ('say """x"""', 'say """x"""'),
     ],
