@@ -104,6 +104,17 @@ export class Conversation {
     return this.meta.lanes.map((leaf) => (this.nodes.has(leaf) ? leaf : this.leaf));
   }
 
+  /** The messages shown, row by row: one, or a pair where the columns differ. */
+  get rows() {
+    const [a, b = a] = this.leaves.map((leaf) => this.path(leaf));
+    return Array.from({ length: Math.max(a.length, b.length) }, (_, index) => {
+      const pair = [a[index], b[index]];
+      const asked = pair.every((node) => node?.role === "user");
+      const same = pair[0] === pair[1] || (asked && pair[0].content === pair[1].content);
+      return same ? [pair[0]] : pair;
+    });
+  }
+
   /** Show `leaf`, in a column or in the only one. */
   show(leaf, lane = 0) {
     if (this.meta.comparing) this.meta.lanes = this.leaves.with(lane, leaf);

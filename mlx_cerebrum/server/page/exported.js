@@ -11,7 +11,9 @@ const LONGEST_NAME = 200;
 /** The file's text. */
 export function asMarkdown(conversation) {
   const { meta } = conversation;
-  const shown = rows(conversation);
+  const shown = conversation.rows.flatMap((row) => {
+    return row.map((node, lane) => ({ node, lane: row.length > 1 ? lane : null }));
+  }).filter(({ node }) => node);
   const mark = freeMark([meta.system, ...shown.map(({ node }) => node.content)]);
   const parts = [`<!-- ${mark}-conversation 1 -->\n# ${oneLine(meta.title) || "Conversation"}`];
   const add = (head, title, text) => {
@@ -31,20 +33,6 @@ export function asMarkdown(conversation) {
     }
   }
   return `${parts.join("\n\n")}\n`;
-}
-
-/** What is shown: each message once, with its column where the columns differ. */
-function rows(conversation) {
-  const paths = conversation.leaves.map((leaf) => conversation.path(leaf));
-  const [a, b = a] = paths;
-  const found = [];
-  for (let index = 0; index < Math.max(a.length, b.length); index += 1) {
-    const pair = [a[index], b[index]];
-    const both = pair.every((node) => node?.role === "user") && pair[0].content === pair[1].content;
-    if (pair[0] === pair[1] || both) found.push({ node: pair[0], lane: null });
-    else pair.forEach((node, lane) => node && found.push({ node, lane }));
-  }
-  return found;
 }
 
 function oneLine(text) {

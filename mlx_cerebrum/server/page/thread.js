@@ -24,7 +24,7 @@ const thread = byId("thread");
 const toEnd = byId("to-end");
 
 export class Thread {
-  /** `actions`: retry, edit, step, keep; `runOf(node)`: its Run while it grows. */
+  /** `actions`: what the messages' views call; `runOf(node)`: its Run while it grows. */
   constructor(actions, runOf) {
     this.actions = actions;
     this.runOf = runOf;
@@ -57,17 +57,13 @@ export class Thread {
       this.following = true;
     }
     this.models = models;
-    const paths = conversation.leaves.map((leaf) => conversation.path(leaf));
-    const [a, b = a] = paths;
     const wanted = [];
     const rows = new Set();
-    for (let index = 0; index < Math.max(a.length, b.length); index += 1) {
-      const pair = [a[index], b[index]];
-      const asked = pair.every((node) => node?.role === "user");
-      if (pair[0] === pair[1] || (asked && pair[0].content === pair[1].content)) {
-        wanted.push(this.view(pair[0], null).element);
+    for (const shown of conversation.rows) {
+      if (shown.length === 1) {
+        wanted.push(this.view(shown[0], null).element);
       } else {
-        const row = this.row(pair);
+        const row = this.row(shown);
         rows.add(row);
         wanted.push(row.element);
       }
@@ -79,7 +75,7 @@ export class Thread {
     }
     arrange(thread, wanted);
     for (const row of this.rows.values()) row.mark();
-    this.notes(paths);
+    this.notes();
     thread.classList.toggle("comparing", conversation.meta.comparing);
     byId("welcome").hidden = wanted.length > 0;
     this.follow();
@@ -130,7 +126,7 @@ export class Thread {
     for (const row of this.rows.values()) {
       if (row.nodes.some((node) => here.includes(node))) row.mark();
     }
-    if (here.length) this.notes(this.conversation.leaves.map((l) => this.conversation.path(l)));
+    if (here.length) this.notes();
     this.follow();
     this.took = performance.now() - began;
   }
@@ -162,9 +158,10 @@ export class Thread {
   }
 
   /** The line about the sliding window, where a path passes it; and the gauge. */
-  notes(paths) {
+  notes() {
     let most = { used: 0, exact: true };
-    paths.forEach((path, lane) => {
+    this.conversation.leaves.forEach((leaf, lane) => {
+      const path = this.conversation.path(leaf);
       const model = this.models[lane] ?? {};
       const window = model.sliding_window ?? Infinity;
       let used = { used: 0, exact: true };
