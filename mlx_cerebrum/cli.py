@@ -37,7 +37,7 @@ _ELSEWHERE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("--context", "--ctx-size", "--num-ctx", "-c"), ("--window",)),
     **dict.fromkeys(("--chat-template",), ("--template",)),
     **dict.fromkeys(("--repeat-penalty",), ("--repetition-penalty",)),
-    **dict.fromkeys(("-y", "--force", "--assume-yes"), ("--yes",)),
+    **dict.fromkeys(("-y", "-f", "--force", "--assume-yes"), ("--yes",)),
     **dict.fromkeys(("--ignore-eos-token",), ("--ignore-eos",)),
 }
 # Flags of other programs for what is done here anyway.

@@ -39,6 +39,7 @@ TYPED = [
     ("pull cerebrum-12.25b cerebrum-7b", "cerebrum-7b; name one model at a time"),
     ("pull cerebrum-12.25b --bits q4", "argument --bits: 'q4' is not a whole number"),
     ("pull cerebrum-12.25b --bits 6", "argument --bits: invalid choice: 6 (choose from 16, 8, 4)"),
+    ("pull -f cerebrum-12.25b", "unrecognized arguments: -f; did you mean --yes?"),
     ("pull demo --bits 4", "the demo is one GGUF file, kept as it is: drop the flags"),
     ("show nothing", "nothing is not on the shelf"),
     ("show a b", "unrecognized arguments: b; name one model at a time"),
