@@ -100,16 +100,13 @@ def _date(seconds: float) -> str:
 
 def resume(chat: Chat, argument: str) -> None:
     """Go on with a kept conversation: by its number, or one of those with these words."""
-    if chat.listed and argument.isdecimal():
-        at: int | None = _number(argument, len(chat.listed))
-    else:
-        chat.listed = _others(chat, "" if argument.isdecimal() else argument)
-        if not chat.listed:
-            raise RequestError(f"no conversation{argument and ' with these words'} is kept")
-        if argument.isdecimal():
-            at = _number(argument, len(chat.listed))
-        else:
-            at = _choose(chat, chat.listed)
+    numbered = argument.isdecimal()
+    words = "" if numbered else argument
+    if not (numbered and chat.listed):
+        chat.listed = _others(chat, words)
+    if not chat.listed:
+        raise RequestError(f"no conversation{words and ' with these words'} is kept")
+    at = _number(argument, len(chat.listed)) if numbered else _choose(chat, chat.listed)
     if at is None:
         chat.screen.notice("/resume NUMBER goes on with one, /delete NUMBER removes it")
     elif _left(chat):
