@@ -155,7 +155,8 @@ async function* linesOf(body) {
 }
 
 /**
- * One answer. `onComment(done, total)` while the prompt is read, `onText(piece)` for each piece.
+ * One answer. `onComment("loading" or "reading", done, total)` while a model that was at rest
+ * is loaded and while the prompt is read, `onText(piece)` for each piece.
  * Resolves to { finish, usage }; rejects with ApiError, or AbortError where `signal` stopped it.
  */
 export async function answer(body, { signal, onComment, onText }) {

@@ -20,7 +20,7 @@ function load() {
     Array.isArray(vote) &&
     vote.length === 3 &&
     vote.slice(0, 2).every((name) => typeof name === "string") &&
-    [-1, 0, 1].includes(vote[2]);
+    CHOICES.includes(vote[2]);
   return new Map(Object.entries(found ?? {}).filter(sound));
 }
 
