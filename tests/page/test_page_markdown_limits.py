@@ -86,6 +86,7 @@ LONG = {
     "footnotes": "a[^1]\n\n[^1]: b\n" * (SIZE // 16),
     "footnotes in footnotes": "".join("  " * n + "[^1]: a\n" for n in range(440)),
     "half footnotes": "[^" * (SIZE // 2),
+    "footnotes in references": "[^" * (SIZE // 6) + "][a]" * (SIZE // 6),
     "lines under lines": "Title\n---\n" * (SIZE // 10),
     "indented lines": "    a\n" * (SIZE // 6),
     "deeper lines": "".join(" " * n + "a\n" for n in range(600)),

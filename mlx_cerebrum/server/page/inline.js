@@ -329,7 +329,8 @@ function closeBracket(source, at, pieces, brackets, openers, { links, notes, ask
   const named = open && !link ? reference(source, open, at) : null;
   if (named) {
     asked.add(named.label);
-    const note = source[open.from] === "^" ? labelOf(source.slice(open.from + 1, at - 1)) : null;
+    const short = source[open.from] === "^" && at - open.from <= LONGEST_LABEL;
+    const note = short ? labelOf(source.slice(open.from + 1, at - 1)) : null;
     if (note !== null) asked.add(`^${note}`);
     if (note !== null && notes.has(note)) {
       dropAfter(openers, open.index);
