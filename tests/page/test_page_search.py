@@ -124,6 +124,25 @@ def test_a_search_is_text_and_nothing_more(page: Page) -> None:
     assert page.evaluate("window.ran") is None
 
 
+def test_all_places_of_a_word_in_a_long_text_are_found_in_one_pass(page: Page) -> None:
+    found = page.evaluate(
+        """async () => {
+            const { placesOf } = await import("/search.js");
+            const text = "Größe, große, GROSSE, ﬁn; ";
+            const began = performance.now();
+            const many = placesOf("grosse", text.repeat(20_000), 500);
+            const seconds = (performance.now() - began) / 1000;
+            return [placesOf("grosse", text, 9), placesOf("fin", text, 9), many.length,
+                    many.at(-1), seconds];
+        }"""
+    )
+    short, joined, count, last, seconds = found
+    assert short == [[0, 5], [7, 12], [14, 20]]
+    assert joined == [[22, 24]]
+    assert (count, last) == (500, [166 * 26 + 7, 166 * 26 + 12])
+    assert seconds < 5  # looked for anew from each place, it would be some twenty seconds
+
+
 def test_more_hits_than_are_shown_are_told(page: Page) -> None:
     take(page, file("a.json", said("One", *["needle"] * 5)))
     take(page, file("b.json", said("Two", *["needle and thread"] * 6)))

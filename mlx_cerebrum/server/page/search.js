@@ -17,29 +17,36 @@ export function folded(text) {
   return small.replaceAll("ß", "ss").normalize("NFKD").replace(MARKS, "");
 }
 
-/** Where in `text` the character stands that comes at `at` in `folded(text)`. */
-function unfolded(text, at) {
-  let place = 0;
-  let passed = 0;
+/** Where in `text` the characters stand that come at `places`, in order, in `folded(text)`. */
+function unfolded(text, places) {
+  const found = [];
+  let [place, passed] = [0, 0];
   for (const character of text) {
     passed += folded(character).length;
-    if (passed > at) break;
+    while (passed > places[found.length]) found.push(place);
+    if (found.length === places.length) break;
     place += character.length;
   }
-  return place;
+  return places.map((_, index) => found[index] ?? place);
+}
+
+/** [start, end] of the first `most` places of a word in a text; `small` is that text, folded. */
+export function placesOf(word, text, most, small = folded(text)) {
+  let found = [];
+  for (let at = small.indexOf(word); at >= 0 && found.length < 2 * most; ) {
+    found.push(at, at + word.length);
+    at = small.indexOf(word, at + word.length);
+  }
+  const same = small.length === text.length && small === text.toLowerCase();
+  if (found.length && !same) found = unfolded(text, found);
+  return found.flatMap((at, index) => (index % 2 ? [] : [[at, found[index + 1]]]));
 }
 
 /** [start, end] of each of `words` in a text, the first of each only; null where one is missing. */
 export function places(text, words) {
   const small = folded(text);
-  const found = [];
-  for (const word of words) {
-    const at = small.indexOf(word);
-    if (at < 0) return null;
-    found.push([at, at + word.length]);
-  }
-  if (small.length === text.length && small === text.toLowerCase()) return found;
-  return found.map(([start, end]) => [unfolded(text, start), unfolded(text, end)]);
+  if (!words.every((word) => small.includes(word))) return null;
+  return words.flatMap((word) => placesOf(word, text, 1, small));
 }
 
 export function wordsOf(query) {

@@ -5,7 +5,7 @@ import { unfold } from "./chips.js";
 import { arrange, byId, plural } from "./dom.js";
 import { Row, textOf } from "./compare.js";
 import { AnswerView, QuestionView } from "./messages.js";
-import { places } from "./search.js";
+import { placesOf } from "./search.js";
 
 const BY_HAND = 1000; // milliseconds after a key or a wheel in which scrolling is the reader's
 const SPOKEN = 2000; // characters of an answer that are read out when it is there
@@ -255,14 +255,11 @@ function rangesOf(body, words) {
   while (walker.nextNode() && found.length < HITS) {
     const node = walker.currentNode;
     for (const word of words) {
-      for (let from = 0; found.length < HITS; ) {
-        const [place] = places(node.data.slice(from), [word]) ?? [];
-        if (!place) break;
+      for (const [start, end] of placesOf(word, node.data, HITS - found.length)) {
         const range = new Range();
-        range.setStart(node, from + place[0]);
-        range.setEnd(node, from + place[1]);
+        range.setStart(node, start);
+        range.setEnd(node, end);
         found.push(range);
-        from += Math.max(place[1], place[0] + 1);
       }
     }
   }
