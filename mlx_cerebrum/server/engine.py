@@ -205,26 +205,25 @@ class BatchEngine:
             self._thread.join()
 
     def _checked(self, job: Job) -> Job:
-        """The job, with fewer tokens where there is no memory for all and fewer will do. Raises
-        RequestError for one that can never run."""
+        """The job, as short as `_most` has it. Raises RequestError for one that can never run."""
         check_job(job, self.laid, self._max_batch)
-        holding, budget = self._of(job.model), self._budget
-        if resting := holding.models is None and holding.source is not None:
-            # What there is then shows when it loads: others take memory, and give it back.
-            free = available_bytes() + holding.ready
-            budget = max(0, int(free * HEADROOM) - holding.source.storage.nbytes)
-        if job.fewer and self._bytes(job) > budget:
-            fits = bisect_right(
-                range(1, job.max_tokens),
-                budget,
-                key=lambda most: self._bytes(replace(job, max_tokens=most)),
-            )
-            job = replace(job, max_tokens=max(fits, 1))
-        if (needed := self._bytes(job)) > budget and not resting:
-            raise RequestError(too_large(job, needed, budget))
+        holding = self._of(job.model)
+        if holding.models is None and holding.source is not None:
+            return job  # what memory there is shows once it is loaded, and others made room
+        job = replace(job, max_tokens=self._most(job))
+        if (needed := self._bytes(job)) > self._budget:
+            raise RequestError(too_large(job, needed, self._budget))
         return job
 
-    def _bytes(self, job: Job) -> int:
+    def _most(self, job: Job) -> int:
+        """Tokens of its answer: fewer where there is no memory for all, and fewer will do."""
+        if not job.fewer or self._bytes(job) <= self._budget:
+            return job.max_tokens
+        lengths = range(1, job.max_tokens)
+        return max(1, bisect_right(lengths, self._budget, key=lambda n: self._bytes(job, n)))
+
+    def _bytes(self, job: Job, most: int | None = None) -> int:
+        job = job if most is None else replace(job, max_tokens=most)
         how = self._prefill_step_size, self._kv_bits, self._draft
         return jobs_bytes(self.laid, [job], *how)
 
@@ -515,6 +514,8 @@ class BatchEngine:
                 continue
             if batch.places(task.job.model) < task.job.n:
                 continue
+            if (most := self._most(task.job)) < task.job.max_tokens:
+                task.shorten(most)
             needed, budget = self._predicted(task), self._budget - self._loader.reserved
             if needed > budget:
                 if not self._running and self._loader.holding is None:  # nothing will be freed

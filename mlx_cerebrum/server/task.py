@@ -36,10 +36,9 @@ class Task:
         deliver: Callable[[Event], None],
         forget: Callable[["Task"], None],
     ) -> None:
-        self.job = job
+        self._tokenizer = tokenizer
+        self.job, self.texts = job, self._texts(job)
         self.end_ids = tokenizer.eos_token_ids
-        before = job.prompt if job.echo or job.continues else ()
-        self.texts = [AnswerText(tokenizer, job.max_tokens, job.stop, before) for _ in range(job.n)]
         self.scores: Sequence[TokenLogprob] = ()  # of the prompt, once it has been read
         self.reasons: list[str] = []  # of the choices that are over
         self.cached_tokens = 0
@@ -48,6 +47,15 @@ class Task:
         self.overflows = False  # the batch had no place for it when it came
         self._deliver = deliver
         self._forget = forget
+
+    def shorten(self, most: int) -> None:
+        """Let the answer have so many tokens at most. Before it is started."""
+        self.job = replace(self.job, max_tokens=most)
+        self.texts = self._texts(self.job)
+
+    def _texts(self, job: Job) -> list[AnswerText]:
+        before = job.prompt if job.echo or job.continues else ()
+        return [AnswerText(self._tokenizer, job.max_tokens, job.stop, before) for _ in range(job.n)]
 
     @property
     def finish_reason(self) -> str | None:

@@ -309,8 +309,9 @@ def test_idle_weights_make_room_for_those_that_are_asked_for(
         most = engine.stats().weights_bytes + 8_000_000
 
         def available() -> int:
-            held = sum(holding.nbytes for holding in engine.holdings)
-            return most - held if engine.stats().loaded < 2 else 0
+            stats = engine.stats()
+            held = stats.weights_bytes + stats.cache_bytes
+            return most - held if stats.loaded < 2 else 0
 
         first = answer(server, "one")
         monkeypatch.setattr("mlx_cerebrum.server.engine.available_bytes", available)
@@ -325,6 +326,13 @@ def test_idle_weights_make_room_for_those_that_are_asked_for(
         assert answer(server, "one") == first
         assert rows(server)["other:16bit"]["state"] == "at rest"
         assert answer(server, "other:16bit") == other
+        # An answer that may be shorter is not cut for memory that the other gives back.
+        one_bytes, other_bytes = (h.source.storage.nbytes for h in engine.holdings if h.source)
+        most = one_bytes + other_bytes - 1
+        monkeypatch.setattr(Source, "needed", most)
+        body = {"model": "one", "prompt": "Hello", "ignore_eos": True}
+        done = server.client.post("/v1/completions", json=body).raise_for_status().json()
+        assert done["usage"]["completion_tokens"] > 10
 
 
 def test_the_machine_is_kept_awake_while_there_is_work(
