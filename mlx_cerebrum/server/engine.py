@@ -526,6 +526,7 @@ class BatchEngine:
             with self._changed:
                 if not self._waiting.take(task):  # cancelled meanwhile
                     continue
+            holding.used = time.monotonic()  # the job may be over within this turn
             self._guarded(batch, partial(batch.start, task))
 
     def _guarded(self, batch: Batch, do: Callable[[], None]) -> None:

@@ -89,6 +89,15 @@ def test_work_keeps_it_from_resting(path: Path) -> None:
         assert held.failed is None
 
 
+def test_answers_of_one_step_are_work_too(path: Path) -> None:
+    with engine_for(path, 0.4) as engine:
+        ends = time.monotonic() + 1.0
+        while time.monotonic() < ends:
+            Client(engine, asked(length=1, most=1)).done()
+            time.sleep(0.02)
+        assert engine.stats().rests == 0
+
+
 def test_never_by_default(path: Path) -> None:
     with engine_for(path, None) as engine:
         Client(engine, asked()).done()
