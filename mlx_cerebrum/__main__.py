@@ -8,14 +8,12 @@ import argparse
 import importlib
 import os
 import sys
-from contextlib import suppress
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from mlx_cerebrum import __version__, cli
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.shelf.entries import entries, find
+from mlx_cerebrum.shelf.entries import entries
 from mlx_cerebrum.shelf.places import BITS, HUB_ID, SHORT, VARIABLE, short_name, split
 from mlx_cerebrum.text import say, tell
 
@@ -126,24 +124,18 @@ def _is_to_fetch(name: str, args: argparse.Namespace) -> bool:
     A hub id is only fetched to the shelf where nothing else is asked of it; without a terminal
     it comes from the hub's cache, as ever.
     """
-    with suppress(RuntimeError):  # ~nosuchuser
-        if Path(name).expanduser().exists() or find(name) is not None:
-            return False
-    if name == "demo":
-        from mlx_cerebrum.weights.hub import has_demo
+    from mlx_cerebrum.weights.hub import is_here
 
-        return not has_demo()
+    if is_here(name):
+        return False
     base, bits = split(name)
     if short_name(base) in SHORT and not HUB_ID.fullmatch(name):
         if bits not in (None, *BITS):
             raise RequestError(f"a model is kept in 4, 8 or 16 bits a weight, not {bits}")
         return True
     plain = args.revision is None and args.q_bits is None
-    if not (HUB_ID.fullmatch(name) and plain and (args.yes or _at_terminal())):
-        return False
-    from huggingface_hub import try_to_load_from_cache
-
-    return not isinstance(try_to_load_from_cache(name, "config.json"), str)
+    asked = plain and (args.yes or _at_terminal())
+    return name == "demo" or (asked and HUB_ID.fullmatch(name) is not None)
 
 
 def _last_used() -> str | None:

@@ -16,10 +16,10 @@ from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.server.__main__ import KEY_VARIABLE, settings_of
 from mlx_cerebrum.server.__main__ import parser as server_parser
 from mlx_cerebrum.server.listening import bind
-from mlx_cerebrum.shelf.entries import entries, find
+from mlx_cerebrum.shelf.entries import entries
 from mlx_cerebrum.shelf.places import HUB_ID, VARIABLE, folder
 from mlx_cerebrum.text import one_line
-from mlx_cerebrum.weights.hub import has_demo
+from mlx_cerebrum.weights.hub import is_here
 from mlx_cerebrum.weights.opening import open_model
 from mlx_cerebrum.weights.views import orders
 
@@ -91,23 +91,15 @@ def unit(words: Sequence[str], log: Path, environment: Mapping[str, str] = os.en
 
 
 def _named(args: argparse.Namespace) -> str:
-    """The model's name. Raises CheckpointError for one that is not here."""
+    """The model's name. Raises CheckpointError for one of the hub's that is not here."""
     name = asked_model(args)
     if name is None:
         found = entries()
         if not found:
             raise CheckpointError("which model? name one: mlx-cerebrum service install NAME")
         return found[0].called
-    here = Path(name).expanduser().exists() or find(name) is not None
-    if not here and name == "demo":
-        here = has_demo()
-    if not here and HUB_ID.fullmatch(name):
-        from huggingface_hub import try_to_load_from_cache
-
-        here = isinstance(try_to_load_from_cache(name, "config.json", revision=args.revision), str)
-    if not here:
-        shown = one_line(name, 100)
-        raise CheckpointError(f"{shown} is not here yet; fetch it first: mlx-cerebrum pull {shown}")
+    if HUB_ID.fullmatch(name) and not is_here(name, args.revision):
+        raise CheckpointError(f"{name} is not here yet; fetch it first: mlx-cerebrum pull {name}")
     return name
 
 

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlx_cerebrum import installed
@@ -52,6 +52,20 @@ def has_demo() -> bool:
         return demo_path().exists()
     except CheckpointError:
         return False
+
+
+def is_here(name: str, revision: str | None = None) -> bool:
+    """Whether `resolve` has nothing to fetch for this name."""
+    with suppress(RuntimeError):  # ~nosuchuser
+        if Path(name).expanduser().exists() or find(name) is not None:
+            return True
+    if name == "demo":
+        return has_demo()
+    if not HUB_ID.fullmatch(name):
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
 
 
 def resolve(

@@ -141,6 +141,8 @@ def test_removed_without_a_trace(
         (["small", "--plan", "cerebrum-12.25b"], "blocks"),
         (["cerebrum-12.25b"], "mlx-cerebrum pull cerebrum-12.25b"),
         (["owner/unheard-of"], "mlx-cerebrum pull owner/unheard-of"),
+        (["~nosuchuser/x"], "does not exist"),
+        (["./x"], "does not exist"),
         (["small", "--logit-bias", "99999=1"], "99999"),
     ],
 )
