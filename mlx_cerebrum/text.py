@@ -6,6 +6,7 @@ Whatever is printed goes through `say` or `tell`, or is made of `clean` text.
 import sys
 import traceback
 import unicodedata
+from pathlib import Path
 
 _KEPT = "\n\t"
 # Characters that turn the direction of what follows, or of themselves: they can make a line read
@@ -49,6 +50,12 @@ def one_line(text: str, most: int | None = None) -> str:
     whole = " ".join(line.strip() for line in text.splitlines()).strip()
     line = clean(whole).replace("\t", " ")
     return line if most is None or len(line) <= most else f"{line[: most - 3]}..."
+
+
+def tilde(path: Path) -> str:
+    """A path as people write it, without the name of who owns it."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
 def say(text: str = "", end: str = "\n") -> None:

@@ -6,7 +6,6 @@ import shutil
 import sys
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +18,7 @@ from mlx_cerebrum.machine.pressure import is_short
 from mlx_cerebrum.model.memory import GB, HEADROOM, available_bytes, human
 from mlx_cerebrum.shelf.entries import Entry, entries
 from mlx_cerebrum.shelf.places import folder
+from mlx_cerebrum.text import tilde
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 
 _CONVERSATION = 0.5 * GB  # that a model should leave for caches
@@ -211,14 +211,6 @@ def _pace(found: Report, pace: Pace) -> None:
         f"about {pace.bandwidth / GB:.0f} GB/s of weights are read",
         bandwidth_bytes_per_second=round(pace.bandwidth),
     )
-
-
-def tilde(path: Path) -> str:
-    """A path without the name of who owns it."""
-    home = Path.home()
-    if path.is_relative_to(home):
-        return str(Path("~") / path.relative_to(home))
-    return str(path)
 
 
 def _version(package: str) -> str | None:

@@ -14,7 +14,7 @@ from mlx_cerebrum.server.__main__ import parser as server_parser
 from mlx_cerebrum.service.launchd import Launchd
 from mlx_cerebrum.service.systemd import Systemd
 from mlx_cerebrum.service.unit import unit
-from mlx_cerebrum.text import one_line, say
+from mlx_cerebrum.text import one_line, say, tilde
 
 NOT_RUNNING = 3  # as systemctl has it
 _PATIENCE = 2.0  # seconds for it to answer
@@ -48,8 +48,8 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
     at = list(words).index("install")
     wanted = unit([*words[:at], *words[at + 1 :]], one.log)
     one.install(wanted)
-    say(f"installed: {_home(one.file)}; {one.note}")
-    say(f"its log: {_home(one.log)}")
+    say(f"installed: {tilde(one.file)}; {one.note}")
+    say(f"its log: {tilde(one.log)}")
     say("whether it answers: mlx-cerebrum service status")
     return 0
 
@@ -68,7 +68,7 @@ def _status(one: Launchd | Systemd, as_json: bool) -> int:
             "address": f"http://{f'[{host}]' if ':' in host else host}:{served.port}",
             "answers": answers(host, served.port),
             "model": served.name or served.model,
-            "log": _home(one.log),
+            "log": tilde(one.log),
         }
     works = bool(told.get("running") and told.get("answers"))
     if as_json:
@@ -98,12 +98,6 @@ def answers(host: str, port: int) -> bool:
         return False
     finally:
         connection.close()
-
-
-def _home(path: Path) -> str:
-    """A path as people write it, without who they are."""
-    home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
 def parser() -> cli.ArgumentParser:
