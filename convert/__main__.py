@@ -245,7 +245,7 @@ def parser() -> cli.ArgumentParser:
         "--allow-nonfinite", action="store_true", help="note NaN and infinities, don't refuse them"
     )
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    p.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    p.add_json()
     p.add_debug()
     return p
 

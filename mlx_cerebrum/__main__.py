@@ -45,10 +45,9 @@ _OTHERS = {
     **dict.fromkeys(("quantize", "merge", "create"), "convert"),
     **dict.fromkeys(("demo",), "chat demo"),
     **dict.fromkeys(("push", "upload"), "convert --upload-repo"),
-    **dict.fromkeys(("bench", "benchmark", "status"), "doctor"),
     **dict.fromkeys(("check", "test"), "verify"),
     **dict.fromkeys(("daemon", "autostart", "launchd", "systemd"), "service"),
-    **dict.fromkeys(("diagnose", "env", "bench", "benchmark"), "doctor"),
+    **dict.fromkeys(("diagnose", "env", "bench", "benchmark", "status"), "doctor"),
 }
 
 

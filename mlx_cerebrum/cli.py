@@ -80,6 +80,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def add_debug(self) -> None:
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
+    def add_json(self) -> None:
+        self.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse, but what a flag is called elsewhere is answered with what it is here."""
         given = sys.argv[1:] if args is None else list(args)

@@ -115,7 +115,7 @@ def parser() -> cli.ArgumentParser:
         metavar="N",
         help=f"guesses at once, at most (default: {MOST_DRAFTS})",
     )
-    p.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    p.add_json()
     p.add_argument("--quiet", action="store_true", help="print the answer only")
     p.add_debug()
     return p

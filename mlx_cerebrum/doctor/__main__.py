@@ -81,7 +81,7 @@ def parser() -> cli.ArgumentParser:
         metavar="S",
         help="time a model for about so long, 0 not at all (default: 10)",
     )
-    p.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    p.add_json()
     p.add_debug()
     return p
 

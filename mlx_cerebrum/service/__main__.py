@@ -117,7 +117,7 @@ def parser() -> cli.ArgumentParser:
     remove = actions.add_parser("remove", help="stop it and remove it; its log stays")
     remove.add_debug()
     status = actions.add_parser("status", help="say whether it runs and answers (exit code 3: no)")
-    status.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    status.add_json()
     status.add_debug()
     return p
 

@@ -150,7 +150,7 @@ def parser() -> cli.ArgumentParser:
         prog="mlx-cerebrum list",
         description="List the models that are here: on the shelf, and in the hub's cache.",
     )
-    p.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    p.add_json()
     p.add_debug()
     return p
 

@@ -61,7 +61,7 @@ def parser() -> cli.ArgumentParser:
         prog="mlx-cerebrum show", description="Show what a model of the shelf is and is made of."
     )
     p.add_argument("name", metavar="NAME[:BITS]", help="as `mlx-cerebrum list` has it")
-    p.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    p.add_json()
     p.add_debug()
     return p
 
