@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import mlx.core as mx
@@ -77,26 +78,24 @@ class Menu:
         Raises ApiError for one that is not on the shelf, or that can't be loaded now.
         """
         with self._lock:
-            listed = self._list().models
-            row = next((row for row in listed if row.id == name), None)
-            if row is None:
-                names = ", ".join(row.id for row in listed[:20]) or "nothing"
+            here = entries()
+            entry = next((entry for entry in here if entry.called == name), None)
+            if entry is None:
+                names = ", ".join(entry.called for entry in here[:20]) or "nothing"
                 message = f"{name[:200]!r} is not on the shelf, where there is {names}"
                 raise ApiError(404, message, code="model_not_found", param="id")
+            row = self._row(entry)
             if row.state != "on the shelf":
                 return row
             self._failed.pop(name, None)
-            entry = next((entry for entry in entries() if entry.called == name), None)
-            if entry is None:
-                raise ApiError(404, f"{name} is gone", code="model_not_found", param="id")
             known = self._look(entry)
-            if known.fault is not None:
-                raise ApiError(409, known.fault, code="cannot_load", param="id")
             problem = self._why_not(entry, known)
-            if problem is not None and name in self._engine.laid:
+            if problem is not None and (known.source is None or name in self._engine.laid):
                 raise ApiError(409, problem, code="cannot_load", param="id")
             if problem is not None:
-                fits = [row.id for row in listed if self._could_be_loaded(row)][:3]
+                rows = (self._row(each) for each in here)
+                could = (row for row in rows if row.state == "on the shelf" and not row.why_not)
+                fits = [row.id for row in islice(could, 3)]
                 hint = f"{' or '.join(fits)} would fit" if fits else "no other would fit"
                 if not self._engine.rests:
                     hint += "; with --unload-after 15m idle models make room"
@@ -212,9 +211,6 @@ class Menu:
         """Why it could not be loaded a moment ago; later it may be tried again."""
         problem, when = self._failed.get(name, ("", 0.0))
         return problem if problem and time.monotonic() - when < REMEMBERED else None
-
-    def _could_be_loaded(self, row: ShelfModel) -> bool:
-        return row.state == "on the shelf" and row.why_not is None
 
     def _look(self, entry: Entry) -> _Known:
         """What its headers say, read anew where its files have changed."""
