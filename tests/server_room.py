@@ -1,7 +1,11 @@
 """What the server's tests share: an engine that says what it is told to, and a running server."""
 
 import json
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +24,7 @@ from mlx_cerebrum.server.listening import Server, bind, url
 from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
+ROOT = Path(__file__).parents[1]
 WAIT = 30.0  # seconds; how long a test waits for what should happen at once
 CONTEXT = 512
 VOCABULARY = 259
@@ -249,3 +254,30 @@ def fake(server: Running) -> FakeEngine:
     engine = server.service.engine
     assert isinstance(engine, FakeEngine)
     return engine
+
+
+@contextmanager
+def started(model: Path, *flags: str, **environment: str) -> Iterator[tuple[str, Any]]:
+    """`(url, process)` of a server that is up."""
+    arguments = [sys.executable, "-m", "mlx_cerebrum.server", "--model", str(model), "--port", "0"]
+    arguments += ["--template", "cerebrum"]  # of a model without one, a line says what is assumed
+    process = subprocess.Popen(
+        [*arguments, *flags],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        ready = re.fullmatch(r"(http://127\.0\.0\.1:\d+)  source  \(.* [MG]B held\)\n", line)
+        assert ready, (line, process.communicate())
+        yield ready[1], process
+    finally:
+        process.kill()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()

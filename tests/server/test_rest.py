@@ -4,8 +4,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +15,8 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from conftest import MakeCheckpoint, byte_tokenizer
-from safetensors.numpy import save_file
-from server_room import WAIT
+from conftest import MakeCheckpoint, write_checkpoint
+from server_room import WAIT, started
 from test_engine import Client, job
 from tiny import tiny_config, tiny_shapes
 
@@ -30,7 +27,6 @@ from mlx_cerebrum.server.jobs import Job, Loading
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 from mlx_cerebrum.weights.views import load_views
 
-ROOT = Path(__file__).parents[2]
 GB = 1e9
 
 
@@ -230,29 +226,16 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=4096,
         torch_dtype="float16",
     )
-    folder = tmp_path_factory.mktemp("large") / "source"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    byte_tokenizer(folder)
     some = (0.01 * np.random.default_rng(1).standard_normal(100_003)).astype(np.float16)
-    weights = {name: np.resize(some, shape) for name, shape in tiny_shapes(config).items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
+    shapes = tiny_shapes(config)
+    weights: dict[str, Any] = {name: np.resize(some, shape) for name, shape in shapes.items()}
+    return write_checkpoint(tmp_path_factory.mktemp("large") / "source", config, weights)
 
 
 def test_a_process_at_rest_is_small(large: Path) -> None:
     size = (large / "model.safetensors").stat().st_size
     assert size > 0.4 * GB
-    words = [sys.executable, "-m", "mlx_cerebrum.server", "--model", str(large), "--port", "0"]
-    words += ["--template", "cerebrum", "--unload-after", "1s"]
-    process = subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    try:
-        line = process.stdout.readline()
-        url = line.split()[0]
+    with started(large, "--unload-after", "1s") as (url, process):
         held = psutil.Process(process.pid)
         body = {"prompt": "Hello there", "max_tokens": 2}
         with httpx.Client(base_url=url, timeout=120.0) as client:
@@ -294,8 +277,3 @@ def test_a_process_at_rest_is_small(large: Path) -> None:
         assert re.search(r"^source: loading \d\.\d+ GB$", log, re.MULTILINE)
         assert "Hello there" not in log
         assert str(large) not in log
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()

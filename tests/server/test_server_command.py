@@ -1,28 +1,22 @@
 """`python -m mlx_cerebrum.server`: refused in one line, or up, and down again in good order."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import pytest
 from conftest import MakeCheckpoint
-from server_room import WAIT
+from server_room import WAIT, started
 
 from mlx_cerebrum.__main__ import main as command
 from mlx_cerebrum.server import __main__ as server
 from mlx_cerebrum.server.listening import bind
-
-ROOT = Path(__file__).parents[2]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -99,33 +93,6 @@ def test_help_says_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> Non
     assert "other users of the machine can see it" in text
 
 
-@contextmanager
-def running(model: Path, *flags: str, **environment: str) -> Iterator[tuple[str, Any]]:
-    """`(url, process)` of a server that is up."""
-    arguments = [sys.executable, "-m", "mlx_cerebrum.server", "--model", str(model), "--port", "0"]
-    arguments += ["--template", "cerebrum"]  # of a model without one, a line says what is assumed
-    process = subprocess.Popen(
-        [*arguments, *flags],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        ready = re.fullmatch(r"(http://127\.0\.0\.1:\d+)  source  \(.* [MG]B held\)\n", line)
-        assert ready, (line, process.communicate())
-        yield ready[1], process
-    finally:
-        process.kill()
-        process.wait()
-        for stream in (process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
-
-
 @pytest.mark.parametrize(
     "signum",
     [
@@ -136,7 +103,7 @@ def running(model: Path, *flags: str, **environment: str) -> Iterator[tuple[str,
 def test_up_and_down(checkpoint: MakeCheckpoint, signum: signal.Signals) -> None:
     model = checkpoint(max_position_embeddings=100_000)
     kept = {"MLX_CEREBRUM_API_KEY": "the-key"}
-    with running(model, "--grace", "0.2", **kept) as (url, process):
+    with started(model, "--grace", "0.2", **kept) as (url, process):
         assert httpx.get(f"{url}/v1/models").status_code == 401
         assert httpx.get(f"{url}/health").json() == {"status": "ok"}
         headers = {"Authorization": "Bearer the-key"}
@@ -157,7 +124,7 @@ def test_up_and_down(checkpoint: MakeCheckpoint, signum: signal.Signals) -> None
 
 def test_a_second_signal_ends_at_once(checkpoint: MakeCheckpoint) -> None:
     model = checkpoint(max_position_embeddings=100_000)
-    with running(model, "--grace", "1000", "--quiet") as (url, process):
+    with started(model, "--grace", "1000", "--quiet") as (url, process):
         body = {"prompt": "Hi", "max_tokens": 90_000, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=WAIT) as answer:
             lines = answer.iter_lines()
@@ -180,7 +147,7 @@ def test_the_end_while_much_is_going_on(checkpoint: MakeCheckpoint) -> None:
     """Stopped and continued, then ended: an answer, a prompt being read, and two that wait."""
     model = checkpoint(max_position_embeddings=100_000)
     flags = ("--batch", "2", "--grace", "0.2", "--prefill-step-size", "8", "--quiet")
-    with running(model, *flags, HOME="/dev/null", TMPDIR="/dev/null") as (url, process):
+    with started(model, *flags, HOME="/dev/null", TMPDIR="/dev/null") as (url, process):
         ended: list[str] = []
 
         def ask(**body: Any) -> None:
