@@ -42,11 +42,7 @@ from mlx_cerebrum.server.menu import LoadRequest, Menu
 from mlx_cerebrum.server.metrics import Metrics
 from mlx_cerebrum.server.openapi import Operation, document
 from mlx_cerebrum.server.responses import ResponseObject, ResponsesRequest, ResponsesShape
-from mlx_cerebrum.server.schema import (
-    ChatRequest,
-    CompletionRequest,
-    Drawn,
-)
+from mlx_cerebrum.server.schema import ChatRequest, CompletionRequest, Drawn
 from mlx_cerebrum.server.security import OWNER, Guard, Rules
 from mlx_cerebrum.server.shapes import ChatShape, Head, Shape, TextShape
 from mlx_cerebrum.server.spelling import Spelling
@@ -57,12 +53,7 @@ from mlx_cerebrum.server.streaming import (
     StreamResponse,
     WholeResponse,
 )
-from mlx_cerebrum.server.tokens import (
-    Detokenized,
-    DetokenizeRequest,
-    Tokenized,
-    TokenizeRequest,
-)
+from mlx_cerebrum.server.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from mlx_cerebrum.server.typesetting import PATH as TYPESET
 from mlx_cerebrum.server.typesetting import Typesetter
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer

@@ -6,15 +6,8 @@ from typing import Any
 
 from mlx_cerebrum.decoding.grammar_text import Ask, Kind
 from mlx_cerebrum.server.faults import ApiError
-from mlx_cerebrum.server.schema import (
-    Drawn,
-)
-from mlx_cerebrum.server.talk import (
-    ANY_OBJECT,
-    ResponseFormat,
-    StructuredOutputs,
-    Tool,
-)
+from mlx_cerebrum.server.schema import Drawn
+from mlx_cerebrum.server.talk import ANY_OBJECT, ResponseFormat, StructuredOutputs, Tool
 
 
 def held_to(

@@ -11,33 +11,16 @@ from mlx_cerebrum.decoding.grammar_text import Ask
 from mlx_cerebrum.decoding.sampling import GREEDY, Sampling
 from mlx_cerebrum.errors import CerebrumError, PlanError, RequestError
 from mlx_cerebrum.server.answers import Layout
-from mlx_cerebrum.server.bodies import (
-    Asked,
-    parse_body,
-)
+from mlx_cerebrum.server.bodies import Asked, parse_body
 from mlx_cerebrum.server.faults import ApiError
 from mlx_cerebrum.server.held_to import call_note, held_to
 from mlx_cerebrum.server.ignored import listed
 from mlx_cerebrum.server.jobs import Job
 from mlx_cerebrum.server.responses import ResponsesRequest
-from mlx_cerebrum.server.schema import (
-    LLAMA_CPP_REPEATS,
-    ChatRequest,
-    CompletionRequest,
-    Drawn,
-)
+from mlx_cerebrum.server.schema import LLAMA_CPP_REPEATS, ChatRequest, CompletionRequest, Drawn
 from mlx_cerebrum.server.spelling import Spelling
-from mlx_cerebrum.server.talk import (
-    Talk,
-    Tool,
-    goes_on,
-)
-from mlx_cerebrum.server.tokens import (
-    Detokenized,
-    DetokenizeRequest,
-    Tokenized,
-    TokenizeRequest,
-)
+from mlx_cerebrum.server.talk import Talk, Tool, goes_on
+from mlx_cerebrum.server.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import views
 

@@ -13,16 +13,9 @@ from pydantic_core import PydanticCustomError
 from mlx_cerebrum.decoding.calls import CallText
 from mlx_cerebrum.decoding.logprobs import TokenLogprob
 from mlx_cerebrum.server.answers import ApiObject
-from mlx_cerebrum.server.bodies import (
-    Open,
-    neutral,
-    taken,
-    wrong,
-)
+from mlx_cerebrum.server.bodies import Open, neutral, taken, wrong
 from mlx_cerebrum.server.jobs import Piece
-from mlx_cerebrum.server.schema import (
-    Drawn,
-)
+from mlx_cerebrum.server.schema import Drawn
 from mlx_cerebrum.server.shapes import (
     Choice,
     Head,

@@ -11,20 +11,10 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import (
-    BeforeValidator,
-    FailFast,
-    Field,
-    model_validator,
-)
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from mlx_cerebrum.server.bodies import (
-    Open,
-    neutral,
-    taken,
-    wrong,
-)
+from mlx_cerebrum.server.bodies import Open, neutral, taken, wrong
 from mlx_cerebrum.server.talk import (
     MOST_TOOLS,
     TOOL_CHOICE,

@@ -12,16 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from mlx_cerebrum.server.faults import ApiError
-from mlx_cerebrum.server.jobs import (
-    NO_TOKEN,
-    Engine,
-    Event,
-    Failed,
-    Job,
-    Loading,
-    Piece,
-    Reading,
-)
+from mlx_cerebrum.server.jobs import NO_TOKEN, Engine, Event, Failed, Job, Loading, Piece, Reading
 from mlx_cerebrum.server.metrics import Metrics
 from mlx_cerebrum.server.shapes import Choice, Json, Shape
 

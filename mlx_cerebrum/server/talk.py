@@ -5,21 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import (
-    BeforeValidator,
-    FailFast,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, FailFast, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from mlx_cerebrum.server.bodies import (
-    PARAM,
-    Open,
-    neutral,
-    taken,
-)
+from mlx_cerebrum.server.bodies import PARAM, Open, neutral, taken
 
 MOST_TOOLS = 128
 # OpenAI's other parts: what a person attached. So the refusal is in words for people.

@@ -6,13 +6,8 @@ from pydantic import FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from mlx_cerebrum.server.answers import ApiObject
-from mlx_cerebrum.server.bodies import (
-    Open,
-    neutral,
-)
-from mlx_cerebrum.server.talk import (
-    Message,
-)
+from mlx_cerebrum.server.bodies import Open, neutral
+from mlx_cerebrum.server.talk import Message
 
 
 class TokenizeRequest(Open):

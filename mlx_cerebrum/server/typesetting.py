@@ -10,10 +10,7 @@ import time
 from pydantic import Field, field_validator
 from starlette.responses import Response
 
-from mlx_cerebrum.server.bodies import (
-    Open,
-    parse_body,
-)
+from mlx_cerebrum.server.bodies import Open, parse_body
 from mlx_cerebrum.typeset import worker
 
 PATH = "/typeset"
