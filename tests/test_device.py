@@ -1,6 +1,10 @@
 """What MLX computes on is asked in one place, and at the moment it matters."""
 
 import ast
+import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -108,3 +112,23 @@ def test_kernels_for_a_processor_that_openblas_does_not_know(
     monkeypatch.setattr(device, "openblas_kernels", lambda: chosen)
     monkeypatch.setattr(device, "_CPU", tmp_path / "cpuinfo")
     assert device.better_kernels() == better
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a Mac has Accelerate")
+def test_make_takes_the_same_kernels() -> None:
+    """Its rule is the one here, said again before there is a Python to ask."""
+    openblas = device.installed_openblas()
+    if openblas is None or shutil.which("make") is None:
+        pytest.skip("needs make and OpenBLAS")
+    bare = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "OPENBLAS_CORETYPE")}
+
+    def said(*command: str, **more: str) -> str:
+        done = subprocess.run(command, cwd=ROOT, env=bare | more, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    asking = "from mlx_cerebrum import device; print(device.better_kernels())"
+    better = said(sys.executable, "-c", asking, LD_PRELOAD=str(openblas)).strip()
+    made = said("make", "-n", "serve")
+    assert f"LD_PRELOAD={openblas} " in made
+    assert re.findall(r"OPENBLAS_CORETYPE=(\w+)", made) == ([] if better == "None" else [better])

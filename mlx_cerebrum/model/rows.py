@@ -237,11 +237,14 @@ class Rows:
                 mine.rewind_to(0)
         rest = [r for r in range(len(self)) if r != row]
         own, columns, offsets = [self.own[r] for r in rest], self.columns[rest], self.offsets[rest]
-        caches = [RowsCache(self) for _ in self.caches]
-        for old, new in zip(self.caches, caches if rest else (), strict=False):
-            new.keys, new.values = (
-                each(lambda a: a[mx.array(rest)], kv) for kv in (old.keys, old.values)
-            )
+
+        def kept(buffer: mx.array) -> mx.array:
+            return buffer[mx.array(rest)]
+
+        caches = [
+            RowsCache(self, each(kept, c.keys), each(kept, c.values)) if rest else RowsCache(self)
+            for c in self.caches
+        ]
         self.own, self.columns, self.offsets, self.caches = own, columns, offsets, caches
 
     @staticmethod

@@ -50,7 +50,6 @@ ALLOWED = {
     **{f"| {size} GB": "a Mac's memory" for size in (8, 16, 24)},
     "| 32 GB and more": "a Mac's memory",
     "at least 4 GB": "advice",
-    "about 0.57 x the 7B's pace": "arithmetic: 32/56",
     "0.53 or 0.28 of their bytes": "arithmetic: 8.5 and 4.5 bits for 16",
     "8 GB Mac": "a Mac's memory",
 }

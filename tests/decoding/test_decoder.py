@@ -288,9 +288,9 @@ def test_interrupted_while_two_run(length: int, monkeypatch: Patch) -> None:
 
 
 @contextmanager
-def interrupted(there: Company, at: int, patch: Patch) -> Iterator[None]:
-    """As by Ctrl-C, before the at-th line of the decoder or its shared caches within a step."""
-    step, lines, files = Decoder.step, itertools.count(), {decoder.__file__, rows.__file__}
+def interrupted(at: int, files: set[str], patch: Patch) -> Iterator[None]:
+    """As by Ctrl-C, before the at-th line of these files within the decoder's steps."""
+    step, lines = Decoder.step, itertools.count()
 
     def line(frame: FrameType, event: str, argument: object) -> Any:
         if frame.f_code.co_filename not in files:
@@ -312,11 +312,17 @@ def interrupted(there: Company, at: int, patch: Patch) -> Iterator[None]:
         yield
 
 
-LINES = [1625, *(pytest.param(n, marks=pytest.mark.long) for n in range(0, 9680, 60))]
+# Moving rows between caches has the most to lose: its lines are tried closer together.
+MOVING, ALL = {rows.__file__}, {decoder.__file__, rows.__file__}
+PLACES = [
+    *((at, MOVING) for at in range(126, 2800, 700)),
+    *(pytest.param(at, MOVING, marks=pytest.mark.long) for at in range(0, 2800, 40)),
+    *(pytest.param(at, ALL, marks=pytest.mark.long) for at in range(0, 9680, 240)),
+]
 
 
-@pytest.mark.parametrize("at", LINES)
-def test_interrupted_anywhere_while_four_run(at: int, monkeypatch: Patch) -> None:
+@pytest.mark.parametrize(("at", "files"), PLACES)
+def test_interrupted_anywhere_while_four_run(at: int, files: set[str], monkeypatch: Patch) -> None:
     """Three of them share caches, which are moved when they are full."""
     monkeypatch.setattr(decoder, "STEP", 4)
     there = Company(random.Random(at), VIEWS[12], 9, 4, 30)
@@ -325,7 +331,7 @@ def test_interrupted_anywhere_while_four_run(at: int, monkeypatch: Patch) -> Non
     runs = [there.decoder.run(job.generation) for job in jobs]
     handed: list[list[int]] = [[] for _ in jobs]
     try:
-        with interrupted(there, at, monkeypatch):
+        with interrupted(at, files, monkeypatch):
             for turn in itertools.cycle(range(len(jobs))):
                 handed[turn].append(next(runs[turn])[0])
     except (KeyboardInterrupt, StopIteration):
