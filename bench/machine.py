@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import psutil
 
 from mlx_cerebrum import __version__, device
@@ -92,7 +91,7 @@ def commit() -> str | None:
 
 def chip() -> str:
     """The name of what MLX computes on, as its maker has it, such as Apple M2 Pro."""
-    return str(mx.device_info().get("device_name", "")) if device.on_gpu() else processor()
+    return str(device.gpu_info().get("device_name", "")) if device.on_gpu() else processor()
 
 
 def processor() -> str:

@@ -10,6 +10,7 @@ if sys.version_info < (3, 11):  # noqa: UP036, the first thing that an older Pyt
     sys.exit("error: Python 3.11 or newer is needed, and this is " + sys.version.split()[0])
 
 import importlib
+import os
 import types
 from collections.abc import Callable, Mapping
 from importlib.abc import Loader
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from mlx_cerebrum.weights.opening import load
 
 __version__ = "0.1.0"
+
+# Left alone, MLX multiplies several rows of float32 in TF32, which has 10 bits of mantissa, on GPUs
+# that can (M5, NVIDIA's from Ampere on), and a single row in float32: a token would depend on its
+# company. It reads this at its first product. Products in 16 bits are the same either way.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 _HOMES = {
     "load": "mlx_cerebrum.weights.opening",

@@ -6,6 +6,7 @@ not its functions, and keep no answer. Whoever puts another `backend` here chang
 
 import ctypes
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,11 @@ def backend() -> Backend:
     if mx.default_device() != mx.gpu:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
+
+
+def gpu_info() -> Mapping[str, str | int]:
+    """What MLX knows of the GPU, whichever device is the default; empty where there is none."""
+    return mx.device_info(mx.gpu)
 
 
 def on_gpu() -> bool:

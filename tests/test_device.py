@@ -21,6 +21,7 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.cpu import Rotary
 from mlx_cerebrum.model.memory import keeps_scores
 
+TF32 = "MLX_ENABLE_TF32"
 ROOT = Path(__file__).parent.parent
 FILES = [
     p for folder in ("mlx_cerebrum", "convert", "bench") for p in (ROOT / folder).rglob("*.py")
@@ -33,7 +34,8 @@ def test_nobody_else_asks_mlx(path: Path) -> None:
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("mx", "mx.metal"):
-            assert node.attr not in ("default_device", "is_available", "is_gpu"), node.lineno
+            asked = ("default_device", "is_available", "is_gpu", "device_info")
+            assert node.attr not in asked, node.lineno
         if isinstance(node, ast.ImportFrom):  # a function's name would keep the one there was
             assert node.module != "mlx_cerebrum.device", node.lineno
 
@@ -62,6 +64,27 @@ def test_the_answer_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             assert device.backend() == expected
             assert device.on_gpu() == (expected != "cpu")
             assert device.on_linux_cpu() == (expected == "cpu" and sys.platform == "linux")
+
+
+def test_the_gpu_is_asked_about_whichever_device_is_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mx, "device_info", lambda of: {"of": str(of)})
+    assert device.gpu_info() == {"of": str(mx.gpu)}
+
+
+@pytest.mark.parametrize(("chosen", "used"), [(None, "0"), ("1", "1")])
+def test_float32_is_not_tf32_unless_someone_chose_so(chosen: str | None, used: str) -> None:
+    """As C sees the environment, after the package and before MLX."""
+    environment = {name: value for name, value in os.environ.items() if name != TF32}
+    environment |= {} if chosen is None else {TF32: chosen}
+    code = (
+        "import ctypes, sys; import mlx_cerebrum; assert 'mlx.core' not in sys.modules;"
+        "get = ctypes.CDLL(None).getenv; get.restype = ctypes.c_char_p;"
+        f"print(get(b'{TF32}').decode())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert run.stdout.decode().strip() == used, run.stderr.decode()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "metal"])

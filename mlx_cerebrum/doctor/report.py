@@ -87,7 +87,7 @@ def _machine(found: Report) -> None:
     backend = device.backend()
     cores, gpu = os.cpu_count(), None
     if device.on_gpu():
-        gpu = mx.device_info().get("architecture")
+        gpu = device.gpu_info().get("architecture")
     more = f", {gpu}" if gpu else ""
     found.add("chip", f"{chip()}, {cores} cores{more}", chip=chip(), cores=cores, gpu=gpu)
     words: str = backend
@@ -128,7 +128,7 @@ def _memory(found: Report) -> None:
         found.advice.append("close other programs: the system is short of memory")
     if device.backend() != "metal":
         return
-    info = mx.device_info()
+    info = device.gpu_info()
     most = int(info.get("max_recommended_working_set_size", 0))
     buffer = int(info.get("max_buffer_length", 0))
     found.add(
@@ -172,7 +172,7 @@ def _advise_wired(found: Report, needed: int) -> None:
     """Where a model would fit if Metal took more of the memory than it does by itself."""
     total = memory_bytes()
     wanted = min(_MOST_WIRED * total, (needed + _CONVERSATION) * 1.05)
-    has = int(mx.device_info().get("max_recommended_working_set_size", 0))
+    has = int(device.gpu_info().get("max_recommended_working_set_size", 0))
     if needed + _CONVERSATION <= _MOST_WIRED * total and wanted > has:
         megabytes = int(wanted / 2**20)
         found.advice.append(

@@ -7,8 +7,6 @@ import re
 import sys
 from pathlib import Path
 
-import mlx.core as mx
-
 from mlx_cerebrum import device
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -57,7 +55,7 @@ def processor() -> str:
 def chip() -> str:
     """The name of what MLX computes on."""
     if device.on_gpu():
-        return str(mx.device_info().get("device_name", "")) or processor()
+        return str(device.gpu_info().get("device_name", "")) or processor()
     return processor()
 
 

@@ -147,7 +147,7 @@ def limits(memory: int | None = None, cache: int = CACHE_LIMIT) -> Iterator[None
     before = _memory_limit
     with ExitStack() as undo:
         if device.backend() == "metal":
-            most = int(mx.device_info()["max_recommended_working_set_size"])
+            most = int(device.gpu_info()["max_recommended_working_set_size"])
             undo.callback(
                 mx.set_wired_limit, mx.set_wired_limit(min(most, memory or before or most))
             )

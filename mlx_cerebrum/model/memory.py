@@ -30,7 +30,7 @@ def available_bytes() -> int:
     """
     free, active = host_bytes(), mx.get_active_memory()
     if device.on_gpu():
-        info = mx.device_info()
+        info = device.gpu_info()
         if "free_memory" in info:  # CUDA; what MLX keeps for reuse is free too
             free = int(info["free_memory"]) + mx.get_cache_memory()
         else:

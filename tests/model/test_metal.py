@@ -26,12 +26,12 @@ def test_wired_limit_is_set_and_put_back() -> None:
     before = mx.set_wired_limit(megabyte)
     with limits():
         inside = mx.set_wired_limit(0)
-    assert inside == mx.device_info()["max_recommended_working_set_size"]
+    assert inside == device.gpu_info()["max_recommended_working_set_size"]
     assert mx.set_wired_limit(before) == megabyte
 
 
 def test_available_memory_is_the_working_set_less_what_is_held() -> None:
-    limit = int(mx.device_info()["max_recommended_working_set_size"])
+    limit = int(device.gpu_info()["max_recommended_working_set_size"])
     assert 0 < available_bytes() <= limit
 
 
