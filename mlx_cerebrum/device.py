@@ -5,6 +5,7 @@ not its functions, and keep no answer. Whoever puts another `backend` here chang
 """
 
 import ctypes
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,16 @@ def gpu_info() -> Mapping[str, str | int]:
 
 def on_gpu() -> bool:
     return backend() != "cpu"
+
+
+def emulates_bfloat16() -> bool:
+    """Whether MLX computes on a GPU of Apple's that has float16 of its own and no bfloat16: an M1
+    or M2, of generation 13 or 14. Others have measured that they read a prompt in 20 to 34% less
+    time in float16."""
+    if backend() != "metal":
+        return False
+    named = re.match(r"applegpu_g(\d+)", str(gpu_info().get("architecture", "")))
+    return named is not None and int(named[1]) < 15
 
 
 def on_linux_cpu() -> bool:

@@ -61,7 +61,8 @@ def add_model_flags(p: Flags, default: str) -> None:
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="of activations and dense weights (default: auto, which is the checkpoint's on a GPU)",
+        help="of activations and dense weights (default: auto, which is the checkpoint's on a GPU,"
+        " but on an M1 or M2 float16 for bfloat16)",
     )
     p.add_argument(
         "--window",

@@ -60,7 +60,7 @@ from mlx_cerebrum.tokenizer.messages import Message, check_length, ends_with_ans
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.opening import ModelSpec, Opened, open_model
 from mlx_cerebrum.weights.quantize import AFFINE_BITS
-from mlx_cerebrum.weights.storage import Storage
+from mlx_cerebrum.weights.storage import Storage, dtype_name
 
 __all__ = ["generate", "main", "stream_generate"]
 
@@ -248,7 +248,7 @@ def _answer(
             first = next(responses)
         with closing(responses):  # always: the cache then holds what was printed, no more
             answer = _stream(first, responses, echo=not args.json)
-        _report(args, opened, spec, answer, drafting)
+        _report(args, model, spec, answer, drafting)
     finally:  # what was computed is kept, also of a prompt that Ctrl-C cut short
         if kept is not None and prompt_cache.tokens:
             save_prompt_cache(prompt_cache, kept, same)
@@ -325,7 +325,7 @@ def _stream(first: Response, rest: Iterable[Response], echo: bool) -> dict[str, 
 
 def _report(
     args: argparse.Namespace,
-    opened: Opened,
+    model: Model,
     spec: ModelSpec,
     answer: dict[str, Any],
     drafting: Speculation | None,
@@ -334,9 +334,9 @@ def _report(
     facts = answer | {
         "model": spec.name,
         "plan": spec.plan,
-        "positions": opened.config.num_positions,
-        "window": opened.config.sliding_window,
-        "dtype": str(opened.storage.dtype).removeprefix("mlx.core."),
+        "positions": model.config.num_positions,
+        "window": model.config.sliding_window,
+        "dtype": dtype_name(model.dtype),
         "kv_bits": args.kv_bits,
         "draft": None if drafting is None else drafting.summary(),
     }

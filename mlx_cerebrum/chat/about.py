@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlx_cerebrum.chat.screen import Rows
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.weights.opening import Opened
-from mlx_cerebrum.weights.storage import Storage
+from mlx_cerebrum.weights.storage import Storage, dtype_name
 
 
 def about(opened: Opened, models: Mapping[str, Model]) -> Rows:
@@ -17,14 +19,14 @@ def about(opened: Opened, models: Mapping[str, Model]) -> Rows:
     return (
         ("model", Path(name).name if Path(name).exists() else name),
         ("orders", f"{', '.join(orders)} over {config.num_hidden_layers} blocks"),
-        ("weights", bits(opened.storage)),
+        ("weights", bits(opened.storage, next(iter(models.values())).dtype)),
         ("window", window),
     )
 
 
-def bits(storage: Storage) -> str:
-    """How the weights are held: `4 bits`, `4 and 8 bits`, `bfloat16`; the packed ones' bits."""
+def bits(storage: Storage, dtype: mx.Dtype) -> str:
+    """How the weights are held, and what is computed in: `bfloat16`, `4 and 8 bits in float16`."""
     packed = sorted({packing.bits for packing in storage.packings.values() if packing is not None})
     if not packed or storage.dequantize:
-        return str(storage.dtype).removeprefix("mlx.core.")
-    return f"{' and '.join(map(str, packed))} bits"
+        return dtype_name(dtype)
+    return f"{' and '.join(map(str, packed))} bits in {dtype_name(dtype)}"

@@ -45,6 +45,7 @@ from mlx_cerebrum.shelf.entries import Entry
 from mlx_cerebrum.text import say
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
+from mlx_cerebrum.weights.storage import dtype_name
 from mlx_cerebrum.weights.views import described, load_views
 
 KEY_VARIABLE = "MLX_CEREBRUM_API_KEY"
@@ -73,7 +74,9 @@ def _run(args: argparse.Namespace) -> int:
         try:
             service = _service(engine, settings)
             address = url(listening)
-            line = f"{address}  {', '.join(engine.names)}  ({human(mx.get_active_memory())} held)"
+            dtype = dtype_name(next(iter(engine.laid.values())).dtype)
+            held = f"{human(mx.get_active_memory())} held, {dtype}"
+            line = f"{address}  {', '.join(engine.names)}  ({held})"
 
             def ready() -> None:
                 say(line)

@@ -1,6 +1,8 @@
 """From a checkpoint to a model that runs: cast, packed and fused, a block at a time."""
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -10,11 +12,20 @@ from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model, TransformerBlock
 from mlx_cerebrum.model.tensors import FUSED, PARTS, matrix_shapes
+from mlx_cerebrum.text import tell
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.quantize import matrix_bytes
-from mlx_cerebrum.weights.storage import DTYPES, Storage, reading_order
+from mlx_cerebrum.weights.storage import DTYPES, Storage, dtype_name, reading_order
 
 Progress = Callable[[int, int], None]  # bytes ready, bytes in all
+
+
+class TooLargeError(CheckpointError):
+    """A stored value is too large for float16; `what` says of which tensor, without a path."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"{path}: {what}; try --dtype bfloat16 or float32")
+        self.what = what
 
 
 def load_model(
@@ -39,7 +50,21 @@ def load_in_pieces(
     checkpoint: Checkpoint, config: ModelConfig, storage: Storage
 ) -> Generator[int, None, Model]:
     """As `load_model`, for who has other work between two matrices: yields the bytes that are
-    ready, returns the model."""
+    ready, returns the model. Where `storage.otherwise` is needed, it begins again."""
+    try:
+        return (yield from _pieces(checkpoint, config, storage))
+    except TooLargeError as error:
+        if storage.otherwise is None:
+            raise
+        kept = replace(storage, dtype=storage.otherwise, otherwise=None)
+        tell(f"note: {error.what}; loading in {dtype_name(kept.dtype)} instead")
+    mx.clear_cache()  # nothing holds the first attempt's matrices any more
+    return (yield from _pieces(checkpoint, config, kept))
+
+
+def _pieces(
+    checkpoint: Checkpoint, config: ModelConfig, storage: Storage
+) -> Generator[int, None, Model]:
     held = {} if storage.dequantize else storage.packings
     model = Model(config)
     # Nothing is computed here: the modules only take their final form, to be filled below.
@@ -89,14 +114,19 @@ def _held(checkpoint: Checkpoint, source: str, storage: Storage) -> dict[str, mx
     floats = DTYPES.values()
     held = {n: a.astype(storage.dtype) if a.dtype in floats else a for n, a in arrays.items()}
     mx.eval(held)
-    if storage.dtype == mx.float16 and "scales" in held and arrays["scales"].dtype == mx.float32:
-        for part in ("scales", "biases"):
-            if not mx.all(mx.isfinite(held[part])):
-                raise CheckpointError(
-                    f"{checkpoint.path}: {source} has {part} too large for float16;"
-                    " try --dtype bfloat16 or float32"
-                )
+    if storage.dtype == mx.float16:
+        for part, stored in arrays.items():
+            if stored.dtype in (mx.float32, mx.bfloat16) and _overflowed(stored, held[part]):
+                what = "values" if part == "weight" else part
+                raise TooLargeError(checkpoint.path, f"{source} has {what} too large for float16")
     return held
+
+
+def _overflowed(stored: mx.array, held: mx.array) -> bool:
+    """Whether a number became infinite. What was stored as none stays so, in any dtype."""
+    if mx.isfinite(mx.stack([held.min(), held.max()])).all():  # makes no array of their size
+        return False
+    return bool(mx.any(mx.isfinite(stored) & ~mx.isfinite(held)))
 
 
 def fuse_projections(block: TransformerBlock) -> None:

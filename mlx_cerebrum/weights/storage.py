@@ -1,7 +1,7 @@
 """How weights will be held in memory, and in which order they are read: decided before reading."""
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import mlx.core as mx
@@ -29,6 +29,11 @@ _PIECE = 32 * PIECE  # bytes at most: a piece in float32, and up to 7 more while
 SMALLER = "try --q-bits 4, or a smaller model"
 
 
+def dtype_name(dtype: mx.Dtype) -> str:
+    """As `--dtype` has it: bfloat16."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
 @dataclass(frozen=True)
 class Storage:
     """How a checkpoint's weights will be held in memory, decided before any is read."""
@@ -38,10 +43,12 @@ class Storage:
     dequantize: bool  # packed weights become dense
     nbytes: int  # of all matrices, once loaded
     transient: int  # what loading takes besides, at most: matrices on their way
+    otherwise: mx.Dtype | None = None  # instead of `dtype`, where a value is too large for that
 
 
 def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str) -> Storage:
-    """The dtype policy. `auto` is the checkpoint's own dtype on a GPU.
+    """The dtype policy. `auto` is the checkpoint's own dtype on a GPU; one that emulates bfloat16
+    takes float16 for it, unless a value would overflow.
 
     The CPU backend has no fast 16-bit path and its quantized matmuls are slower than dense
     ones: float32 throughout where that fits in memory, else packed weights with float32
@@ -82,6 +89,8 @@ def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str
         if dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype!r} is not auto, {', '.join(DTYPES)}")
         return storage(DTYPES[dtype])
+    if stored == mx.bfloat16 and device.emulates_bfloat16():
+        return replace(storage(mx.float16), otherwise=stored)
     if device.on_gpu():
         return storage(stored)
     dense = storage(mx.float32, dequantize=True)

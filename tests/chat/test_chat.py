@@ -311,15 +311,15 @@ def test_compare_of_the_last_question_replaces_its_answer(views: Views) -> None:
 @pytest.mark.parametrize(
     ("packed", "dequantized", "says"),
     [
-        ([4, None], False, "4 bits"),
-        ([8, 4, 4], False, "4 and 8 bits"),
+        ([4, None], False, "4 bits in bfloat16"),
+        ([8, 4, 4], False, "4 and 8 bits in bfloat16"),
         ([None], False, "bfloat16"),
         ([4], True, "bfloat16"),
     ],
 )
 def test_the_bits_of_the_header(packed: list[int | None], dequantized: bool, says: str) -> None:
     held = {str(n): None if b is None else Packing(b, 64) for n, b in enumerate(packed)}
-    assert bits(Storage(mx.bfloat16, held, dequantized, 0, 0)) == says
+    assert bits(Storage(mx.float16, held, dequantized, 0, 0), mx.bfloat16) == says
 
 
 # Settings.
