@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_cerebrum import device
 from mlx_cerebrum.model.cache import REWIND, Cache, Mask, causal_mask
 from mlx_cerebrum.model.cpu import attend_in_slices, in_slices
-from mlx_cerebrum.model.entries import Entries, Packed, packing, unpack
+from mlx_cerebrum.model.entries import Entries, Packed, each, packing, unpack
 
 # Up to so many queries multiply packed entries as they are; more have them unpacked first. Metal
 # then reads the packed bytes only, for a round of drafts as for a plain step. CUDA's kernel takes
@@ -16,6 +16,11 @@ from mlx_cerebrum.model.entries import Entries, Packed, packing, unpack
 # anew. Against unpacking first it takes 0.3 to 0.8 of the time for one query (256 to 4096 entries,
 # heads 64 or 128 wide), 0.4 to 1.8 for two, 1.0 to 3.0 for four, 1.7 to 4.8 for 16.
 _PACKED_ROWS = {"metal": REWIND, "cuda": 0, "cpu": 1}
+
+
+# Metal multiplies up to so many rows by packed values with a kernel that splits a long cache among
+# many threads. More take one whose tiles have 32 rows (MLX's QuantizedMatmul::eval_gpu).
+_VECTOR_ROWS = 3
 
 
 def packed_rows() -> int:
@@ -43,16 +48,19 @@ def _attend_packed(
 ) -> mx.array:
     B, H, L, D = queries.shape
     _, kv_heads, T, _ = keys.weight.shape
+    sharing = H // kv_heads * L  # rows of queries that share a kv head
     # The CPU's product adds up in what it is given: 16 bits would lose more than packing does.
     rows = (queries if device.on_gpu() else queries.astype(mx.float32)) * scale
-    # Queries that share a kv head are rows of one product, which reads its entries once.
-    rows = rows.reshape(B, kv_heads, H // kv_heads * L, D)
+    # They are rows of one product, which reads its entries once.
+    rows = rows.reshape(B, kv_heads, sharing, D)
     scores = mx.quantized_matmul(rows, *keys, transpose=True, **packing(keys, D))
     if mask is not None:
         visible = causal_mask(L, T - L, None) if isinstance(mask, str) else mask
-        scores = scores.reshape(B, H, L, T)
-        scores = mx.where(visible, scores, -mx.inf).reshape(B, kv_heads, H // kv_heads * L, T)
+        scores = mx.where(visible, scores.reshape(B, H, L, T), -mx.inf)
     weights = mx.softmax(scores, axis=-1, precise=True)  # computed in float32
+    # Here too, but for a few queries: each head's are then rows of its own product.
+    weights = weights.reshape(B, kv_heads, -1, L if L <= _VECTOR_ROWS else sharing, T)
+    values = each(lambda array: mx.expand_dims(array, 2), values)
     out = mx.quantized_matmul(weights, *values, transpose=False, **packing(values, D))
     return out.reshape(B, H, L, D).astype(queries.dtype)
 

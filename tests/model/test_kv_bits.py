@@ -113,6 +113,32 @@ def test_multiplied_as_they_are_nothing_is_unpacked(monkeypatch: pytest.MonkeyPa
         attend(mx.zeros((1, 4, REWIND + 1, 64)), keys, values, 0.125, None)
 
 
+@pytest.mark.parametrize(("length", "rows"), [(1, 1), (3, 3), (4, 16)])
+def test_few_queries_multiply_values_a_head_at_a_time(
+    length: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metal's vector kernel takes three rows; four heads of one kv head would be too many."""
+    multiply: Any = mx.quantized_matmul
+    shapes: list[tuple[int, ...]] = []
+    products: list[mx.array] = []
+
+    def noted(x: mx.array, *packed: mx.array, **named: Any) -> mx.array:
+        shapes.append(x.shape)
+        products.append(multiply(x, *packed, **named))
+        return products[-1]
+
+    monkeypatch.setattr(attention, "packed_rows", lambda: REWIND)
+    monkeypatch.setattr(mx, "quantized_matmul", noted)
+    keys, values = (pack(mx.random.normal((1, 2, 30, 64)), 4) for _ in range(2))
+    mx.eval(attend(mx.random.normal((1, 8, length, 64)), keys, values, 0.125, "causal"))
+    assert shapes == [(1, 2, 4 * length, 64), (1, 2, 4 * length // rows, rows, 30)]
+    weights = mx.softmax(products[0].reshape(1, 2, 4, length, 30), axis=-1, precise=True)
+    if length == 1:  # nothing is hidden: the same bits as all at once
+        named = {"transpose": False, "group_size": 64, "bits": 4}
+        together = multiply(weights.reshape(1, 2, 4, 30), *values, **named)
+        assert mx.array_equal(together, products[1].reshape(together.shape))
+
+
 def test_drafts_take_metals_path_of_plain_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A round has at most as many rows as a cache can take back tokens, and one."""
     monkeypatch.setattr(device, "backend", lambda: "metal")
