@@ -127,12 +127,22 @@ class Rotary(nn.Module):
         super().__init__()
         self.width, self.base = width, base
 
-    def __call__(self, x: mx.array, offset: Any) -> mx.array:
-        """`offset` is the first token's position, of each sequence where it is an array `[B]`."""
+    def __call__(self, x: mx.array, offset: Any, rest: int = 0) -> mx.array:
+        """All heads but the last `rest`, `[B, H - rest, L, width]`.
+
+        `offset` is the first token's position, of each sequence where it is an array `[B]`.
+        """
+        turned = x.shape[1] - rest
         if device.on_gpu():
+            # Metal's kernel copies what it is given first, where one sequence's heads don't follow
+            # the other's at once (RoPE::eval_gpu). Of several, the rest are turned for nothing: 8
+            # of 48 heads in place of a kernel. q, k and v of a company are then 3 kernels with
+            # attention's copy of the queries, 4 without this, 5 as three matrices.
+            of_one = x[:, :turned] if len(x) == 1 else x
             return mx.fast.rope(
-                x, self.width, traditional=False, base=self.base, scale=1.0, offset=offset
-            )
+                of_one, self.width, traditional=False, base=self.base, scale=1.0, offset=offset
+            )[:, :turned]
+        x = x[:, :turned]
         made_for = (self.width, self.base, offset, x.shape[2])
         if isinstance(offset, int):
             cos, sin = _tables_of_one(get_ident(), *made_for)

@@ -61,14 +61,14 @@ class Attention(nn.Module):
         offset = 0 if cache is None else cache.offset  # tokens before these: RoPE's position
         if "qkv_proj" in self:  # fused by the loader: one matmul for three, one rotation for two
             heads = self.qkv_proj(x).reshape(B, L, self.heads + 2 * self.kv_heads, -1)
-            rotated, values = mx.split(heads.swapaxes(1, 2), [self.heads + self.kv_heads], axis=1)
-            queries, keys = mx.split(self.rope(rotated, offset=offset), [self.heads], axis=1)
+            heads = heads.swapaxes(1, 2)  # [B, all heads, L, head_dim]; the values' are not rotated
+            queries, keys = mx.split(self.rope(heads, offset, self.kv_heads), [self.heads], axis=1)
+            values = heads[:, -self.kv_heads :]
         else:
             queries = self.q_proj(x).reshape(B, L, self.heads, -1).swapaxes(1, 2)
             keys = self.k_proj(x).reshape(B, L, self.kv_heads, -1).swapaxes(1, 2)
             values = self.v_proj(x).reshape(B, L, self.kv_heads, -1).swapaxes(1, 2)
-            queries = self.rope(queries, offset=offset)  # [B, H, L, head_dim]
-            keys = self.rope(keys, offset=offset)
+            queries, keys = self.rope(queries, offset), self.rope(keys, offset)
         if isinstance(cache, Spans):  # several caches, each for some of the tokens
             out = cache.attend(queries, keys, values, self.scale)
         else:
