@@ -10,7 +10,7 @@ from mlx_cerebrum import cli, installed
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.text import one_line, say, tell
 
-UNFIT = 1  # nothing can run here as it is
+UNFIT = 1  # nothing can run here as it is, or a check of the selftest has failed
 _MOST_SECONDS = 600.0
 
 
@@ -20,6 +20,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    for flag in ("quick", "model", "out"):
+        if getattr(args, flag) and not args.selftest:
+            raise RequestError(f"--{flag} is for --selftest")
     if not 0 <= args.seconds <= _MOST_SECONDS:
         raise RequestError(f"seconds must be from 0 to {_MOST_SECONDS:g}, not {args.seconds:g}")
     try:
@@ -31,6 +34,8 @@ def _run(args: argparse.Namespace) -> int:
             + (f"{remedy}, or [cuda]" if sys.platform == "linux" else "install mlx anew")
         ]
         return _show(args, [], {}, stops, [])
+    if args.selftest:
+        return _selftest(args)
     from mlx_cerebrum.doctor import pace
     from mlx_cerebrum.doctor.report import report
 
@@ -44,6 +49,18 @@ def _run(args: argparse.Namespace) -> int:
             args, [], {}, [f"MLX fails here ({said}): install it, or its driver, anew"], []
         )
     return _show(args, found.facts, found.data, found.stops, found.advice)
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    from mlx_cerebrum.doctor import page, selftest
+
+    directory = selftest.default_folder(Path()) if args.out is None else args.out.expanduser()
+    document = selftest.selftest(args.model or "demo", args.quick, directory)
+    if args.json:
+        say(json.dumps(document, ensure_ascii=False))
+    else:
+        say(f"{page.verdict(document)}: {directory / page.PAGE}")
+    return 0 if page.passed(document) else UNFIT
 
 
 def _show(
@@ -72,7 +89,7 @@ def parser() -> cli.ArgumentParser:
         prog="mlx-cerebrum doctor",
         description="Say what this machine is, what it can run and how fast, and what to change."
         " The text names nobody and no folder of yours: put it into a bug report as it is."
-        " Exit code 1: nothing can run here.",
+        " Exit code 1: nothing can run here, or a check of the selftest failed.",
     )
     p.add_argument(
         "--seconds",
@@ -80,6 +97,27 @@ def parser() -> cli.ArgumentParser:
         default=10.0,
         metavar="S",
         help="time a model for about so long, 0 not at all (default: 10)",
+    )
+    test = p.add_argument_group("selftest")
+    test.add_argument(
+        "--selftest",
+        action="store_true",
+        help="prove that all of it is right and fast here, and write a page fit to be sent: some"
+        " minutes",
+    )
+    test.add_argument("--quick", action="store_true", help="less of every check: under 2 minutes")
+    test.add_argument(
+        "--model",
+        metavar="NAME",
+        help="for the checks of memory, server and pace; what is right is shown with the demo"
+        " model (default: demo)",
+    )
+    test.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where page and JSON go (default: bench/results/MACHINE-selftest in a checkout, else"
+        " MACHINE-selftest here)",
     )
     p.add_json()
     p.add_debug()

@@ -64,8 +64,8 @@ def measure(seconds: float, clock: Callable[[], float] = time.perf_counter) -> P
         read = _read(model, clock() + _READING * left, clock)
         ends = began + seconds - _SHARE * left
         decoded = _written(model, _tokens(8), _MOST, ends, clock)
-        bandwidth = max(_bandwidth(_SHARE * left, clock), decoded * bytes_read(model))
-    return Pace(words, is_demo, bytes_read(model), read, decoded, bandwidth)
+        able = max(bandwidth(_SHARE * left, clock), decoded * bytes_read(model))
+    return Pace(words, is_demo, bytes_read(model), read, decoded, able)
 
 
 def _model() -> tuple[Model, str, bool]:
@@ -122,7 +122,7 @@ def _tokens(count: int) -> list[int]:
     return [7 + (31 * i) % 200 for i in range(count)]
 
 
-def _bandwidth(seconds: float, clock: Callable[[], float]) -> float:
+def bandwidth(seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
     """Bytes a second that a product of a large matrix and one vector reads."""
     nbytes = _LARGE if fits(2 * _LARGE) else _SMALL
     dtype = mx.float16 if device.on_gpu() else mx.float32

@@ -57,6 +57,15 @@ def report(pace: Pace | None) -> Report:
     return found
 
 
+def machine() -> Report:
+    """Of it only what a figure measured here depends on."""
+    found = Report()
+    _software(found)
+    _machine(found)
+    _memory(found)
+    return found
+
+
 def _software(found: Report) -> None:
     translated = sysctl_number("sysctl.proc_translated") == 1
     machine = platform.machine()

@@ -1,0 +1,67 @@
+"""A long text, told token by token on this backend, is what the CPU computes in one piece.
+
+The text is written as `generate` writes: with caches that the window moves through. Then the CPU
+reads all of it at once, without a cache, and says after each token which should have come. By
+induction it would have written the same text.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_cerebrum.decoding.decoder import generate_step
+from mlx_cerebrum.doctor.check import Found, Settings
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.weights.opening import ModelSpec, open_model
+
+WINDOW = 256  # tokens
+TIE = 1e-3  # between two logits that rounding may swap: they agree to about 1e-4
+_TOKENS, _QUICK_TOKENS = 1000, 400
+_PROMPT = "Once upon a time, in a small house by the sea, there lived"
+_ROWS = 128  # of logits at a time
+
+
+def choose(logits: mx.array, number: int = 0) -> mx.array:
+    """The most likely token, and every fourth time the second: a text that does not repeat."""
+    best = mx.argmax(logits, axis=-1)
+    if number % 4 < 3:
+        return best
+    return mx.argmax(mx.where(mx.arange(logits.shape[-1]) == best[:, None], -mx.inf, logits), -1)
+
+
+def long_text(settings: Settings) -> Found:
+    """1000 tokens of the demo model in float32 past a window of 256 (quick: 400)."""
+    opened = open_model(ModelSpec(settings.small, dtype="float32", window=WINDOW))
+    prompt, model = opened.tokenizer.encode(_PROMPT), opened.load()
+    count = _QUICK_TOKENS if settings.quick else _TOKENS
+    told = list(generate_step(prompt, model, max_tokens=count, sampler=choose))
+    with mx.stream(mx.cpu):
+        wrong, ties = compare(model, prompt, told)
+    different = len(set(told))
+    words = f"{count - len(wrong)} of {count} tokens the same, {different} different ones"
+    if wrong:
+        words += f"; the first that is not: number {wrong[0]}"
+    if ties:
+        words += f"; {ties} were ties"
+    data = {"tokens": count, "wrong": len(wrong), "ties": ties, "different": different}
+    return Found(not wrong, words, data=data)
+
+
+def compare(model: Model, prompt: Sequence[int], told: Sequence[int]) -> tuple[list[int], int]:
+    """Which tokens of the text `told` after `prompt` are not those that `choose` takes in one
+    piece, and how many are only by a tie."""
+    tokens = [*prompt, *told]
+    hidden = model.run(model.embed(mx.array([tokens[:-1]])))[:, len(prompt) - 1 :]
+    wrong, ties = [], 0
+    for start in range(0, len(told), _ROWS):
+        rows = model.logits(hidden[:, start : start + _ROWS])[0]
+        logits = np.array(rows.astype(mx.float32))
+        for number, row in enumerate(logits, start):
+            wanted = cast(int, choose(mx.array(row[None]), number).item())
+            if told[number] != wanted:
+                tie = abs(row[wanted] - row[told[number]]) < TIE
+                ties += int(tie)
+                wrong += [] if tie else [number]
+    return wrong, ties
