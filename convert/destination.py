@@ -22,7 +22,7 @@ from convert.layout import Output
 from convert.source import Source
 from mlx_cerebrum import __version__, device
 from mlx_cerebrum.errors import CheckpointError
-from mlx_cerebrum.files import json_file
+from mlx_cerebrum.files import durable, json_file
 from mlx_cerebrum.model.memory import human
 
 JOURNAL = ".conversion"
@@ -93,7 +93,7 @@ class Journal:
         self._append({"key": key, "sha256": sha256})
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        durable.sync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -242,7 +242,7 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some file systems can't
-            os.fsync(descriptor)
+            durable.sync(descriptor)
     finally:
         os.close(descriptor)
 

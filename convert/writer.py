@@ -18,6 +18,7 @@ from convert.destination import Journal
 from convert.integrity import PIECE, Bytes
 from convert.layout import Output
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.files import durable
 from mlx_cerebrum.weights.safetensors_file import header_bytes
 
 MAX_SHARD_BYTES = 5_000_000_000  # the hub's and mergekit's default
@@ -127,11 +128,11 @@ class Writer:
         while self._waiting:
             self._waiting.popleft().result()
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            durable.sync(self._file.fileno())
         self._journal.sync()
         folder = os.open(self.directory, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the names of new files too
+            durable.sync(folder)  # the names of new files too
         finally:
             os.close(folder)
 
@@ -161,7 +162,7 @@ class Writer:
         if self._flushing is not None:
             self._flushing.result()
             self._flushing = None
-        os.fsync(self._file.fileno())
+        durable.sync(self._file.fileno())
         self._file.close()
         self._file = None
         self._shard += 1

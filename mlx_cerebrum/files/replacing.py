@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.files import durable
 
 
 @contextmanager
@@ -31,14 +32,14 @@ def replacing(destination: Path, partial: Path, mode: int = 0o666) -> Iterator[B
             file.truncate(0)
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            durable.sync(file.fileno())
             partial.replace(destination)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
     folder = os.open(destination.absolute().parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name, too, survives a power cut
+        durable.sync(folder)  # the new name, too, survives a power cut
     finally:
         os.close(folder)
 
