@@ -163,14 +163,13 @@ def _made(output: Output, piece: Parts) -> Parts:
     if output.transform.keeps((rows.dtype for rows in piece.values()), output.scale):
         made = piece
     else:
-        with mx.stream(_local.cpu):
-            arrays = {part: rows.array() for part, rows in piece.items()}
-            arrays = output.transform.dense(arrays, output.scale)
-            mx.eval(arrays)
-        with mx.stream(_local.default):
-            arrays = output.transform.packed(arrays)
-            mx.eval(arrays)
-            made = {part: Rows.of(array) for part, array in arrays.items()}
+        # MLX's default device is all threads': it is never changed here, not even for a moment.
+        arrays = {part: rows.array(_local.cpu) for part, rows in piece.items()}
+        arrays = output.transform.dense(arrays, output.scale, _local.cpu)
+        mx.eval(arrays)
+        arrays = output.transform.packed(arrays, _local.default)
+        mx.eval(arrays)
+        made = {part: Rows.of(array, _local.cpu) for part, array in arrays.items()}
     for spec in output.specs:
         _check(spec, made)
     return made

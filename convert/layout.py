@@ -114,24 +114,28 @@ class Transform:
         wanted = {dtype for dtype in (self.dtype, self.out_dtype) if dtype is not None}
         return all(wanted <= {code} for code in stored if code in FLOATS)
 
-    def dense(self, arrays: dict[str, mx.array], scale: float | None) -> dict[str, mx.array]:
+    def dense(
+        self, arrays: dict[str, mx.array], scale: float | None, cpu: mx.Stream
+    ) -> dict[str, mx.array]:
         """All but packing. Runs on the CPU: a GPU may take subnormal numbers for zero."""
         if self.unpack is not None:
-            arrays = {"weight": self.unpack.dequantize(arrays, mx.float32)}
-        return {part: self._cast(array, scale) for part, array in arrays.items()}
+            arrays = {"weight": self.unpack.dequantize(arrays, mx.float32, cpu)}
+        return {part: self._cast(array, scale, cpu) for part, array in arrays.items()}
 
-    def packed(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The last step. Runs where mlx-lm would run it, on the default device."""
-        return arrays if self.pack is None else self.pack.quantize(arrays["weight"])
+    def packed(self, arrays: dict[str, mx.array], stream: mx.Stream) -> dict[str, mx.array]:
+        """The last step. Runs where mlx-lm would run it, on the default device's `stream`."""
+        return arrays if self.pack is None else self.pack.quantize(arrays["weight"], stream)
 
-    def _cast(self, array: mx.array, scale: float | None) -> mx.array:
+    def _cast(self, array: mx.array, scale: float | None, cpu: mx.Stream) -> mx.array:
         if array.dtype not in _FLOAT_DTYPES:  # packed integers, 8-bit scales
             return array
         if self.dtype is not None:
-            array = array.astype(_MX[self.dtype])
+            array = array.astype(_MX[self.dtype], stream=cpu)
         if scale is not None:
-            array = (array.astype(mx.float32) * mx.array(scale, mx.float32)).astype(array.dtype)
-        return array if self.out_dtype is None else array.astype(_MX[self.out_dtype])
+            wide = array.astype(mx.float32, stream=cpu)
+            scaled = mx.multiply(wide, mx.array(scale, mx.float32), stream=cpu)
+            array = scaled.astype(array.dtype, stream=cpu)
+        return array if self.out_dtype is None else array.astype(_MX[self.out_dtype], stream=cpu)
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,13 @@ class Rows:
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, array: mx.array) -> "Rows":
-        flat = np.asarray(array.view(_UNSIGNED[array.dtype.size])).reshape(-1)
+    def of(cls, array: mx.array, stream: mx.Stream | None = None) -> "Rows":
+        flat = np.asarray(array.view(_UNSIGNED[array.dtype.size], stream=stream)).reshape(-1)
         return cls(np.ascontiguousarray(flat).view(np.uint8), CODES[array.dtype], array.shape)
 
-    def array(self) -> mx.array:
+    def array(self, stream: mx.Stream | None = None) -> mx.array:
         array = mx.array(self.data.view(_NUMPY[self.dtype]).reshape(self.shape))
-        return array.view(mx.bfloat16) if self.dtype == "BF16" else array
+        return array.view(mx.bfloat16, stream=stream) if self.dtype == "BF16" else array
 
 
 class Source:

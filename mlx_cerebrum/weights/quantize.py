@@ -87,41 +87,49 @@ class Packing:
     def as_config(self) -> dict[str, Any]:
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
-    def quantize(self, weight: mx.array) -> dict[str, mx.array]:
-        """A matrix `[rows, columns]` -> its packed arrays; scales keep the matrix's dtype."""
+    def quantize(self, weight: mx.array, stream: mx.Stream | None = None) -> dict[str, mx.array]:
+        """A matrix `[rows, columns]` -> its packed arrays; scales keep the matrix's dtype.
+
+        stream: what computes it; the default device's unless one is given.
+        """
+        on_cpu = not device.on_gpu() if stream is None else stream.device == mx.cpu
         dtype, wide = weight.dtype, weight
-        if self.mode == "affine" and not device.on_gpu():
+        if self.mode == "affine" and on_cpu:
             # The CPU's kernel widens value by value; all at once takes 0.9 of the time, and
             # gives the same bits.
-            wide = weight.astype(mx.float32)
-        packed, *rest = mx.quantize(wide, self.group_size, self.bits, mode=self.mode)
+            wide = weight.astype(mx.float32, stream=stream)
+        packed, *rest = mx.quantize(wide, self.group_size, self.bits, mode=self.mode, stream=stream)
         if wide is not weight:
-            rest = [array.astype(dtype) for array in rest]
+            rest = [array.astype(dtype, stream=stream) for array in rest]
         return dict(zip(self.parameters, (packed, *rest), strict=True))
 
-    def dequantize(self, arrays: dict[str, mx.array], dtype: mx.Dtype) -> mx.array:
-        """`arrays` as `parameters` names them -> the `[rows, columns]` matrix."""
+    def dequantize(
+        self, arrays: dict[str, mx.array], dtype: mx.Dtype, stream: mx.Stream | None = None
+    ) -> mx.array:
+        """`arrays` as `parameters` names them -> the `[rows, columns]` matrix.
+
+        stream: as for `quantize`.
+        """
         scales, biases = arrays["scales"], arrays.get("biases")
         if biases is not None:  # affine: in the target's precision, not the stored scales'
-            scales, biases = scales.astype(dtype), biases.astype(dtype)
+            scales = scales.astype(dtype, stream=stream)
+            biases = biases.astype(dtype, stream=stream)
         packed = arrays["weight"]
-
-        def rows(start: int, stop: int) -> mx.array:
-            return mx.dequantize(
-                packed[start:stop],
-                scales[start:stop],
-                None if biases is None else biases[start:stop],
-                self.group_size,
-                self.bits,
-                self.mode,
-            ).astype(dtype)
-
         count, columns = len(packed), packed.shape[-1] * 32 // self.bits
         step = max(1, PIECE // columns)
+
+        def rows(packed: mx.array, scales: mx.array, biases: mx.array | None = None) -> mx.array:
+            how = self.group_size, self.bits, self.mode
+            dense = mx.dequantize(packed, scales, biases, *how, stream=stream)
+            return dense.astype(dtype, stream=stream)
+
+        parts = (packed, scales) if biases is None else (packed, scales, biases)
         if count <= step:
-            return rows(0, count)
+            return rows(*parts)
         # The CPU makes several arrays of the matrix's size on the way.
-        return joined((count, columns), (rows(i, i + step) for i in range(0, count, step)))
+        cuts = list(range(step, count, step))
+        pieces = zip(*(mx.split(part, cuts, stream=stream) for part in parts), strict=True)
+        return joined((count, columns), (rows(*piece) for piece in pieces), stream)
 
 
 def matrix_bytes(shape: tuple[int, int], packing: Packing | None, item_bytes: int) -> int:
@@ -144,14 +152,16 @@ def as_quantization(packings: Mapping[str, Packing | None]) -> dict[str, Any] | 
     return common.as_config() | others
 
 
-def joined(shape: tuple[int, ...], pieces: Iterable[mx.array]) -> mx.array:
+def joined(
+    shape: tuple[int, ...], pieces: Iterable[mx.array], stream: mx.Stream | None = None
+) -> mx.array:
     """One array of `shape`, evaluated, from pieces of its rows; the whole is never held twice."""
     whole: mx.array | None = None
     start = 0
     for piece in pieces:
         if whole is None:
-            whole = mx.zeros(shape, piece.dtype)
-        whole[start : start + len(piece)] = piece
+            whole = mx.zeros(shape, piece.dtype, stream=stream)
+        whole = mx.slice_update(whole, piece, mx.array([start]), (0,), stream=stream)
         mx.eval(whole)  # in place: nothing else refers to it
         start += len(piece)
     assert whole is not None
