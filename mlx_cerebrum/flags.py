@@ -8,6 +8,7 @@ from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError, shown
 from mlx_cerebrum.model.entries import KV_BITS
+from mlx_cerebrum.model.limits import NO_WIRE
 from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.shelf.places import BITS, split
 from mlx_cerebrum.text import tell
@@ -81,6 +82,12 @@ def add_model_flags(p: Flags, default: str) -> None:
         type=float,
         metavar="GB",
         help="refuse what would take more, 10^9 bytes (default: what is free)",
+    )
+    p.add_argument(
+        "--no-wire",
+        action="store_true",
+        help="let macOS page weights out, also those that nearly fill what Metal allows (default:"
+        f" those are wired, unless {NO_WIRE} is set)",
     )
 
 

@@ -190,7 +190,7 @@ def _run(args: argparse.Namespace) -> int:
     spec, memory = model_spec(args, plan), memory_limit(args)
     if args.prompt_cache is not None:
         check_destination(args.prompt_cache)
-    with limits(memory):
+    with limits(memory, wiring=not args.no_wire):
         return _answer(args, spec, sampling, asked)
 
 

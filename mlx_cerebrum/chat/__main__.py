@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
     loaded = None if args.load is None else _loaded(args.load)
     if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 costs a line, not the chat
         sys.stdin.reconfigure(errors="surrogateescape")
-    with orderly_end(), limits(memory):
+    with orderly_end(), limits(memory, wiring=not args.no_wire):
         return _talk(args, spec, options, loaded)
 
 

@@ -15,7 +15,7 @@ from mlx_cerebrum.decoding.text import AnswerText
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.limits import limits
+from mlx_cerebrum.model.limits import limits, wire
 from mlx_cerebrum.model.memory import Workload, require
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
@@ -113,6 +113,7 @@ def stream_generate(
     steps = (Decoder(chunk) if decoder is None else decoder).run(generation, progress)
     tokens: list[int] = []
     with limits():  # a caller's own stay as they are
+        wire(model)
         try:
             for count, (token, now) in enumerate(steps, start=1):
                 if count == 1:

@@ -10,9 +10,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_cerebrum import device
 from mlx_cerebrum.errors import RequestError
@@ -35,8 +38,14 @@ _KEPT, _MOMENT, _BLAS_BUFFER = 80_000_000, 150_000_000, 2**27
 # the caches' outgrown buffers: nothing asks for their sizes again.
 CACHE_LIMIT = 256 * 2**20
 
+# Weights that take this share of Metal's working set are wired: macOS pages such ones out as soon
+# as another program wants memory, and each token then waits for the disk.
+_NEAR = 2 / 3
+NO_WIRE = "MLX_CEREBRUM_NO_WIRE"  # environment variable: set to anything, nothing is wired
+
 # As `limits` set it. MLX's own has a default (0.8 of the memory on the CPU) that nobody asked for.
 _memory_limit: int | None = None
+_may_wire: bool | None = None  # None: outside of `limits`
 
 
 def host_bytes(proc: Path = PROC) -> int:
@@ -128,29 +137,54 @@ def memory_limit() -> int | None:
     return _memory_limit
 
 
+def wire(*models: nn.Module) -> None:
+    """Keep the models' weights from being paged out between tokens: inside `limits`, on Metal,
+    where they are most of what it recommends to hold. What was wired before is let go of.
+
+    Nothing else is wired. Buffers that come and go while all are wired are reported to panic
+    macOS 26 (ml-explore/mlx, issues 3186 and 3346). Before macOS 15, MLX wires nothing.
+    """
+    if not _may_wire:
+        return
+    most, page = working_set(), os.sysconf("SC_PAGE_SIZE")
+    if _memory_limit is not None:
+        most = min(most, _memory_limit)
+    # As Metal holds them: room to spare would be taken by the next buffers that come.
+    leaves = [tree_flatten(model.parameters()) for model in models]
+    arrays = [array for _, array in chain.from_iterable(leaves) if isinstance(array, mx.array)]
+    held = sum(-(-array.nbytes // page) * page for array in arrays)
+    mx.set_wired_limit(min(held, most) if held > _NEAR * most else 0)
+
+
+def working_set() -> int:
+    """Bytes that Metal recommends to hold at most."""
+    return int(device.gpu_info()["max_recommended_working_set_size"])
+
+
 @contextmanager
-def limits(memory: int | None = None, cache: int = CACHE_LIMIT) -> Iterator[None]:
+def limits(
+    memory: int | None = None, cache: int = CACHE_LIMIT, wiring: bool = True
+) -> Iterator[None]:
     """MLX's limits while a model loads and generates; put back however that ends.
 
-    Wired memory (Metal) is set to all the system allows: macOS may otherwise page a large
-    model out between tokens. `cache` bounds the bytes of freed buffers that MLX keeps for
-    reuse. It never raises MLX's own bound (32 MiB on the CPU, all that fit on a GPU). `memory` is
-    the most MLX should hold at all, in bytes. Inside, `memory.available_bytes` counts from it, so
-    that what is predicted to need more is refused. Beyond it, MLX waits for what it has issued
-    before it issues more. Raises RequestError unless `memory` is above zero.
+    `cache` bounds the bytes of freed buffers that MLX keeps for reuse. It never raises MLX's own
+    bound (32 MiB on the CPU, all that fit on a GPU). `memory` is the most MLX should hold at all,
+    in bytes. Inside, `memory.available_bytes` counts from it, so that what is predicted to need
+    more is refused. Beyond it, MLX waits for what it has issued before it issues more. Without
+    `wiring`, or where the environment has NO_WIRE, `wire` does nothing inside. Raises RequestError
+    unless `memory` is above zero.
     """
-    global _memory_limit
+    global _memory_limit, _may_wire
     if memory is not None and memory <= 0:
         raise RequestError(
             f"a memory limit of {memory} bytes leaves nothing: it must be above zero"
         )
-    before = _memory_limit
+    before = _memory_limit, _may_wire
     with ExitStack() as undo:
-        if device.backend() == "metal":
-            most = int(device.gpu_info()["max_recommended_working_set_size"])
-            undo.callback(
-                mx.set_wired_limit, mx.set_wired_limit(min(most, memory or before or most))
-            )
+        if _may_wire is None and device.backend() == "metal":
+            undo.callback(mx.set_wired_limit, mx.set_wired_limit(0))
+            _may_wire = not os.environ.get(NO_WIRE)
+        _may_wire = bool(_may_wire and wiring)
         kept = mx.set_cache_limit(cache)
         undo.callback(mx.set_cache_limit, kept)
         mx.set_cache_limit(min(kept, cache))
@@ -161,4 +195,4 @@ def limits(memory: int | None = None, cache: int = CACHE_LIMIT) -> Iterator[None
         try:
             yield
         finally:
-            _memory_limit = before
+            _memory_limit, _may_wire = before

@@ -112,6 +112,7 @@ def _loaded(
         draft=args.draft,
         source=Source.of(opened),
         unload_after=args.unload_after,
+        wiring=not args.no_wire,
     )
 
 

@@ -17,7 +17,7 @@ from mlx_cerebrum.errors import MemoryBudgetError, RequestError
 from mlx_cerebrum.machine.awake import LINGER, Awake
 from mlx_cerebrum.machine.pressure import Pressure
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.limits import limits, release
+from mlx_cerebrum.model.limits import limits, release, wire
 from mlx_cerebrum.model.memory import HEADROOM, available_bytes, human
 from mlx_cerebrum.server.batch import Batch, jobs_bytes
 from mlx_cerebrum.server.holding import Holding, Laid, Source
@@ -55,6 +55,7 @@ class BatchEngine:
     memory_limit: most bytes MLX should hold, weights included; by default what is free now.
     kv_bits: bits a value of cache entries, 8 or 4; None leaves them as they are.
     draft: where guesses of the next tokens come from: "none", "ngram" or "auto".
+    wiring: whether weights may be wired (`limits.wire`).
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class BatchEngine:
         draft: str = "none",
         source: Source | None = None,
         unload_after: float | None = None,
+        wiring: bool = True,
     ) -> None:
         laid = {name: Laid(model.config, model.dtype, tokenizer) for name, model in models.items()}
         first = Holding(laid, source)
@@ -83,7 +85,7 @@ class BatchEngine:
         self._max_batch = max_batch
         self._cache_bytes = cache_bytes
         self._prefill_step_size = prefill_step(prefill_step_size)
-        self._memory_limit = memory_limit
+        self._memory_limit, self._wiring = memory_limit, wiring
         self._kv_bits, self._draft = kv_bits, draft
         self._budget = 0  # bytes for jobs and kept prompts together
         self._counts = Counts()
@@ -231,7 +233,7 @@ class BatchEngine:
 
     def _run(self) -> None:
         try:
-            with limits(self._memory_limit):
+            with limits(self._memory_limit, wiring=self._wiring):
                 self._start()
                 self._ready.set()
                 while self._turn():
@@ -246,7 +248,7 @@ class BatchEngine:
             self._ready.set()
 
     def _start(self) -> None:
-        self._measure()
+        self._weights_changed()
         if self._budget <= 0:
             raise MemoryBudgetError("no memory is left for requests; use a smaller model")
         self._prompts = PromptStore(min(self._cache_bytes, self._budget))
@@ -254,8 +256,14 @@ class BatchEngine:
             self._begin_to_answer(holding)
         self._share_memory()
 
+    def _weights_changed(self) -> None:
+        """Wire those that are held now, and see what jobs and kept prompts may take beside them."""
+        held = [holding.models for holding in self._holdings if holding.models is not None]
+        wire(*(next(iter(models.values())) for models in held))  # the others are views of it
+        self._measure()
+
     def _measure(self) -> None:
-        """What jobs and kept prompts may take, now that other weights are held."""
+        """What jobs and kept prompts may take beside the weights."""
         self._budget = int((available_bytes() + self._kv_bytes + self._kept_bytes) * HEADROOM)
 
     def _begin_to_answer(self, holding: Holding) -> None:
@@ -413,11 +421,12 @@ class BatchEngine:
             return
         self._loads += 1
         self._begin_to_answer(holding)
-        self._measure()
         if coming is not None:
             self._begun = None
             self._waiting.add_model(coming.name)
             self._holdings = (*self._holdings, holding)
+        self._weights_changed()
+        if coming is not None:
             coming.end(None)
 
     def _wake(self, holding: Holding) -> bool:
@@ -489,7 +498,7 @@ class BatchEngine:
         holding.drop()
         gc.collect()
         release()
-        self._measure()
+        self._weights_changed()
         self._rests += 1
         freed = human(max(0, before - mx.get_active_memory()))
         write(f"{holding.name}: at rest, {freed} released; the next request loads it again")

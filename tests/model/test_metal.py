@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import MakeCheckpoint, parameters, tensors
@@ -27,7 +28,7 @@ from mlx_cerebrum.model.cache import causal_mask
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.entries import KV_BITS, Packed, pack, unpack
 from mlx_cerebrum.model.forward import Model, swiglu
-from mlx_cerebrum.model.limits import limits
+from mlx_cerebrum.model.limits import limits, wire
 from mlx_cerebrum.model.memory import available_bytes
 from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.server.jobs import Event, Job, Piece
@@ -354,12 +355,16 @@ def test_the_engines_thread_computes_what_this_one_does(checkpoint: MakeCheckpoi
 
 
 @metal_itself
-def test_wired_limit_is_set_and_put_back() -> None:
-    megabyte = 1 << 20
+def test_weights_are_wired_and_the_limit_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    megabyte, weights = 1 << 20, nn.Linear(1024, 1024, bias=False)
+    mx.eval(weights.parameters())
     before = mx.set_wired_limit(megabyte)
     with limits():
-        inside = mx.set_wired_limit(0)
-    assert inside == device.gpu_info()["max_recommended_working_set_size"]
+        wire(weights)  # far from all that Metal allows
+        assert mx.set_wired_limit(0) == 0
+        monkeypatch.setattr("mlx_cerebrum.model.limits._NEAR", 0.0)
+        wire(weights)
+        assert mx.set_wired_limit(0) == 4 * megabyte
     assert mx.set_wired_limit(before) == megabyte
 
 

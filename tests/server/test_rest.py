@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import mlx.core as mx
 import numpy as np
 import psutil
 import pytest
@@ -73,6 +74,31 @@ def test_released_and_there_again(path: Path, capsys: pytest.CaptureFixture[str]
         assert again.pieces()[-1].cached_tokens == 0  # what was kept is gone, and computed again
         stats = engine.stats()
         assert (stats.loads, stats.rests >= 1, stats.loaded) == (1, True, 1)
+
+
+def test_weights_are_wired_while_they_are_held(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wired = [0]
+
+    def set_wired_limit(nbytes: int) -> int:
+        wired.append(nbytes)
+        return wired[-2]
+
+    monkeypatch.setattr(device, "backend", lambda: "metal")
+    size = {"max_recommended_working_set_size": 10**9}
+    monkeypatch.setattr(mx, "device_info", lambda *_: size)
+    monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
+    monkeypatch.setattr("mlx_cerebrum.model.limits._NEAR", 0.0)
+    with engine_for(path, 0.1) as engine:
+        held = wired[-1]
+        assert engine.stats().weights_bytes <= held < 10**9
+        until(lambda: engine.stats().at_rest)
+        assert wired[-1] == 0
+        Client(engine, asked()).done()
+        assert held in wired[3:]
+    assert wired[-1] == 0
+    wired[:] = [0]
+    with engine_for(path, None, wiring=False):
+        assert set(wired) == {0}
 
 
 def test_work_keeps_it_from_resting(path: Path) -> None:
