@@ -45,6 +45,13 @@ def human(nbytes: int) -> str:
     return f"{nbytes / GB:.2f} GB" if nbytes >= 0.1 * GB else f"{nbytes / 1e6:.1f} MB"
 
 
+def left(nbytes: int) -> str:
+    """How to say that so many bytes may still be taken. Metal's are no free memory: what other
+    programs hold is not counted."""
+    size = human(max(0, nbytes))
+    return f"Metal allows {size}" if device.backend() == "metal" else f"{size} are free"
+
+
 def fits(needed: int) -> bool:
     """Whether `needed` bytes are there, with some to spare."""
     return needed <= available_bytes() * HEADROOM
@@ -69,7 +76,7 @@ def require(
         tried = f"none of its settings would fit, even {flags} needs {human(size)}"
         remedy = f"{tried}; {remedy}" if remedy else tried
     kept = " (5% of it kept back)" if needed <= available else ""
-    said = f"{what} needs {human(needed)} and {human(max(0, available))} are free{kept}"
+    said = f"{what} needs {human(needed)} and {left(available)}{kept}"
     raise MemoryBudgetError(f"{said}; {remedy}" if remedy else said)
 
 

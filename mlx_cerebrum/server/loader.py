@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mlx_cerebrum.machine.pressure import would_swap
 from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.server.holding import Holding, Laid, Source
 from mlx_cerebrum.server.log import write
@@ -58,7 +59,10 @@ class Loader:
         self.holding = holding
         self._next = self._began = self._told = time.monotonic()
         assert holding.source is not None
-        write(f"{holding.name}: loading {human(holding.source.storage.nbytes)}")
+        nbytes = holding.source.storage.nbytes
+        if (warning := would_swap(nbytes, holding.name)) is not None:
+            write(f"warning: {warning}")
+        write(f"{holding.name}: loading {human(nbytes)}")
 
     def go_on(self, company: bool) -> bool:
         """A matrix more, or none if it is the turn of others; whether that was the last."""

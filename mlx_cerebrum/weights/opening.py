@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from mlx_cerebrum.errors import CheckpointError, ConfigError
+from mlx_cerebrum.machine.pressure import would_swap
 from mlx_cerebrum.model.config import MOST, ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import fits, require
@@ -79,11 +80,13 @@ class Opened:
     def load(self, progress: Progress | None = None) -> Model:
         """Read the weights. Raises MemoryBudgetError, before any is, where they don't fit."""
         needed = self.storage.nbytes + self.storage.transient
+        name = str(self.spec.name)
+        name = self.checkpoint.path.name if Path(name).exists() else name
         if not fits(needed):
             ways = [(flag, s.nbytes + s.transient) for flag, s in self.smaller()]
-            name = str(self.spec.name)
-            name = self.checkpoint.path.name if Path(name).exists() else name
             require(needed, f"loading {name}", "take a smaller model", ways)
+        if (warning := would_swap(needed, name)) is not None:
+            tell(f"warning: {warning}")
         return load_model(self.checkpoint, self.config, self.storage, progress)
 
 
