@@ -17,7 +17,7 @@ Tokens = npt.NDArray[np.int64]
 class _Entry:
     key: Hashable
     tokens: Tokens  # those the caches hold
-    cache: PromptCache  # never handed out, only copies of it
+    cache: PromptCache  # never written to: only copies of it are handed out
     nbytes: int = 0
 
 
@@ -37,10 +37,13 @@ class PromptStore:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, key: Hashable, prompt: Sequence[int]) -> PromptCache | None:
+    def find(
+        self, key: Hashable, prompt: Sequence[int], room: int | None = None
+    ) -> PromptCache | None:
         """A copy of the entry that can go back to the most of `prompt`, there; None where none can.
 
-        Never to its last token: the answer begins with its logits.
+        Never to its last token: the answer begins with its logits. `room`: hold no more than this
+        from now on (`limit`). An entry that has to go for it is handed over, nothing copied.
         """
         wanted = np.asarray(prompt[:-1], dtype=np.int64)
         found, most = None, 0
@@ -48,14 +51,17 @@ class PromptStore:
             reach = _reach(entry, wanted) if entry.key == key else 0
             if reach > most:
                 found, most = name, reach
-        if found is None:
-            return None
-        self._entries.move_to_end(found)
-        cache = self._entries[found].cache.copy()
-        spare = len(cache.tokens) - most
-        cache.go_back(most)
-        if spare > STEP:  # the next write would copy them all
-            cache.compact()
+        cache = None
+        if found is not None:
+            self._entries.move_to_end(found)  # the last to be given up
+            cache = self._entries[found].cache.copy()
+        if room is not None:
+            self.limit(room)
+        if cache is not None:
+            spare = len(cache.tokens) - most
+            cache.go_back(most)
+            if spare > STEP:  # the next write would copy them all
+                cache.compact()
         return cache
 
     def keep(self, key: Hashable, cache: PromptCache) -> None:

@@ -4,22 +4,18 @@ All of it runs on the engine's thread.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 
-from mlx_cerebrum.decoding.decoder import MOST_TOGETHER, Advance, Decoder, Generation
+from mlx_cerebrum.decoding.decoder import Advance, Decoder, Generation
 from mlx_cerebrum.decoding.draft_models import stored_order
-from mlx_cerebrum.decoding.logprobs import ROWS
-from mlx_cerebrum.decoding.policy import MOST_DRAFTS
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_store import PromptStore
 from mlx_cerebrum.decoding.speculative import Speculation, speculation
 from mlx_cerebrum.errors import RequestError
-from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.memory import Workload, forward_bytes
+from mlx_cerebrum.server.job_bytes import jobs_bytes
 from mlx_cerebrum.server.jobs import NO_TOKEN, Failed, Job, Piece, Reading
 from mlx_cerebrum.server.task import Counts, Task, said
 
@@ -28,7 +24,7 @@ log = logging.getLogger(__name__)
 
 class Batch:
     """Call `start` with each task, then `step` until none is left. It calls `ended` with each that
-    is over.
+    is over, and `freed` before what one computed is kept in `prompts`: then its memory is free.
 
     max_rows: sequences of one model at once, at most.
     draft: where guesses come from: "none", "ngram", or "auto": a shorter order of the blocks too.
@@ -45,12 +41,13 @@ class Batch:
         prefill_step_size: int,
         kv_bits: int | None = None,
         draft: str = "none",
+        freed: Callable[[], None] = lambda: None,
     ) -> None:
         self.tasks: list[Task] = []  # started and not over
         self._models = dict(models)
         self._prompts = prompts
         self._counts = counts
-        self._ended = ended
+        self._ended, self._freed = ended, freed
         self._max_rows = max_rows
         self._prefill_step_size = prefill_step_size
         self._kv_bits = kv_bits
@@ -86,20 +83,22 @@ class Batch:
         how = self._prefill_step_size, self._kv_bits, self._draft
         return jobs_bytes(self._models, jobs, *how) + sum(task.mark_bytes for task in self.tasks)
 
-    def start(self, task: Task) -> None:
+    def start(self, task: Task, room: int | None = None) -> None:
         """Take a task. Its prompt is read from where the longest prefix that is cached ends, or
-        from its beginning if its tokens are scored: that is done as they are read."""
+        from its beginning if its tokens are scored: that is done as they are read.
+
+        room: bytes that earlier prompts may take beside it; None leaves that as it is.
+        """
         self.tasks.append(task)
         try:
-            self._start(task)
+            self._start(task, room)
         except Exception as error:  # no memory for a copy
             self._fail(task, error)
 
-    def _start(self, task: Task) -> None:
+    def _start(self, task: Task, room: int | None) -> None:
         job, total = task.job, len(task.job.prompt)
-        cache = None
-        if job.scored is None:
-            cache = self._prompts.find((job.owner, job.model), job.prompt)
+        prefix = job.prompt if job.scored is None else ()
+        cache = self._prompts.find((job.owner, job.model), prefix, room)
         if cache is None:
             cache = PromptCache(self._models[job.model], self._kv_bits, self._prompts.max_bytes)
         # Places to go back to past the window are kept where there is memory for them too.
@@ -216,10 +215,11 @@ class Batch:
                 task.deliver(piece)
                 continue
             del generation.tokens[generation.prompt + begin + number :]
-            self._leave(generation)
             task.reasons.append(reason)
             if task.finish_reason is not None:
                 self._end(task, task.finish_reason)
+            else:
+                self._leave(generation)
             task.deliver(piece)
             break
 
@@ -233,6 +233,7 @@ class Batch:
         try:
             self._decoder.leave(generation, keep)
             if keep:
+                self._freed()
                 cache.end(generation.tokens)
                 self._prompts.keep((task.job.owner, task.job.model), cache)
         except Exception:  # no memory: a later prompt takes longer, nothing else
@@ -269,57 +270,3 @@ class Batch:
             return
         log.error("a step failed", exc_info=error)
         self.fail_all(said(error))
-
-
-class Sized(Protocol):
-    """What a job's memory depends on: a model, or what is known of one without its weights."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    @property
-    def dtype(self) -> mx.Dtype: ...
-
-
-def jobs_bytes(
-    models: Mapping[str, Sized],
-    jobs: Sequence[Job],
-    prefill_step: int,
-    kv_bits: int | None,
-    draft: str,
-) -> int:
-    """Bytes that these jobs take at most besides the weights: their caches, and a pass.
-
-    Sequences that share caches take twice at most what they take alone. While one joins, it is
-    there twice, and so is one position's buffer. A pass has a token of each sequence, with its
-    guesses, and a chunk of a prompt, whose tokens may be scored.
-    """
-    if not jobs:
-        return 0
-    drafts = 0 if draft == "none" else MOST_DRAFTS  # that one alone makes; in company fewer
-    caches, joining, chunks, keys = 0, 0, [0], 0
-    for name in {job.model for job in jobs}:
-        model, own = models[name], []
-        widest = 0
-        for job in (job for job in jobs if job.model == name):
-            sizes = len(job.prompt), job.max_tokens, prefill_step, kv_bits, drafts
-            alone = Workload(model.config, model.dtype.size, *sizes)
-            own += [alone.cache_bytes] * job.n
-            widest = max(widest, alone.shared_bytes)
-            chunks.append(min(prefill_step, len(job.prompt)))
-            window = model.config.sliding_window
-            total = len(job.prompt) + job.max_tokens
-            keys = max(keys, total if window is None else min(total, window + prefill_step))
-        shared = min(2 * sum(own), len(own) * widest) if len(own) > 1 else own[0]
-        caches += shared + shared // model.config.num_positions
-        joining = max(joining, max(own))
-    rows = sum(job.n for job in jobs)
-    if drafts:
-        rows = max(rows * MOST_TOGETHER, 1 + drafts)
-    config, item = model.config, model.dtype.size
-    scores = [len(job.prompt) * (2 + job.scored) * 128 for job in jobs if job.scored is not None]
-    made = sum(forward_bytes(config, length, keys, item, kv_bits) for length in (rows, max(chunks)))
-    # In float32 logits, what sampling makes of them, and log-probabilities; of a prompt's tokens
-    # the likeliest too.
-    logits = (6 * rows + (8 * ROWS if scores else 0)) * config.vocab_size * 4
-    return caches + joining + made + logits + sum(scores)

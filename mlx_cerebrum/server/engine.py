@@ -19,8 +19,9 @@ from mlx_cerebrum.machine.pressure import Pressure
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits, release, wire
 from mlx_cerebrum.model.memory import HEADROOM, available_bytes, human
-from mlx_cerebrum.server.batch import Batch, jobs_bytes
+from mlx_cerebrum.server.batch import Batch
 from mlx_cerebrum.server.holding import Holding, Laid, Source
+from mlx_cerebrum.server.job_bytes import jobs_bytes
 from mlx_cerebrum.server.jobs import ClosedError, Event, Failed, Job, Loading, Stats
 from mlx_cerebrum.server.loader import Coming, Loader
 from mlx_cerebrum.server.log import write
@@ -278,6 +279,7 @@ class BatchEngine:
             prefill_step_size=self._prefill_step_size,
             kv_bits=self._kv_bits,
             draft=self._draft,
+            freed=self._share_memory,
         )
 
     def _turn(self) -> bool:
@@ -531,12 +533,12 @@ class BatchEngine:
                     self._fail([task], Failed(too_large(task.job, needed, budget), True))
                     continue
                 return
-            self._keep_prompts(budget - needed)
             with self._changed:
                 if not self._waiting.take(task):  # cancelled meanwhile
                     continue
             holding.used = time.monotonic()  # the job may be over within this turn
-            self._guarded(batch, partial(batch.start, task))
+            room = 0 if self._short else budget - needed
+            self._guarded(batch, partial(batch.start, task, room))
 
     def _guarded(self, batch: Batch, do: Callable[[], None]) -> None:
         """`do` something with the batch. It handles its jobs' errors itself; one that gets past it

@@ -31,7 +31,7 @@ Files = frozenset[tuple[int, int, int, int]]
 
 @dataclass(frozen=True)
 class Laid:
-    """A model without its weights, as far as requests go (`batch.Sized`)."""
+    """A model without its weights, as far as requests go (`job_bytes.Sized`)."""
 
     config: ModelConfig
     dtype: mx.Dtype

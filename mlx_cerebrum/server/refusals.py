@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from mlx_cerebrum.decoding.stream import check_request
 from mlx_cerebrum.decoding.text import StopText
 from mlx_cerebrum.errors import CerebrumError, RequestError
-from mlx_cerebrum.model.memory import human
-from mlx_cerebrum.server.batch import Sized
+from mlx_cerebrum.model.memory import human, left
 from mlx_cerebrum.server.holding import Source, pathless
+from mlx_cerebrum.server.job_bytes import Sized
 from mlx_cerebrum.server.jobs import Job
 
 MOST_LOGPROBS = 20  # alternatives a token, as OpenAI's
@@ -15,7 +15,7 @@ MOST_LOGPROBS = 20  # alternatives a token, as OpenAI's
 
 def too_little(name: str, needed: int, free: int) -> str:
     """What to say where weights don't fit."""
-    return f"{name} needs {human(needed)} and {human(max(0, free))} are free"
+    return f"{name} needs {human(needed)} and {left(free)}"
 
 
 def why_not(error: Exception, source: Source, name: str) -> str:

@@ -22,8 +22,9 @@ from mlx_cerebrum.decoding.text import AnswerText
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import memory_limit
-from mlx_cerebrum.server.batch import Batch, jobs_bytes
+from mlx_cerebrum.server.batch import Batch
 from mlx_cerebrum.server.engine import BatchEngine
+from mlx_cerebrum.server.job_bytes import jobs_bytes
 from mlx_cerebrum.server.jobs import BusyError, ClosedError, Event, Failed, Job, Piece, Reading
 from mlx_cerebrum.server.task import choice_seed
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
@@ -548,6 +549,21 @@ def test_a_job_that_waits_for_memory_costs_no_prefix(make: Make, loaded: Any) ->
     is_right(loaded, held.done())
     is_right(loaded, waiting.done())
     assert min(kept) >= before
+
+
+def test_a_conversation_goes_on_in_the_memory_of_one_request(make: Make, loaded: Any) -> None:
+    """What one request computed is kept once its memory is free, and handed to the next."""
+    engine = make(cache_bytes=10**8)
+    ids, cached = list(job(60, 3).prompt), []
+    for _ in range(3):
+        wanted = replace(job(60, 9), prompt=tuple(ids))
+        engine._budget = job_bytes(loaded[0], wanted)
+        client = Client(engine, wanted).done()
+        is_right(loaded, client)
+        cached.append(client.pieces()[0].cached_tokens)
+        ids += [*client.tokens()[:-1], 7, 8, 9]
+    assert cached == [0, 68, 79]
+    assert 0 < engine.stats().cache_bytes <= engine._budget
 
 
 def test_cached_tokens_are_told_and_counted(make: Make, loaded: Any) -> None:

@@ -355,3 +355,49 @@ def test_going_back_takes_what_is_left_and_no_more(unlimited: Loaded) -> None:
     assert found.nbytes == 20 * each
     assert continuation(model, found, wanted) == continuation(model, None, wanted)
     assert found.nbytes <= (20 + 2 * STEP) * each
+
+
+@pytest.mark.parametrize("with_window", [True, False])
+def test_what_does_not_fit_beside_is_handed_over(
+    windowed: Loaded, unlimited: Loaded, with_window: bool
+) -> None:
+    """Where there is no memory for a copy too, a conversation goes on in the entries it had."""
+    model, _ = windowed if with_window else unlimited
+    store = PromptStore(ROOM)
+    store.keep(KEY, read(model, prompt(300)))
+    store.keep("another", read(model, prompt(300, seed=1)))
+    held, wanted = store.nbytes // 2, prompt(300) + prompt(20, seed=9)
+    found = store.find(KEY, wanted, held)
+    assert found is not None
+    assert len(store) == 1  # the other goes first
+    store.limit(ROOM)
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    found = store.find(KEY, wanted, 0)
+    assert found is not None
+    assert len(store) == 0
+    assert mx.get_peak_memory() <= before  # nothing was copied
+    assert len(found.tokens) == 300
+    assert continuation(model, found, wanted) == continuation(model, None, wanted)
+    assert store.find(KEY, wanted, 0) is None
+
+
+def test_a_handed_over_entry_is_not_there_twice(unlimited: Loaded) -> None:
+    model, _ = unlimited
+
+    def peak(room: int) -> tuple[int, int]:
+        store = holding(model, 700)
+        mx.synchronize()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        found = store.find(KEY, prompt(701), room)
+        assert found is not None
+        mx.eval(model(mx.array([[5]]), found.cache))
+        return mx.get_peak_memory() - before, found.nbytes
+
+    kept, all_of_it = peak(ROOM)
+    handed_over, _ = peak(0)
+    assert kept > all_of_it
+    assert handed_over < 0.8 * all_of_it  # one of two positions at a time
