@@ -8,8 +8,9 @@
 # make lint    formatting, lint and types
 # make clean   remove the environment
 #
-# Needs Python 3.11 or newer. macOS ships an older one: `brew install python@3.12`, or the
-# installer from python.org. Another interpreter: make demo PYTHON=/path/to/python3
+# Needs Python 3.11 or newer, on a Mac one for arm64 and macOS 14. macOS ships an older Python:
+# `brew install python@3.12`, or the installer from python.org. Another interpreter:
+# make demo PYTHON=/path/to/python3
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -77,6 +78,7 @@ lint: $(VENV)/.test
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed (macOS: brew install python@3.12)" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; from mlx_cerebrum.installed import unfit; line = unfit(); sys.exit(line and "error: " + line)'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run: $(BIN)/python pyproject.toml

@@ -6,6 +6,7 @@ A hint is of use where it can be typed as it stands: `pip` reaches neither into 
 
 import importlib.util
 import json
+import platform
 import shlex
 import shutil
 import sys
@@ -16,6 +17,22 @@ PACKAGE = "mlx-cerebrum"
 _ROOT = Path(__file__).parents[1]
 _OWN = ("mlx_cerebrum", "convert", "bench", "tests")
 _EXTRA = "cpu"
+_LEAST_MACOS = 14  # of MLX's wheels
+
+
+def unfit() -> str | None:
+    """Why MLX can't run here, whatever is installed, in one line; None where it can."""
+    if sys.platform != "darwin":
+        return None
+    if platform.machine() != "arm64":  # also where Rosetta translates
+        return (
+            f"{sys.executable} is a Python for Intel Macs: MLX needs one for Apple silicon (arm64),"
+            " on an M1 or later, such as Homebrew's in /opt/homebrew, uv's or python.org's"
+        )
+    version = platform.mac_ver()[0]
+    if version.partition(".")[0].isdigit() and int(version.partition(".")[0]) < _LEAST_MACOS:
+        return f"MLX needs macOS {_LEAST_MACOS} or later, and this is {version}: update macOS"
+    return None
 
 
 def remedy(error: ImportError) -> str | None:
@@ -29,7 +46,11 @@ def remedy(error: ImportError) -> str | None:
             f"{what}: install the extra [cpu], or [cuda] for an NVIDIA GPU:"
             f" {install_command(_EXTRA, f'mlx[{_EXTRA}]')}"
         )
-    if not isinstance(error, ModuleNotFoundError) or not name or name.split(".")[0] in _OWN:
+    if not name or name.split(".")[0] in _OWN:
+        return None
+    if (line := unfit()) is not None:
+        return line
+    if not isinstance(error, ModuleNotFoundError):
         return None
     missing = f"{name.split('.')[0]} is not installed in {sys.executable}"
     if not (_ROOT / "Makefile").exists():

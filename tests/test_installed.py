@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -152,3 +153,59 @@ def test_what_needs_no_mlx_runs_without_a_backend(tmp_path: Path) -> None:
 def test_a_fault_of_the_programs_own_is_shown_whole() -> None:
     assert installed.remedy(ModuleNotFoundError("x", name="mlx_cerebrum.nothing")) is None
     assert installed.remedy(ImportError("cannot import name", name="rich")) is None
+
+
+def as_mac(monkeypatch: pytest.MonkeyPatch, machine: str, version: str) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(platform, "mac_ver", lambda: (version, ("", "", ""), machine))
+
+
+@pytest.mark.parametrize(
+    ("machine", "version", "said"),
+    [
+        ("arm64", "14.0", None),
+        ("arm64", "26.2", None),
+        ("arm64", "", None),
+        ("arm64", "13.6.1", "needs macOS 14 or later, and this is 13.6.1"),
+        ("x86_64", "26.2", "is a Python for Intel Macs"),
+    ],
+)
+def test_a_mac_that_mlx_can_not_run_on(
+    monkeypatch: pytest.MonkeyPatch, machine: str, version: str, said: str | None
+) -> None:
+    as_mac(monkeypatch, machine, version)
+    line = installed.unfit()
+    assert line is None if said is None else said in str(line)
+    # Whichever way MLX fails there.
+    errors = [
+        ModuleNotFoundError("No module named 'mlx'", name="mlx"),
+        ImportError("incompatible architecture", name="mlx.core", path="/x/mlx/core.so"),
+    ]
+    for error in errors:
+        remedy = installed.remedy(error)
+        assert remedy == line if said is not None else remedy != line or remedy is None
+    own = ModuleNotFoundError("No module named 'mlx_cerebrum.x'", name="mlx_cerebrum.x")
+    assert installed.remedy(own) is None  # a fault of the program's own
+
+
+AS_INTEL = """
+import platform, runpy, sys
+sys.platform, platform.machine = "darwin", lambda: "x86_64"
+sys.modules["mlx"] = None
+words = sys.argv[1:]
+sys.argv = ["x", *words[1:]]
+runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("command", ["mlx_cerebrum.chat", "mlx_cerebrum doctor", "convert"])
+def test_a_python_for_intel_is_told_so_by_every_command(command: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", AS_INTEL, *command.split()]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == (1 if "doctor" in command else 2)
+    assert "is a Python for Intel Macs: MLX needs one for Apple silicon" in (
+        done.stdout + done.stderr
+    )
+    assert "Traceback" not in done.stderr

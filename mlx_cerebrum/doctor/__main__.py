@@ -29,11 +29,9 @@ def _run(args: argparse.Namespace) -> int:
         import mlx.core  # noqa: F401
     except ImportError:
         remedy = installed.install_command("cpu", "mlx[cpu]")
-        stops = [
-            "MLX can't be loaded here: "
-            + (f"{remedy}, or [cuda]" if sys.platform == "linux" else "install mlx anew")
-        ]
-        return _show(args, [], {}, stops, [])
+        anew = f"{remedy}, or [cuda]" if sys.platform == "linux" else "install mlx anew"
+        stop = installed.unfit() or f"MLX can't be loaded here: {anew}"
+        return _show(args, [], {}, [stop], [])
     if args.selftest:
         return _selftest(args)
     from mlx_cerebrum.doctor import pace

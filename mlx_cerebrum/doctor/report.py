@@ -10,12 +10,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_cerebrum import __version__, device
+from mlx_cerebrum import __version__, device, installed
 from mlx_cerebrum.doctor.pace import Pace
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.machine.facts import chip, memory_bytes, sysctl_number
-from mlx_cerebrum.machine.pressure import is_short
-from mlx_cerebrum.model.memory import GB, HEADROOM, available_bytes, human
+from mlx_cerebrum.machine.pressure import is_short, unused_bytes
+from mlx_cerebrum.model.memory import GB, HEADROOM, available_bytes, human, left
 from mlx_cerebrum.shelf.entries import Entry, entries
 from mlx_cerebrum.shelf.places import folder
 from mlx_cerebrum.text import tilde
@@ -83,13 +83,8 @@ def _software(found: Report) -> None:
     )
     system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else _linux()
     found.add("system", system, system=system)
-    if translated:
-        found.stops.append(
-            "this Python is made for Intel and runs under Rosetta, without Metal: install one for"
-            " Apple silicon (arm64), such as Homebrew's, uv's or python.org's"
-        )
-    elif sys.platform == "darwin" and machine != "arm64":
-        found.stops.append("MLX needs a Mac with Apple silicon (M1 or later)")
+    if (line := installed.unfit()) is not None:
+        found.stops.append(line)
 
 
 def _machine(found: Report) -> None:
@@ -119,7 +114,7 @@ def _machine(found: Report) -> None:
             )
     found.add("backend", words, backend=backend)
     if sys.platform == "darwin" and backend != "metal":
-        found.stops.append("MLX does not find Metal: update macOS to 14 or later, and mlx")
+        found.stops.append("MLX does not find Metal: install mlx anew")
     try:
         works = bool((mx.ones((8, 8)) @ mx.ones((8, 8))).sum().item() == 512)
     except RuntimeError:
@@ -130,8 +125,11 @@ def _machine(found: Report) -> None:
 
 def _memory(found: Report) -> None:
     total, free = memory_bytes(), available_bytes()
-    words = f"{human(total)}; models may take {human(free)} now"
+    words = f"{human(total)}; {left(free)} for models now"
     found.add("memory", words, memory_bytes=total, available_bytes=free)
+    if (unused := unused_bytes()) is not None:
+        words = f"other programs leave {human(unused)} without swapping"
+        found.add("other programs", words, unused_bytes=unused)
     if is_short():
         found.add("pressure", "the system is short of memory now", short_of_memory=True)
         found.advice.append("close other programs: the system is short of memory")
