@@ -2,7 +2,8 @@
 
 Between `<!-- figures: RUN/NAME 1-3 5 -->` and `<!-- end -->` stand those paragraphs (without
 numbers: all) of what the bench NAME says of a run in bench/results/: a suite of its results.json,
-pictures last, or NAME.json, which a bench printed with `--json`. `index` is the table of all runs.
+pictures last, or NAME.json, which a bench printed with `--json`. `index` is the table of all runs,
+`selftests` that of what `mlx-cerebrum doctor --selftest` wrote there.
 `python -m bench render --figures` writes them anew; a test fails where that was not done, and where
 a figure that can only have been measured stands outside such a block.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from bench import suite
 from bench.report import table
 from bench.suite import Results, escaped, reading
+from mlx_cerebrum.doctor import page
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.memory import GB
 
@@ -66,8 +68,8 @@ def filled(text: str, document: str, root: Path) -> str:
     def make(match: re.Match[str]) -> str:
         what, numbers, _ = match.groups()
         with reading(f"{document}, figures {what}{numbers}"):
-            if what == "index":
-                body = index(root / "bench" / "results")
+            if what in _TABLES:
+                body = _TABLES[what](root / "bench" / "results")
             else:
                 folder = "../" * (document.count("/")) + "bench/results"
                 found = _said(root / "bench" / "results" / what, f"{folder}/{Path(what).parent}/")
@@ -140,3 +142,30 @@ def _row(document: Results, run: str) -> dict[str, str]:
             row["prefill A"] = f"{a['prefill']['512']['median']:.0f}"
             row["prefill B"] = f"{b['prefill']['512']['median']:.0f}"
     return row
+
+
+def selftests(folder: Path) -> str:
+    """A row for each selftest."""
+    rows = []
+    for path in sorted(folder.glob(f"*/{page.FILE}")):
+        with reading(str(path)):
+            document = escaped(page.read(path.parent))
+            machine, name = document["machine"], path.parent.name
+            rows.append(
+                [
+                    f"[{name}]({name}/README.md)",
+                    f"{machine['chip']}, {machine['cores']} cores",
+                    f"{machine['memory_bytes'] / GB:.0f} GB",
+                    machine["system"],
+                    machine["backend"],
+                    str(machine["packages"]["mlx"]),
+                    document["date"],
+                    document["settings"]["model"],
+                    page.verdict(document),
+                ]
+            )
+    head = ["selftest", "chip", "memory", "system", "device", "mlx", "date", "model", "checks"]
+    return table(head, rows)
+
+
+_TABLES = {"index": index, "selftests": selftests}
