@@ -14,11 +14,13 @@ from typing import Any
 from mlx_cerebrum import cli  # isort: skip  # first: it quiets a Ctrl-C from here on
 from convert import fold
 from convert.calibrate import calibrate, read_text
+from convert.calibrated import predicted_seconds
 from convert.destination import JOURNAL, check_free, partial_of
 from convert.gguf_export import KINDS, export
 from convert.layout import DTYPES, LAYOUTS, Options
+from convert.passages import LENGTH, MOST, TOKENS, Calibration, shipped
 from convert.pipeline import convert
-from convert.recipe import MIXED, RECIPES, Sensitivity, choose
+from convert.recipe import CALIBRATED, MIXED, RECIPES, Sensitivity, choose
 from convert.upload import check_uploadable, upload
 from convert.verify import main as verify
 from mlx_cerebrum.errors import ConfigError
@@ -35,7 +37,8 @@ from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
 from mlx_cerebrum.weights.quantize import AFFINE_BITS, AFFINE_GROUPS, DEFAULTS, Packing
 
 _MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128)  # GB of unified memory
-_NEEDS_Q = ("q_bits", "q_group_size", "q_mode", "q_recipe", "q_budget", "calibrate")
+_CALIBRATING = ("calibrate", "calibrate_tokens")
+_NEEDS_Q = ("q_bits", "q_group_size", "q_mode", "q_recipe", "q_budget", *_CALIBRATING)
 _NOT_GGUF = ("quantize", "dtype", "dequantize", "mlx_lm_shim", "no_verify", "allow_nonfinite")
 
 
@@ -87,7 +90,11 @@ def _directory(
 ) -> dict[str, Any]:
     local = args.hf_path == "demo" or Path(args.hf_path).expanduser().exists()
     shown = not (args.quiet or args.json)
-    if args.calibrate is not None:
+    if args.q_recipe in CALIBRATED:
+        options = _calibrating(args, options)
+        if shown:
+            _say_time(checkpoint, options)
+    elif args.calibrate is not None:
         table = _calibrated(args, checkpoint, options, shown)
         options = replace(
             options, recipe=partial(choose, "plan", budget=args.q_budget, table=table)
@@ -107,6 +114,34 @@ def _directory(
                 with suppress(OSError):  # the terminal is gone
                     tell("stopped: run the same command again to go on from here")
             raise
+
+
+def _calibrating(args: argparse.Namespace, options: Options) -> Options:
+    """The options of a recipe that looks at activations: what it reads, and its bits."""
+    table, text = None, None
+    if args.calibrate is not None and args.calibrate.suffix == ".json":
+        if args.q_budget is None:
+            raise ConfigError("a table of sensitivities spends a --q-budget, and there is none")
+        table = Sensitivity.load(args.calibrate.expanduser())
+    elif args.calibrate is not None:
+        text = read_text(args.calibrate.expanduser())
+    tokens = TOKENS if args.calibrate_tokens is None else args.calibrate_tokens
+    return replace(
+        options,
+        calibration=Calibration(args.q_recipe, shipped() if text is None else text, tokens),
+        recipe=partial(choose, args.q_recipe, budget=args.q_budget, table=table),
+    )
+
+
+def _say_time(checkpoint: Checkpoint, options: Options) -> None:
+    assert options.calibration is not None
+    tokens = options.calibration.tokens
+    config = planned_config(checkpoint.config, options.plan, options.window)
+    minutes = predicted_seconds(config, tokens) / 60
+    tell(
+        f"calibrating on up to {tokens:,} tokens in {config.num_positions} positions: about"
+        f" {max(1, round(minutes))} min on this machine"
+    )
 
 
 def _calibrated(
@@ -265,22 +300,30 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--q-recipe",
         choices=RECIPES,
-        help="which matrices get how many bits: all --q-bits; mlx-lm's mixtures; or `plan`, by how"
-        " often a block runs and how sensitive it is (default: uniform)",
+        help="which matrices get how many bits: all --q-bits; mlx-lm's mixtures; `plan`, by"
+        " how often a block runs and how sensitive it is; or `gptq`, all --q-bits or as `plan`,"
+        " chosen by what a text puts through each matrix (default: uniform)",
     )
     group.add_argument(
         "--q-budget",
         type=float,
         metavar="BITS",
-        help="bits a weight in all for the recipe plan (default: what uniform takes; 4.5 for 4-bit"
-        " groups of 64)",
+        help="bits a weight in all for the recipes plan and gptq (default: what uniform takes; 4.5"
+        " for 4-bit groups of 64)",
     )
     group.add_argument(
         "--calibrate",
         type=Path,
         metavar="TEXTFILE|TABLE.json",
-        help="measure this model's sensitivities on a text, with the whole model in memory, or"
-        " take a table measured before (default: the table of a small model)",
+        help="plan: measure this model's sensitivities on a text, with the whole model in memory,"
+        " or take a table measured before (default: the table of a small model); gptq: the text to"
+        " read (default: one that comes along)",
+    )
+    group.add_argument(
+        "--calibrate-tokens",
+        type=int,
+        metavar="N",
+        help=f"of the text, for gptq, {LENGTH} to {MOST} (default: {TOKENS})",
     )
 
 
@@ -311,9 +354,11 @@ def options_of(args: argparse.Namespace) -> Options:
     if not args.quantize:
         _refuse(args, _NEEDS_Q, "only means something with -q")
     recipe = args.q_recipe or "uniform"
-    for name in ("q_budget", "calibrate"):
+    if recipe not in CALIBRATED:
+        _refuse(args, ("calibrate_tokens",), f"is for --q-recipe {' and '.join(CALIBRATED)}")
         if recipe != "plan":
-            _refuse(args, (name,), "is for --q-recipe plan")
+            others = f"is for --q-recipe plan and {' and '.join(CALIBRATED)}"
+            _refuse(args, ("q_budget", "calibrate"), others)
     if recipe in MIXED:
         _refuse(args, ("q_bits",), f"can't be combined with {recipe}, which has its own")
     if args.q_budget is not None:

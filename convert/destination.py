@@ -26,6 +26,7 @@ from mlx_cerebrum.files import durable, json_file
 from mlx_cerebrum.model.memory import human
 
 JOURNAL = ".conversion"
+SCRATCH = "calibration"  # a folder in it, which never becomes part of the destination
 _SLACK = 16_000_000  # config, tokenizer and headers
 
 
@@ -183,10 +184,11 @@ def new_directory(destination: Path, identity: str, needed: int) -> Iterator[Par
     try:
         check_free(destination)  # the one that had the lock may have finished
         replaced = 0 if journal.resumes else _size(partial)
-        _clear(partial, shards=not journal.entries)
+        _clear(partial, shards=not journal.entries, scratch=not journal.resumes)
         require_space(destination, needed - _size(partial) + _SLACK, "quantize (-q)")
         yield Partial(partial, journal, replaced)
         check_free(destination)
+        shutil.rmtree(partial / SCRATCH, ignore_errors=True)
         for file in partial.iterdir():
             _sync(file)
         _sync(partial)
@@ -224,17 +226,19 @@ def _holds(directory: Path) -> bool:
     return any(file.name != JOURNAL for file in directory.iterdir())
 
 
-def _clear(directory: Path, shards: bool = True) -> None:
-    """Remove everything but the journal, whose lock is held, and but the shards if need be."""
+def _clear(directory: Path, shards: bool = True, scratch: bool = True) -> None:
+    """Remove everything but the journal, whose lock is held, and but the shards and the scratch
+    folder if need be."""
     for file in directory.iterdir():
         if file.is_dir() and not file.is_symlink():
-            shutil.rmtree(file)
+            if scratch or file.name != SCRATCH:
+                shutil.rmtree(file)
         elif file.name != JOURNAL and (shards or file.suffix != ".safetensors"):
             file.unlink()
 
 
 def _size(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in directory.rglob("*.safetensors"))
 
 
 def _sync(path: Path) -> None:

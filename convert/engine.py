@@ -27,6 +27,9 @@ from mlx_cerebrum.weights.checkpoint import FLOATS
 _AHEAD = 6  # pieces read while as many as there are workers are being transformed
 
 Parts = dict[str, Rows]
+Ready = Callable[
+    [str], Parts | None
+]  # by source module: packed arrays, where there are some already
 # A transformed piece: for each wanted scale its parts; how many values were not finite, by tensor.
 _Done = tuple[dict[float | None, Parts], dict[str, int]]
 
@@ -46,8 +49,9 @@ class Checks:
 class _Module:
     """The outputs of one source module that are still to be written, fed piece by piece."""
 
-    def __init__(self, outputs: list[Output]) -> None:
+    def __init__(self, outputs: list[Output], ready: Parts | None) -> None:
         self.outputs = outputs
+        self.ready = ready
         self.scales = list(dict.fromkeys(output.scale for output in outputs))
         self._kept: dict[float | None, list[Parts]] = {scale: [] for scale in self.scales}
 
@@ -78,8 +82,11 @@ def run(
     writer: Writer | None,
     checks: Checks,
     progress: Progress | None = None,
+    ready: Ready = lambda module: None,
 ) -> None:
     """Read all of `source`, check it, and write `outputs` (which are in the source's order).
+
+    ready: what is written of a module instead of what its transform would make.
 
     Outputs that the writer has already are not made again. Raises CheckpointError for values
     that are not finite, or that a cast or scale makes infinite, unless allowed.
@@ -93,22 +100,24 @@ def run(
     with _workers() as (pool, workers), ThreadPoolExecutor(1, "digest") as digester:
         try:
             for name in source.modules:
-                module = _Module(due[name]) if name in due else None
+                module = _Module(due[name], ready(name)) if name in due else None
                 digest = source.new_digest(name) if name in checks.digests_of else None
                 if module is None and not (checks.finite and checks.again) and digest is None:
                     continue
                 if not source.has(name):  # it may be waited for until all before it is written
                     while waiting:
                         waiting.popleft()()
+                row = 0
                 for piece in source.pieces(name, limits.get(name)):
                     while len(waiting) > workers + _AHEAD:
                         waiting.popleft()()
                     if digest is not None:
                         for rows in piece.values():
                             digester.submit(digest.update, rows.data.data)
-                    future = pool.submit(_transform, name, piece, module, checks)
+                    future = pool.submit(_transform, name, piece, row, module, checks)
                     waiting.append(partial(_take, future, module, writer, checks))
                     read += sum(rows.data.nbytes for rows in piece.values())
+                    row += piece["weight"].shape[0]
                     del piece
                     if progress is not None:
                         done = min(read, source.nbytes)
@@ -141,8 +150,9 @@ def _take(
         module.take(by_scale, writer)
 
 
-def _transform(name: str, piece: Parts, module: _Module | None, checks: Checks) -> _Done:
-    """On a worker: look at a piece's values and make what each scale wants of them."""
+def _transform(name: str, piece: Parts, row: int, module: _Module | None, checks: Checks) -> _Done:
+    """On a worker: look at the values of a piece, which begins at `row`, and make what each scale
+    wants of them."""
     found: dict[str, int] = {}
     if checks.finite:
         for part, rows in piece.items():
@@ -153,14 +163,17 @@ def _transform(name: str, piece: Parts, module: _Module | None, checks: Checks) 
     made: dict[float | None, Parts] = {}
     for output in [] if module is None else module.outputs:
         if output.scale not in made:
-            made[output.scale] = _made(output, piece)
+            made[output.scale] = _made(output, piece, row, module.ready if module else None)
             if not found and made[output.scale] is not piece:
                 found |= _overflowed(name, output, piece, made[output.scale], checks)
     return made, found
 
 
-def _made(output: Output, piece: Parts) -> Parts:
-    if output.transform.keeps((rows.dtype for rows in piece.values()), output.scale):
+def _made(output: Output, piece: Parts, row: int, ready: Parts | None) -> Parts:
+    if ready is not None:
+        stop = row + piece["weight"].shape[0]
+        made = {part: rows.slice(row, stop) for part, rows in ready.items()}
+    elif output.transform.keeps((rows.dtype for rows in piece.values()), output.scale):
         made = piece
     else:
         # MLX's default device is all threads': it is never changed here, not even for a moment.

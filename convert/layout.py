@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from convert import fold
+from convert.passages import Calibration
 from convert.recipe import choose
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.model.config import FORMAT_VERSION, ModelConfig
@@ -56,6 +57,7 @@ class Options:
     dtype: cast to; None keeps what is stored (unrolled: follows the plan, as mergekit does).
     packing: how matrices are quantized; None leaves them as they are.
     recipe: what each matrix gets instead, from the output's config and `packing`.
+    calibration: what is read so that matrices are packed by what goes into them, not rounded.
     dequantize: make a quantized source dense.
     window: sliding window to record, in tokens; 0 for none; None keeps the source's.
     verify: hash every byte of the source and look for NaN and infinities.
@@ -68,6 +70,7 @@ class Options:
     dtype: str | None = None
     packing: Packing | None = None
     recipe: Recipe = UNIFORM
+    calibration: Calibration | None = None
     dequantize: bool = False
     window: int | None = None
     verify: bool = True
@@ -171,6 +174,7 @@ class Layout:
     """What an output will be, all of it known before a weight is read."""
 
     config: ModelConfig
+    order: tuple[int, ...]  # which of the source's layers runs at each position
     outputs: list[Output]
     raw: dict[str, Any]  # config.json, but for its provenance
     plan_text: str | None
@@ -202,17 +206,19 @@ def lay_out(checkpoint: Checkpoint, options: Options, found: fold.Folding) -> La
     change = Change(options.dequantize, first, last, packings, config.vocab_size)
     if options.is_folded:  # each block as it is first stored
         layers = [found.block_of.index(block) for block in range(config.num_hidden_layers)]
+        order = tuple(layers[block] for block in config.layer_map)
         outputs = _output_modules(checkpoint, layers, change)
     else:
         # mergekit copies a head that a tied model stores in vain; mlx-lm's quantizing drops it.
         spare = () if packings else sorted(checkpoint.spare)
         scale = partial(tensor_scale, config, plan)
+        order = config.layer_map
         outputs = _output_modules(checkpoint, config.layer_map, change, scale, spare)
     text = None if plan is None else plan.text
     if plan is None and found.repeats:
         text = fold.describe(config.layer_map, config.num_hidden_layers)[1]
     raw = _output_config(checkpoint.raw_config, config, options, change, outputs)
-    return Layout(config, outputs, raw, text, notes)
+    return Layout(config, order, outputs, raw, text, notes)
 
 
 def unrolled_config(

@@ -8,9 +8,10 @@ from typing import Any
 
 from convert import fold
 from convert.arriving import Arrivals, ArrivingSource
+from convert.calibrated import Calibrator, Packed
 from convert.card import card, source_card
 from convert.copying import Copies, is_copy
-from convert.destination import fingerprint, new_directory, write_json
+from convert.destination import SCRATCH, fingerprint, new_directory, write_json
 from convert.engine import Checks, in_order, run
 from convert.layout import SHIM, Layout, Options, lay_out
 from convert.source import Source
@@ -98,6 +99,9 @@ def _attempt(
     arrivals: Arrivals | None,
 ) -> dict[str, Any]:
     """Write it all; raises _RefoldError when layers taken for the same turn out not to be."""
+    calibrator = None
+    if options.calibration is not None:
+        calibrator = Calibrator(checkpoint, layout, options.calibration)
     suspects = [module_path(i, kind) for i in found.suspects() for kind in BLOCK]
     checks = Checks(options.verify, arrivals is None, options.allow_nonfinite, frozenset(suspects))
 
@@ -110,8 +114,10 @@ def _attempt(
         outputs = in_order(source, layout.outputs)
         ours = options.is_folded or any(output.packing for output in outputs)
         form = {"format": "mlx" if ours else "pt"}  # pt: as mergekit writes it
-        identity = fingerprint(source, outputs, form, options.allow_nonfinite)
-        with new_directory(destination, identity, layout.nbytes) as partial:
+        said = () if calibrator is None else (calibrator.provenance,)
+        identity = fingerprint(source, outputs, form, options.allow_nonfinite, *said)
+        needed = layout.nbytes + (0 if calibrator is None else calibrator.nbytes)
+        with new_directory(destination, identity, needed) as partial:
             if arrivals is None and is_copy(source, outputs):
                 copies = Copies(source, partial.path)
                 read = copies.write(source, partial, checks, progress)
@@ -122,7 +128,10 @@ def _attempt(
                     resumed = writer.done
                     if isinstance(source, ArrivingSource):
                         source.expect([output.source for output in outputs[resumed:]])
-                    run(source, outputs, writer, checks, progress)
+                    packed = Packed(partial.path / SCRATCH)
+                    if calibrator is not None and resumed < len(outputs):
+                        calibrator.run(packed.folder, progress)
+                    run(source, outputs, writer, checks, progress, packed)
                     read = source.finish()
                     hashes, weight_map = writer.hashes, writer.weight_map
             exact = fold.group(len(found.block_of), checks.digests, found)
@@ -138,6 +147,7 @@ def _attempt(
                 **named,
                 "layout": options.layout,
                 "plan": layout.plan_text,
+                "calibration": None if calibrator is None else calibrator.provenance,
                 "plan_recovered": options.plan is None and found.repeats,
                 "source_card": source_card(checkpoint.path),
                 "window_override": options.window,

@@ -38,6 +38,12 @@ class Rows:
         flat = np.asarray(array.view(_UNSIGNED[array.dtype.size], stream=stream)).reshape(-1)
         return cls(np.ascontiguousarray(flat).view(np.uint8), CODES[array.dtype], array.shape)
 
+    def slice(self, start: int, stop: int) -> "Rows":
+        """Some of them; no copy."""
+        width = len(self.data) // self.shape[0]
+        data = self.data[start * width : stop * width]
+        return Rows(data, self.dtype, (stop - start, *self.shape[1:]))
+
     def array(self, stream: mx.Stream | None = None) -> mx.array:
         array = mx.array(self.data.view(_NUMPY[self.dtype]).reshape(self.shape))
         return array.view(mx.bfloat16, stream=stream) if self.dtype == "BF16" else array

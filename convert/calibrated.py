@@ -1,0 +1,294 @@
+"""Matrices packed by what a text puts through them: GPTQ through the layer map, a block at a time.
+
+At each position the block that runs there is read, all passages go through it, and what goes into
+its matrices is added up. A block that runs at several positions is packed once, after the last of
+them, by the sum over all: its two runs get different inputs, and its error is made in both.
+
+What was found lies in a folder of the directory that is being written. A run that was stopped
+goes on at the position it was at, and packs the same bytes as one that was not:
+
+    hidden.safetensors          what has come out of the last position that is done, and its number
+    sums-LAYER-N.safetensors    the sums of a layer that will run again, once N positions are done
+    packed-LAYER.safetensors    a layer's packed matrices
+"""
+
+import hashlib
+import time
+from collections.abc import Mapping
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from convert import gptq
+from convert.engine import Parts
+from convert.layout import Layout, Output
+from convert.passages import LENGTH, Calibration, is_chat, passages
+from convert.source import Rows
+from convert.walk import LISTENED, block_of, weight
+from convert.writer import Progress
+from mlx_cerebrum import device
+from mlx_cerebrum.errors import ConfigError
+from mlx_cerebrum.files.replacing import replacing
+from mlx_cerebrum.model.cache import attention_mask
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.memory import forward_bytes, require
+from mlx_cerebrum.model.tensors import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    MATRICES,
+    PARTS,
+    matrix_shapes,
+    module_path,
+    place,
+)
+from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint
+from mlx_cerebrum.weights.opening import load_tokenizer
+from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.storage import DTYPES
+
+BATCH = 4  # passages at once
+_HIDDEN, _HEAD = "hidden.safetensors", "packed-head.safetensors"
+# Matrices with the same inputs, by the one that is listened to.
+_ALIKE = dict(
+    zip(
+        LISTENED,
+        (MATRICES[:3], MATRICES[3:4], MATRICES[4:6], MATRICES[6:]),
+        strict=True,
+    )
+)
+Sums = dict[str, mx.array]
+
+
+class Calibrator:
+    """One model, laid out, and the passages it reads.
+
+    Raises, before anything is computed, RequestError for a text that is too short, ConfigError for
+    a layout whose copies of a layer differ, MemoryBudgetError for a machine that is too small.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layout: Layout, calibration: Calibration) -> None:
+        self.checkpoint, self.layout, self.calibration = checkpoint, layout, calibration
+        self.outputs: Mapping[str, Output] = {output.source: output for output in layout.outputs}
+        if any(output.scale is not None for output in layout.outputs):
+            raise ConfigError(
+                f"{calibration.method} packs a block once, and this plan scales its copies:"
+                " convert with --layout folded"
+            )
+        written = DTYPES[FLOATS[self.outputs[FINAL_NORM].specs[0].dtype]]
+        self.dtype = written if device.on_gpu() else mx.float32
+        tokenizer = load_tokenizer(checkpoint)
+        self.tokens = passages(tokenizer, calibration.text, calibration.tokens)
+        self.chat = is_chat(tokenizer)
+        self._require_memory()
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What one has to know to repeat it."""
+        return {
+            "method": self.calibration.method,
+            "text_sha256": hashlib.sha256(self.calibration.text.encode()).hexdigest(),
+            "tokens": self.tokens.size,
+            "tokens_a_passage": LENGTH,
+            "as_chat": self.chat,
+            "positions": len(self.layout.order),
+        }
+
+    def _require_memory(self) -> None:
+        def needed(tokens: int) -> int:
+            return calibration_bytes(self.layout.config, tokens, self.dtype.size)
+
+        fewer = (self.tokens.size // 2**i for i in range(1, 6))
+        require(
+            needed(self.tokens.size),
+            f"--q-recipe {self.calibration.method}",
+            "--q-recipe plan needs next to none",
+            [(f"--calibrate-tokens {n}", needed(n)) for n in fewer if n >= LENGTH],
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of disk that the folder takes at most."""
+        order, config = self.layout.order, self.layout.config
+        last = {layer: position for position, layer in enumerate(order)}
+        live = (len({x for x in order[:n] if last[x] >= n}) for n in range(1, len(order) + 1))
+        hidden = 2 * self.tokens.size * config.hidden_size * self.dtype.size  # while it is replaced
+        return hidden + (max(live) + 1) * _sums_bytes(config) + self.layout.nbytes
+
+    def run(self, folder: Path, progress: Progress | None = None) -> None:
+        """Fill `folder` with packed matrices, going on from what is there."""
+        folder.mkdir(exist_ok=True)
+        order, config = self.layout.order, self.layout.config
+        hidden, done = self._resumed(folder)
+        for position in range(done, len(order)):
+            layer, sums = order[position], _sums_of(folder, order[position], position)
+            self._position(position, hidden, sums, progress)
+            kept = folder / f"sums-{layer}-{position + 1}.safetensors"
+            again = layer in order[position + 1 :]
+            if again:
+                _save(kept, sums)
+            else:
+                kinds = {kind: [module_path(layer, k) for k in _ALIKE[kind]] for kind in LISTENED}
+                self._pack(folder / f"packed-{layer}.safetensors", kinds, sums)
+            _save_hidden(folder, hidden, position + 1)
+            for path in folder.glob(f"sums-{layer}-*.safetensors"):
+                if path != kept or not again:
+                    path.unlink()
+            mx.clear_cache()
+        if not config.tie_word_embeddings and not (folder / _HEAD).exists():
+            norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            norm.weight = weight(self.checkpoint, self.outputs[FINAL_NORM]).astype(self.dtype)
+            total: Sums = {}
+            for h in hidden:
+                _add(total, HEAD, norm(h).reshape(-1, config.hidden_size))
+            self._pack(folder / _HEAD, {HEAD: [HEAD]}, total)
+
+    def _position(
+        self, position: int, hidden: list[mx.array], sums: Sums, progress: Progress | None
+    ) -> None:
+        """All passages through one position: `hidden` becomes what comes out of it, and `sums`
+        has what went into its matrices added."""
+        layout, config = self.layout, self.layout.config
+        scales = None if config.residual_scales is None else config.residual_scales[position]
+        mask = attention_mask(LENGTH, 0, config.sliding_window)
+        heard = partial(_add, sums)
+        block = block_of(
+            self.checkpoint, self.outputs, layout.order[position], config, self.dtype, heard
+        )
+        size = config.block_parameters * self.dtype.size
+        total = size * len(layout.order)
+        for i, h in enumerate(hidden):
+            if progress is not None:
+                done = size * position + size * i // len(hidden)
+                progress(done, total, f"calibrating: position {position + 1}")
+            hidden[i] = block(h, mask, None, scales)
+            mx.eval(hidden[i], sums)
+
+    def _pack(self, path: Path, alike: Mapping[str, list[str]], sums: Sums) -> None:
+        """Pack a layer's matrices, or the head: `alike` by the name of their sums."""
+        found: dict[str, mx.array] = {}
+        for name, modules in alike.items():
+            together: dict[Packing, list[str]] = {}
+            for module in modules:
+                if (packing := self.outputs[module].packing) is not None:
+                    together.setdefault(packing, []).append(module)
+            hessian = sums.pop(name)
+            if not together:
+                continue
+            order, upper = gptq.order_and_factor(hessian)
+            del hessian
+            for packing, same in together.items():
+                parts = [weight(self.checkpoint, self.outputs[module]) for module in same]
+                ends = list(accumulate(len(part) for part in parts))
+                arrays = gptq.pack(mx.concatenate(parts), order, upper, packing)
+                for part, array in arrays.items():
+                    rows = mx.split(array, ends[:-1])
+                    found |= {f"{m}.{part}": own for m, own in zip(same, rows, strict=True)}
+                mx.eval(found)
+        _save(path, found)
+
+    def _resumed(self, folder: Path) -> tuple[list[mx.array], int]:
+        """Hidden states, in batches, and how many positions they have been through."""
+        path = folder / _HIDDEN
+        if path.exists():
+            found: Any = mx.load(str(path), return_metadata=True)
+            saved, metadata = found
+            return [saved[str(i)] for i in range(len(saved))], int(metadata["positions"])
+        table = weight(self.checkpoint, self.outputs[EMBEDDING]).astype(self.dtype)
+        batches = [table[self.tokens[i : i + BATCH]] for i in range(0, len(self.tokens), BATCH)]
+        mx.eval(batches)
+        return batches, 0
+
+
+class Packed:
+    """The matrices that a folder has, for the pass that writes them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, module: str) -> Parts | None:
+        """The arrays of one matrix, by the source's module path; None where it has none: tables
+        that are looked up in, and blocks that never run, are packed by rounding."""
+        inside = place(module)
+        path = self.folder / (_HEAD if inside is None else f"packed-{inside[0]}.safetensors")
+        if not path.exists():
+            return None
+        arrays: Any = mx.load(str(path))
+        found = {part: arrays.get(f"{module}.{part}") for part in PARTS}
+        parts = {part: Rows.of(array) for part, array in found.items() if array is not None}
+        return parts or None
+
+
+def calibration_bytes(config: ModelConfig, tokens: int, item_bytes: int) -> int:
+    """Bytes held at most: a block, hidden states, its sums, and on top of them a batch on its way
+    through it or one matrix being packed."""
+    inner, rows = config.intermediate_size, BATCH * LENGTH
+    held = config.block_parameters * item_bytes + tokens * config.hidden_size * item_bytes
+    batch = BATCH * forward_bytes(config, LENGTH, LENGTH, item_bytes) + rows * inner * 4
+    batch += 4 * inner**2  # sums old and new
+    widest = max(gptq.pack_bytes(*shape) for shape in matrix_shapes(config).values())
+    return held + _sums_bytes(config) + max(batch, widest)
+
+
+def predicted_seconds(config: ModelConfig, tokens: int) -> float:
+    """How long it will take here: its arithmetic, at the pace of one product, measured now.
+
+    Packing is counted as if it were products too, which it mostly is.
+    """
+    D, columns = config.hidden_size, _columns(config)
+    products = config.block_parameters + sum(n * n for n in columns)
+    work = 2.0 * tokens * products * config.num_positions
+    solving = sum(n**3 for n in columns)
+    solving += sum(rows * n**2 for rows, n in matrix_shapes(config).values())
+    work += solving * config.num_hidden_layers
+    x = mx.random.normal((BATCH * LENGTH, D))
+    w = mx.random.normal((D, D))
+    mx.eval(x @ w)
+    start = time.perf_counter()
+    for _ in range(3):
+        mx.eval(x @ w)
+    pace = 3 * 2.0 * x.size * D / (time.perf_counter() - start)
+    return work / pace
+
+
+def _columns(config: ModelConfig) -> tuple[int, ...]:
+    """Inputs of the matrices listened to, in their order."""
+    D = config.hidden_size
+    return D, config.num_attention_heads * config.head_dim, D, config.intermediate_size
+
+
+def _sums_bytes(config: ModelConfig) -> int:
+    return 4 * sum(n * n for n in _columns(config))
+
+
+def _add(sums: Sums, kind: str, x: mx.array) -> None:
+    """Add the sum of x x^T over inputs `[N, n]`."""
+    x = x.astype(mx.float32)
+    sums[kind] = mx.addmm(sums[kind], x.T, x) if kind in sums else x.T @ x
+
+
+def _sums_of(folder: Path, layer: int, done: int) -> Sums:
+    """A layer's sums over what it ran at in the first `done` positions."""
+    saved = (int(path.stem.rpartition("-")[2]) for path in folder.glob(f"sums-{layer}-*"))
+    last = max((n for n in saved if n <= done), default=None)
+    if last is None:
+        return {}
+    found: Any = mx.load(str(folder / f"sums-{layer}-{last}.safetensors"))
+    mx.eval(found)
+    return dict(found)
+
+
+def _save_hidden(folder: Path, hidden: list[mx.array], positions: int) -> None:
+    """With it a position is done: whatever else a stopped run left is made again."""
+    arrays = {str(i): h for i, h in enumerate(hidden)}
+    _save(folder / _HIDDEN, arrays, {"positions": str(positions)})
+
+
+def _save(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
+    mx.eval(arrays)
+    with replacing(path, path.with_name(f".{path.name}")) as file:
+        mx.save_safetensors(file, arrays, metadata)

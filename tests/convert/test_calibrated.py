@@ -1,0 +1,268 @@
+"""Packing by what goes through: every position counts, a stop costs nothing, both layouts agree."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import SMALL, MakeCheckpoint, config_of, plan_yaml, tensors, write_checkpoint
+from tiny import tiny_config, tiny_weights
+
+from convert import calibrated, gptq
+from convert.__main__ import main
+from convert.calibrated import calibration_bytes
+from convert.passages import LENGTH, passages, shipped
+from convert.verify import verify
+from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.model import memory
+from mlx_cerebrum.model.cache import attention_mask
+from mlx_cerebrum.model.tensors import MATRICES, module_path
+from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN
+from mlx_cerebrum.weights.opening import load, load_tokenizer, open_checkpoint
+
+TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(3 * LENGTH))
+RANGES = "0-3,1-4"  # blocks 1 and 2 run twice
+POSITIONS = 6
+TOKENS = 2 * LENGTH
+
+
+@dataclass(frozen=True)
+class Made:
+    """A folder with a source of 4 blocks, a plan, a text, and what gptq made of them: `x`."""
+
+    folder: Path
+    peak: int  # bytes that MLX held at most
+
+    def command(self, path: Path, *flags: str) -> list[str]:
+        words = ["--hf-path", str(self.folder / "source"), "--mlx-path", str(path), "--quiet", "-q"]
+        words += ["--q-recipe", "gptq", "--q-group-size", "32"]
+        words += ["--plan", str(self.folder / "plan.yml"), "--calibrate", str(self.folder / "text")]
+        return [*words, "--calibrate-tokens", str(TOKENS), *flags]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_batches() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrated, "BATCH", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, two_batches: None) -> Made:
+    found = Made(tmp_path_factory.mktemp("made"), 0)
+    config = tiny_config(**SMALL | {"num_hidden_layers": 4})
+    write_checkpoint(found.folder / "source", config, tiny_weights(config, seed=3))
+    (found.folder / "text").write_text(TEXT)
+    (found.folder / "plan.yml").write_text(plan_yaml(RANGES))
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    assert main(found.command(found.folder / "x")) == 0
+    return replace(found, peak=mx.get_peak_memory() - before)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_both_layouts_have_the_same_matrices_and_are_sound(made: Made, tmp_path: Path) -> None:
+    paths = made.folder / "x", tmp_path / "unrolled"
+    assert main(made.command(paths[1], "--layout", "unrolled")) == 0
+    folded, unrolled = map(tensors, paths)
+    for position, block in enumerate(config_of(paths[0])["layer_map"]):
+        for kind in MATRICES:
+            for part in ("weight", "scales", "biases"):
+                ours = folded[f"{module_path(block, kind)}.{part}"]
+                assert mx.array_equal(ours, unrolled[f"{module_path(position, kind)}.{part}"])
+    for path in paths:
+        assert verify(path)["problems"] == []
+        said = config_of(path)["provenance"]["calibration"]
+        assert said["method"] == "gptq"
+        assert (said["tokens"], said["positions"], said["as_chat"]) == (TOKENS, POSITIONS, False)
+        assert len(said["text_sha256"]) == 64
+        assert not list(path.parent.glob(".*"))
+    ids = mx.array([[1, *range(5, 60)]])
+    logits = [load(path, dtype="float32")[0](ids) for path in paths]
+    assert mx.array_equal(logits[0], logits[1])
+
+
+def test_sums_are_those_of_the_whole_model_over_every_run(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[mx.array] = []
+    factor = gptq.order_and_factor
+
+    def listening(hessian: mx.array) -> Any:
+        found.append(mx.array(hessian))
+        return factor(hessian)
+
+    monkeypatch.setattr(gptq, "order_and_factor", listening)
+    assert main(made.command(tmp_path / "x")) == 0
+    model, tokenizer = load(made.folder / "source", str(made.folder / "plan.yml"), dtype="float32")
+    h = model.embed(passages(tokenizer, TEXT, TOKENS))
+    mask = attention_mask(LENGTH, 0, model.config.sliding_window)
+    sums: dict[tuple[int, str], mx.array] = {}
+    heard: list[mx.array] = []
+
+    class Listening(nn.Module):
+        def __call__(self, x: mx.array) -> mx.array:
+            heard.append(x)
+            return x
+
+    def add(block: int, name: str, x: mx.array) -> None:
+        flat = x.reshape(-1, x.shape[-1])
+        sums[block, name] = sums.get((block, name), mx.array(0.0)) + flat.T @ flat
+
+    for block in model.config.layer_map:
+        layer = model.model.layers[block]
+        normed, project = layer.input_layernorm(h), layer.self_attn.o_proj
+        layer.self_attn["o_proj"] = Listening()
+        heads = layer.self_attn(normed, mask, None)
+        layer.self_attn["o_proj"] = project
+        h = h + project(heads)
+        second = layer.post_attention_layernorm(h)
+        gate, up = mx.split(layer.mlp.gate_up_proj(second), 2, axis=-1)
+        inner = gate * mx.sigmoid(gate) * up
+        for name, x in (("q", normed), ("o", heads), ("gate", second), ("down", inner)):
+            add(block, name, x)
+        h = h + layer.mlp.down_proj(inner)
+    add(-1, "head", model.model.norm(h))
+    # In the order in which layers run for the last time.
+    expected = [sums[block, name] for block in range(4) for name in ("q", "o", "gate", "down")]
+    for ours, theirs in zip(found, [*expected, sums[-1, "head"]], strict=True):
+        off = np.abs(np.array(ours) - np.array(theirs)).max()
+        assert off < 1e-4 * np.abs(np.array(theirs)).max()
+
+
+@pytest.mark.parametrize("saves", [1, 4, 7, 13])  # two files a position; the head
+def test_interrupted_anywhere_it_writes_the_same_bytes(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
+) -> None:
+    save, calls = calibrated._save, 0
+
+    def stopping(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == saves:
+            raise KeyboardInterrupt
+        save(*args)
+
+    command = made.command(tmp_path / "x")
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated, "_save", stopping)
+        assert main(command) == 130
+    runs: list[int] = []
+    position = calibrated.Calibrator._position
+
+    def counting(self: Any, at: int, *args: Any) -> None:
+        runs.append(at)
+        position(self, at, *args)
+
+    monkeypatch.setattr(calibrated.Calibrator, "_position", counting)
+    assert main(command) == 0
+    assert runs == list(range((saves - 1) // 2, POSITIONS))
+    assert contents(tmp_path / "x") == contents(made.folder / "x")
+
+
+def test_a_budget_mixes_widths(made: Made, tmp_path: Path) -> None:
+    assert main(made.command(tmp_path / "x", "--q-budget", "6")) == 0
+    quantization = config_of(tmp_path / "x")["quantization"]
+    assert len({v["bits"] for v in quantization.values() if isinstance(v, dict)}) > 1
+    assert verify(tmp_path / "x")["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--calibrate-tokens", "100"], "100 tokens of calibration are not from 512 to 65536"),
+        (["--q-mode", "mxfp4"], "is for --q-mode affine, not for mxfp4"),
+        (["--q-budget", "4.6", "--q-bits", "4"], "can't be combined with --q-budget"),
+        (["--q-recipe", "uniform"], "--calibrate-tokens is for --q-recipe gptq"),
+        (["--calibrate", "short"], "has 4 tokens; give at least 576"),
+        (["--calibrate", "none"], "none can't be read as UTF-8 text"),
+        (["--calibrate", "t.json"], "spends a --q-budget, and there is none"),
+        (["--plan", "scaled.yml", "--layout", "unrolled"], "convert with --layout folded"),
+        (["--hf-path", "x", "--plan", "0-4"], "is quantized already: -q and --dtype need"),
+        (["--plan", "deeper.yml"], "block"),
+    ],
+)
+def test_refused_in_one_line(
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    says: str,
+) -> None:
+    monkeypatch.chdir(made.folder)
+    Path("short").write_text("abc\n")
+    scale = "{scale: [{filter: o_proj, value: 0.5}, {filter: down_proj, value: 0.5}, {value: 1.0}]}"
+    Path("scaled.yml").write_text(plan_yaml(RANGES, scale))
+    Path("deeper.yml").write_text(plan_yaml("0-5"))
+    words = made.command(tmp_path / "x", *flags)
+    if "--q-mode" in flags:
+        del words[words.index("--q-group-size") : words.index("--q-group-size") + 2]
+    if "--hf-path" in flags:
+        del words[words.index("--plan") : words.index("--plan") + 2]
+        del words[-2:]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_asked_for_first_and_fewer_tokens_named(
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = open_checkpoint(made.folder / "source").config
+    needed, half = (calibration_bytes(config, tokens, 4) for tokens in (TOKENS, TOKENS // 2))
+    monkeypatch.setattr(memory, "available_bytes", lambda: int((needed + half) / 2 / 0.95))
+    assert main(made.command(tmp_path / "x")) == 2
+    said = capsys.readouterr().err
+    assert f"--q-recipe gptq needs {memory.human(needed)}" in said
+    assert f"--calibrate-tokens {TOKENS // 2} " in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_prediction_covers_what_is_used(made: Made) -> None:
+    config = open_checkpoint(made.folder / "source").config
+    predicted = calibration_bytes(config, TOKENS, 4)
+    assert 0.3 * predicted < made.peak <= predicted
+
+
+def test_passages_are_spread_and_whole(checkpoint: MakeCheckpoint) -> None:
+    tokenizer = load_tokenizer(open_checkpoint(checkpoint()))
+    found = passages(tokenizer, TEXT, 2 * LENGTH)
+    assert found.shape == (2, LENGTH)
+    assert found[:, 0].tolist() == [1, 1]  # each behind a BOS
+    assert tokenizer.decode(np.array(found[0]).tolist()) == TEXT[: LENGTH - 1]
+    assert passages(tokenizer, TEXT[:576], 5000).shape == (1, LENGTH)
+    with pytest.raises(RequestError):
+        passages(tokenizer, TEXT[:575], 5000)
+
+
+def test_a_chat_model_reads_them_as_answers(checkpoint: MakeCheckpoint) -> None:
+    tokenizer = load_tokenizer(open_checkpoint(checkpoint()))
+    tokenizer.use_format(BUILT_IN["cerebrum"])
+    row = tokenizer.decode(np.array(passages(tokenizer, TEXT, LENGTH)[0]).tolist())
+    asked = f"User: Continue this text:\n\n{TEXT[:64]}\nAI:"
+    assert asked in row
+    assert row.partition(asked)[2].lstrip() == TEXT[64 : 64 + len(row.partition(asked)[2].lstrip())]
+
+
+def test_the_text_that_ships_is_long_enough_and_not_scored() -> None:
+    text = shipped()
+    assert 200_000 < len(text.encode()) < 300_000
+    for file in (Path(__file__).parents[2] / "bench" / "data").glob("*.txt"):
+        scored = file.read_text(encoding="utf-8")
+        assert not any(scored[i : i + 60] in text for i in range(0, len(scored) - 60, 60)), file
+    assert json.dumps(text, ensure_ascii=True).count("\\u") < 100
