@@ -8,6 +8,7 @@ import mlx.core as mx
 from mlx_cerebrum.decoding.decoder import MOST_TOGETHER
 from mlx_cerebrum.decoding.logprobs import ROWS
 from mlx_cerebrum.decoding.policy import MOST_DRAFTS
+from mlx_cerebrum.model.cache import STEP
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import Workload, forward_bytes
 from mlx_cerebrum.server.jobs import Job
@@ -60,13 +61,13 @@ def jobs_bytes(
 
 
 def _alone(work: Workload) -> int:
-    """As for `generate`: its caches stay its own, and are never copied."""
-    return work.bytes + _own(work) - work.cache_bytes
+    """As for `generate`: its caches stay its own, and are never copied. Begun where a kept prompt
+    ends, they may come to have room for that much more."""
+    return work.bytes + STEP * work.entry_bytes
 
 
 def _own(work: Workload) -> int:
-    """Bytes of a sequence's own caches: begun where a kept prompt ends, they may grow once more
-    than those that are begun anew."""
+    """Bytes of the caches of a sequence in company, wherever they were begun."""
     return max(work.cache_bytes, work.shared_bytes)
 
 

@@ -61,10 +61,15 @@ def test_both_models_answer_one_question_on_8_gb() -> None:
 @pytest.mark.parametrize("kv_bits", [None, 8])
 def test_alone_it_takes_what_generate_takes(prompt: int, most: int, kv_bits: int | None) -> None:
     alone = Workload(LARGE, 2, prompt, most, STEP, kv_bits).bytes
-    one_step_more = 256 * Workload(LARGE, 2, 1, 1, STEP, kv_bits).entry_bytes
+    room_to_grow = 256 * Workload(LARGE, 2, 1, 1, STEP, kv_bits).entry_bytes
     logits = 6 * LARGE.vocab_size * 4
-    more = needed(job(prompt, most), kv_bits=kv_bits, draft="none") - alone
-    assert logits <= more <= logits + one_step_more
+    assert needed(job(prompt, most), kv_bits=kv_bits, draft="none") == alone + room_to_grow + logits
+
+
+def test_more_tokens_never_take_less() -> None:
+    for prompt in (1, 300, 2048, 5000):
+        sizes = [needed(job(prompt, most)) for most in range(1, 3000, 97)]
+        assert sizes == sorted(sizes)
 
 
 def test_in_company_it_may_be_there_twice() -> None:
