@@ -119,6 +119,9 @@ class Packing:
         step = max(1, PIECE // columns)
 
         def rows(packed: mx.array, scales: mx.array, biases: mx.array | None = None) -> mx.array:
+            on_cpu = not device.on_gpu() if stream is None else stream.device == mx.cpu
+            if biases is not None and self.bits in (4, 8) and on_cpu:
+                return self._widened(packed, scales, biases, stream)
             how = self.group_size, self.bits, self.mode
             dense = mx.dequantize(packed, scales, biases, *how, stream=stream)
             return dense.astype(dtype, stream=stream)
@@ -130,6 +133,23 @@ class Packing:
         cuts = list(range(step, count, step))
         pieces = zip(*(mx.split(part, cuts, stream=stream) for part in parts), strict=True)
         return joined((count, columns), (rows(*piece) for piece in pieces), stream)
+
+    def _widened(
+        self, packed: mx.array, scales: mx.array, biases: mx.array, stream: mx.Stream | None
+    ) -> mx.array:
+        """As `mx.dequantize`, whole bytes at a time: 1.1 to 5 times as fast on a CPU, and the same
+        bits. Scales and biases `[rows, groups]` -> `[rows, columns]`."""
+        integers = packed.view(mx.uint8, stream=stream)
+        if self.bits == 4:
+            low = mx.bitwise_and(integers, 15, stream=stream)
+            high = mx.right_shift(integers, 4, stream=stream)
+            integers = mx.stack([low, high], axis=-1, stream=stream)
+        groups = mx.unflatten(
+            mx.flatten(integers, 1, stream=stream), 1, (-1, self.group_size), stream=stream
+        )
+        scaled = mx.multiply(groups, mx.expand_dims(scales, -1, stream=stream), stream=stream)
+        moved = mx.add(scaled, mx.expand_dims(biases, -1, stream=stream), stream=stream)
+        return mx.flatten(moved, 1, stream=stream)
 
 
 def matrix_bytes(shape: tuple[int, int], packing: Packing | None, item_bytes: int) -> int:
