@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +38,18 @@ if _worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
     _cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if 0 < len(_cores) <= _workers:
         os.sched_setaffinity(0, {_cores[int(_worker) % len(_cores)]})
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` leaves any out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases that share a mark `one_in(n)`, each n-th is quick and the others are long. Where
+    pytest-randomly has shuffled them, a run draws its own: its seed gives the same again."""
+    cases: Counter[int] = Counter()
+    for item in items:
+        if mark := item.get_closest_marker("one_in"):
+            if cases[id(mark)] % mark.args[0]:
+                item.add_marker(pytest.mark.long)
+            cases[id(mark)] += 1
 
 
 def pytest_collection_finish() -> None:

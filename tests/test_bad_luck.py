@@ -262,6 +262,7 @@ def attempt(
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+@pytest.mark.one_in(4)
 def test_a_source_that_changes(
     checkpoint: MakeCheckpoint,
     tmp_path: Path,
@@ -452,6 +453,7 @@ def test_what_is_ours_alone_is_written_readable(
     ],
 )
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.one_in(4)
 def test_a_disk_that_fails_late(
     checkpoint: MakeCheckpoint,
     tmp_path: Path,

@@ -92,9 +92,8 @@ class Packing:
 
         stream: what computes it; the default device's unless one is given.
         """
-        on_cpu = not device.on_gpu() if stream is None else stream.device == mx.cpu
         dtype, wide = weight.dtype, weight
-        if self.mode == "affine" and on_cpu:
+        if self.mode == "affine" and _on_cpu(stream):
             # The CPU's kernel widens value by value; all at once takes 0.9 of the time, and
             # gives the same bits.
             wide = weight.astype(mx.float32, stream=stream)
@@ -119,8 +118,7 @@ class Packing:
         step = max(1, PIECE // columns)
 
         def rows(packed: mx.array, scales: mx.array, biases: mx.array | None = None) -> mx.array:
-            on_cpu = not device.on_gpu() if stream is None else stream.device == mx.cpu
-            if biases is not None and self.bits in (4, 8) and on_cpu:
+            if biases is not None and self.bits in (4, 8) and _on_cpu(stream):
                 return self._widened(packed, scales, biases, stream)
             how = self.group_size, self.bits, self.mode
             dense = mx.dequantize(packed, scales, biases, *how, stream=stream)
@@ -150,6 +148,10 @@ class Packing:
         scaled = mx.multiply(groups, mx.expand_dims(scales, -1, stream=stream), stream=stream)
         moved = mx.add(scaled, mx.expand_dims(biases, -1, stream=stream), stream=stream)
         return mx.flatten(moved, 1, stream=stream)
+
+
+def _on_cpu(stream: mx.Stream | None) -> bool:
+    return not device.on_gpu() if stream is None else stream.device == mx.cpu
 
 
 def matrix_bytes(shape: tuple[int, int], packing: Packing | None, item_bytes: int) -> int:

@@ -116,6 +116,7 @@ def test_a_ratio_is_ours_over_the_peer_of_the_same_side(
     assert "\n".join(context.text(found)).count("2.00 (2.00-2.00)") == 3
 
 
+@pytest.mark.long
 def test_a_side_that_mlx_lm_can_not_run_says_why(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +155,7 @@ def test_a_copy_that_would_not_fit_is_not_even_written(
     assert list(tmp_path.iterdir()) == [pair.path]
 
 
+@pytest.mark.long
 def test_what_does_not_fit_is_a_row_that_says_so(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +186,7 @@ def test_what_bytes_alone_allow_is_arithmetic(length: int) -> None:
         assert found[f"cerebrum-12.25b, {kind}"] == pytest.approx(full / seen, abs=1e-4)
 
 
+@pytest.mark.long
 def test_text_and_plots_come_from_the_results_alone(results: Results, tmp_path: Path) -> None:
     before = json.dumps(results)
     said = "\n".join(context.text(results))

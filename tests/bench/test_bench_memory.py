@@ -72,6 +72,7 @@ def test_full_size_is_the_plan_rooms_arithmetic(results: Results) -> None:
             assert row["peak"] > row["weights"] + row["kv"]
 
 
+@pytest.mark.long
 def test_text_says_how_far_off(results: Results, tmp_path: Path) -> None:
     doctored = json.loads(json.dumps(results))
     for row in doctored["random"] + doctored["model"]:

@@ -322,6 +322,7 @@ def test_a_right_server_passes(load: Callable[..., tuple[int, Any]]) -> None:
     assert "NO" not in "\n".join(server_findings.text(found))
 
 
+@pytest.mark.long
 def test_a_wrong_server_fails(
     monkeypatch: pytest.MonkeyPatch, load: Callable[..., tuple[int, Any]]
 ) -> None:

@@ -71,6 +71,7 @@ def measured(pair: Pair, settings: Effort) -> Results:
     return results
 
 
+@pytest.mark.long
 def test_every_engine_says_what_ours_says(
     pair: Pair, settings: Effort, monkeypatch: pytest.MonkeyPatch
 ) -> None:

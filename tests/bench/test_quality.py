@@ -264,6 +264,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.long
 def test_the_suite(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     (tmp_path / "prose.txt").write_bytes(TEXT.read_bytes()[:700])
     (tmp_path / "short.txt").write_text("Too short.")

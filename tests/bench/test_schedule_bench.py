@@ -35,6 +35,7 @@ def holds(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("window", [24, pytest.param(None, marks=pytest.mark.long)])
+@pytest.mark.long
 def test_all_parts(
     checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], window: int | None
 ) -> None:

@@ -72,6 +72,7 @@ def test_there_are_enough_of_them() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("every_piece_is_drawn")
+@pytest.mark.one_in(3)
 def test_on_the_terminal(name: str) -> None:
     text, expected = answer(name, terminal=True)
     assert words(streamed(text, Terminal(200, 100), len(text))) == expected
@@ -79,6 +80,7 @@ def test_on_the_terminal(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.one_in(4)
 def test_on_the_page(page: Page, name: str) -> None:
     text, expected = answer(name)
     assert words(page.evaluate(READ, {"text": text, "size": len(text)})) == expected

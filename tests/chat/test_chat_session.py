@@ -19,6 +19,8 @@ from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 from mlx_cerebrum.weights.views import load_views
 
+slow = pytest.mark.one_in(3)
+
 Views = tuple[Mapping[str, Model], Tokenizer]
 
 
@@ -77,6 +79,7 @@ def test_every_model_keeps_caches_of_its_own(views: Views) -> None:
     assert computed(ask(session, "Four?")) == 1 + turn("Three?") + 20 + turn("Four?")
 
 
+@slow
 def test_edits_and_undo_compute_only_what_differs(views: Views) -> None:
     session = session_of(views)
     ask(session, "One?")
@@ -100,6 +103,7 @@ def test_edits_and_undo_compute_only_what_differs(views: Views) -> None:
     assert computed(ask(session, "One?")) == 1
 
 
+@slow
 def test_past_the_window_too(tmp_path: Path) -> None:
     """Turns, an edit and a switch long after the window has left the conversation's beginning."""
     session = session_of(talkers(tmp_path, sliding_window=48), max_tokens=70)
@@ -121,6 +125,7 @@ def test_past_the_window_too(tmp_path: Path) -> None:
     assert session.passes_window()  # a new conversation
 
 
+@slow
 def test_an_answer_is_what_the_whole_prompt_gives(views: Views) -> None:
     tokenizer = views[1]
     session = session_of(views)
@@ -163,6 +168,7 @@ def test_with_the_real_vocabulary_a_turn_begins_with_the_last_one(
 
 
 @pytest.mark.parametrize("draft", ["none", "ngram", "auto"])
+@pytest.mark.one_in(3)
 def test_stopped_where_it_was_shown(views: Views, draft: str) -> None:
     session = session_of(views, draft=draft, max_tokens=60)
     session.switch("talker@twice")
@@ -191,6 +197,7 @@ def test_stopped_where_it_was_shown(views: Views, draft: str) -> None:
         {"frequency_penalty": 1.5, "repetition_penalty": 1.3, "min_tokens": 25},
     ],
 )
+@pytest.mark.one_in(4)
 def test_an_answer_goes_on_where_it_was_cut(
     views: Views, draft: str, drawing: dict[str, Any]
 ) -> None:
@@ -218,6 +225,7 @@ def test_an_answer_goes_on_where_it_was_cut(
 
 
 @pytest.mark.parametrize("drawn", [False, True])
+@slow
 def test_it_goes_on_through_a_character_and_a_stop_string(views: Views, drawn: bool) -> None:
     """Both may lie across the cut; what was shown of them in haste is not kept."""
     # Drawn, bytes come that are no whole characters, alone and together.
@@ -285,6 +293,7 @@ def conversation(views: Views, seed: int | None, *questions: str) -> list[str]:
     return [ask(session, question).text for question in questions]
 
 
+@slow
 def test_a_seed_repeats_a_conversation_and_no_turn_of_it(views: Views) -> None:
     once = conversation(views, 7, "A?", "B?")
     assert conversation(views, 7, "A?", "B?") == once
@@ -297,6 +306,7 @@ def test_a_seed_repeats_a_conversation_and_no_turn_of_it(views: Views) -> None:
     assert len(ask(last, "B?").text) == 20  # the seed after the last is 0
 
 
+@slow
 def test_both_columns_draw_alike_and_count_once(views: Views) -> None:
     session = session_of(views, temp=1.0, seed=7)
     both = session.ask("A?", ["talker", "talker@twice"])
@@ -306,6 +316,7 @@ def test_both_columns_draw_alike_and_count_once(views: Views) -> None:
     assert ask(session, "B?").text == conversation(views, 7, "A?", "B?")[1]
 
 
+@slow
 def test_comparing_token_by_token_is_asking_each(views: Views) -> None:
     session = session_of(views)
     both = session.ask("A?", list(views[0]))
@@ -323,6 +334,7 @@ def test_comparing_token_by_token_is_asking_each(views: Views) -> None:
 # What is refused.
 
 
+@slow
 def test_retrying_what_can_only_be_the_same(views: Views) -> None:
     session = session_of(views)
     ask(session, "A?")
@@ -463,6 +475,7 @@ def test_clear_can_be_undone(views: Views) -> None:
 # A trained model.
 
 
+@slow
 def test_the_demo_computes_only_the_new_turn(demo: Path) -> None:
     """Its end-of-turn token and the text around it are found again in the next prompt."""
     session = Session(

@@ -14,6 +14,8 @@ from terminal import Program
 from mlx_cerebrum.chat.commands import COMMANDS
 from mlx_cerebrum.chat.palette import styles
 
+slow = pytest.mark.one_in(3)
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -46,6 +48,7 @@ def answering(text: str) -> bool:
     return len(text.partition("> Talk!\n")[2]) > 100
 
 
+@slow
 def test_ask_switch_compare_and_quit(tmp_path: Path) -> None:
     with start(tmp_path, "--max-tokens", "60") as program:
         text = program.until("talker>")
@@ -71,6 +74,7 @@ def test_ask_switch_compare_and_quit(tmp_path: Path) -> None:
         assert "+/compare And you?" in history
 
 
+@slow
 def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(tmp_path: Path) -> None:
     with start(tmp_path, "--max-tokens", "4000", "--no-history") as program:
         program.until("talker>")
@@ -105,6 +109,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(tmp_path: Path) -> None:
         (signal.SIGHUP, "asked"),
     ],
 )
+@pytest.mark.one_in(3)
 def test_the_terminal_is_put_back_whatever_ends_the_chat(
     tmp_path: Path, signum: signal.Signals, when: str
 ) -> None:
@@ -162,6 +167,7 @@ SHELL = ("sh", "-c", 'set -m; "$@"; stty -a; echo "is stopped"; read line; fg; e
 
 
 @pytest.mark.parametrize("when", ["at the prompt", "answering"])
+@slow
 def test_ctrl_z_and_fg(tmp_path: Path, when: str) -> None:
     with start(tmp_path, "--max-tokens", "3000", "--no-history", under=SHELL) as program:
         program.until("talker>")
@@ -190,6 +196,7 @@ def test_ctrl_z_and_fg(tmp_path: Path, when: str) -> None:
         assert program.as_found
 
 
+@slow
 def test_several_lines_and_completion(tmp_path: Path) -> None:
     with start(tmp_path, "--max-tokens", "5") as program:
         program.until("talker>")
@@ -227,6 +234,7 @@ def test_several_lines_and_completion(tmp_path: Path) -> None:
         pytest.param(24, 8, marks=pytest.mark.long),
     ],
 )
+@slow
 def test_small_terminals_and_resizing(tmp_path: Path, columns: int, rows: int) -> None:
     with start(tmp_path, "--max-tokens", "300", columns=columns, rows=rows) as program:
         program.until("talker>")
@@ -247,6 +255,7 @@ def test_small_terminals_and_resizing(tmp_path: Path, columns: int, rows: int) -
 HOSTILE = "\x1b[2J]0;\x07\x9b3m"
 
 
+@slow
 def test_a_hostile_answer_stays_text(tmp_path: Path) -> None:
     """What would clear the screen, set the title or ring is shown instead."""
     says = "\x1b[2J]\x07\x08"
@@ -264,6 +273,7 @@ def test_a_hostile_answer_stays_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [(), ("--plain",)])
+@slow
 def test_a_dumb_terminal(tmp_path: Path, flags: tuple[str, ...]) -> None:
     term = "xterm" if flags else "dumb"
     with start(tmp_path, "--max-tokens", "4000", *flags, term=term) as program:
@@ -282,6 +292,7 @@ def test_a_dumb_terminal(tmp_path: Path, flags: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("colours", [True, False])
+@slow
 def test_colours_and_none(tmp_path: Path, colours: bool) -> None:
     """Those of a terminal that says it is white; NO_COLOR has none."""
     with start(tmp_path, "--max-tokens", "5", colours=colours) as program:
@@ -305,6 +316,7 @@ def test_the_menu_has_every_command_and_takes_no_room_later(tmp_path: Path) -> N
         program.until(lambda text: text.endswith("talker>"))
 
 
+@slow
 def test_a_line_at_a_time_between_triple_quotes(tmp_path: Path) -> None:
     """Also in a window of 20 columns, with wide characters."""
     with start(tmp_path, "--max-tokens", "5", columns=20) as program:
@@ -323,6 +335,7 @@ def test_a_line_at_a_time_between_triple_quotes(tmp_path: Path) -> None:
     assert "\u6f22\u5b57 one\\n/help" in file.read_text("utf-8")
 
 
+@slow
 def test_a_message_is_written_in_an_editor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     editor = tmp_path / "editor"
     editor.write_text('#!/bin/sh\nls -l "$1" > "$0.saw"; echo "and more" >> "$1"\n')
@@ -354,6 +367,7 @@ def test_vis_keys_for_those_who_have_set_them(tmp_path: Path) -> None:
         assert program.end() == 0
 
 
+@slow
 def test_leaving_what_is_not_kept(tmp_path: Path) -> None:
     """Ctrl-C stays, Ctrl-D leaves. With --no-save nobody is asked."""
     with start(tmp_path, "--max-tokens", "5", "--no-keep") as program:

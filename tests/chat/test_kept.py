@@ -335,6 +335,7 @@ def test_a_user_without_a_home(
         (["/quit"], ["never asked"], []),
     ],
 )
+@pytest.mark.one_in(3)
 def test_leaving_offers_to_save_once(
     views: Views,
     tmp_path: Path,

@@ -53,6 +53,7 @@ def page() -> Iterator[Page]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case["name"]))
+@pytest.mark.one_in(4)
 def test_on_the_page(page: Page, case: dict[str, Any]) -> None:
     text = case["text"]
     drawn = page.evaluate(DRAWN, {"text": text, "count": len(case["formulas"])})

@@ -43,6 +43,7 @@ def divergence(path: Path, layer_map: tuple[int, ...], block: int, ids: mx.array
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("layer_map", [tuple(range(8)), TWICE])
+@pytest.mark.one_in(3)
 def test_the_divergence_is_that_of_the_whole_model(
     checkpoint: MakeCheckpoint, layer_map: tuple[int, ...], tied: bool
 ) -> None:
@@ -85,6 +86,7 @@ def test_a_block_that_matters_ranks_above_one_that_does_not(tmp_path: Path) -> N
     assert table.packing == Packing(4, 64)
 
 
+@pytest.mark.long
 def test_a_block_is_measured_as_often_as_the_plan_runs_it(checkpoint: MakeCheckpoint) -> None:
     source = open_checkpoint(checkpoint(num_hidden_layers=4))
     config = source.config.with_map((0, 1, 1, 1, 1, 3))

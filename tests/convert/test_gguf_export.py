@@ -33,6 +33,8 @@ from mlx_cerebrum.weights.gguf_file import GGUFFile
 from mlx_cerebrum.weights.opening import open_checkpoint
 from mlx_cerebrum.weights.safetensors_checkpoint import SafetensorsCheckpoint
 
+slow = pytest.mark.one_in(3)
+
 SCALES = """merge_method: passthrough
 slices:
 - sources:
@@ -83,6 +85,7 @@ def test_row_order_is_the_readers_undone(heads: int, pairs: int, columns: int) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.one_in(3)
 def test_reads_back_as_gguf_rounds_it(
     checkpoint: MakeCheckpoint, tmp_path: Path, kind: str
 ) -> None:
@@ -121,6 +124,7 @@ def plan_text(ranges: str) -> str:
     return "\n".join(["merge_method: passthrough", "slices:", *slices, ""])
 
 
+@slow
 def test_float32_gives_the_sources_tokens_and_logits(
     checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
@@ -147,6 +151,7 @@ def test_any_scale_as_the_unrolled_directory_has_it(
     assert_same(unrolled, tmp_path / "out.gguf")
 
 
+@slow
 def test_folded_source_brings_its_own_scales(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source, plan, folded = checkpoint(), tmp_path / "plan.yml", tmp_path / "folded"
     plan.write_text(RESIDUAL)
@@ -218,6 +223,7 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(path)
 
 
+@slow
 def test_sentencepiece_survives(mistral: Checkpoint, tmp_path: Path) -> None:
     export(mistral, tmp_path / "out.gguf", kind="Q8_0")
     before, after = mistral.tokenizer(), open_checkpoint(tmp_path / "out.gguf").tokenizer()
@@ -241,6 +247,7 @@ def mistral_pair(mistral: Checkpoint) -> tuple[Tokenizer, Tokenizer]:
 
 @given(st.text(st.sampled_from("ab e<>/s_▁\n\t éß漢🎉=019.,'")) | st.text())
 @settings(max_examples=150, deadline=None)
+@slow
 def test_sentencepiece_survives_any_text(
     mistral_pair: tuple[Tokenizer, Tokenizer], text: str
 ) -> None:
@@ -250,6 +257,7 @@ def test_sentencepiece_survives_any_text(
     assert after.decode(ids) == before.decode(ids)
 
 
+@slow
 def test_byte_level_is_what_the_demo_has(demo: Path, tmp_path: Path) -> None:
     """tokenizer.json, made from the demo's GGUF, becomes that GGUF's metadata again."""
     expected = GGUFFile.open(demo).metadata
@@ -403,6 +411,7 @@ def test_a_failed_write_leaves_nothing(
     assert not list(tmp_path.glob("**/*.gguf"))
 
 
+@slow
 def test_leftovers_are_replaced_and_a_running_export_is_not(
     checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
@@ -460,6 +469,7 @@ def test_llama_cpp_says_what_we_say(demo: Path, tmp_path: Path) -> None:
     assert server.handle_completions(request)["choices"][0]["text"] == expected
 
 
+@slow
 def test_llama_cpp_reads_sentencepiece_and_no_window(mistral: Checkpoint, tmp_path: Path) -> None:
     """A random model answers other ids with other ids: Mistral's vocabulary is read as ours."""
     out = tmp_path / "out.gguf"

@@ -93,6 +93,7 @@ PHASES = [
 
 
 @pytest.mark.parametrize(("where", "count"), PHASES, ids=[f"{w[8:]}-{c}" for w, c in PHASES])
+@pytest.mark.one_in(3)
 def test_killed_at_any_moment_it_resumes(
     checkpoint: MakeCheckpoint, tmp_path: Path, where: str, count: int, puts: list[int]
 ) -> None:
@@ -416,6 +417,7 @@ def test_copying_by_every_way(
     assert sum(seen) == 100_000
 
 
+@pytest.mark.long
 def test_pieces_do_not_change_the_bytes(
     checkpoint: MakeCheckpoint,
     plan_file: Callable[..., Path],

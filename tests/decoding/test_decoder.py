@@ -66,6 +66,7 @@ def company(draw: random.Random, views: list[Model], ahead: bool, patch: Patch) 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("window", [12, None])
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.one_in(5)
 def test_random_company(seed: int, window: int | None, ahead: bool, monkeypatch: Patch) -> None:
     monkeypatch.setattr(Counted, "made", 0)
     there = company(random.Random(seed), VIEWS[window], ahead, monkeypatch)

@@ -35,6 +35,8 @@ from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.opening import open_checkpoint
 from mlx_cerebrum.weights.storage import choose_storage
 
+slow = pytest.mark.one_in(3)
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -84,11 +86,13 @@ def test_empty_stop_string_is_refused() -> None:
 # The stream.
 
 
+@slow
 def test_paris(trained: tuple[Model, Tokenizer]) -> None:
     text = generate(*trained, "The capital of France is", max_tokens=8)
     assert text.startswith(" Paris")
 
 
+@slow
 def test_streamed_text_is_the_whole_text(trained: tuple[Model, Tokenizer]) -> None:
     model, tokenizer = trained
     responses = list(stream_generate(model, tokenizer, "Once upon a time", max_tokens=20))
@@ -104,6 +108,7 @@ def test_streamed_text_is_the_whole_text(trained: tuple[Model, Tokenizer]) -> No
     assert last.peak_memory > 0
 
 
+@slow
 def test_stops_on_eos_without_printing_it(trained: tuple[Model, Tokenizer]) -> None:
     model, tokenizer = trained
     ids = tokenizer.apply_chat_template(
@@ -133,6 +138,7 @@ def test_a_text_that_joins_the_prompt_keeps_its_space(
     assert response.text == text
 
 
+@slow
 def test_stop_string_across_tokens(trained: tuple[Model, Tokenizer]) -> None:
     model, tokenizer = trained
     whole = generate(model, tokenizer, "One, two, three,", max_tokens=12)
@@ -145,6 +151,7 @@ def test_stop_string_across_tokens(trained: tuple[Model, Tokenizer]) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 3, 64])
+@pytest.mark.one_in(2)
 def test_prefill_step_size_does_not_change_the_text(checkpoint: MakeCheckpoint, step: int) -> None:
     small, prompt = load(checkpoint()), "A list of colours: red, green, blue, yellow, orange"
     expected = generate(*small, prompt, max_tokens=40)
@@ -173,6 +180,7 @@ def test_requests_that_cannot_be_honoured(
 # The command line.
 
 
+@slow
 def test_answers_and_closes_with_the_figures(
     demo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +191,7 @@ def test_answers_and_closes_with_the_figures(
         assert word in err
 
 
+@slow
 def test_json_is_one_object_and_nothing_else(
     demo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,18 +209,26 @@ def test_json_is_one_object_and_nothing_else(
 
 
 def test_an_answer_cut_by_its_length_says_how_to_get_more(
-    demo: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ("--model", demo, "--prompt", "Count to twenty.", "--max-tokens", 3)
+    prompt = ("--prompt", "Count to twenty.", "--template", "plain")
+    asked = ("--model", checkpoint(), *prompt, "--max-tokens", 3)
     code, _, err = run(capsys, *asked)
     assert code == 0
     assert err.splitlines()[-1] == "note: cut at 3 tokens; --max-tokens N lets it go on"
     for flag in ("--quiet", "--json"):
         assert run(capsys, *asked, flag)[2] == ""
-    _, _, err = run(capsys, "--model", demo, "--prompt", "What is the capital of France?")
-    assert "note:" not in err
 
 
+@slow
+def test_an_answer_that_ends_by_itself_has_no_such_note(
+    demo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--model", demo, "--prompt", "What is the capital of France?")
+    assert "note:" not in run(capsys, *asked)[2]
+
+
+@slow
 def test_quiet_prints_the_answer_only(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--model", demo, "--prompt", "The capital of France is", "--raw", "--max-tokens", 2]
     assert run(capsys, *args, "--quiet") == (0, " Paris.\n", "")
@@ -231,6 +248,7 @@ def test_messages_file_is_the_prompt_with_system(
     assert json.loads(one)["prompt_tokens"] != json.loads(three)["prompt_tokens"]
 
 
+@slow
 def test_an_answer_that_a_file_ends_with_is_continued(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +260,7 @@ def test_an_answer_that_a_file_ends_with_is_continued(
         assert run(capsys, *common) == (0, f"{text}\n", "")
 
 
+@slow
 def test_prompt_from_standard_input(
     demo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,6 +450,7 @@ def test_a_signal_keeps_the_prompt_cache(tmp_path: Path) -> None:
     assert json.loads(again.stdout)["cached_tokens"] > 5
 
 
+@slow
 def test_a_closed_terminal_keeps_the_prompt_cache(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -477,6 +497,7 @@ def test_the_cursor_stays_while_a_model_is_loaded() -> None:
     assert "\x1b[?25l" not in program.raw
 
 
+@slow
 def test_closed_streams_are_one_line(demo: Path) -> None:
     command = f"{sys.executable} -m mlx_cerebrum.generate --model {demo} --prompt -"
     done = subprocess.run(
@@ -497,6 +518,7 @@ def test_closed_streams_are_one_line(demo: Path) -> None:
         assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
+@slow
 def test_ctrl_z_and_fg(tmp_path: Path) -> None:
     """The shell gets its terminal as it was, and the answer goes on where it was stopped."""
     shell = ["sh", "-c", 'set -m; "$@"; stty -a; echo "is stopped"; read line; fg; exit $?', "sh"]
@@ -550,6 +572,7 @@ def test_help_gives_every_flag_a_unit_or_default(capsys: pytest.CaptureFixture[s
             assert "(default:" in action.help, action.option_strings
 
 
+@slow
 def test_the_assumed_template_is_said_in_one_line(
     checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

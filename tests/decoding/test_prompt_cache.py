@@ -42,6 +42,8 @@ from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
 from mlx_cerebrum.weights.quantize import Packing
 from mlx_cerebrum.weights.storage import Storage, choose_storage
 
+slow = pytest.mark.one_in(3)
+
 WINDOW = 20
 MAP = (0, 1, 2, 1, 2, 3)
 SCALES = "{scale: [{filter: o_proj, value: 0.5}, {filter: down_proj, value: 0.5}, {value: 1}]}"
@@ -103,6 +105,7 @@ def last_logits(cache: PromptCache, prompt: Sequence[int]) -> mx.array:
 
 
 @pytest.mark.parametrize("window", [WINDOW, None])
+@slow
 def test_a_conversation_computes_only_what_is_new(window: int | None) -> None:
     model = tiny_model(window)
     cache, said = PromptCache(model), text(30, seed=1)
@@ -123,6 +126,7 @@ def test_logits_are_those_of_one_uninterrupted_prompt() -> None:
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.one_in(3)
 def test_the_last_question_is_edited_far_past_the_window(bits: int | None) -> None:
     cache, said = PromptCache(MODEL, bits), text(60, seed=1)
     said += ask(cache, said, 25)[0]
@@ -138,6 +142,7 @@ def test_the_last_question_is_edited_far_past_the_window(bits: int | None) -> No
 
 
 @pytest.mark.parametrize("first", [True, False])
+@slow
 def test_an_answer_is_tried_again_far_past_the_window(first: bool) -> None:
     cache, said = PromptCache(MODEL), text(60, seed=1)
     if not first:
@@ -147,6 +152,7 @@ def test_an_answer_is_tried_again_far_past_the_window(first: bool) -> None:
     assert ask(cache, said, 9) == (answer[:9], 1)
 
 
+@slow
 def test_the_end_of_a_long_text_is_put_in_other_words() -> None:
     cache, long = PromptCache(MODEL), text(90, seed=1)
     ask(cache, [*long, *text(6, seed=2)], 5 * WINDOW)
@@ -154,6 +160,7 @@ def test_the_end_of_a_long_text_is_put_in_other_words() -> None:
     assert ask(cache, prompt, 30) == (fresh(prompt, 30), 5)
 
 
+@slow
 def test_a_prompt_that_differs_in_the_middle() -> None:
     cache, said = PromptCache(MODEL), text(40, seed=1)
     said += ask(cache, said, 60)[0]
@@ -218,6 +225,7 @@ def test_positions_that_can_go_back_differently_far_agree() -> None:
     assert ask(cache, prompt, 9) == (fresh(prompt, 9), 71 - 30)
 
 
+@slow
 def test_with_speculation(monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(self: Speculation, tokens: Sequence[int], most: int) -> Any:
         return ("model", "model", min(4, most)) if most else None
@@ -240,6 +248,7 @@ def test_with_speculation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("windows", [0, 1, 2, None])
+@pytest.mark.one_in(3)
 def test_memory_is_bounded_all_the_time(windows: int | None) -> None:
     """Long turns, each of which would keep two windows of its own."""
     entry = MODEL.config.kv_values_per_token() * 4
@@ -291,6 +300,7 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("bits", "length"), [(None, 3), (None, 60), (8, 60), (4, 60)])
+@pytest.mark.one_in(3)
 def test_a_saved_conversation_goes_on_as_if_never_stopped(
     file: Path, bits: int | None, length: int
 ) -> None:
@@ -326,6 +336,7 @@ def test_an_empty_conversation_is_saved_too(file: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@slow
 def test_every_bit_comes_back(file: Path, dtype: mx.Dtype) -> None:
     model = tiny_model()
     model.set_dtype(dtype)
@@ -485,6 +496,7 @@ MADE = {
 
 
 @pytest.mark.parametrize("made", MADE.values(), ids=MADE)
+@pytest.mark.one_in(4)
 def test_a_header_that_is_not_ours_is_refused(file: Path, made: Made) -> None:
     saved(file)
     rewrite(file, lambda header: None)
@@ -494,6 +506,7 @@ def test_a_header_that_is_not_ours_is_refused(file: Path, made: Made) -> None:
 
 
 @pytest.mark.timeout(60)
+@slow
 def test_marks_of_no_use_cost_nothing(file: Path) -> None:
     """Out of reach, or a million times the same."""
     saved(file)

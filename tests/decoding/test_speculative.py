@@ -38,6 +38,8 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model, TransformerBlock
 from mlx_cerebrum.weights.loading import fuse_projections
 
+slow = pytest.mark.one_in(3)
+
 WINDOW = 20
 TARGET = (0, 1, 2, 1, 2, 3, 2, 3)  # 8 positions over 4 blocks
 SHORTER = (0, 1, 2, 3)  # the first three are the target's first ones
@@ -142,6 +144,7 @@ def assert_holds(cache: Sequence[WindowedKVCache], tokens: Sequence[int], least:
 
 
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
+@slow
 def test_every_draft_at_every_offset_around_the_window(every: int) -> None:
     """Not only the choices: every row of logits they were made from."""
     rows: list[mx.array] = []
@@ -166,6 +169,7 @@ def test_every_draft_at_every_offset_around_the_window(every: int) -> None:
 
 @given(st.data())
 @settings(deadline=None, max_examples=12)
+@pytest.mark.long
 def test_any_rounds_from_anywhere(data: Any) -> None:
     """Mixed drafters and draft lengths, wherever the cache moves its entries."""
     names = ["ngram", "fewer", "packed", "exit", "same", "oracle"]
@@ -184,6 +188,7 @@ def test_any_rounds_from_anywhere(data: Any) -> None:
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("name", ["ngram", "fewer", "packed", "auto"])
+@pytest.mark.one_in(3)
 def test_tiny_with_the_real_policy(name: str, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`ahead`: with a plain step in flight, as on a GPU."""
     monkeypatch.setattr(decoder, "device", SimpleNamespace(on_gpu=lambda: ahead))
@@ -288,6 +293,7 @@ def test_max_tokens_inside_a_draft(name: str) -> None:
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("name", ["fewer", "same", "oracle", "none"])
+@pytest.mark.one_in(3)
 def test_consumer_stops_inside_a_burst(
     name: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +329,7 @@ def interrupt_at(call: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], boo
 
 
 @pytest.mark.parametrize("name", ["fewer", "packed", "exit"])
+@pytest.mark.one_in(2)
 def test_interrupted_between_two_positions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever in prefill, draft or check: the cache holds only what the target computed."""
     for call in itertools.count():
@@ -385,6 +392,7 @@ def test_the_longest_draft_can_be_undone() -> None:
 
 
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
+@slow
 def test_an_answer_ends_inside_a_draft(checkpoint: MakeCheckpoint, every: int) -> None:
     """By EOS or by a stop string: the text, the last token and the cache are plain decoding's."""
     model, tokenizer = load(checkpoint(sliding_window=20))
@@ -422,6 +430,7 @@ def test_an_answer_ends_inside_a_draft(checkpoint: MakeCheckpoint, every: int) -
 # Sampling.
 
 
+@slow
 def test_a_seed_gives_the_same_text_with_any_drafter() -> None:
     def sampler(seed: int = 11) -> Sampler:
         return make_sampler(0.7, top_p=0.95, min_p=0.01, seed=seed)
@@ -532,6 +541,7 @@ def chi_square(counts: np.ndarray[Any, Any]) -> float:
 
 
 @pytest.mark.parametrize("drafter", ["model", "certain"])
+@slow
 def test_what_is_said_follows_the_target(drafter: str) -> None:
     counts, held = rounds_of(1500, drafter, verify)
     assert chi_square(counts) < 4
@@ -549,6 +559,7 @@ def test_what_is_said_follows_the_target(drafter: str) -> None:
 
 @pytest.mark.parametrize("rule", [accept_all, draw_again])
 @pytest.mark.parametrize("drafter", ["model", "certain"])
+@pytest.mark.one_in(3)
 def test_a_wrong_rule_would_be_noticed(drafter: str, rule: Verify) -> None:
     counts, _ = rounds_of(700, drafter, rule)
     assert chi_square(counts) > 5

@@ -81,6 +81,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", GOLDEN["cases"])
+@pytest.mark.one_in(4)
 def test_unrolled_is_what_mergekit_writes(
     name: str, sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +184,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("mode", "bits", "group"), PACKINGS)
 @pytest.mark.parametrize("code", DTYPES)
+@pytest.mark.one_in(4)
 def test_quantized_is_what_mlx_lm_writes(
     code: str, mode: str, bits: int, group: int, dense: Path, tmp_path: Path
 ) -> None:

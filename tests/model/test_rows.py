@@ -305,6 +305,7 @@ def room(row: Row) -> int:
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("window", [300, None])
 @pytest.mark.parametrize("short", [1, 44, 256, 300])
+@pytest.mark.one_in(5)
 def test_bytes_are_twice_those_of_the_rows_alone_at_most(
     bits: int | None, window: int | None, short: int
 ) -> None:

@@ -8,6 +8,7 @@ from page_driver import answers, ask, until
 from page_room import Hold, Room, Script
 from playwright.sync_api import Page, Route, expect
 
+pytestmark = pytest.mark.one_in(3)
 launched, served = page_driver.launched, page_driver.served
 room, page = page_driver.room, page_driver.page
 
@@ -95,6 +96,7 @@ def test_without_the_server_formulas_are_as_written(page: Page, room: Room) -> N
         [],
     ],
 )
+@pytest.mark.one_in(4)
 def test_no_other_element_is_drawn(page: Page, room: Room, answer: object) -> None:
     typesets(page, answer)
     says(room, "So $x^2$.")

@@ -26,6 +26,8 @@ from mlx_cerebrum.server.jobs import Event, Failed, Job, Piece, Reading
 from mlx_cerebrum.server.task import Counts, Task
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
+slow = pytest.mark.one_in(3)
+
 WINDOW = 12
 CONFIG = tiny_config(
     num_hidden_layers=2, vocab_size=260, max_position_embeddings=2048, sliding_window=WINDOW
@@ -126,6 +128,7 @@ arrivals = st.lists(
     step=st.sampled_from([1, 2, 5, 16, 64]),
     cache_bytes=st.sampled_from([0, 40_000, 10**8]),
 )
+@slow
 def test_any_joining_and_leaving_changes_no_token(
     loaded: Callable[[int], Loaded],
     arrivals: list[tuple[int, int, int, int, int, int | None]],
@@ -433,6 +436,7 @@ def _taken(do: Callable[[], None]) -> int:
     "jobs", [[(300, 9, 1)], [(40, 150, 4)], [(300, 9, 1), (90, 40, 1), (350, 5, 2)]]
 )
 @pytest.mark.parametrize("draft", ["none", "ngram"])
+@pytest.mark.one_in(5)
 def test_no_more_memory_than_predicted(
     loaded: Callable[[int], Loaded], window: int, jobs: list[tuple[int, int, int]], draft: str
 ) -> None:
@@ -479,6 +483,7 @@ def test_places_to_go_back_to_are_predicted_and_give_way(loaded: Callable[[int],
 
 
 @pytest.mark.parametrize("window", [0, pytest.param(1000, marks=pytest.mark.long)])
+@slow
 def test_a_batch_that_is_never_empty_does_not_grow(
     loaded: Callable[[int], Loaded], window: int
 ) -> None:

@@ -74,6 +74,7 @@ def continuation(model: Model, cache: PromptCache | None, wanted: Sequence[int])
 
 @pytest.mark.parametrize("length", [1, 5, 11, 12, 13, 40])
 @pytest.mark.parametrize("more", [1, 2, 30])
+@pytest.mark.one_in(5)
 def test_a_longer_prompt_goes_on_from_all_of_it(windowed: Loaded, length: int, more: int) -> None:
     model, _ = windowed
     wanted = prompt(length + more)

@@ -32,6 +32,8 @@ from mlx_cerebrum.server.connections import HEAD_BYTES, Connection, Patience, Ph
 from mlx_cerebrum.server.jobs import Event
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
+slow = pytest.mark.one_in(3)
+
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
@@ -77,6 +79,7 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@slow
 def test_a_head_has_a_deadline(engine: FakeEngine, tokenizer: Tokenizer) -> None:
     with (
         serving(engine, tokenizer, patience=Patience(head=0.3)) as server,
@@ -107,6 +110,7 @@ def test_a_head_has_a_deadline(engine: FakeEngine, tokenizer: Tokenizer) -> None
         until(lambda: held(server) == 0)
 
 
+@slow
 def test_between_requests_too(engine: FakeEngine, tokenizer: Tokenizer) -> None:
     """Neither the next head nor what is left of an answered request's body may drip in."""
     refused = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n\r\n{"
@@ -179,6 +183,7 @@ def test_answers_leave_room_for_health(
 
 
 @pytest.mark.parametrize("stream", [True, False])
+@slow
 def test_an_answer_that_is_not_read(engine: FakeEngine, tokenizer: Tokenizer, stream: bool) -> None:
     def script(task: FakeTask) -> Iterator[Event]:
         yield piece(task.job, 0, 5, "H" * 20_000_000, "stop")
@@ -277,6 +282,7 @@ def test_many_requests_in_one_go(engine: FakeEngine, tokenizer: Tokenizer) -> No
         assert rest(client).count(b"HTTP/1.1 200 OK") == 500
 
 
+@slow
 def test_no_time_passes_while_the_process_stands_still(
     engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
@@ -294,6 +300,7 @@ def test_no_time_passes_while_the_process_stands_still(
         assert status(client.recv(1 << 16)) == 200
 
 
+@slow
 def test_no_file_is_left_for_a_connection(
     engine: FakeEngine, tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -319,6 +326,7 @@ def test_no_file_is_left_for_a_connection(
     assert "Too many open files" in err
 
 
+@slow
 def test_the_end_waits_for_none_of_them(engine: FakeEngine, tokenizer: Tokenizer) -> None:
     with ExitStack() as stack:
         server = stack.enter_context(serving(engine, tokenizer))

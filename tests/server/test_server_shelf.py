@@ -27,6 +27,8 @@ from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.server.holding import Source
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 
+slow = pytest.mark.one_in(3)
+
 repository, hub = shelf_room.repository, shelf_room.hub  # fixtures
 SMALL = {"num_hidden_layers": 4, "vocab_size": 260, "max_position_embeddings": 100_000}
 ORDER = [0, 1, 2, 1, 2, 3]
@@ -127,6 +129,7 @@ def test_what_is_listed(shelf: Path) -> None:
         assert str(shelf.parent) not in json.dumps(whole)
 
 
+@slow
 def test_a_further_model_is_answered_with(shelf: Path) -> None:
     with serving("other") as server:
         alone = answer(server, "other")
@@ -155,6 +158,7 @@ def test_a_further_model_is_answered_with(shelf: Path) -> None:
         assert sorted(text[:3] for text in both) == sorted(2 * [own[:3]] + 2 * [alone[:3]])
 
 
+@slow
 def test_the_same_blocks_in_another_order_take_no_memory(shelf: Path) -> None:
     with serving("deep") as server:
         alone = answer(server, "deep")
@@ -169,6 +173,7 @@ def test_the_same_blocks_in_another_order_take_no_memory(shelf: Path) -> None:
         assert answer(server, "one:16bit") == answer(server, "one")  # the shelf's name for it
 
 
+@slow
 def test_others_are_answered_while_a_model_loads(shelf: Path) -> None:
     """Tokens come between two matrices, about as much time for them as for the matrices."""
     put(shelf, "large-16bit", 5, hidden_size=512, intermediate_size=1024, num_hidden_layers=8)
@@ -221,6 +226,7 @@ def test_what_does_not_fit_is_refused_with_what_would(
         assert answer(server, "one")
 
 
+@slow
 def test_weights_that_turn_out_damaged(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving("one") as server:
         real = mx.load
@@ -263,6 +269,7 @@ def test_closing_while_a_model_loads(shelf: Path) -> None:
     assert not engine_of(server)._thread.is_alive()
 
 
+@slow
 def test_two_loads_come_one_after_the_other(shelf: Path) -> None:
     put(shelf, "third-16bit", 6, num_hidden_layers=5)
     with serving("one") as server:
@@ -283,6 +290,7 @@ def test_what_is_asked_for_and_not_loaded(shelf: Path) -> None:
         assert server.client.get("/v1/models/other:16bit").status_code == 404
 
 
+@slow
 def test_a_model_that_went_away_while_it_rested(shelf: Path) -> None:
     with serving("one", "--unload-after", "0.05s") as server:
         assert answer(server, "one")
@@ -300,6 +308,7 @@ def test_a_model_that_went_away_while_it_rested(shelf: Path) -> None:
         assert answer(server, "one")
 
 
+@slow
 def test_idle_weights_make_room_for_those_that_are_asked_for(
     shelf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,6 +377,7 @@ def test_the_machine_is_kept_awake_while_there_is_work(
     assert held[-1] is False
 
 
+@slow
 def test_what_pull_makes_of_one_source_is_one_set_of_weights(hub: Hub) -> None:
     """The 12.25B and the 7B are the same blocks: both are there as soon as one is."""
     for name in ("cerebrum-12.25b", "cerebrum-7b"):
@@ -381,6 +391,7 @@ def test_what_pull_makes_of_one_source_is_one_set_of_weights(hub: Hub) -> None:
             assert answer(server, f"{name}:4bit") == answer(server, row["model"])
 
 
+@slow
 def test_a_model_that_was_replaced_on_the_shelf(shelf: Path) -> None:
     """The one that is loaded goes on under its name; the new one is not taken for it."""
     with serving("one") as server:

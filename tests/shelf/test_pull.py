@@ -32,6 +32,8 @@ from mlx_cerebrum.weights.hub import resolve
 from mlx_cerebrum.weights.network import UnreachableError
 from mlx_cerebrum.weights.remote import RemoteFile
 
+slow = pytest.mark.one_in(3)
+
 ROOT = Path(__file__).parents[2]
 repository, hub = shelf_room.repository, shelf_room.hub  # fixtures
 NAMES = ("cerebrum-12.25b", "cerebrum-7b")
@@ -175,6 +177,7 @@ def test_interrupted_it_goes_on(
         assert hub.sent[name] <= size(hub, name) + 2 * (1 << 16) + (1 << 18)
 
 
+@slow
 def test_killed_again_and_again(hub: Hub, tmp_path: Path) -> None:
     hub.faults.pace = 4_000_000
     kills = 0
@@ -249,6 +252,7 @@ def test_what_is_left_to_fetch_is_told(
     assert "  fetch   1.1 MB from" in capsys.readouterr().err
 
 
+@slow
 def test_ctrl_c_ends_it_at_once(hub: Hub, tmp_path: Path) -> None:
     hub.faults.stall = 60
     command = [sys.executable, "-m", "convert.pull", NAMES[0], "--bits", "4"]
@@ -294,6 +298,7 @@ def test_one_file_at_a_time_where_the_disk_is_tight(
     assert max(bytes_ for bytes_, _ in seen) <= made.nbytes + largest + 100_000
 
 
+@slow
 def test_the_next_file_comes_meanwhile_where_there_is_room(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -624,6 +629,7 @@ def test_what_was_made_otherwise_is_not_shared(hub: Hub, tmp_path: Path) -> None
     assert sum(hub.sent[name] for name in SHARDS) > sum(size(hub, name) for name in SHARDS)
 
 
+@slow
 def test_a_damaged_file_of_the_cache_is_not_believed(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

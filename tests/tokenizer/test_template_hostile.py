@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 QUESTION = [{"role": "user", "content": "x"}]
 
 
+@pytest.mark.long
 def test_hostile_templates_end_soon_in_little_memory_and_one_line() -> None:
     """With a twentieth of the steps: each then takes a twentieth of what it may, or is unpaid."""
     headroom, steps = 400_000_000, template.STEPS // 20

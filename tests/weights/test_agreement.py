@@ -205,6 +205,7 @@ def verdicts(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[bool, bool
 
 
 @pytest.mark.parametrize("change", SOUND.values(), ids=SOUND)
+@pytest.mark.one_in(4)
 def test_all_three_take_it(
     checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], change: Change
 ) -> None:
@@ -245,6 +246,7 @@ def test_a_download_that_changed_since(
 
 
 @pytest.mark.parametrize("cut", [0, 1, 3, 100])
+@pytest.mark.one_in(3)
 def test_gguf(
     checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], cut: int
 ) -> None:

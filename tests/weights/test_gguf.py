@@ -288,6 +288,7 @@ def test_demo_header_equals_the_gguf_package(demo: Path, oracle: gguf.GGUFReader
     } == file.tensors
 
 
+@pytest.mark.long
 def test_demo_values_equal_the_gguf_package(demo: Path, oracle: gguf.GGUFReader) -> None:
     file = GGUFFile.open(demo)
     for tensor in oracle.tensors[:11] + oracle.tensors[-3:]:

@@ -19,6 +19,8 @@ from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.installed import program
 from mlx_cerebrum.weights import hub
 
+slow = pytest.mark.one_in(3)
+
 ROOT = Path(__file__).parents[2]
 REPO = "owner/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -111,6 +113,7 @@ def stand_in(checkpoint: MakeCheckpoint) -> Iterator[StandIn]:
     thread.join()
 
 
+@slow
 def test_download_takes_only_what_is_needed_then_works_offline(
     stand_in: StandIn, tmp_path: Path
 ) -> None:
@@ -135,6 +138,7 @@ def test_download_takes_only_what_is_needed_then_works_offline(
 
 
 @pytest.mark.parametrize("kind", ["quantized", "adapter"])
+@slow
 def test_what_can_not_run_is_refused_before_its_weights_are_fetched(
     stand_in: StandIn, tmp_path: Path, kind: str
 ) -> None:
@@ -153,6 +157,7 @@ def test_what_can_not_run_is_refused_before_its_weights_are_fetched(
     assert stand_in.fetched <= {"config.json", "adapter_config.json"}
 
 
+@slow
 def test_what_does_not_fit_is_refused_before_its_weights_are_fetched(
     stand_in: StandIn, tmp_path: Path
 ) -> None:
@@ -171,6 +176,7 @@ def test_what_does_not_fit_is_refused_before_its_weights_are_fetched(
         (("--model", REPO, "--revision", "nowhere"), "no revision 'nowhere'"),
     ],
 )
+@slow
 def test_what_the_hub_does_not_have(
     stand_in: StandIn, tmp_path: Path, flags: tuple[str, ...], says: str
 ) -> None:
@@ -181,6 +187,7 @@ def test_what_the_hub_does_not_have(
     assert done.stderr.count("\n") == 1
 
 
+@slow
 def test_a_repository_of_gguf_files(stand_in: StandIn, tmp_path: Path) -> None:
     """The files there are, and how to get one; the one that was got is found in the cache."""
     for file in stand_in.directory.iterdir():

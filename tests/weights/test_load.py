@@ -24,6 +24,8 @@ from mlx_cerebrum.weights.opening import open_checkpoint
 from mlx_cerebrum.weights.quantize import Packing
 from mlx_cerebrum.weights.storage import choose_storage
 
+slow = pytest.mark.one_in(3)
+
 IDS = mx.array([[5, 80, 44, 120, 7, 99, 201, 5, 17, 42, 9, 30, 77, 150, 3, 6]])
 
 
@@ -52,6 +54,7 @@ def test_sharded_is_single(checkpoint: MakeCheckpoint) -> None:
     assert mx.array_equal(logits(one), logits(three))
 
 
+@slow
 def test_both_config_spellings(checkpoint: MakeCheckpoint) -> None:
     old = checkpoint("old", rope_theta=5000.0)
     new = checkpoint("new", rope_theta=5000.0)
@@ -77,6 +80,7 @@ def test_defaults_are_transformers_not_peers(checkpoint: MakeCheckpoint) -> None
     assert config.sliding_window == 4096
 
 
+@slow
 def test_window_can_be_overridden(checkpoint: MakeCheckpoint) -> None:
     path = checkpoint()
     assert load(path)[0].config.sliding_window == 12
@@ -205,6 +209,7 @@ def test_cpu_auto_is_float32_and_dtype_is_kept_when_asked(checkpoint: MakeCheckp
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@slow
 def test_q_bits_at_load(checkpoint: MakeCheckpoint, tmp_path: Path, bits: int) -> None:
     from convert.layout import Options
     from convert.pipeline import convert
@@ -252,6 +257,7 @@ def test_mixed_bits_in_one_block(checkpoint: MakeCheckpoint, tmp_path: Path) -> 
     assert mx.abs(logits(theirs) - reference(IDS)).max() < 1e-4
 
 
+@slow
 def test_loading_holds_the_model_and_one_block(checkpoint: MakeCheckpoint) -> None:
     path = checkpoint(hidden_size=256, intermediate_size=1024, vocab_size=6000, dtype=np.float16)
     source = open_checkpoint(path)
@@ -265,6 +271,7 @@ def test_loading_holds_the_model_and_one_block(checkpoint: MakeCheckpoint) -> No
 
 
 @pytest.mark.parametrize("stored", [np.float16, np.float32])
+@slow
 def test_packing_on_the_way_takes_no_more_than_was_predicted(
     checkpoint: MakeCheckpoint, stored: Any
 ) -> None:
@@ -292,6 +299,7 @@ def resting() -> int:
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.one_in(4)
 def test_logits_and_cache_have_the_dtype(
     checkpoint: MakeCheckpoint, tmp_path: Path, mode: str, dtype: str
 ) -> None:
@@ -559,6 +567,7 @@ def test_metadata_that_is_not_text(checkpoint: MakeCheckpoint, metadata: Any) ->
     assert "__metadata__ is not text by name" in refused(path)
 
 
+@slow
 def test_more_tensors_than_any_model_has(checkpoint: MakeCheckpoint) -> None:
     path = checkpoint()
     many = {str(i): {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)}
@@ -656,6 +665,7 @@ def test_demo_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         load("demo")
 
 
+@slow
 def test_demo_file_loads_packed(demo: Path) -> None:
     """The integers of the file are what the model multiplies with."""
     model, tokenizer = load(demo, dtype="float16")
