@@ -139,6 +139,7 @@ def child() -> None:
     import math_core  # noqa: F401, here and now: what follows is timed
     import pygments.lexers  # noqa: F401
 
+    os.nice(10)  # who waits for words comes first
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(STACK)
     work = threading.Thread(target=_answer)

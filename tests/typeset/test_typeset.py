@@ -156,6 +156,14 @@ def test_a_worker_that_was_killed_is_started_again() -> None:
     own.close()
 
 
+def test_those_who_wait_for_words_come_first() -> None:
+    own = worker.Worker()
+    own.ask(("tex", "$x$"))
+    assert own._child is not None
+    assert os.getpriority(os.PRIO_PROCESS, own._child.pid) == min(19, os.nice(0) + 10)
+    own.close()
+
+
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "KEPT", 3)
     own = worker.Worker()
