@@ -66,13 +66,24 @@ def lazily(home: str, *names: str) -> Callable[[str], Any]:
     return get
 
 
+def _home(name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(_HOMES[name])
+    except ImportError as error:
+        from mlx_cerebrum.installed import unfit
+
+        if (line := unfit()) is None:
+            raise
+        raise ImportError(line, name=error.name, path=error.path) from error
+
+
 class _Package(types.ModuleType):
     """Resolves the public names. `generate` is also a command's module, and importing that would
     otherwise put the module where the function is expected."""
 
     def __getattribute__(self, name: str) -> Any:
         if name in _HOMES:
-            return getattr(importlib.import_module(_HOMES[name]), name)
+            return getattr(_home(name), name)
         return super().__getattribute__(name)
 
 

@@ -1,5 +1,6 @@
 """What is said where something is not installed: a command that can be typed as it stands."""
 
+import importlib
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import mlx_cerebrum
 from mlx_cerebrum import installed
 
 ROOT = Path(__file__).parent.parent
@@ -187,6 +189,18 @@ def test_a_mac_that_mlx_can_not_run_on(
         assert remedy == line if said is not None else remedy != line or remedy is None
     own = ModuleNotFoundError("No module named 'mlx_cerebrum.x'", name="mlx_cerebrum.x")
     assert installed.remedy(own) is None  # a fault of the program's own
+
+
+def test_a_program_is_told_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'mlx'", name="mlx")
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'mlx'"):
+        _ = mlx_cerebrum.load
+    as_mac(monkeypatch, "x86_64", "26.2")
+    with pytest.raises(ImportError, match="is a Python for Intel Macs"):
+        _ = mlx_cerebrum.load
 
 
 AS_INTEL = """
