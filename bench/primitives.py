@@ -17,11 +17,9 @@ twice adds the same, except that a compiled function has the views of its weight
 """
 
 import argparse
-import io
-import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -29,7 +27,7 @@ from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from bench.pair import formula
 from bench.report import parser, public, run, table
@@ -37,6 +35,7 @@ from bench.step_profile import forget
 from bench.suite import Results
 from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import greedy, prefill_step
+from mlx_cerebrum.doctor.graph import VIEWS, count, kernels
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
@@ -48,27 +47,9 @@ from mlx_cerebrum.weights.quantize import AFFINE_BITS
 Counts = Counter[str]
 Caches = Sequence[Any]
 
-# fmt: off
-VIEWS = frozenset([
-    "AsStrided", "Broadcast", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice", "Split",
-    "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",
-])
-# fmt: on
 _CONTEXT = 64  # tokens before a pass: any number that leaves the caches room for one more
 _CEREBRUM = (32, 56)  # positions of the 7B and the 12.25B
 _METAL_HEADS = (64, 128)  # widths that Metal's attention has, for one token and for a chunk
-
-
-def count(outputs: Any) -> Counts:
-    """Primitives by name behind unevaluated arrays, in whatever lists or tuples they are.
-
-    Elementwise operations compiled into one are one node, whose name lists them: "Compiled".
-    """
-    found: dict[str, Any] = dict(tree_flatten(outputs))
-    dot = io.StringIO()
-    mx.export_to_dot(dot, *(array for array in found.values() if isinstance(array, mx.array)))
-    names = re.findall(r'\[label ?= ?"([^"]+)", shape=rectangle\]', dot.getvalue())
-    return Counter("Compiled" if name.startswith("Compiled") else name for name in names)
 
 
 def count_as_on_metal(build: Callable[[], Any], head_dim: int) -> Counts:
@@ -104,11 +85,6 @@ def count_as_on_metal(build: Callable[[], Any], head_dim: int) -> Counts:
     del found["Depends"]  # holds a marker's other inputs, no more
     names = {"CumMax": "RMSNorm", "CumMin": "RoPE", "CumProd": "ScaledDotProductAttention"}
     return Counter({names.get(name, name): number for name, number in found.items()})
-
-
-def kernels(counts: Mapping[str, int]) -> int:
-    """Primitives that compute."""
-    return sum(n for name, n in counts.items() if name not in VIEWS)
 
 
 def ours(config: ModelConfig, *, fused: bool = True) -> nn.Module:

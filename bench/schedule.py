@@ -36,7 +36,7 @@ import mlx.core as mx
 
 from bench.engines import prompt_ids
 from bench.pair import Pair, open_pair
-from bench.primitives import count, count_as_on_metal, kernels
+from bench.primitives import count_as_on_metal
 from bench.random_model import GEOMETRIES, RandomCheckpoint
 from bench.report import Spread, parser, ratio, rounds, run, table
 from bench.step_profile import forget
@@ -46,6 +46,7 @@ from mlx_cerebrum.decoding.decode import greedy, prefill
 from mlx_cerebrum.decoding.decoder import Decoder, Generation
 from mlx_cerebrum.decoding.policy import bytes_read
 from mlx_cerebrum.decoding.sampling import Sampling
+from mlx_cerebrum.doctor.graph import count, kernels
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import GB

@@ -4,6 +4,7 @@ import struct
 import sys
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import prefill_step
@@ -12,7 +13,7 @@ from mlx_cerebrum.doctor.check import Found, Settings
 from mlx_cerebrum.machine.facts import sysctl
 from mlx_cerebrum.model.cache import STEP, WindowedKVCache
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.limits import PROC, limits, sizes
+from mlx_cerebrum.model.limits import PROC, limits, sizes, wire
 from mlx_cerebrum.model.memory import Workload, human, require
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 
@@ -22,6 +23,7 @@ PREDICTED = 0.05  # of the prediction
 SWAP = 100_000_000  # bytes that other programs may cause
 _WINDOW, _QUICK_WINDOW = 4096, 1024  # where the model has none
 _ANSWER = 64  # tokens
+_SIDE = 2048  # of a matrix that is wired
 
 
 def in_place(settings: Settings) -> Found:
@@ -56,20 +58,31 @@ def fill(cache: WindowedKVCache, tokens: int, model: Model) -> None:
 def put_back(settings: Settings) -> Found:
     """Limits of memory, kept buffers and, on Metal, wired memory after work within others."""
     asked = {"memory": mx.set_memory_limit, "cache": mx.set_cache_limit}
-    if device.backend() == "metal":
+    if metal := device.backend() == "metal":
         asked["wired"] = mx.set_wired_limit
     marks = {"memory": 3 << 30, "cache": 5 << 20, "wired": 1 << 20}
     before = {name: change(marks[name]) for name, change in asked.items()}
     try:
-        with limits(memory=2 << 30):
-            mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))
+        weights = nn.Linear(_SIDE, _SIDE, bias=False)
+        mx.eval(weights.parameters())
+        with limits(memory=5 * _SIDE**2):  # nearly filled by the weights: they are wired
+            wire(weights)
+            mx.eval(weights(mx.ones((1, _SIDE))))
+            wired = _wired() if metal else 0
     finally:
         after = {name: change(before[name]) for name, change in asked.items()}
     left = [name for name in asked if after[name] != marks[name]]
     words = f"put back: {', '.join(name for name in asked if name not in left) or 'none'}"
     words += f"; left changed: {', '.join(left)}" if left else ""
-    words += "" if "wired" in asked else "; memory is wired on Metal only"
-    return Found(not left, words, data={"left": left, "checked": list(asked)})
+    words += f"; {human(wired)} were wired" if metal else "; memory is wired on Metal only"
+    return Found(not left, words, data={"left": left, "checked": list(asked), "wired": wired})
+
+
+def _wired() -> int:
+    """The limit as it is: MLX only says it when it is changed."""
+    limit = mx.set_wired_limit(0)
+    mx.set_wired_limit(limit)
+    return limit
 
 
 def full_window(settings: Settings) -> Found:
@@ -86,6 +99,7 @@ def full_window(settings: Settings) -> Found:
     before = swapped()
     with limits():
         model = opened.load()
+        wire(model)
         held = _settled()
         mx.reset_peak_memory()
         prompt = [1 + n % (config.vocab_size - 1) for n in range(request.prompt)]

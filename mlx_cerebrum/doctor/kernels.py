@@ -1,16 +1,15 @@
 """How many kernels a position takes while decoding, counted in MLX's graph.
 
-What only looks at an array otherwise launches nothing. A capture, which Xcode opens, shows what
+A capture, which Xcode opens, shows what
 Metal makes of the graph; MLX writes one where the process was started for it.
 """
 
-import io
-import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlx_cerebrum import device
+from mlx_cerebrum.doctor import graph
 from mlx_cerebrum.doctor.check import Found, Settings
 from mlx_cerebrum.doctor.peer import as_mlx_lm
 from mlx_cerebrum.model.config import ModelConfig
@@ -26,10 +26,6 @@ from mlx_cerebrum.weights.loading import fuse_projections
 
 CAPTURE = "MTL_CAPTURE_ENABLED"
 TRACE = "mlx-cerebrum-selftest.gputrace"  # in the system's folder for temporary files
-# Another look at an array, no kernel; a slice is copied by what needs it, if at all.
-_VIEWS = {"Broadcast", "ExpandDims", "Flatten", "Reshape", "Slice", "Split", "Squeeze"}
-_VIEWS |= {"StopGradient", "Transpose", "Unflatten", "Depends", "AsStrided", "View"}
-_NODE = re.compile(r'label ?= ?"([A-Za-z]+)[^"]*",? ?shape ?= ?rectangle')
 _WIDTH, _KV_HEADS = 64, 1  # of a head; heads of keys and values
 _GEOMETRY = {
     "model_type": "mistral",
@@ -48,38 +44,35 @@ def kernels(settings: Settings) -> Found:
     """A position more of a small random model, in ours and in mlx-lm's graph; and a capture."""
     if not device.on_gpu():
         return Found(None, "a CPU has no kernels to launch")
-    ours, theirs = (position(_model(1), _model(2), step) for step in (_step, _their_step))
-    most, others = sum(ours.values()), sum(theirs.values())
-    table = [["kernel", "ours", "mlx-lm's"]]
-    table += [[n, str(ours[n]), str(theirs[n])] for n in sorted({*ours, *theirs})]
+    ours, theirs = position(_step), position(_their_step)
+    most, others = graph.kernels(ours), graph.kernels(theirs)
+    names = sorted({*ours, *theirs} - graph.VIEWS)
+    table = [["kernel", "ours", "mlx-lm's"], *([n, str(ours[n]), str(theirs[n])] for n in names)]
     words = f"{most} a position, {others} in mlx-lm; {capture(_model(2))}"
     data = {"ours": dict(ours), "mlx-lm": dict(theirs)}
     return Found(0 < most <= others, words, table, data)
 
 
-def position(less: Model, more: Model, step: Any) -> Counter[str]:
-    """The kernels of the position that `more` has and `less` has not."""
-    found: Counter[str] = count(step(more))
-    found.subtract(count(step(less)))
+def position(step: Callable[[Model], mx.array]) -> Counter[str]:
+    """The primitives of one position: what three have more than two, a first and a last."""
+    found = counted(partial(step, _model(3)))
+    found.subtract(counted(partial(step, _model(2))))
     return +found
 
 
-def count(result: mx.array) -> Counter[str]:
-    """Those of a graph that is not computed yet, by name."""
-    with io.StringIO() as text:
-        mx.export_to_dot(text, result)
-        names = _NODE.findall(text.getvalue())
-    return Counter(name for name in names if name not in _VIEWS)
+def counted(build: Callable[[], mx.array]) -> Counter[str]:
+    """Those of the graph that is built."""
+    return graph.count(build())
 
 
 def _model(positions: int) -> Model:
-    """In the form that the loader leaves, over one block."""
+    """In the form that the loader leaves, over one block: it is not computed."""
     model = Model(ModelConfig.from_dict(_GEOMETRY))
     model.update(tree_map(lambda array: (0.02 * array).astype(mx.float16), model.parameters()))
     for block in model.model.layers:
         fuse_projections(block)
     mx.eval(model.parameters())
-    return model if positions == 1 else model.view((0,) * positions)
+    return model.view((0,) * positions)
 
 
 def _step(model: Model) -> mx.array:

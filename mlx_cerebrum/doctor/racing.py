@@ -15,7 +15,7 @@ from mlx_cerebrum.doctor import pace
 from mlx_cerebrum.doctor.check import Found, Settings
 from mlx_cerebrum.doctor.peer import as_mlx_lm
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.limits import limits
+from mlx_cerebrum.model.limits import limits, wire
 from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 from mlx_cerebrum.weights.views import orders, views
@@ -43,6 +43,13 @@ class Paces:
         return max(median(found) for found in self.read.values())
 
 
+def _loaded(settings: Settings, dtype: str = "auto") -> Model:
+    """As `generate` has it, inside `limits`."""
+    model = open_model(ModelSpec(settings.model, dtype=dtype)).load()
+    wire(model)
+    return model
+
+
 def beside_mlx_lm(settings: Settings) -> Found:
     """Reading a prompt in four steps, and writing, in both 16-bit types; on a CPU in what it
     computes in."""
@@ -53,7 +60,7 @@ def beside_mlx_lm(settings: Settings) -> Found:
     paces: dict[str, Any] = {}
     for dtype in TYPES if gpu else ("auto",):
         with limits():
-            model = open_model(ModelSpec(settings.model, dtype=dtype)).load()
+            model = _loaded(settings, dtype)
             name = str(model.dtype).rpartition(".")[2]
             ours, theirs = race(model, rounds, settings.quick)
         for step in ours.read:
@@ -137,7 +144,7 @@ def _tokens(count: int, model: Model) -> list[int]:
 def bandwidth(settings: Settings) -> Found:
     """Bytes of weights that writing reads a second, against what this machine can read."""
     with limits():
-        model = open_model(ModelSpec(settings.model)).load()
+        model = _loaded(settings)
         prompt, count = _tokens(_BEFORE, model), _DECODED if device.on_gpu() else _CPU_DECODED
         _timed(_ours(model), prompt, 2, _BEFORE)
         _, rest = _timed(_ours(model), prompt, count + 1, _BEFORE)
@@ -154,11 +161,10 @@ def bandwidth(settings: Settings) -> Found:
 def together(settings: Settings) -> Found:
     """Two models over the same blocks, answering at once and one after the other."""
     with limits():
-        opened = open_model(ModelSpec(settings.model))
-        wanted = orders(opened.config, settings.model)
+        wanted = orders(open_model(ModelSpec(settings.model)).config, settings.model)
         if len(wanted) < 2:
             return Found(None, "this model's blocks have one order only")
-        models = list(views(opened.load(), wanted).values())[:2]
+        models = list(views(_loaded(settings), wanted).values())[:2]
         count = _DECODED if device.on_gpu() else _CPU_DECODED
         rounds = 1 if settings.quick else 3
         _seconds(models, 2)

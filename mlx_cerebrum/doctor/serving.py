@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+from mlx_cerebrum import device
 from mlx_cerebrum.doctor import program
 from mlx_cerebrum.doctor.check import Found, Settings
 from mlx_cerebrum.errors import CerebrumError
@@ -95,7 +96,7 @@ def serving(settings: Settings) -> Found:
     words = ["--model", settings.model]
     # Only in float32 is an answer the same in any company.
     exact = settings.model == "demo"
-    words += ["--dtype", "float32"] if exact else []
+    words += ["--dtype", "float32"] if exact and device.on_gpu() else []  # a CPU's own choice
     count = QUICK_REQUESTS if settings.quick else REQUESTS
     with server(words) as there:
         models = [one["id"] for one in json.loads(there.ask("GET", "/v1/models"))["data"]]

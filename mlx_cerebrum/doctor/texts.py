@@ -1,16 +1,19 @@
 """A long text, told token by token on this backend, is what the CPU computes in one piece.
 
-The text is written as `generate` writes: with caches that the window moves through. Then the CPU
-reads all of it at once, without a cache, and says after each token which should have come. By
-induction it would have written the same text.
+The text is written as `generate` writes: with caches that the window moves through, and on a GPU
+with weights packed as they are stored. Then the CPU reads all of it at once, without a cache and
+with the same weights unpacked, and says after each token which should have come. By induction it
+would have written the same text.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.doctor.check import Found, Settings
 from mlx_cerebrum.model.forward import Model
@@ -33,12 +36,15 @@ def choose(logits: mx.array, number: int = 0) -> mx.array:
 
 def long_text(settings: Settings) -> Found:
     """1000 tokens of the demo model in float32 past a window of 256 (quick: 400)."""
-    opened = open_model(ModelSpec(settings.small, dtype="float32", window=WINDOW))
-    prompt, model = opened.tokenizer.encode(_PROMPT), opened.load()
+    spec = ModelSpec(settings.small, window=WINDOW)
+    with mx.stream(mx.cpu):
+        opened = open_model(spec)  # `auto`: float32, unpacked
+        prompt, reference = opened.tokenizer.encode(_PROMPT), opened.load()
+    model = open_model(replace(spec, dtype="float32")).load() if device.on_gpu() else reference
     count = _QUICK_TOKENS if settings.quick else _TOKENS
     told = list(generate_step(prompt, model, max_tokens=count, sampler=choose))
     with mx.stream(mx.cpu):
-        wrong, ties = compare(model, prompt, told)
+        wrong, ties = compare(reference, prompt, told)
     different = len(set(told))
     words = f"{count - len(wrong)} of {count} tokens the same, {different} different ones"
     if wrong:

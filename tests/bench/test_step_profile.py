@@ -15,6 +15,7 @@ from bench import bandwidth, primitives, step_profile
 from bench.random_model import GEOMETRIES
 from bench.step_profile import MOVING, WHOLE, Arrays, Kind, Pass, Timing, filled, forget
 from mlx_cerebrum import device, load
+from mlx_cerebrum.doctor import graph
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 
@@ -29,16 +30,16 @@ def model(checkpoint: MakeCheckpoint) -> Model:
 
 
 def computing(counts: Counter[str]) -> Counter[str]:
-    return Counter({name: n for name, n in counts.items() if name not in primitives.VIEWS})
+    return Counter({name: n for name, n in counts.items() if name not in graph.VIEWS})
 
 
 def compared(found: Pass) -> tuple[Counter[str], Counter[str]]:
     """Primitives that compute: of the whole, and of all its kinds together."""
 
-    def counted(graph: Callable[[], Arrays]) -> Counter[str]:
+    def counted(build: Callable[[], Arrays]) -> Counter[str]:
         forget()
-        arrays = graph()
-        counts = primitives.count(arrays)
+        arrays = build()
+        counts = graph.count(arrays)
         mx.eval(*arrays)  # else the next graph on these caches has this one in it
         return computing(counts)
 
@@ -161,8 +162,8 @@ def test_primitives_are_counted_once() -> None:
     x = mx.ones((2, 2))
     mx.eval(x)
     y = mx.exp(x)
-    assert primitives.count([y, {"z": (y @ y, 3)}]) == {"Exp": 1, "Matmul": 1}
-    assert primitives.kernels({"Exp": 2, "Transpose": 5, "Matmul": 1}) == 3
+    assert graph.count([y, {"z": (y @ y, 3)}]) == {"Exp": 1, "Matmul": 1}
+    assert graph.kernels({"Exp": 2, "Transpose": 5, "Matmul": 1}) == 3
 
 
 def test_any_number_of_positions_follows_from_two_and_three() -> None:
@@ -176,7 +177,7 @@ def test_any_number_of_positions_follows_from_two_and_three() -> None:
                 length = 8 if name == "prefill" else 1
                 counted = primitives.counted(side, config, length, backend)
                 assert counted.total() == found["primitives"]["7"], (backend, name, side)
-                assert primitives.kernels(counted) == found["kernels"]["7"]
+                assert graph.kernels(counted) == found["kernels"]["7"]
     text = "\n".join(primitives.text({"model": "tiny"} | results))
     assert "7 positions" in text
 
@@ -201,7 +202,7 @@ def test_on_metal_a_position_is_thirteen_kernels(bits: int | None) -> None:
         assert computing(Counter(sides[side]["per_position"])) == kernels
     apart = Counter(sides["ours, not fused"]["per_position"])
     assert computing(apart) == kernels | {product: 7, "RoPE": 2}
-    assert primitives.kernels(sides["mlx-lm"]["per_position"]) == primitives.kernels(apart)
+    assert graph.kernels(sides["mlx-lm"]["per_position"]) == graph.kernels(apart)
     assert all("Depends" not in found["per_position"] for found in sides.values())
     besides = computing(Counter(sides["ours"]["besides"]))
     gathers = 1 if bits is None else 3

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 from conftest import MakeCheckpoint
 
+from bench.primitives import count_as_on_metal
 from convert.__main__ import main as convert
 from convert.verify import verify
 from mlx_cerebrum import device, load
@@ -32,6 +33,7 @@ from mlx_cerebrum.model import forward
 from mlx_cerebrum.model.attention import attend
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.entries import Entries
+from mlx_cerebrum.model.limits import NO_WIRE
 from mlx_cerebrum.model.memory import Workload
 from mlx_cerebrum.weights.quantize import Packing
 
@@ -203,14 +205,17 @@ def test_wired_memory_is_looked_at_on_metal(monkeypatch: pytest.MonkeyPatch) -> 
         before, wired[0] = wired[0], limit
         return before
 
-    @contextmanager
-    def wires(memory: int) -> Iterator[None]:
-        wired[0] = memory
-        yield
-
+    monkeypatch.delenv(NO_WIRE, raising=False)
     monkeypatch.setattr(mx, "set_wired_limit", change)
     monkeypatch.setattr(device, "backend", lambda: "metal")
-    monkeypatch.setattr(buffers, "limits", wires)
+    monkeypatch.setattr("mlx_cerebrum.model.limits.working_set", lambda: 1 << 40)
+    found = buffers.put_back(NOWHERE)
+    assert found.passed, found.words
+    assert found.data["checked"] == ["memory", "cache", "wired"]
+    assert found.data["wired"] == 16 << 20
+    assert "16.8 MB were wired" in found.words
+    monkeypatch.setattr(buffers, "limits", lambda memory: nullcontext())  # nobody puts it back
+    monkeypatch.setattr(buffers, "wire", lambda model: change(7))
     found = buffers.put_back(NOWHERE)
     assert found.data["left"] == ["wired"]
     assert wired == [0]
@@ -442,12 +447,14 @@ def test_two_models_at_once(small: Settings, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.kernels(NOWHERE).passed is None
+    monkeypatch.setattr(kernels, "counted", lambda build: count_as_on_metal(build, head_dim=64))
     monkeypatch.setattr(device, "backend", lambda: "cuda")
     found = kernels.kernels(NOWHERE)
     assert found.passed, found.table
-    assert sum(found.data["ours"].values()) < sum(found.data["mlx-lm"].values())
+    assert found.words == "13 a position, 17 in mlx-lm; no capture: that is Metal's"
     right = forward.swiglu
-    monkeypatch.setattr(forward, "swiglu", lambda *x: sum([right(*x) for _ in range(30)]))
+    monkeypatch.setattr(forward, "swiglu", lambda *x: right(right(*x), right(*x)))
+    monkeypatch.setattr(forward, "_swiglu_in_one", forward._swiglu)
     assert kernels.kernels(NOWHERE).passed is False
 
 
