@@ -18,9 +18,9 @@ from convert.calibrated import predicted_seconds
 from convert.destination import JOURNAL, check_free, partial_of
 from convert.gguf_export import KINDS, export
 from convert.layout import DTYPES, LAYOUTS, Options
-from convert.passages import LENGTH, MOST, TOKENS, Calibration, shipped
+from convert.passages import LENGTH, METHODS, MOST, TOKENS, Calibration, shipped
 from convert.pipeline import convert
-from convert.recipe import CALIBRATED, MIXED, RECIPES, Sensitivity, choose
+from convert.recipe import MIXED, RECIPES, Sensitivity, choose
 from convert.upload import check_uploadable, upload
 from convert.verify import main as verify
 from mlx_cerebrum.errors import ConfigError
@@ -90,7 +90,7 @@ def _directory(
 ) -> dict[str, Any]:
     local = args.hf_path == "demo" or Path(args.hf_path).expanduser().exists()
     shown = not (args.quiet or args.json)
-    if args.q_recipe in CALIBRATED:
+    if args.q_recipe in METHODS:
         options = _calibrating(args, options)
         if shown:
             _say_time(checkpoint, options)
@@ -117,11 +117,14 @@ def _directory(
 
 
 def _calibrating(args: argparse.Namespace, options: Options) -> Options:
-    """The options of a recipe that looks at activations: what it reads, and its bits."""
+    """The options of a recipe that looks at activations: what it reads, and its bits.
+
+    They are `plan`'s, which loses least, unless all matrices are to have --q-bits.
+    """
     table, text = None, None
     if args.calibrate is not None and args.calibrate.suffix == ".json":
-        if args.q_budget is None:
-            raise ConfigError("a table of sensitivities spends a --q-budget, and there is none")
+        if args.q_bits is not None:
+            raise ConfigError("a table of sensitivities is of no use where all get --q-bits")
         table = Sensitivity.load(args.calibrate.expanduser())
     elif args.calibrate is not None:
         text = read_text(args.calibrate.expanduser())
@@ -129,7 +132,9 @@ def _calibrating(args: argparse.Namespace, options: Options) -> Options:
     return replace(
         options,
         calibration=Calibration(args.q_recipe, shipped() if text is None else text, tokens),
-        recipe=partial(choose, args.q_recipe, budget=args.q_budget, table=table),
+        recipe=partial(choose, "plan", budget=args.q_budget, table=table)
+        if args.q_bits is None
+        else options.recipe,
     )
 
 
@@ -299,10 +304,10 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--q-recipe",
-        choices=RECIPES,
+        choices=(*RECIPES, *METHODS),
         help="which matrices get how many bits: all --q-bits; mlx-lm's mixtures; `plan`, by"
-        " how often a block runs and how sensitive it is; or `gptq`, all --q-bits or as `plan`,"
-        " chosen by what a text puts through each matrix (default: uniform)",
+        " how often a block runs and how sensitive it is; or `gptq`, as `plan` (all --q-bits where"
+        " that is given) and packed by what a text puts through each matrix (default: uniform)",
     )
     group.add_argument(
         "--q-budget",
@@ -354,11 +359,13 @@ def options_of(args: argparse.Namespace) -> Options:
     if not args.quantize:
         _refuse(args, _NEEDS_Q, "only means something with -q")
     recipe = args.q_recipe or "uniform"
-    if recipe not in CALIBRATED:
-        _refuse(args, ("calibrate_tokens",), f"is for --q-recipe {' and '.join(CALIBRATED)}")
-        if recipe != "plan":
-            others = f"is for --q-recipe plan and {' and '.join(CALIBRATED)}"
-            _refuse(args, ("q_budget", "calibrate"), others)
+    methods = " and ".join(METHODS)
+    if recipe not in METHODS:
+        _refuse(args, ("calibrate_tokens",), f"is for --q-recipe {methods}")
+    elif (args.q_mode or "affine") != "affine":
+        raise ConfigError(f"--q-recipe {recipe} is for --q-mode affine, not for {args.q_mode}")
+    if recipe not in ("plan", *METHODS):
+        _refuse(args, ("q_budget", "calibrate"), f"is for --q-recipe plan and {methods}")
     if recipe in MIXED:
         _refuse(args, ("q_bits",), f"can't be combined with {recipe}, which has its own")
     if args.q_budget is not None:
@@ -373,7 +380,7 @@ def options_of(args: argparse.Namespace) -> Options:
         layout=args.layout or "folded",
         dtype=args.dtype,
         packing=packing if args.quantize else None,
-        recipe=partial(choose, recipe, budget=args.q_budget),
+        recipe=partial(choose, recipe if recipe in RECIPES else "uniform", budget=args.q_budget),
         dequantize=args.dequantize,
         window=args.window,
         verify=not args.no_verify,

@@ -179,12 +179,12 @@ class Calibrator:
             hessian = sums.pop(name)
             if not together:
                 continue
-            order, upper = gptq.order_and_factor(hessian)
+            inputs = gptq.inputs_of(hessian)
             del hessian
             for packing, same in together.items():
                 parts = [weight(self.checkpoint, self.outputs[module]) for module in same]
                 ends = list(accumulate(len(part) for part in parts))
-                arrays = gptq.pack(mx.concatenate(parts), order, upper, packing)
+                arrays = gptq.pack(mx.concatenate(parts), inputs, packing)
                 for part, array in arrays.items():
                     rows = mx.split(array, ends[:-1])
                     found |= {f"{m}.{part}": own for m, own in zip(same, rows, strict=True)}

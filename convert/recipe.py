@@ -42,8 +42,7 @@ from mlx_cerebrum.weights.quantize import AFFINE_BITS, Packing
 
 # mlx-lm's mixtures: bits for most matrices, bits for the favoured ones.
 MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
-CALIBRATED = ("gptq",)  # one width, or a budget as `plan` has it; see convert/calibrated.py
-RECIPES = ("uniform", *MIXED, "plan", *CALIBRATED)
+RECIPES = ("uniform", *MIXED, "plan")
 # Running twice multiplied a matrix's figure by 2.2 (log2: 1.15; the median of the 28 in blocks 13
 # to 16 of the demo model, in its own order and in `demo-interleaved`; 1.9 to 2.5 for four in five).
 RUN_EXPONENT = 1.15
@@ -180,8 +179,7 @@ def choose(
     Matrices whose rows don't divide into groups are left out: they stay dense. `base` is what
     `uniform` gives to all; the other recipes take its group size.
 
-    budget: bits per weight for `plan` (default: what `uniform` would take), or for a calibrated
-        recipe (default: `base` for all).
+    budget: bits per weight for `plan` (default: what `uniform` would take).
     table: sensitivities for `plan` (default: the ones that come with the package).
     unrolled: each block will be stored as often as it runs; the budget counts it so.
     dense_bits: of scales, biases and what stays dense.
@@ -191,13 +189,13 @@ def choose(
     """
     if recipe not in RECIPES:
         raise ConfigError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
-    if recipe not in ("plan", *CALIBRATED) and (budget is not None or table is not None):
+    if recipe != "plan" and (budget is not None or table is not None):
         raise ConfigError(f"a budget or a calibration is for the recipe plan, not {recipe}")
     if recipe != "uniform" and base.mode != "affine":
-        raise ConfigError(f"recipe {recipe} is for --q-mode affine, not for {base.mode}")
+        raise ConfigError(f"recipe {recipe} mixes bit widths, and {base.mode} has only one")
     shapes = matrix_shapes(config)
     fitting = {name: base for name, (_, columns) in shapes.items() if base.fits(columns)}
-    if recipe == "uniform" or not fitting or (recipe in CALIBRATED and budget is None):
+    if recipe == "uniform" or not fitting:
         return fitting
     if recipe in MIXED:
         low, high = (Packing(bits, base.group_size) for bits in MIXED[recipe])

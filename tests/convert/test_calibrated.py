@@ -16,6 +16,7 @@ from tiny import tiny_config, tiny_weights
 from convert import calibrated, gptq
 from convert.__main__ import main
 from convert.calibrated import calibration_bytes
+from convert.layout import Options
 from convert.passages import LENGTH, passages, shipped
 from convert.verify import verify
 from mlx_cerebrum.errors import RequestError
@@ -40,7 +41,7 @@ class Made:
 
     def command(self, path: Path, *flags: str) -> list[str]:
         words = ["--hf-path", str(self.folder / "source"), "--mlx-path", str(path), "--quiet", "-q"]
-        words += ["--q-recipe", "gptq", "--q-group-size", "32"]
+        words += ["--q-recipe", "gptq", "--q-group-size", "32", "--q-bits", "4"]
         words += ["--plan", str(self.folder / "plan.yml"), "--calibrate", str(self.folder / "text")]
         return [*words, "--calibrate-tokens", str(TOKENS), *flags]
 
@@ -95,13 +96,13 @@ def test_sums_are_those_of_the_whole_model_over_every_run(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[mx.array] = []
-    factor = gptq.order_and_factor
+    factor = gptq.inputs_of
 
     def listening(hessian: mx.array) -> Any:
         found.append(mx.array(hessian))
         return factor(hessian)
 
-    monkeypatch.setattr(gptq, "order_and_factor", listening)
+    monkeypatch.setattr(gptq, "inputs_of", listening)
     assert main(made.command(tmp_path / "x")) == 0
     model, tokenizer = load(made.folder / "source", str(made.folder / "plan.yml"), dtype="float32")
     h = model.embed(passages(tokenizer, TEXT, TOKENS))
@@ -169,11 +170,28 @@ def test_interrupted_anywhere_it_writes_the_same_bytes(
     assert contents(tmp_path / "x") == contents(made.folder / "x")
 
 
-def test_a_budget_mixes_widths(made: Made, tmp_path: Path) -> None:
-    assert main(made.command(tmp_path / "x", "--q-budget", "6")) == 0
-    quantization = config_of(tmp_path / "x")["quantization"]
-    assert len({v["bits"] for v in quantization.values() if isinstance(v, dict)}) > 1
-    assert verify(tmp_path / "x")["problems"] == []
+@pytest.mark.parametrize(
+    ("flags", "bits"), [([], {3, 4, 5}), (["--q-budget", "7"], {5, 6, 8}), (["--q-bits", "3"], {3})]
+)
+def test_bits_are_the_plans_or_all_alike(
+    made: Made, monkeypatch: pytest.MonkeyPatch, flags: list[str], bits: set[int]
+) -> None:
+    class Chosen(Exception):  # noqa: N818
+        pass
+
+    def stop(checkpoint: Any, destination: Any, options: Options, **kwargs: Any) -> None:
+        assert options.packing is not None
+        config = open_checkpoint(made.folder / "source").config
+        raise Chosen({p.bits for p in options.recipe(config, options.packing).values()})
+
+    monkeypatch.setattr("convert.__main__.convert", stop)
+    words = made.command(made.folder / "y", *flags, "--debug")
+    if "--q-bits" not in flags:
+        del words[words.index("--q-bits") : words.index("--q-bits") + 2]
+    with pytest.raises(Chosen) as caught:
+        main(words)
+    assert bits <= caught.value.args[0]
+    assert (len(caught.value.args[0]) == 1) == (flags[:1] == ["--q-bits"])
 
 
 @pytest.mark.parametrize(
@@ -185,7 +203,7 @@ def test_a_budget_mixes_widths(made: Made, tmp_path: Path) -> None:
         (["--q-recipe", "uniform"], "--calibrate-tokens is for --q-recipe gptq"),
         (["--calibrate", "short"], "has 4 tokens; give at least 576"),
         (["--calibrate", "none"], "none can't be read as UTF-8 text"),
-        (["--calibrate", "t.json"], "spends a --q-budget, and there is none"),
+        (["--calibrate", "t.json", "--q-bits", "4"], "of no use where all get --q-bits"),
         (["--plan", "scaled.yml", "--layout", "unrolled"], "convert with --layout folded"),
         (["--hf-path", "x", "--plan", "0-4"], "is quantized already: -q and --dtype need"),
         (["--plan", "deeper.yml"], "block"),

@@ -32,7 +32,7 @@ def test_words_are_laid_out_as_mlx_does(bits: int) -> None:
 def test_the_factor_is_that_of_the_inverse_strongest_input_first() -> None:
     inputs = correlated(200, 32) * mx.arange(1, 33)
     hessian = inputs.T @ inputs
-    order, upper = gptq.order_and_factor(hessian)
+    _, order, upper = gptq.inputs_of(hessian)
     assert mx.array_equal(mx.sort(order), mx.arange(32))
     strength = np.array(mx.diag(hessian))[np.array(order)]
     assert (np.diff(strength) <= 0).all()
@@ -46,7 +46,7 @@ def test_the_factor_is_that_of_the_inverse_strongest_input_first() -> None:
 @pytest.mark.parametrize("bits", [3, 4])
 def test_outputs_are_nearer_than_rounding_leaves_them(bits: int) -> None:
     packing, weight, inputs = Packing(bits, 32), normal(48, 192), correlated(600, 192)
-    packed = gptq.pack(weight, *gptq.order_and_factor(inputs.T @ inputs), packing)
+    packed = gptq.pack(weight, gptq.inputs_of(inputs.T @ inputs), packing)
     rounded = packing.quantize(weight)
 
     def error(arrays: dict[str, mx.array]) -> float:
@@ -54,26 +54,35 @@ def test_outputs_are_nearer_than_rounding_leaves_them(bits: int) -> None:
         return float(np.square(np.array(off)).sum())
 
     assert error(packed) < 0.6 * error(rounded)
-    for part in ("scales", "biases"):
-        assert mx.array_equal(packed[part], rounded[part])
+    share = mx.abs(packed["scales"] / rounded["scales"])
+    assert 0.7 < mx.min(share) < mx.max(share) < 1.001
 
 
-def test_inputs_that_have_nothing_in_common_give_plain_rounding() -> None:
-    packing, weight = Packing(4, 64), normal(6, 128).astype(mx.bfloat16)
-    packed = gptq.pack(weight, *gptq.order_and_factor(mx.diag(mx.arange(1.0, 129.0))), packing)
+def test_inputs_that_have_nothing_in_common_leave_rounding_by_better_scales() -> None:
+    packing, weight = Packing(3, 64), normal(6, 128).astype(mx.bfloat16)
+    strength = mx.arange(1.0, 129.0)
+    packed = gptq.pack(weight, gptq.inputs_of(mx.diag(strength)), packing)
     assert packed["scales"].dtype == mx.bfloat16
-    again = packing.dequantize(packed, mx.float32)
-    rounded = packing.dequantize(packing.quantize(weight), mx.float32)
-    # Not bit for bit: these errors are against scales as stored, in 16 bits.
-    assert np.mean(np.array(again) == np.array(rounded)) > 0.95
     exact = weight.astype(mx.float32)
-    assert mx.square(again - exact).sum() <= mx.square(rounded - exact).sum()
+
+    def error(arrays: dict[str, mx.array]) -> mx.array:
+        return (mx.square(packing.dequantize(arrays, mx.float32) - exact) * strength).sum()
+
+    assert error(packed) < 0.95 * error(packing.quantize(weight))
+
+
+def test_pieces_of_rows_are_packed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, inputs = normal(10, 64), gptq.inputs_of(correlated(100, 64).T @ correlated(100, 64))
+    whole = gptq.pack(weight, inputs, Packing(4, 32))
+    monkeypatch.setattr(gptq, "_ROWS", 3)
+    pieces = gptq.pack(weight, inputs, Packing(4, 32))
+    assert all(mx.array_equal(whole[part], pieces[part]) for part in whole)
 
 
 def test_a_group_of_zeros_and_an_input_that_is_never_there() -> None:
     weight = mx.concatenate([mx.zeros((4, 32)), normal(4, 32)], 1).astype(mx.float16)
     inputs = normal(100, 64) * (mx.arange(64) < 40)
-    packed = gptq.pack(weight, *gptq.order_and_factor(inputs.T @ inputs), Packing(4, 32))
+    packed = gptq.pack(weight, gptq.inputs_of(inputs.T @ inputs), Packing(4, 32))
     values = Packing(4, 32).dequantize(packed, mx.float32)
     assert mx.all(mx.isfinite(values))
     assert mx.abs(values[:, :32]).max() < 1e-5
@@ -81,4 +90,4 @@ def test_a_group_of_zeros_and_an_input_that_is_never_there() -> None:
 
 def test_activations_that_overflow_are_refused_in_one_line() -> None:
     with pytest.raises(CheckpointError, match="not finite; convert with another --dtype"):
-        gptq.order_and_factor(mx.full((4, 4), float("inf")))
+        gptq.inputs_of(mx.full((4, 4), float("inf")))

@@ -231,7 +231,7 @@ def test_a_mixture_block_by_block() -> None:
     [
         ("mixed", BASE, None, "not one of uniform, mixed_2_6"),
         ("mixed_4_6", BASE, 5.0, "for the recipe plan, not mixed_4_6"),
-        ("plan", Packing(4, 32, "mxfp4"), None, "for --q-mode affine, not for mxfp4"),
+        ("plan", Packing(4, 32, "mxfp4"), None, "mxfp4 has only one"),
         ("plan", BASE, 2.0, "can't be kept: with 2-bit groups of 64 everywhere this model takes"),
         ("plan", BASE, float("nan"), "makes no sense"),
         ("plan", BASE, -1.0, "makes no sense"),
