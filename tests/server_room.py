@@ -272,7 +272,9 @@ def started(model: Path, *flags: str, **environment: str) -> Iterator[tuple[str,
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        ready = re.fullmatch(r"(http://127\.0\.0\.1:\d+)  source  \(.* [MG]B held\)\n", line)
+        ready = re.fullmatch(r"(http://127\.0\.0\.1:\d+)  source  \(.+B held, float32\)\n", line)
+        if ready is None:
+            process.kill()  # it may be up, but say so in other words
         assert ready, (line, process.communicate())
         yield ready[1], process
     finally:
