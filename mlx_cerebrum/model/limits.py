@@ -41,7 +41,7 @@ CACHE_LIMIT = 256 * 2**20
 # Weights that take this share of Metal's working set are wired: macOS pages such ones out as soon
 # as another program wants memory, and each token then waits for the disk.
 _NEAR = 2 / 3
-NO_WIRE = "MLX_CEREBRUM_NO_WIRE"  # environment variable: set to anything, nothing is wired
+NO_WIRE = "MLX_CEREBRUM_NO_WIRE"  # environment variable: unless it is 0, nothing is wired
 
 # As `limits` set it. MLX's own has a default (0.8 of the memory on the CPU) that nobody asked for.
 _memory_limit: int | None = None
@@ -183,7 +183,7 @@ def limits(
     with ExitStack() as undo:
         if _may_wire is None and device.backend() == "metal":
             undo.callback(mx.set_wired_limit, mx.set_wired_limit(0))
-            _may_wire = not os.environ.get(NO_WIRE)
+            _may_wire = os.environ.get(NO_WIRE, "") in ("", "0")
         _may_wire = bool(_may_wire and wiring)
         kept = mx.set_cache_limit(cache)
         undo.callback(mx.set_cache_limit, kept)

@@ -91,6 +91,10 @@ def test_it_can_be_left(metal: Metal, monkeypatch: pytest.MonkeyPatch) -> None:
     with limits():
         wire(model(PAGE))
     assert set(metal.wired) == {123, 0}
+    monkeypatch.setenv(NO_WIRE, "0")
+    with limits():
+        wire(model(PAGE))
+    assert PAGE in metal.wired
 
 
 def test_elsewhere_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
