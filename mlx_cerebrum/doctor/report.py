@@ -128,7 +128,7 @@ def _memory(found: Report) -> None:
     words = f"{human(total)}; {left(free)} for models now"
     found.add("memory", words, memory_bytes=total, available_bytes=free)
     if (unused := unused_bytes()) is not None:
-        words = f"other programs leave {human(unused)} without swapping"
+        words = f"leave {human(unused)} before macOS swaps"
         found.add("other programs", words, unused_bytes=unused)
     if is_short():
         found.add("pressure", "the system is short of memory now", short_of_memory=True)

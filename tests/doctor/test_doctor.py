@@ -135,7 +135,7 @@ def test_a_mac(monkeypatch: pytest.MonkeyPatch, checkpoint: MakeCheckpoint, shel
     assert facts["system"] == "macOS 14.5"
     assert facts["Metal"] == "11.45 GB to work with, 8.59 GB in one buffer"
     assert "Metal allows" in facts["memory"]
-    assert facts["other programs"] == "other programs leave 3.00 GB without swapping"
+    assert facts["other programs"] == "leave 3.00 GB before macOS swaps"
     assert facts["wired limit"] == "12000 MB (iogpu.wired_limit_mb)"
     assert facts["bandwidth"] == "about 90 GB/s of weights are read"
     assert found.stops == []
