@@ -13,6 +13,7 @@ goes on from what the first computed. Linux only.
 
 import argparse
 import json
+import os
 import queue
 import sys
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.server.job_bytes import jobs_bytes
 from mlx_cerebrum.server.jobs import Event, Failed, Job, Piece
-from mlx_cerebrum.text import say
+from mlx_cerebrum.text import say, tell
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 from mlx_cerebrum.weights.quantize import Packing
 from mlx_cerebrum.weights.safetensors_checkpoint import INDEX
@@ -147,6 +148,13 @@ def converse(path: Path, turns: tuple[tuple[int, int], ...], allows: int) -> dic
     return {"weights": weights, "turns": found, "generation_tokens": tokens}
 
 
+def _said(turn: dict[str, int]) -> str:
+    return (
+        f"{turn['prompt']} + {turn['tokens']} tokens ({turn['cached']} kept): predicted"
+        f" {turn['predicted'] / GB:.2f} GB, taken {turn['taken'] / GB:.2f} GB"
+    )
+
+
 def _asked(engine: BatchEngine, job: Job) -> list[Piece]:
     """All of the answer. Raises CerebrumError where there is none."""
     came: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -184,18 +192,19 @@ def _run(args: argparse.Namespace) -> int:
     limit = int(args.limit_gb * GB)
     if args.here:
         found = converse(args.directory, TURNS, limit)
-        for turn in found["turns"]:
-            say(json.dumps(turn))
+        tell("; ".join(map(_said, found["turns"])))
         say(json.dumps(found))
         return 0
     if not args.directory.exists():
         write(args.directory, GEOMETRIES["cerebrum-7b"])
     words = ["bench.rehearsal", str(args.directory), "--here", f"--limit-gb={args.limit_gb}"]
+    # As Metal does, malloc gives back what is freed: else it keeps a tenth of all for itself.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
     outcome = memory_limit.run(words, limit)
-    how = "finished" if outcome.code == 0 else f"ended with {outcome.code} ({outcome.said})"
+    how = "finished" if outcome.code == 0 else f"ended with {outcome.code}"
     say(
         f"{outcome.kind} of {limit / GB:.2f} GB: {how}, {outcome.tokens} tokens in"
-        f" {outcome.seconds:.0f} s, peak resident {outcome.peak / GB:.2f} GB"
+        f" {outcome.seconds:.0f} s, peak resident {outcome.peak / GB:.2f} GB; {outcome.said}"
     )
     return 0 if outcome.code == 0 else 1
 

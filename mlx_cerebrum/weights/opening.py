@@ -12,6 +12,7 @@ from mlx_cerebrum.errors import CheckpointError, ConfigError
 from mlx_cerebrum.machine.pressure import would_swap
 from mlx_cerebrum.model.config import MOST, ModelConfig
 from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.limits import wire
 from mlx_cerebrum.model.memory import fits, require
 from mlx_cerebrum.model.tensors import matrix_shapes
 from mlx_cerebrum.plan.layer_plan import LayerPlan
@@ -78,7 +79,8 @@ class Opened:
         return smaller_weights(self.checkpoint, self.spec.packing, self.spec.dtype)
 
     def load(self, progress: Progress | None = None) -> Model:
-        """Read the weights. Raises MemoryBudgetError, before any is, where they don't fit."""
+        """Read the weights, and have them wired (`limits.wire`). Raises MemoryBudgetError, before
+        any is read, where they don't fit."""
         needed = self.storage.nbytes + self.storage.transient
         name = str(self.spec.name)
         name = self.checkpoint.path.name if Path(name).exists() else name
@@ -87,7 +89,9 @@ class Opened:
             require(needed, f"loading {name}", "take a smaller model", ways)
         if (warning := would_swap(needed, name)) is not None:
             tell(f"warning: {warning}")
-        return load_model(self.checkpoint, self.config, self.storage, progress)
+        model = load_model(self.checkpoint, self.config, self.storage, progress)
+        wire(model)
+        return model
 
 
 def open_model(spec: ModelSpec) -> Opened:

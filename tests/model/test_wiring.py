@@ -121,6 +121,10 @@ def test_programs_wire_the_weights_they_generate_with(
     before, none, held, after = metal.wired
     assert (before, none, after) == (123, 0, 123)
     assert 100_000 < held < metal.allows
+    metal.wired = [123]
+    with limits():
+        load(small, dtype="float32")
+        assert metal.wired == [123, 0, held]
 
 
 def test_the_command_can_be_told_not_to(
