@@ -13,7 +13,7 @@ from pathlib import Path
 from mlx_cerebrum.doctor import program
 from mlx_cerebrum.doctor.check import Check, Found, Settings
 
-LIMIT = 900.0  # seconds
+LIMIT = 1800.0  # seconds
 
 
 def carry_out(check: Check, settings: Settings) -> Found:

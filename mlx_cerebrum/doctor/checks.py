@@ -8,6 +8,7 @@ from mlx_cerebrum.doctor import (
     products,
     racing,
     serving,
+    system,
     texts,
 )
 from mlx_cerebrum.doctor.check import Check
@@ -41,6 +42,14 @@ CHECKS = (
         texts.long_text,
     ),
     Check(
+        "guesses",
+        "a text written by guesses that are checked several at a time is what the CPU computes"
+        " without (demo model, float32)",
+        "every token, but for ties; both ways to guess are used",
+        f"leave --draft away: {_REPORT}",
+        texts.guessing,
+    ),
+    Check(
         "caches",
         f"{buffers.STEPS} steps at {buffers.SEEN} tokens copy no cache: they write in place",
         f"peak below {buffers.COPIES} positions' caches",
@@ -63,7 +72,8 @@ CHECKS = (
     ),
     Check(
         "convert",
-        "the demo model converted here to 4 bits is what the CPU makes of it, and sound",
+        "the demo model converted here to 4 bits is what the CPU makes of it, and sound, as is a"
+        " copy",
         f"at most {packing.SHARE:g} of the words differ; verify finds nothing",
         f"don't convert here: {_REPORT}",
         packing.converting,
@@ -71,8 +81,8 @@ CHECKS = (
     Check(
         "window",
         "a request that fills the window takes the memory that was predicted, and no swap",
-        f"within {buffers.PREDICTED:.0%}, weights included; swap grows by {human(buffers.SWAP)} at"
-        " most",
+        f"within {buffers.PREDICTED:.0%} with the weights, and no more than {buffers.PREDICTED:.0%}"
+        f" above without; swap grows by {human(buffers.SWAP)} at most",
         "close other programs and run it again; if memory is not as predicted, " + _REPORT,
         buffers.full_window,
     ),
@@ -80,7 +90,7 @@ CHECKS = (
         "server",
         f"a server answers {serving.CLIENTS} clients by both models, {serving.REQUESTS} requests"
         f" ({serving.QUICK_REQUESTS} with --quick), and ends in order",
-        "all answered, the demo model's alike every time, exit code after SIGTERM",
+        "all answered, the demo model's alike every time, exit code 0 after SIGTERM",
         f"{_REPORT}; until then: mlx-cerebrum generate",
         serving.serving,
     ),
@@ -113,6 +123,13 @@ CHECKS = (
         f"{_REPORT}: a slower way through MLX is taken here",
         kernels.kernels,
         {kernels.CAPTURE: "1"},
+    ),
+    Check(
+        "system",
+        "macOS answers what is asked of it: chip, memory, swap, staying awake, flushing files",
+        "every answer is there, and possible",
+        f"{_REPORT}: macOS has changed",
+        system.system,
     ),
 )
 BY_NAME = {check.name: check for check in CHECKS}

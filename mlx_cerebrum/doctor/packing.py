@@ -4,7 +4,6 @@ A GPU may round a quotient that lies between two integers the other way. So word
 counted, and each may differ by one step of its group's scale.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,8 +48,9 @@ def quantizing(settings: Settings) -> Found:
                 step = np.abs(_each(packing, np.array(here["scales"].astype(mx.float32))))
                 own, cpus = (_meant(packing, parts) for parts in (here, there))
                 given = np.array(weight.astype(mx.float32))
-            # Scales of few bits are rounded too, and count as often as the largest integer.
-            allowed = 1 + 2**packing.bits * float(mx.finfo(weight.dtype).eps)
+            # Scales of few bits are rounded too, and count as often as the largest integer. A
+            # hundredth is for what rounds here.
+            allowed = 1.01 + 2**packing.bits * float(mx.finfo(weight.dtype).eps)
             furthest = max(furthest, float((np.abs(own - given) / step).max()) / allowed)
             between = np.abs(own - cpus) / step
             apart = max(apart, float(between.max()))
@@ -78,12 +78,14 @@ def _each(packing: Packing, scales: Numbers) -> Numbers:
 
 
 def converting(settings: Settings) -> Found:
-    """The demo model, converted to 4 bits here and on the CPU; and `verify` of it."""
-    here, there = (Path(settings.work) / name for name in ("here", "cpu"))
+    """The demo model, converted to 4 bits here and on the CPU; and `verify` of it and of a copy."""
+    here, there, copy = (Path(settings.work) / name for name in ("here", "cpu", "copy"))
     for directory in (here, there):
         command = ["convert", "--hf-path", settings.small, "--mlx-path", str(directory)]
         run([*command, "--dequantize", "-q", "--quiet"], on_cpu=directory is there)
-    sound = bool(json.loads(run(["verify", str(here), "--json"]))["sound"])
+    run(["verify", str(here), "--quiet"])  # it fails with what is wrong
+    run(["convert", "--hf-path", str(here), "--mlx-path", str(copy), "--quiet"])
+    run(["verify", str(copy), "--quiet"])
     words = different = 0
     names = []
     for (name, own), (_, cpus) in zip(_tensors(here), _tensors(there), strict=True):
@@ -96,9 +98,9 @@ def converting(settings: Settings) -> Found:
     )
     if not device.on_gpu():
         said = f"{different} of {words} words differ the second time (this is the CPU)"
-    said += f"; verify says {'sound' if sound else 'UNSOUND'}"
-    data = {"words": words, "different": different, "tensors": names[:20], "sound": sound}
-    return Found(sound and different <= SHARE * words, said, data=data)
+    said += "; verify finds nothing, nor in a copy"
+    data = {"words": words, "different": different, "tensors": names[:20]}
+    return Found(different <= SHARE * words, said, data=data)
 
 
 def _tensors(directory: Path) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:

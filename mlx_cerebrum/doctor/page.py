@@ -20,7 +20,7 @@ SCHEMA = 1
 FILE, PAGE = "selftest.json", "README.md"
 _PATH = re.compile(r"(?<![\w.%)])~?(?:/[^\s'\":;,()/]+)+/?")  # not tokens/s, not owner/name
 SAID = {True: "passed", False: "FAILED", None: "not here"}
-_HEAD = ["check", "", "what it shows", "found", "bound", "s"]
+_HEAD = ["check", "", "what it shows", "found", "bound", "if not", "s"]
 
 Document = dict[str, Any]
 
@@ -74,8 +74,6 @@ def markdown(document: Document) -> str:
         table([["machine", ""], *document["facts"]]),
         table([_HEAD, *map(_line, rows)]),
     ]
-    if failed := [r for r in rows if r["passed"] is False]:
-        parts += ["## What to do", "\n".join(f"- {r['name']}: {r['remedy']}." for r in failed)]
     for r in rows:
         if r["table"]:
             parts += [f"## {r['name'].capitalize()}", table(r["table"])]
@@ -83,7 +81,7 @@ def markdown(document: Document) -> str:
 
 
 def _line(row: Document) -> list[str]:
-    about = [row[key] for key in ("shows", "words", "bound")]
+    about = [row[key] for key in ("shows", "words", "bound", "remedy")]
     return [row["name"], SAID[row["passed"]], *about, f"{row['seconds']:.0f}"]
 
 

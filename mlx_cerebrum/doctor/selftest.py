@@ -41,7 +41,8 @@ def selftest(
     something else.
     """
     page.check_folder(directory)
-    open_model(ModelSpec(model))
+    for name in dict.fromkeys((Settings.small, model)):
+        open_model(ModelSpec(name))
     facts = report.machine()
     named = model if not Path(model).expanduser().exists() else Path(model).name
     document = page.begun(

@@ -26,6 +26,11 @@ class Awake:
     def held(self) -> bool:
         return self._process is not None
 
+    @property
+    def running(self) -> bool:
+        """Whether the program that does it is there now."""
+        return self._process is not None and self._process.poll() is None
+
     def hold(self) -> None:
         self._last = time.monotonic()
         if self._process is not None or sys.platform != "darwin":

@@ -1,6 +1,8 @@
 """Each check of the selftest passes here, and fails where what it checks is broken."""
 
+import fcntl
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -23,10 +25,11 @@ from mlx_cerebrum.doctor import (
     products,
     racing,
     serving,
+    system,
     texts,
 )
 from mlx_cerebrum.doctor.attending import Shape
-from mlx_cerebrum.doctor.check import Settings
+from mlx_cerebrum.doctor.check import Found, Settings
 from mlx_cerebrum.doctor.peer import as_mlx_lm
 from mlx_cerebrum.errors import CerebrumError
 from mlx_cerebrum.model import forward
@@ -156,6 +159,20 @@ def test_ties_are_no_faults(
     assert "were ties" in found.words
 
 
+def test_guesses(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "_QUICK_GUESSED", 40)
+    monkeypatch.setattr(texts, "_LIST", "one two one two one two one")
+    path = str(checkpoint(sliding_window=None))
+    found = texts.guessing(Settings(path, True, str(tmp_path), path))
+    assert found.passed, found.words
+    assert set(found.data["guesses"]) == {"ngram", "model"}
+    # Whatever is guessed is taken.
+    monkeypatch.setattr("mlx_cerebrum.decoding.speculative.held_guesses", lambda g, chosen: len(g))
+    assert texts.guessing(Settings(path, True, str(tmp_path), path)).passed is False
+
+
 # ---- Memory
 
 
@@ -275,37 +292,45 @@ def test_converting(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = str(checkpoint(torch_dtype="float32"))
-    spoil = [0, 0]  # words of the output; bytes of it after it was hashed
+    spoil = {"before": 0, "after": 0}  # words that are hashed as another
 
-    def run(command: list[str], on_cpu: bool = False) -> str:
+    def run(command: list[str], on_cpu: bool = False) -> None:
         if command[0] == "verify":
-            return json.dumps(verify(Path(command[1])))
-        command.remove("--dequantize")  # this one is dense
-        assert convert(command[1:]) == 0
+            if not verify(Path(command[1]))["sound"]:
+                raise CerebrumError("unsound")
+            return
+        if "--dequantize" in command:
+            command.remove("--dequantize")  # this one is dense
+        with monkeypatch.context() as patch:
+            if on_cpu and spoil["before"]:
+                right = Packing.quantize
+                patch.setattr(
+                    Packing, "quantize", lambda self, weight, stream=None: right(self, -weight)
+                )
+            assert convert(command[1:]) == 0
         (file,) = Path(command[4]).glob("*.safetensors")
-        if not on_cpu and any(spoil):
+        if not on_cpu and spoil["after"]:
             data = bytearray(file.read_bytes())
-            for at in range(spoil[0] + spoil[1]):
-                data[-64 * at - 1] ^= 1
+            data[-1] ^= 1
             file.write_bytes(data)
-        return ""
 
     monkeypatch.setattr(packing, "run", run)
 
-    def converted(name: str) -> Any:
+    def converted(name: str) -> Found:
         (tmp_path / name).mkdir()
         return packing.converting(Settings("", True, str(tmp_path / name), source))
 
     found = converted("a")
     assert found.passed, found.words
     assert found.data["different"] == 0
-    spoil[1] = 1
+    spoil["before"] = 1
     found = converted("b")
     assert found.passed is False
-    assert found.data["sound"] is False
-    spoil[0] = 2000
-    monkeypatch.setattr(packing, "run", lambda c, on_cpu=False: run(c, on_cpu) or "{}")
-    assert converted("c").data["different"] > 1000
+    assert found.data["different"] > 1000
+    assert found.data["tensors"]
+    spoil["after"] = 1
+    with pytest.raises(CerebrumError, match="unsound"):
+        converted("c")
 
 
 # ---- The server
@@ -469,3 +494,45 @@ def test_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx.metal, "start_capture", lambda path: None)
     monkeypatch.setattr(mx.metal, "stop_capture", lambda: None)
     assert "for Xcode" in kernels.capture(model)
+
+
+# ---- The system
+
+
+def test_what_is_asked_of_macos(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert system.system(NOWHERE).passed is (None if sys.platform == "linux" else True)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(system, "ASKED", {"a": lambda: True, "b": lambda: False})
+    found = system.system(NOWHERE)
+    assert found.passed is False
+    assert found.words == "1 of 2 answered; not: b"
+
+
+def test_its_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    answers: dict[str, Any] = {
+        "processor": lambda: "Apple M2",
+        "sysctl_number": lambda name: 1,
+        "unused_bytes": lambda: 1 << 30,
+        "swapped": lambda: 0,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(system, name, answer)
+    monkeypatch.setattr(device, "gpu_info", lambda: {"architecture": "applegpu_g14s"})
+    asked = (system.chip, system.pressure, system.unused, system.swap)
+    assert all(ask() for ask in asked)
+    for name in answers:
+        monkeypatch.setattr(system, name, lambda *_: None)
+    monkeypatch.setattr(system, "processor", lambda: "Intel")
+    assert not any(ask() for ask in asked)
+    program = tmp_path / "caffeinate"
+    monkeypatch.setattr(system, "_STARTED", 0.05)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for script, holds in (("exec /bin/sleep 20", True), ("exit 1", False)):
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        assert system.awake() is holds
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", fcntl.F_SETFD, raising=False)
+    assert system.flushed()
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 9999, raising=False)  # none of the kernel's
+    assert not system.flushed()
