@@ -57,7 +57,10 @@ def _attend_packed(
     if mask is not None:
         visible = causal_mask(L, T - L, None) if isinstance(mask, str) else mask
         scores = mx.where(visible, scores.reshape(B, H, L, T), -mx.inf)
-    weights = mx.softmax(scores, axis=-1, precise=True)  # computed in float32
+    # Computed in float32, of scores that a GPU rounds to the queries' dtype. In bfloat16 that adds
+    # nothing to what packing does: on the demo model the KL from dense entries is 5.9e-4 with and
+    # without it in 8 bits, 0.14 in 4. Scores in float32 would be four kernels more a position.
+    weights = mx.softmax(scores, axis=-1, precise=True)
     # Here too, but for a few queries: each head's are then rows of its own product.
     weights = weights.reshape(B, kv_heads, -1, L if L <= _VECTOR_ROWS else sharing, T)
     values = each(lambda array: mx.expand_dims(array, 2), values)
