@@ -49,7 +49,7 @@ Caches = Sequence[Any]
 
 _CONTEXT = 64  # tokens before a pass: any number that leaves the caches room for one more
 _CEREBRUM = (32, 56)  # positions of the 7B and the 12.25B
-_METAL_HEADS = (64, 128)  # widths that Metal's attention has, for one token and for a chunk
+_METAL_HEADS = (64, 96, 128)  # widths with kernels on Metal for one token and for a chunk
 
 
 def count_as_on_metal(build: Callable[[], Any], head_dim: int) -> Counts:

@@ -220,7 +220,7 @@ def keeps_scores(config: ModelConfig, item_bytes: int) -> bool:
     if backend == "cpu":
         return True
     if backend == "metal":
-        return config.head_dim not in (64, 80, 128)
+        return config.head_dim not in (64, 72, 80, 96, 128)
     return item_bytes != 2 or config.head_dim > 128 or config.head_dim % 8 != 0
 
 

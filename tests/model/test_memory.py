@@ -170,6 +170,7 @@ def test_scores_of_a_chunk_are_counted_where_they_are_held(
 @pytest.mark.parametrize(
     ("backend", "head_dim", "item_bytes", "held"),
     [
+        ("metal", 96, 4, False),
         ("metal", 128, 4, False),
         ("metal", 32, 2, True),
         ("cuda", 128, 2, False),
