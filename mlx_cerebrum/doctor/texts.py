@@ -33,7 +33,7 @@ _ROWS = 128  # of logits at a time
 
 
 def choose(logits: mx.array, number: int = 0) -> mx.array:
-    """The most likely token, and every other time the second: a text that goes in no circles."""
+    """The most likely token, and every other time the second: a text of more different ones."""
     best = mx.argmax(logits, axis=-1)
     if number % 2 == 0:
         return best
