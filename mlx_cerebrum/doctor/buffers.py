@@ -29,15 +29,18 @@ _SIDE = 2048  # of a matrix that is wired
 def in_place(settings: Settings) -> Found:
     """64 steps at 4000 tokens: what they hold at most besides the caches."""
     opened = open_model(ModelSpec(settings.model))
+    config, storage = opened.config, opened.storage
+    seen = min(SEEN, config.max_position_embeddings - STEPS - 1)
+    request = Workload(config, storage.dtype.size, seen, STEPS, prefill_step())
+    require(storage.nbytes + request.bytes, f"{seen} tokens", "close other programs")
     model = opened.load()
-    seen = min(SEEN, model.config.max_position_embeddings - STEPS - 1)
     caches = model.make_cache()
     for cache in caches:
         fill(cache, seen, model)
     one = sum(cache.nbytes for cache in caches) // len(caches)
     before = _settled()
     mx.reset_peak_memory()
-    tokens = [1 + n % (model.config.vocab_size - 1) for n in range(seen + 1)]
+    tokens = [1 + n % (config.vocab_size - 1) for n in range(seen + 1)]
     for _ in Decoder().run(Generation(model, tokens, caches, STEPS)):
         pass
     most = mx.get_peak_memory() - before

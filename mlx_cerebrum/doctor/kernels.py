@@ -1,7 +1,7 @@
 """How many kernels a position takes while decoding, counted in MLX's graph.
 
-A capture, which Xcode opens, shows what
-Metal makes of the graph; MLX writes one where the process was started for it.
+A capture, which Xcode opens, shows what Metal makes of the graph; MLX writes one where the process
+was started for it.
 """
 
 import shutil

@@ -82,7 +82,8 @@ def converting(settings: Settings) -> Found:
     here, there, copy = (Path(settings.work) / name for name in ("here", "cpu", "copy"))
     for directory in (here, there):
         command = ["convert", "--hf-path", settings.small, "--mlx-path", str(directory)]
-        run([*command, "--dequantize", "-q", "--quiet"], on_cpu=directory is there)
+        how = ["--dequantize", "--dtype", "float16", "-q", "--quiet"]
+        run([*command, *how], on_cpu=directory is there)
     run(["verify", str(here), "--quiet"])  # it fails with what is wrong
     run(["convert", "--hf-path", str(here), "--mlx-path", str(copy), "--quiet"])
     run(["verify", str(copy), "--quiet"])
