@@ -32,6 +32,8 @@ class Metal:
 def metal(monkeypatch: pytest.MonkeyPatch) -> Metal:
     there = Metal()
     monkeypatch.delenv(NO_WIRE, raising=False)
+    # A server of other tests may be within limits of its own.
+    monkeypatch.setattr("mlx_cerebrum.model.limits._may_wire", None)
     monkeypatch.setattr(device, "backend", lambda: "metal")
     monkeypatch.setattr(mx, "set_wired_limit", there.set_wired_limit)
     monkeypatch.setattr(

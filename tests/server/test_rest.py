@@ -88,8 +88,10 @@ def test_weights_are_wired_while_they_are_held(path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(mx, "device_info", lambda *_: size)
     monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
     monkeypatch.setattr("mlx_cerebrum.model.limits._NEAR", 0.0)
+    # A server of other tests may be within limits of its own.
+    monkeypatch.setattr("mlx_cerebrum.model.limits._may_wire", None)
     with engine_for(path, 0.1) as engine:
-        held = wired[-1]
+        held = max(wired)  # it may rest already
         assert engine.stats().weights_bytes <= held < 10**9
         until(lambda: engine.stats().at_rest)
         assert wired[-1] == 0
