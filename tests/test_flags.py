@@ -23,13 +23,14 @@ from mlx_cerebrum.flags import (
 )
 
 ROOT = Path(__file__).parent.parent
-# Every command line of the package, of convert and of bench; the first only picks another.
+# Every command line of the package, of convert and of bench; one only picks another, and one is
+# only for a process of doctor's own.
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for room in ("mlx_cerebrum", "convert", "bench")
     for path in (ROOT / room).rglob("*.py")
     if "def main(" in path.read_text(encoding="utf-8")
-} - {"mlx_cerebrum.__main__"}
+} - {"mlx_cerebrum.__main__", "mlx_cerebrum.doctor.alone"}
 HOSTILE = ["1e300", "1e400", "inf", "-inf", "nan", "10" * 20, "-" + "1" * 40, "1" * 5000, "", "x"]
 
 

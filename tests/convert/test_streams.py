@@ -13,7 +13,8 @@ from conftest import MakeCheckpoint
 from convert.__main__ import main
 from mlx_cerebrum.weights.quantize import Packing
 
-COMPUTING = ("quantize", "dequantize", "multiply", "split", "zeros", "slice_update")
+UNPACKING = {5: {"dequantize"}, 4: {"bitwise_and", "right_shift", "stack", "multiply", "add"}}
+COMPUTING = ("quantize", "split", "zeros", "slice_update", *set.union(*UNPACKING.values()))
 
 
 @pytest.fixture
@@ -48,25 +49,26 @@ def test_the_default_device_is_never_changed(
         assert main([str(word) for word in words]) == 0
     words = ["--hf-path", tmp_path / "1", "--mlx-path", tmp_path / "2", "--dequantize", "--quiet"]
     assert main([str(word) for word in words]) == 0
-    assert named >= {"quantize", "dequantize", "multiply"}
+    assert named >= {"quantize"} | UNPACKING[4]
 
 
+@pytest.mark.parametrize("bits", UNPACKING)
 def test_a_large_matrix_is_unpacked_where_it_is_asked_for(
-    monkeypatch: pytest.MonkeyPatch, named: set[str]
+    monkeypatch: pytest.MonkeyPatch, named: set[str], bits: int
 ) -> None:
     monkeypatch.setattr("mlx_cerebrum.weights.quantize.PIECE", 3 * 64)
     weight = mx.random.normal((10, 64)).astype(mx.float16)
-    arrays = Packing(4, 32).quantize(weight)
-    expected = np.array(Packing(4, 32).dequantize(arrays, mx.float32))
+    arrays = Packing(bits, 32).quantize(weight)
+    expected = np.array(Packing(bits, 32).dequantize(arrays, mx.float32))
     mx.eval(arrays)
     done: list[Any] = []
 
     def run() -> None:
-        dense = Packing(4, 32).dequantize(arrays, mx.float32, mx.new_stream(mx.cpu))
+        dense = Packing(bits, 32).dequantize(arrays, mx.float32, mx.new_stream(mx.cpu))
         done.append(np.array(dense))
 
     thread = threading.Thread(target=run, name="transform")
     thread.start()
     thread.join()
     np.testing.assert_array_equal(done[0], expected)
-    assert named == {"dequantize", "split", "zeros", "slice_update"}
+    assert named == {"split", "zeros", "slice_update"} | UNPACKING[bits]
