@@ -40,6 +40,8 @@ from mlx_cerebrum.model.limits import NO_WIRE
 from mlx_cerebrum.model.memory import Workload
 from mlx_cerebrum.weights.quantize import Packing
 
+pytestmark = pytest.mark.one_in(3)
+
 NOWHERE = Settings("", True, "")
 
 

@@ -135,6 +135,7 @@ def test_the_compiled_activation_is_the_plain_one() -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=IDS)
 @pytest.mark.usefixtures("gpu")
+@pytest.mark.one_in(3)
 def test_attention_over_dense_entries(dtype: mx.Dtype, width: int) -> None:
     """Lengths on both sides of every change of kernel: 8 queries, 1024 and 4096 keys."""
     for length, keys, kind in (
@@ -297,6 +298,7 @@ def test_a_model_past_its_window(dtype: mx.Dtype, width: int) -> None:
 
 @pytest.mark.parametrize("bits", KV_BITS)
 @pytest.mark.usefixtures("gpu")
+@pytest.mark.one_in(2)
 def test_a_model_with_a_packed_cache(bits: int) -> None:
     """A value between two steps may go either way, and take its token's logits with it."""
     model, exact = build(mx.float32, 64)
