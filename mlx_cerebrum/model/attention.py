@@ -61,8 +61,10 @@ def _attend_packed(
     # nothing to what packing does: on the demo model the KL from dense entries is 5.9e-4 with and
     # without it in 8 bits, 0.14 in 4. Scores in float32 would be four kernels more a position.
     weights = mx.softmax(scores, axis=-1, precise=True)
-    # Here too, but for a few queries: each head's are then rows of its own product.
-    weights = weights.reshape(B, kv_heads, -1, L if L <= _VECTOR_ROWS else sharing, T)
+    # Here too, but for a few queries on a GPU: each head's are then rows of its own product,
+    # which the CPU takes longer for, with the same bits.
+    apart = L <= _VECTOR_ROWS and device.on_gpu()
+    weights = weights.reshape(B, kv_heads, -1, L if apart else sharing, T)
     values = each(lambda array: mx.expand_dims(array, 2), values)
     out = mx.quantized_matmul(weights, *values, transpose=False, **packing(values, D))
     return out.reshape(B, H, L, D).astype(queries.dtype)
