@@ -31,11 +31,11 @@ from mlx_cerebrum.text import tell
 from mlx_cerebrum.tokenizer.files import FILES
 
 OURS = {
-    "ours: folded, 4-bit": ["-q"],
+    "ours: folded, 4-bit": ["-q", "--q-bits", "4"],
     "ours: folded, 8-bit": ["-q", "--q-bits", "8"],
     "ours: folded, as stored": [],
     "ours: unrolled, as stored": ["--layout", "unrolled"],
-    "ours: unrolled, 4-bit": ["--layout", "unrolled", "-q"],
+    "ours: unrolled, 4-bit": ["--layout", "unrolled", "-q", "--q-bits", "4"],
 }
 FIRST, *OTHERS = OURS
 MLX_LM, MERGEKIT, OF_THAT = "mlx_lm.convert -q of the 7B", "mergekit", "mlx_lm.convert -q of that"

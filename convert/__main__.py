@@ -82,6 +82,10 @@ def _run(args: argparse.Namespace) -> int:
         say(json.dumps(written, ensure_ascii=False))
     elif not args.quiet:
         _show(written)
+        if args.quantize and args.q_mode in (None, "affine") and args.q_recipe not in METHODS:
+            tell(
+                "note: --q-recipe gptq loses less at this size; it reads a text first, for minutes"
+            )
     return 0
 
 
@@ -307,7 +311,8 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
         choices=(*RECIPES, *METHODS),
         help="which matrices get how many bits: all --q-bits; mlx-lm's mixtures; `plan`, by"
         " how often a block runs and how sensitive it is; or `gptq`, as `plan` (all --q-bits where"
-        " that is given) and packed by what a text puts through each matrix (default: uniform)",
+        " that is given) and packed by what a text puts through each matrix (default: plan;"
+        " uniform where --q-bits or --q-mode is given)",
     )
     group.add_argument(
         "--q-budget",
@@ -358,7 +363,8 @@ def options_of(args: argparse.Namespace) -> Options:
             raise ConfigError("--layout folded: GGUF has no repeated layers; drop it")
     if not args.quantize:
         _refuse(args, _NEEDS_Q, "only means something with -q")
-    recipe = args.q_recipe or "uniform"
+    alone = args.q_bits is None and args.q_mode is None
+    recipe = args.q_recipe or ("plan" if args.quantize and alone else "uniform")
     methods = " and ".join(METHODS)
     if recipe not in METHODS:
         _refuse(args, ("calibrate_tokens",), f"is for --q-recipe {methods}")

@@ -307,7 +307,8 @@ def test_quantized_is_what_mlx_lm_convert_writes(
 
     source = checkpoint(dtype=np.float16)
     mlx_lm_convert(str(source), str(tmp_path / "t"), quantize=True, q_group_size=32, q_bits=4)
-    assert run("--hf-path", source, "--mlx-path", tmp_path / "o", "-q", "--q-group-size", 32) == 0
+    flags = ["-q", "--q-bits", 4, "--q-group-size", 32]
+    assert run("--hf-path", source, "--mlx-path", tmp_path / "o", *flags) == 0
     ours, theirs = tensors(tmp_path / "o"), tensors(tmp_path / "t")
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -444,3 +445,21 @@ def test_disk_space_is_asked_for_first(
     with pytest.raises(CheckpointError, match=r"needs \d+\.\d MB of disk and 0\.0 MB are free"):
         convert(open_checkpoint(checkpoint()), tmp_path / "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_q_alone_spends_bits_by_plan_and_names_what_loses_less(
+    checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = checkpoint(num_hidden_layers=4)
+
+    def widths(name: str, *flags: str) -> set[int]:
+        words = ["--hf-path", str(source), "--mlx-path", str(tmp_path / name), "-q", *flags]
+        assert main(words) == 0
+        named = "--q-recipe gptq loses less" in capsys.readouterr().err
+        assert named == ("--q-mode" not in flags)
+        packed = [v for k, v in config_of(tmp_path / name)["quantization"].items() if "." in k]
+        return {value["bits"] for value in [config_of(tmp_path / name)["quantization"], *packed]}
+
+    assert len(widths("alone")) > 1
+    assert widths("all", "--q-bits", "4") == {4}
+    assert widths("float", "--q-mode", "mxfp4") == {4}

@@ -86,7 +86,7 @@ def test_the_cards_plan_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_quantized_while_folding(tmp_path: Path) -> None:
     source = merged(tmp_path / "m", MAP, unchanged)
-    flags = ["-q", "--q-group-size", "32", "--quiet"]
+    flags = ["-q", "--q-bits", "4", "--q-group-size", "32", "--quiet"]
     assert main(["--hf-path", str(source), "--mlx-path", str(tmp_path / "f"), *flags]) == 0
     plain = merged(tmp_path / "p", tuple(range(8)), unchanged)
     assert main(["--hf-path", str(plain), "--mlx-path", str(tmp_path / "d"), *flags]) == 0

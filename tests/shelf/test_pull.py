@@ -80,7 +80,8 @@ def test_from_nothing_to_both_names(
     assert len(config_of(made.path)["layer_map"]) == 56
     assert verify(made.path)["sound"]
 
-    argv = ["--hf-path", str(hub.directory), "--plan", NAMES[0], "-q", "--quiet", "--mlx-path"]
+    argv = ["--hf-path", str(hub.directory), "--plan", NAMES[0], "-q", "--q-bits", "4"]
+    argv += ["--quiet", "--mlx-path"]
     assert convert([*argv, str(tmp_path / "whole")]) == 0
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (made.path / file.name).read_bytes()
