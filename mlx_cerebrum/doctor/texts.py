@@ -68,7 +68,9 @@ class _Turns(Policy):
 
     def choose(
         self, offers: Mapping[str, tuple[str, int]], row: float | None = None
-    ) -> tuple[str, int]:
+    ) -> tuple[str, int] | None:
+        if not offers:  # the last token is near
+            return None
         name = sorted(offers, reverse=True)[self.turn % len(offers)]
         self.turn += 1
         return name, min(_DRAFTS, offers[name][1])

@@ -64,6 +64,7 @@ def test_products(monkeypatch: pytest.MonkeyPatch) -> None:
         bits = (mx.view(x, mx.uint32) + (1 << 12)) >> 13
         return mx.view((bits << 13).astype(mx.uint32), mx.float32)
 
+    monkeypatch.setattr(products, "_SIZE", 128)
     monkeypatch.setattr(products, "dense", lambda x, weight: tf32(x) @ tf32(weight).T)
     found = products.products(NOWHERE)
     assert found.passed is False
@@ -73,9 +74,12 @@ def test_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SOME = [
     Shape(width, queries, keys, mask)
-    for width, queries, keys in ((64, 1, 400), (128, 9, 400), (96, 64, 400))
-    for mask in attending.MASKS
-    if mask != "rows" or queries < 64
+    for width, queries, keys, masks in (
+        (64, 1, 400, ("none", "rows")),
+        (128, 9, 400, ("causal", "window", "rows")),
+        (96, 64, 400, ("window",)),
+    )
+    for mask in masks
 ]
 
 
@@ -106,7 +110,7 @@ def test_attention_that_is_wrong(monkeypatch: pytest.MonkeyPatch, fault: str) ->
         return out * mx.nan if fault == "nan" else out
 
     monkeypatch.setattr(attending, "attend", wrong)
-    monkeypatch.setattr(attending, "shapes", lambda quick: iter(SOME[4:8]))
+    monkeypatch.setattr(attending, "shapes", lambda quick: iter(SOME[3:4]))  # its window
     assert attending.attention(NOWHERE).passed is False
 
 
@@ -170,6 +174,9 @@ def test_guesses(
     found = texts.guessing(Settings(path, True, str(tmp_path), path))
     assert found.passed, found.words
     assert set(found.data["guesses"]) == {"ngram", "model"}
+    for count in (41, 42, 43):  # also where nothing is left to guess at the end
+        monkeypatch.setattr(texts, "_QUICK_GUESSED", count)
+        assert texts.guessing(Settings(path, True, str(tmp_path), path)).passed
     # Whatever is guessed is taken.
     monkeypatch.setattr("mlx_cerebrum.decoding.speculative.held_guesses", lambda g, chosen: len(g))
     assert texts.guessing(Settings(path, True, str(tmp_path), path)).passed is False
