@@ -24,7 +24,7 @@ from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.plan.show import describe
 
 ROOT = figures.ROOT
-RUNS = sorted((ROOT / "bench" / "results").glob("*/"))
+RUNS = sorted(file.parent for file in (ROOT / "bench" / "results").glob(f"*/{suite.FILE}"))
 DEMO = "linux-epyc-2-demo"
 
 GUARDED = (*figures.DOCUMENTS, "CHANGELOG.md")  # may have no measured figure outside a block

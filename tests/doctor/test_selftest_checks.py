@@ -43,6 +43,7 @@ from mlx_cerebrum.weights.quantize import Packing
 pytestmark = pytest.mark.one_in(3)
 
 NOWHERE = Settings("", True, "")
+drawn = pytest.mark.one_in(3)  # of the checks that load models; the long run takes them all
 
 
 @pytest.fixture
@@ -91,6 +92,7 @@ def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(int(row[2]) for row in found.table[1:]) == 9 * len(SOME)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("fault", ["mask", "scale", "group", "nan", "packed"])
 def test_attention_that_is_wrong(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     right = attend
@@ -140,6 +142,7 @@ def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "_PROMPT", "Once upon")
 
 
+@drawn
 def test_a_long_text(small: Settings, short_text: None, monkeypatch: pytest.MonkeyPatch) -> None:
     found = texts.long_text(small)
     assert found.passed, found.words
@@ -154,6 +157,7 @@ def test_a_long_text(small: Settings, short_text: None, monkeypatch: pytest.Monk
     assert "the first that is not: number" in found.words
 
 
+@drawn
 def test_ties_are_no_faults(
     small: Settings, short_text: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +169,7 @@ def test_ties_are_no_faults(
     assert "were ties" in found.words
 
 
+@drawn
 def test_guesses(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +190,7 @@ def test_guesses(
 # ---- Memory
 
 
+@drawn
 def test_caches_in_place(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buffers, "STEPS", 8)
     found = buffers.in_place(small)
@@ -247,6 +253,7 @@ def test_wired_memory_is_looked_at_on_metal(monkeypatch: pytest.MonkeyPatch) -> 
     assert wired == [0]
 
 
+@drawn
 def test_a_full_window(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buffers, "_QUICK_WINDOW", 128)
     monkeypatch.setattr(buffers, "PREDICTED", 0.25)  # so small a model makes other things count
@@ -297,6 +304,7 @@ def test_quantizing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.data["different"] > 0
 
 
+@drawn
 def test_converting(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,6 +426,7 @@ def test_a_real_server(checkpoint: MakeCheckpoint) -> None:
 # ---- Pace
 
 
+@drawn
 @pytest.mark.parametrize("q_bits", [None, 4])
 def test_mlx_lm_runs_the_same_arrays(checkpoint: MakeCheckpoint, q_bits: int | None) -> None:
     path = checkpoint(sliding_window=None, max_position_embeddings=8192)
@@ -432,6 +441,7 @@ def test_mlx_lm_runs_the_same_arrays(checkpoint: MakeCheckpoint, q_bits: int | N
     assert mx.allclose(peer(ids), model(ids), atol=1e-4)
 
 
+@drawn
 def test_paces(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(racing, "_CPU_STEPS", (8, 16))
     monkeypatch.setattr(racing, "_CPU_DECODED", 4)
@@ -454,6 +464,7 @@ def test_paces(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.words.startswith("0.75 float32 reading, 0.80 float32 writing")
 
 
+@drawn
 def test_bandwidth(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(racing, "_CPU_DECODED", 4)
     monkeypatch.setattr("mlx_cerebrum.doctor.pace.bandwidth", lambda seconds: 1e12)
@@ -465,6 +476,7 @@ def test_bandwidth(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     assert racing.bandwidth(small).passed is False
 
 
+@drawn
 def test_two_models_at_once(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     assert racing.together(small).passed is None
     two = {"a": (tuple(range(8)), None), "b": ((0, 1, 2, 3, 2, 3, 4, 5, 6, 7), None)}
