@@ -455,7 +455,7 @@ def test_paces(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.data["tokens_per_second"]["float32"]["mlx-lm"]["written"] > 0
 
     def raced(*args: Any) -> tuple[racing.Paces, racing.Paces]:
-        return racing.Paces({8: [50.0, 100.0]}, [8.0]), racing.Paces({8: [100.0]}, [10.0])
+        return racing.Paces({8: [50.0, 75.0]}, [8.0]), racing.Paces({8: [100.0]}, [10.0])
 
     monkeypatch.setattr(racing, "LEAST", 0.9)
     monkeypatch.setattr(racing, "race", raced)
