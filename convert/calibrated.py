@@ -139,8 +139,10 @@ class Calibrator:
                 if path != kept or not again:
                     path.unlink()
             mx.clear_cache()
-        if not config.tie_word_embeddings and not (folder / _HEAD).exists():
-            norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        head = self.outputs.get(HEAD)
+        if head is not None and head.packing is not None and not (folder / _HEAD).exists():
+            norm = nn.RMSNorm(config.hidden_size)
+            norm.eps = config.rms_norm_eps  # given above, MLX refuses a zero
             norm.weight = weight(self.checkpoint, self.outputs[FINAL_NORM]).astype(self.dtype)
             total: Sums = {}
             for h in hidden:
