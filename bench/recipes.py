@@ -1,56 +1,99 @@
-"""What a recipe's bits buy: perplexity dense, uniform, mixed and by plan, at equal sizes.
+"""What a recipe's bits buy: every recipe against the dense model, at equal sizes.
 
-Every side is a directory that `python -m convert` writes, so what is measured is what a user gets.
-`plan` runs twice: in the 4 bits of `uniform`, and in those of mixed_4_6. With `--calibrate TEXT`
-it uses a table measured on this model under this plan; without, the one that comes with the
-package.
+Every side is a directory that `python -m convert` writes, in a process of its own, so what is
+measured is what a user gets. `uniform` and `gptq, all 4` have 4 bits everywhere; `plan` and `gptq`
+spend as many, and then those of mixed_4_6, matrix by matrix. `mlx-lm gptq` is mlx-lm's own function
+(bench/mlx_lm_gptq.py) on the same text and the merge unrolled: a layer for every position.
+
+Two texts are public-domain prose (bench/data), the third is what the dense model answers to
+chat_prompts: no recipe reads any of them. Losses are differences to the dense model on the same
+tokens, and KL is from its distribution to the side's, nats a token; intervals are 95%, from blocks
+of 32 tokens.
+
+What is shown of a small model is a rank of methods at most: measure your own.
 """
 
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench import perplexity, process
-from bench.perplexity import text as text
-from bench.report import parser, run
-from bench.suite import Results
-from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.opening import open_checkpoint
+import mlx.core as mx
 
-MIXED = "mixed_4_6"
+from bench import perplexity, process
+from bench.bootstrap import Interval
+from bench.chat_prompts import GROUNDED, OPEN
+from bench.likelihood import Ids, compare, figures, log_probs, strided, text_ids
+from bench.report import parser, run, table
+from bench.suite import Results
+from mlx_cerebrum.decoding.decoder import generate_step
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
+from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights.opening import load, open_checkpoint
+
+DENSE, UNIFORM, MIXED, PEER = "dense", "uniform", "mixed_4_6", "mlx-lm gptq"
+_BUDGET = "--q-budget"  # in what follows, of another side
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = parser("recipes", "Perplexity of a model quantized by each recipe, at equal sizes.")
+    p = parser("recipes", "Loss and divergence of a model quantized by each recipe.")
     p.add_argument("--model", default="demo", metavar="DIR|FILE.gguf|HUBID|demo", help="which")
     p.add_argument("--plan", metavar="NAME|FILE", help="a layer plan")
-    p.add_argument("--calibrate", metavar="FILE", help="text (or table) for the recipe plan")
+    p.add_argument("--calibrate", metavar="FILE", help="text for gptq (default: convert's own)")
+    p.add_argument("--calibrate-tokens", type=int, default=16384, metavar="N", help="of it")
+    p.add_argument("--sides", nargs="+", metavar="NAME", help="these only, beside dense, uniform")
     perplexity.add_text(p)
     return run(p, _measure, text, argv)
 
 
 def _measure(args: argparse.Namespace) -> Results:
-    plan = ["-q", "--q-recipe", "plan"]
-    plan += ["--calibrate", args.calibrate] if args.calibrate else []
     with tempfile.TemporaryDirectory() as folder:
-        made = {
-            name: convert(args, Path(folder, name), *flags)
-            for name, flags in {
-                "dense": [],
-                "uniform": ["-q", "--q-bits", "4"],
-                "plan": [*plan, "--q-bits", "4"],
-                MIXED: ["-q", "--q-recipe", MIXED],
-            }.items()
+        made: Results = {}
+        for name, flags in _sides(args).items():
+            if args.sides and name not in (DENSE, UNIFORM, *args.sides):
+                continue
+            spent = [str(made[f]["bits_per_weight"]) if f in made else f for f in flags]
+            path = Path(folder, name)
+            if name == PEER:
+                _peer(args, path)
+            else:
+                _converted(args, path, spent)
+            made[name] = {"bits_per_weight": perplexity.stored_bits(open_checkpoint(path))}
+        dense, tokenizer = load(Path(folder, DENSE))
+        texts = {
+            name: [(ids, scored, list(log_probs(dense, ids[:-1]))) for ids, scored in windows]
+            for name, windows in _windows(dense, tokenizer, args)
         }
-        budget = perplexity.stored_bits(open_checkpoint(Path(made[MIXED])))
-        larger = f"plan at {budget:.2f}"
-        made[larger] = convert(args, Path(folder, larger), *plan, "--q-budget", str(budget))
-        found = perplexity.measure(list(made.values()), None, args)
-    return dict(zip(made, found.values(), strict=True))
+        mx.eval([said for seen in texts.values() for _, _, said in seen])
+        del dense  # before the next is loaded
+        for name in list(made)[1:]:
+            model = load(Path(folder, name))[0]
+            made[name]["texts"] = {text: _compared(model, seen) for text, seen in texts.items()}
+            del model
+    return made
 
 
-def convert(args: argparse.Namespace, path: Path, *flags: str) -> str:
+def _sides(args: argparse.Namespace) -> dict[str, list[str]]:
+    """What `convert` is told for each side, the name of another one standing for its bits."""
+    plan, gptq = ["-q", "--q-recipe", "plan"], ["-q", "--q-recipe", "gptq"]
+    gptq += ["--calibrate", args.calibrate] if args.calibrate else []
+    gptq += ["--calibrate-tokens", str(args.calibrate_tokens)]
+    return {
+        DENSE: [],
+        UNIFORM: ["-q", "--q-bits", "4"],
+        "plan": [*plan, _BUDGET, UNIFORM],
+        PEER: [],
+        "gptq, all 4": [*gptq, "--q-bits", "4"],
+        "gptq": [*gptq, _BUDGET, UNIFORM],
+        MIXED: ["-q", "--q-recipe", MIXED],
+        f"plan, bits of {MIXED}": [*plan, _BUDGET, MIXED],
+        f"gptq, bits of {MIXED}": [*gptq, _BUDGET, MIXED],
+    }
+
+
+def _converted(args: argparse.Namespace, path: Path, flags: list[str]) -> None:
     """Run the converter into `path`, in a process of its own: as users start it.
 
     Raises CerebrumError with its message.
@@ -61,7 +104,71 @@ def convert(args: argparse.Namespace, path: Path, *flags: str) -> str:
     if open_checkpoint(hub.resolve(args.model)).config.quantization is not None:
         words.append("--dequantize")
     process.seconds(words)
-    return str(path)
+
+
+def _peer(args: argparse.Namespace, path: Path) -> None:
+    """What mlx-lm's function makes of the merge unrolled."""
+    dense = path.with_name(f"{path.name} dense")
+    _converted(args, dense, ["--layout", "unrolled"])
+    words = ["bench.mlx_lm_gptq", str(dense), str(path), "--tokens", str(args.calibrate_tokens)]
+    words += ["--calibrate", args.calibrate] if args.calibrate else []
+    process.seconds(words)
+
+
+def _windows(
+    model: Model, tokenizer: Tokenizer, args: argparse.Namespace
+) -> Iterator[tuple[str, list[tuple[Ids, int]]]]:
+    """Of each text its windows, and how many of a window's last tokens are scored."""
+    for file in args.text:
+        found = strided(*text_ids(tokenizer, file), args.context, args.tokens)
+        yield file.stem, [(window, len(window) - 1) for window in found]
+    questions, answers = [*GROUNDED.values(), *OPEN.values()], []
+    for question in questions:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}])
+        answer: Ids = []
+        for token in generate_step(prompt, model, max_tokens=args.tokens // len(questions)):
+            answer.append(token)
+            if token in tokenizer.eos_token_ids:
+                break
+        answers.append((prompt + answer, len(answer)))
+    yield "answers", answers
+
+
+def _compared(model: Model, seen: Sequence[tuple[Ids, int, list[mx.array]]]) -> Results:
+    """Against what the dense model said of the same windows (see likelihood.figures)."""
+    found = [compare(said, log_probs(model, ids[:-1]), ids)[:, -n:] for ids, n, said in seen]
+    return figures(found)
+
+
+def text(results: Results) -> list[str]:
+    """The tables for a person."""
+    sides = {name: side for name, side in results.items() if name != DENSE}
+    texts = next(iter(sides.values()))["texts"]
+    header = ["model", "bits per weight", *texts]
+
+    def rows(key: str, sign: bool) -> list[list[str]]:
+        return [
+            [name, f"{side['bits_per_weight']:.3f}"]
+            + [Interval.from_json(one[key]).text(3, sign=sign) for one in side["texts"].values()]
+            for name, side in sides.items()
+        ]
+
+    agreed = [
+        [name, f"{side['bits_per_weight']:.3f}"]
+        + [f"{one['agreement']['value']:.1%}" for one in side["texts"].values()]
+        for name, side in sides.items()
+    ]
+    counts = ", ".join(f"{one['tokens']} of {name}" for name, one in texts.items())
+    losses = ", ".join(f"{one['loss_a']:.3f} on {name}" for name, one in texts.items())
+    return [
+        f"Tokens scored: {counts}. The dense model's loss, nats a token: {losses}.",
+        "Nats a token more than the dense model:",
+        table(header, rows("difference", True)),
+        "KL from the dense model, nats a token:",
+        table(header, rows("kl", False)),
+        "The same token would be written:",
+        table(header, agreed),
+    ]
 
 
 if __name__ == "__main__":
