@@ -185,7 +185,9 @@ def new_directory(destination: Path, identity: str, needed: int) -> Iterator[Par
         check_free(destination)  # the one that had the lock may have finished
         replaced = 0 if journal.resumes else _size(partial)
         _clear(partial, shards=not journal.entries, scratch=not journal.resumes)
-        require_space(destination, needed - _size(partial) + _SLACK, "quantize (-q)")
+        require_space(
+            destination, needed - _size(partial) + _SLACK, "take fewer bits (-q --q-bits N)"
+        )
         yield Partial(partial, journal, replaced)
         check_free(destination)
         shutil.rmtree(partial / SCRATCH, ignore_errors=True)

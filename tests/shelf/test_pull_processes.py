@@ -32,9 +32,10 @@ def started(hub: Hub, tmp_path: Path) -> "subprocess.Popen[str]":
 def test_ctrl_c_at_any_moment_is_one_word_and_it_goes_on(hub: Hub, tmp_path: Path) -> None:
     """While it looks, fetches, converts, verifies; a hub that is slow to send makes that 4 s."""
     hub.faults.pace = 2_000_000
-    began = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import mlx_cerebrum.cli"], cwd=ROOT, check=True)
-    first = 2 * (time.monotonic() - began)  # before that module is there, Python has the signal
+    for _ in range(2):  # the first time it is compiled
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-c", "import mlx_cerebrum.cli"], cwd=ROOT, check=True)
+        first = 1.5 * (time.monotonic() - began)  # until that is there, Python has the signal
     stopped = done = 0
     for number in range(40):
         with started(hub, tmp_path) as pulling:
