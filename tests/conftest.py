@@ -40,6 +40,10 @@ if _worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
         os.sched_setaffinity(0, {_cores[int(_worker) % len(_cores)]})
 
 
+# For tests that take over half a second each: one in three of them all.
+slow = pytest.mark.one_in(3)
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` leaves any out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of the cases that share a mark `one_in(n)`, each n-th is quick and the others are long. Where

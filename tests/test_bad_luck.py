@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, slow
 from safetensors.numpy import load_file, save_file
 
 from convert import copying, destination, pipeline, writer
@@ -46,6 +46,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("dtypes", [("float16",) * 3, ("float16", "bfloat16", "float32")])
+@slow
 def test_several_converters_into_one_destination(
     checkpoint: MakeCheckpoint, tmp_path: Path, dtypes: tuple[str, ...]
 ) -> None:
@@ -153,6 +154,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@slow
 def test_ctrl_z_and_fg(
     checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

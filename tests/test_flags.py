@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, slow
 
 from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.sampling import Sampling
@@ -93,6 +93,7 @@ MORE = ["1", "-1e17", "99999999", str(2**64), str(10**18)]
         ("mlx_cerebrum.server.__main__", ["--quiet", "--port=0"]),
     ],
 )
+@slow
 def test_a_number_that_is_taken_works(
     checkpoint: MakeCheckpoint,
     monkeypatch: pytest.MonkeyPatch,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, slow
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -91,6 +91,7 @@ def _names(node: ast.expr) -> tuple[str, ...]:
     return (node.id,) if isinstance(node, ast.Name) else ("",)
 
 
+@slow
 def test_nothing_prints_past_it() -> None:
     """No print, no stream written to, no traceback printed; a console of rich only where its text
     is cleaned before (and markup is off)."""
@@ -308,6 +309,7 @@ def test_a_prompt_cache_and_a_conversation(
     assert not obeyed(capsys.readouterr().err)
 
 
+@slow
 def test_generate_on_a_terminal_and_on_a_pipe(tmp_path: Path) -> None:
     """What the model says is shown on a terminal, and comes as it is through a pipe."""
     path = talker(tmp_path, "\x1b[2J\x07\x08\x7fa")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import MakeCheckpoint, parameters
+from conftest import MakeCheckpoint, parameters, slow
 from tiny import tiny_config
 
 from bench import bandwidth, full_size, pair, process, report, speculation, speed, suite
@@ -153,6 +153,7 @@ def test_ratios_are_b_over_a(
     assert found["ratios"]["start"]["median"] == 2.0
 
 
+@slow
 def test_speed_of_two_sides(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +184,7 @@ def test_speed_of_two_sides(
     assert "8192 tokens, by estimate 600 s" in text
 
 
+@slow
 def test_full_size_counts_bytes(tmp_path: Path) -> None:
     tiny = random_tiny()
     found = full_size.measure(tiny, quick(tmp_path))

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, slow
 from tiny import tiny_config
 
 from bench import context, plots
@@ -98,6 +98,7 @@ def test_each_peer_stands_beside_its_side(results: Results) -> None:
         assert all(row["ratios"].keys() == peers.keys() for row in results[part]["lengths"])
 
 
+@slow
 def test_a_ratio_is_ours_over_the_peer_of_the_same_side(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +202,7 @@ def test_text_and_plots_come_from_the_results_alone(results: Results, tmp_path: 
     assert "EXCEEDED" in "\n".join(context.text(doctored))
 
 
+@slow
 def test_names_of_others_stay_text(results: Results) -> None:
     """Names are keys here: escaped, they must still find what they name."""
     a, hostile = results["names"][0], "``` <b> | [x](http://y)"

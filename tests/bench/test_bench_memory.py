@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, slow
 from tiny import tiny_config
 
 from bench import memory
@@ -40,6 +40,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
 
+@slow
 def test_each_block_is_held_once(results: Results) -> None:
     folded, unrolled = results["random"][:2]
     assert (folded["stored_blocks"], unrolled["stored_blocks"]) == (32, 56)

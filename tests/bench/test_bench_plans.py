@@ -11,7 +11,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import INTERLEAVED_8, MakeCheckpoint, plan_yaml
+from conftest import INTERLEAVED_8, MakeCheckpoint, plan_yaml, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,6 +98,7 @@ PATHS = st.lists(
 
 @settings(deadline=None, max_examples=200)
 @given(PATHS)
+@slow
 def test_each_step_of_the_trie_is_run_once(drawn: list[list[trie.Step]]) -> None:
     paths = [tuple(p) for p in drawn]
     runs: list[trie.Path] = []
@@ -193,6 +194,7 @@ def novel(tmp_path: Path) -> Path:
     return path
 
 
+@slow
 def test_a_sweep_end_to_end(
     checkpoint: MakeCheckpoint,
     novel: Path,

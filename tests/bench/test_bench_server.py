@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, slow
 
 from bench import server_client, server_findings, server_load, server_peers
 from bench.peers import OURS
@@ -307,6 +307,7 @@ def passed(found: dict[str, Any]) -> dict[str, bool | None]:
     return {one["name"]: one["passed"] for one in found["criteria"]}
 
 
+@slow
 def test_a_right_server_passes(load: Callable[..., tuple[int, Any]]) -> None:
     code, found = load("busy")
     assert code == 0

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from conftest import slow
 
 from bench import bootstrap
 from bench.bootstrap import Interval, Values, interval, paired, sign_test, standard_error
@@ -22,12 +23,14 @@ def alike(rows: int) -> list[Values]:
     return [np.convolve(row, np.ones(8), "valid") for row in noise]
 
 
+@slow
 def test_an_interval_of_95_percent_covers_about_as_often() -> None:
     random = np.random.default_rng(1)
     for size in (16, 100):
         assert 0.90 < coverage(list(random.standard_normal((300, size))), 1) < 0.99
 
 
+@slow
 def test_blocks_are_needed_where_neighbours_are_alike() -> None:
     draws = alike(200)
     assert coverage(draws[:40], 1) < 0.7

@@ -12,7 +12,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import mistral_model
+from conftest import mistral_model, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from server_room import serving
@@ -223,6 +223,7 @@ def test_what_is_too_long_loses_its_beginning_and_says_so(
         lm.loglikelihood([request("a", "b" * 40)])
 
 
+@slow
 def test_each_request_keeps_its_own_settings(tiny: Loaded) -> None:
     model, tokenizer = tiny
     lm = cerebrum_lm(model, tokenizer)
@@ -391,6 +392,7 @@ MEAN = {"aggregation": "mean", "higher_is_better": True}
 
 
 @pytest.mark.usefixtures("no_network")
+@slow
 def test_a_directory_of_local_tasks(tiny: Loaded, tmp_path: Path) -> None:
     model, tokenizer = tiny
     folder = tmp_path / "tasks"

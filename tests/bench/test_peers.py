@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, slow
 
 from bench import bandwidth, copies, engines, llama_cpp, machine, peers, process, step_profile
 from bench.attempts import Attempt, in_turns
@@ -126,6 +126,7 @@ def fails(*args: Any) -> Loaded:
     raise ValueError("no\nluck")
 
 
+@slow
 def test_one_failing_engine_costs_only_its_row(
     pair: Pair, settings: Effort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +140,7 @@ def test_one_failing_engine_costs_only_its_row(
     assert f"llama.cpp Q8_0: not measured: {missing}" in "\n".join(peers.text(results))
 
 
+@slow
 def test_a_disagreeing_peer_is_reported(
     pair: Pair, settings: Effort, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,6 +66,7 @@ def test_bytes_depend_on_the_results_alone(tmp_path: Path) -> None:
     assert b"$x^2$ &lt;b&gt;" in saved("$x^2$ <b>")  # no formula, no markup
 
 
+@slow
 def test_no_window_toolkit_is_loaded() -> None:
     code = (
         "import sys, bench.plots; assert 'matplotlib' not in sys.modules;"

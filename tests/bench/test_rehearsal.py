@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from conftest import slow
 
 from bench import rehearsal
 from bench.random_model import GEOMETRIES
@@ -34,6 +35,7 @@ class Laid:
         self.config = opened.config
 
 
+@slow
 def test_a_conversation_fits_where_one_request_does(opened: Opened, demo: Path) -> None:
     assert (opened.config.num_positions, opened.config.num_hidden_layers) == (56, 32)
     job = Job("m", (1,) * TURNS[-1][0], TURNS[-1][1])
@@ -49,6 +51,7 @@ def test_a_conversation_fits_where_one_request_does(opened: Opened, demo: Path) 
     assert second["taken"] < 1.2 * needed  # the entries it goes on from are not there twice
 
 
+@slow
 def test_what_does_not_fit_is_said(opened: Opened, demo: Path) -> None:
     with pytest.raises(CerebrumError, match="needs"):
         rehearsal.converse(opened.checkpoint.path, TURNS, found_room(opened, 1_000_000))

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import slow
 
 from bench import summary
 from bench.suite import FILE
@@ -42,6 +43,7 @@ def test_it_says_of_what_its_figures_are(project: Path) -> None:
     assert f'<img alt="{summary.ALT}" src="docs/summary.svg">' in readme
 
 
+@slow
 def test_its_figures_are_the_results(project: Path) -> None:
     path = project / "bench" / "results" / summary.DEMO / FILE
     document = json.loads(path.read_text())

@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from command import run
+from conftest import slow
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from talker import LETTERS, talker, talkers
@@ -595,6 +596,7 @@ def chat_on_a_pipe(folder: Path, text: bytes, *flags: str) -> subprocess.Complet
     )
 
 
+@slow
 def test_on_a_pipe_each_line_is_a_question(tmp_path: Path) -> None:
     """Answers only to standard output; nothing asked, nothing overwritten, nothing remembered."""
     precious = tmp_path / "precious.json"
@@ -620,6 +622,7 @@ def test_on_a_pipe_each_line_is_a_question(tmp_path: Path) -> None:
     assert not (tmp_path / "state").exists()
 
 
+@slow
 def test_triple_quotes_on_a_pipe(tmp_path: Path) -> None:
     done = chat_on_a_pipe(
         tmp_path,
@@ -634,6 +637,7 @@ def test_triple_quotes_on_a_pipe(tmp_path: Path) -> None:
     assert not (tmp_path / ".local").exists()
 
 
+@slow
 def test_resume_on_a_pipe_takes_the_newest_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -650,6 +654,7 @@ def test_resume_on_a_pipe_takes_the_newest_and_writes_nothing(
     assert len(list(kept.folder().iterdir())) == 2
 
 
+@slow
 def test_odd_lines_on_a_pipe(tmp_path: Path) -> None:
     """CRLF, NUL, a line longer than the model's positions, and no end of the last line."""
     done = chat_on_a_pipe(
@@ -664,6 +669,7 @@ def test_odd_lines_on_a_pipe(tmp_path: Path) -> None:
     assert done.returncode == 2
 
 
+@slow
 def test_on_a_pipe_that_ends_well(tmp_path: Path) -> None:
     done = chat_on_a_pipe(tmp_path, b"Hi\nAnd?")
     assert (done.returncode, done.stdout.count(b"\n\n")) == (0, 1)

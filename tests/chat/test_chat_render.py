@@ -5,6 +5,7 @@ import time
 import unicodedata
 
 import pytest
+from conftest import slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console, ConsoleDimensions
@@ -85,6 +86,7 @@ def streamed(text: str, terminal: Terminal, size: int = 3) -> str:
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(80, 24), (40, 15), (20, 5)])
+@slow
 def test_streamed_in_pieces_is_what_is_shown_at_once(columns: int, rows: int) -> None:
     """Finished blocks are printed once, the open one is redrawn; nothing is lost or doubled."""
     text = streamed(LONG, Terminal(columns, rows))
@@ -122,6 +124,7 @@ def test_a_block_taller_than_the_screen_shows_its_end_then_all() -> None:
 
 
 @pytest.mark.parametrize("size", [(30, 12), (100, 40), (25, 5)])
+@slow
 def test_resized_while_it_streams(size: tuple[int, int]) -> None:
     terminal = Terminal(60, 20)
     console = console_on(terminal)
@@ -192,6 +195,7 @@ def test_clean_text_has_no_controls(text: str) -> None:
 
 @given(st.text(st.sampled_from("ab\n -*>`#|1.\t<[]()&;\\_~=+!:\u6f22"), max_size=80))
 @settings(deadline=None, max_examples=150)
+@slow
 def test_any_markdown_can_be_shown(text: str) -> None:
     """Whatever it is: no exception, and all words are there in the end."""
     shown = streamed(text, Terminal(12, 6))
@@ -243,6 +247,7 @@ def test_without_unicode_formulas_are_as_written() -> None:
     assert shown.get().strip() == text
 
 
+@slow
 def test_many_marks_take_linear_time() -> None:
     """Bounds that only a square would pass."""
     for mark in (
@@ -273,6 +278,7 @@ PIECES = [*"ab\n -*>`#|1.", r"\[", r"\]", "$$", "+ 1", r"\begin{a}", r"\end{a}"]
 
 @given(st.lists(st.sampled_from(PIECES), max_size=60).map("".join), st.integers(0, 60))
 @settings(deadline=None, max_examples=300)
+@slow
 def test_finished_blocks_stay_as_they_are(text: str, shown: int) -> None:
     """What is printed for good early reads as it does in the whole text."""
     cut, _ = finished(text[:shown], markdown_parser())
@@ -295,6 +301,7 @@ def sides(terminal: Terminal, width: int) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("rows", [24, 8])
+@slow
 def test_columns_lose_nothing_and_mark_the_first_difference(rows: int) -> None:
     terminal = Terminal(80, rows)
     same = "Both say **this** much: " + " ".join(f"w{i}" for i in range(40)) + " and "
@@ -356,6 +363,7 @@ MARKS = "\n -*>`#|1.\t<[]()&;\\_~=+!:\u6f22"
     st.lists(st.tuples(st.integers(8, 40), st.integers(3, 12)), max_size=3),
 )
 @settings(deadline=None, max_examples=100)
+@slow
 def test_any_two_texts_can_be_shown_side_by_side(
     texts: tuple[str, str], size: int, sizes: list[tuple[int, int]]
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import mistral_model
+from conftest import mistral_model, slow
 from talker import talkers
 
 from mlx_cerebrum.chat.session import Answer, DecodingOptions, Session
@@ -18,8 +18,6 @@ from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN, ChatFormat
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 from mlx_cerebrum.weights.views import load_views
-
-slow = pytest.mark.one_in(3)
 
 Views = tuple[Mapping[str, Model], Tokenizer]
 

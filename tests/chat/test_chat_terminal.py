@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from conftest import slow
 from talker import LETTERS, talker
 from terminal import Program
 
 from mlx_cerebrum.chat.commands import COMMANDS
 from mlx_cerebrum.chat.palette import styles
-
-slow = pytest.mark.one_in(3)
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,6 +154,7 @@ def test_a_signal_inside_the_line_editors_loop() -> None:
         assert program.terminal.text.strip() == ">"
 
 
+@slow
 def test_a_terminal_that_goes_away_ends_the_chat(tmp_path: Path) -> None:
     with start(tmp_path) as program:
         program.until("talker>")
@@ -306,6 +306,7 @@ def test_colours_and_none(tmp_path: Path, colours: bool) -> None:
         assert used >= wanted if colours else not used
 
 
+@slow
 def test_the_menu_has_every_command_and_takes_no_room_later(tmp_path: Path) -> None:
     with start(tmp_path, rows=30) as program:
         program.until("talker>")
@@ -354,6 +355,7 @@ def test_a_message_is_written_in_an_editor(tmp_path: Path, monkeypatch: pytest.M
     assert saw.rstrip().endswith(".md")
 
 
+@slow
 def test_vis_keys_for_those_who_have_set_them(tmp_path: Path) -> None:
     (tmp_path / ".inputrc").write_text("$include /etc/inputrc\nset editing-mode vi\n")
     with start(tmp_path, "--max-tokens", "5", "--no-history") as program:

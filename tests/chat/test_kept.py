@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import slow
 from page_room import browser, stand_in, visit
 from playwright.sync_api import Page
 from test_chat import Views, talk
@@ -180,6 +181,7 @@ def test_the_page_reads_them_and_its_own_are_read_here(page: Page, tmp_path: Pat
     assert one.messages == found["shown"]
 
 
+@slow
 def test_the_page_reads_what_is_exported(page: Page) -> None:
     turns = said("Q?\n\nMore", "A.\n\n```py\nx = 1", "<!-- cerebrum answer -->", "- B\n  ~~~\nc")
     text = as_markdown("Title", "Be brief.", turns)
@@ -387,6 +389,7 @@ def answer_kept(home: Path) -> str:
 @pytest.mark.parametrize(
     "signum", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
 )
+@slow
 def test_a_chat_that_dies_goes_on_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
 ) -> None:

@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from conftest import slow
 from page_room import browser, stand_in, visit
 from playwright.sync_api import Page
 from terminal import Terminal
@@ -115,6 +116,7 @@ def differences(page: Page, texts: list[str]) -> list[tuple[str, list[str], list
     return [(text, ours, theirs) for text, ours, theirs in pairs if ours != theirs]
 
 
+@slow
 def test_both_find_the_same_formulas(page: Page) -> None:
     assert differences(page, random_texts(4000, seed=1)) == []
 

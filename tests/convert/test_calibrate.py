@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import SMALL, MakeCheckpoint, write_checkpoint
+from conftest import SMALL, MakeCheckpoint, slow, write_checkpoint
 from tiny import tiny_config, tiny_weights
 
 from convert.calibrate import LENGTH, Probe, calibrate, calibration_bytes, main, sample
@@ -68,6 +68,7 @@ def test_measuring_leaves_the_weights_as_they_were(checkpoint: MakeCheckpoint) -
     assert np.abs(np.array(model(ids)) - before).max() < 1e-5  # unfused: other matmul shapes
 
 
+@slow
 def test_a_block_that_matters_ranks_above_one_that_does_not(tmp_path: Path) -> None:
     config = tiny_config(**SMALL | {"num_hidden_layers": 4})
     weights = tiny_weights(config, seed=3)

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import SMALL, MakeCheckpoint, config_of, plan_yaml, tensors, write_checkpoint
+from conftest import SMALL, MakeCheckpoint, config_of, plan_yaml, slow, tensors, write_checkpoint
 from tiny import tiny_config, tiny_weights
 
 from convert import calibrated, gptq
@@ -71,6 +71,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
+@slow
 def test_both_layouts_have_the_same_matrices_and_are_sound(made: Made, tmp_path: Path) -> None:
     paths = made.folder / "x", tmp_path / "unrolled"
     assert main(made.command(paths[1], "--layout", "unrolled")) == 0
@@ -92,6 +93,7 @@ def test_both_layouts_have_the_same_matrices_and_are_sound(made: Made, tmp_path:
     assert mx.array_equal(logits[0], logits[1])
 
 
+@slow
 def test_sums_are_those_of_the_whole_model_over_every_run(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MakeCheckpoint, plan_yaml
+from conftest import MakeCheckpoint, plan_yaml, slow
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -138,6 +138,7 @@ def test_license_and_language_come_from_the_sources_card(tmp_path: Path) -> None
         "---\n" + "[" * 3_000 + "\n---\n",
     ],
 )
+@slow
 def test_a_source_card_that_is_not_one(tmp_path: Path, text: str) -> None:
     (tmp_path / "README.md").write_text(text)
     assert source_card(tmp_path) == {}

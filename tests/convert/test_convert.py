@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import MakeCheckpoint, config_of, parameters, tensors
+from conftest import MakeCheckpoint, config_of, parameters, slow, tensors
 from safetensors.numpy import load_file, save_file
 
 from convert import writer
@@ -88,6 +88,7 @@ def test_identity_is_a_plain_mistral_directory(checkpoint: MakeCheckpoint, tmp_p
 
 
 @pytest.mark.parametrize("packed", [False, True])
+@slow
 def test_a_tied_model_keeps_a_head_of_its_own(
     checkpoint: MakeCheckpoint, plan_file: Callable[..., Path], tmp_path: Path, packed: bool
 ) -> None:
@@ -328,6 +329,7 @@ def test_stock_mlx_lm_refuses_a_folded_directory(
 
 
 @pytest.mark.parametrize("layout", ["folded", pytest.param("unrolled", marks=pytest.mark.long)])
+@slow
 def test_gguf_source_keeps_its_packed_weights(demo: Path, tmp_path: Path, layout: str) -> None:
     plan = LayerPlan.named("demo-interleaved")
     convert(open_checkpoint(demo), tmp_path / layout, Options(plan=plan, layout=layout))
@@ -355,6 +357,7 @@ def test_window_override_is_recorded(checkpoint: MakeCheckpoint, tmp_path: Path)
     assert load(tmp_path / "l")[0].config.sliding_window == 5
 
 
+@slow
 def test_shards_are_cut_at_the_limit(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import SMALL, MakeCheckpoint, config_of, tensors, write_checkpoint
+from conftest import SMALL, MakeCheckpoint, config_of, slow, tensors, write_checkpoint
 from tiny import Weights, tiny_config, tiny_weights
 
 from convert import fold
@@ -84,6 +84,7 @@ def test_the_cards_plan_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert folded["provenance"]["plan"] == card.text
 
 
+@slow
 def test_quantized_while_folding(tmp_path: Path) -> None:
     source = merged(tmp_path / "m", MAP, unchanged)
     flags = ["-q", "--q-bits", "4", "--q-group-size", "32", "--quiet"]
@@ -102,6 +103,7 @@ def test_quantized_while_folding(tmp_path: Path) -> None:
     assert all(mx.array_equal(tensors(tmp_path / "fq")[n], ours[n]) for n in ours)
 
 
+@slow
 def test_one_bit_keeps_layers_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Wherever the bit is: where the samples look, or where only the whole hash sees it."""
     name = "model.layers.5.mlp.up_proj.weight"

@@ -13,7 +13,14 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import INTERLEAVED_8, MakeCheckpoint, byte_tokenizer, mistral_model, write_checkpoint
+from conftest import (
+    INTERLEAVED_8,
+    MakeCheckpoint,
+    byte_tokenizer,
+    mistral_model,
+    slow,
+    write_checkpoint,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_weights
@@ -32,8 +39,6 @@ from mlx_cerebrum.weights.gguf_blocks import half_split
 from mlx_cerebrum.weights.gguf_file import GGUFFile
 from mlx_cerebrum.weights.opening import open_checkpoint
 from mlx_cerebrum.weights.safetensors_checkpoint import SafetensorsCheckpoint
-
-slow = pytest.mark.one_in(3)
 
 SCALES = """merge_method: passthrough
 slices:

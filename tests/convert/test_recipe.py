@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from conftest import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
@@ -173,6 +174,7 @@ def test_by_default_the_budget_is_what_uniform_takes() -> None:
     budget=st.floats(2.8, 8),
     seed=st.lists(st.floats(0.1, 10), min_size=6, max_size=6),
 )
+@slow
 def test_more_sensitive_never_means_fewer_bits(
     block: int, kind: str, factor: float, budget: float, seed: list[float]
 ) -> None:

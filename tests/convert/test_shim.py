@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import MakeCheckpoint, mistral_model, parameters
+from conftest import MakeCheckpoint, mistral_model, parameters, slow
 from mlx_lm.convert import convert as mlx_lm_convert
 from mlx_lm.generate import generate_step as mlx_lm_generate_step
 from mlx_lm.models.cache import KVCache, RotatingKVCache, load_prompt_cache, save_prompt_cache
@@ -130,6 +130,7 @@ def test_weights_belong_to_blocks_and_caches_to_positions(folded: Folded, window
         assert {type(cache) for cache in caches} == {KVCache}
 
 
+@slow
 def test_mlx_lm_converts_it_with_bits_by_module(folded: Folded, tmp_path: Path) -> None:
     """Quantized by mlx-lm itself: still folded, still with the shim, and ours reads it too."""
 
@@ -151,6 +152,7 @@ def test_mlx_lm_converts_it_with_bits_by_module(folded: Folded, tmp_path: Path) 
     assert theirs(model) == ours(out)
 
 
+@slow
 def test_a_saved_prompt_cache_goes_on_past_the_window(folded: Folded, tmp_path: Path) -> None:
     path, file = folded(), str(tmp_path / "cache.safetensors")
     model = stock(path)
@@ -165,6 +167,7 @@ def test_a_saved_prompt_cache_goes_on_past_the_window(folded: Folded, tmp_path: 
         theirs(model, rest, prompt_cache=load_prompt_cache(file) + model.make_cache())
 
 
+@slow
 def test_mlx_lm_reads_the_same_token_ids(
     checkpoint: MakeCheckpoint, plan_file: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -187,6 +190,7 @@ def test_mlx_lm_reads_the_same_token_ids(
 ENV = os.environ | {"HF_HUB_OFFLINE": "1"}
 
 
+@slow
 def test_mlx_lm_generate(folded: Folded) -> None:
     path = folded()
     command = [sys.executable, "-m", "mlx_lm", "generate", "--model", str(path), "--prompt", LONG]

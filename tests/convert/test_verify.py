@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, slow
 from damage import flip
 from safetensors.numpy import load_file, save_file
 
@@ -107,6 +107,7 @@ def test_what_mlx_lm_writes_is_sound(checkpoint: MakeCheckpoint, tmp_path: Path)
     assert problems(tmp_path / "t") == []
 
 
+@slow
 def test_a_gguf_file_is_sound(demo: Path) -> None:
     seen: list[tuple[int, int]] = []
     result = verify(demo, lambda done, total: seen.append((done, total)))
@@ -397,6 +398,7 @@ def test_a_file_of_the_provenance_is_missing(checkpoint: MakeCheckpoint, tmp_pat
     assert note.startswith("model-9.safetensors is missing, but config.json's provenance")
 
 
+@slow
 def test_damaged_gguf(demo: Path, tmp_path: Path) -> None:
     from mlx_cerebrum.weights.gguf_file import GGUFFile
 

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.sample_utils import make_logits_processors
@@ -69,6 +70,7 @@ def one_row(sampling: Sampling, prompt: list[int], answer: list[int], row: list[
 
 @settings(deadline=None)
 @given(SAMPLINGS, answers(), st.data())
+@slow
 def test_rows_together_are_rows_one_at_a_time(
     sampling: Sampling, case: tuple[list[int], list[int], list[list[float]]], data: st.DataObject
 ) -> None:

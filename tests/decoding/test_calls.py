@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from conftest import slow
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ VALUES = st.recursive(
     cuts=st.lists(st.integers(0, 200), max_size=9),
     length=st.integers(0, 400),
 )
+@slow
 def test_any_call_in_any_pieces(
     arguments: dict[str, Any], indent: int | None, cuts: list[int], length: int
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema_rs
 import numpy as np
 import pytest
-from conftest import byte_tokenizer, mistral_model
+from conftest import byte_tokenizer, mistral_model, slow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -235,6 +235,7 @@ def test_control_tokens_never_come(grammars: Grammars, tokenizer: Tokenizer) -> 
         assert max(allowed(grammar.start().masks()[0])) < tokenizer.vocab_size
 
 
+@slow
 def test_all_end_tokens_end(grammars: Grammars, tokenizer: Tokenizer) -> None:
     held = grammars.compile(Ask("regex", "ab?")).start()
     held.accept(allowed(held.masks()[0])[:1])

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from company import VOCABULARY, Company, Counted, Eager, Job, tiny_views
+from conftest import slow
 from test_constraint import PERSON, TREE, bytes_vocabulary
 
 from mlx_cerebrum.decoding import decoder
@@ -223,6 +224,7 @@ def test_end_tokens_must_stay_possible(grammars: list[Grammar]) -> None:
             Generation(VIEWS[None][0], [3], [], 9, adjust=adjust, constraint=grammars[0].start())
 
 
+@slow
 def test_documents_of_a_random_model(tmp_path: Path) -> None:
     """Many at once, drawn and greedy: those that end are valid."""
     (model, *_) = tiny_views(12, ((0, 1, 1),), vocab_size=260)

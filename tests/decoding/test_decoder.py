@@ -28,6 +28,7 @@ from company import (
     in_reading_logprobs,
     tiny_views,
 )
+from conftest import slow
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -196,6 +197,7 @@ def some(count: int, **changes: Any) -> Company:
     return there
 
 
+@slow
 def test_one_that_leaves_between_rounds_of_guesses() -> None:
     """At every place."""
     for steps in range(8):
@@ -255,6 +257,7 @@ def test_without_recovering_others_would_say_something_else() -> None:
 
 
 @pytest.mark.parametrize("length", [9, pytest.param(40, marks=pytest.mark.long)])
+@slow
 def test_interrupted_while_two_run(length: int, monkeypatch: Patch) -> None:
     """As the terminal's /compare: wherever it is, both caches hold what the target computed."""
     original = TransformerBlock.__call__
@@ -395,6 +398,7 @@ def test_one_of_two_that_run_ends_in_an_error() -> None:
         there.check(long)
 
 
+@slow
 def test_positions_that_forgot_unequally_much_go_back_to_one_point() -> None:
     """A draft model uses some positions' caches, which then move their entries at other times."""
     model, points = VIEWS[12][1], set()

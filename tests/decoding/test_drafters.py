@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from conftest import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_prompt, tiny_weights
@@ -401,6 +402,7 @@ def test_the_better_of_two_is_taken() -> None:
 
 @given(st.data())
 @settings(deadline=None, max_examples=30)
+@slow
 def test_no_round_without_a_promise(data: Any) -> None:
     """Never more than `most` or is offered, never without an offer, never below the margin."""
     policy = Policy(COSTS, row=data.draw(st.floats(0, 2)), most=data.draw(st.integers(1, 16)))

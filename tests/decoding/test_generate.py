@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from command import run
-from conftest import MakeCheckpoint, mistral_model
+from conftest import MakeCheckpoint, mistral_model, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from talker import talker
@@ -34,8 +34,6 @@ from mlx_cerebrum.model.memory import Workload
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.opening import open_checkpoint
 from mlx_cerebrum.weights.storage import choose_storage
-
-slow = pytest.mark.one_in(3)
 
 ROOT = Path(__file__).parents[2]
 
@@ -170,6 +168,7 @@ def test_prefill_step_size_does_not_change_the_text(checkpoint: MakeCheckpoint, 
         ([1], {"stop": [""]}, "stop string"),
     ],
 )
+@slow
 def test_requests_that_cannot_be_honoured(
     trained: tuple[Model, Tokenizer], prompt: list[int], options: dict[str, Any], says: str
 ) -> None:
@@ -393,6 +392,7 @@ def test_builtin_template_stops_at_the_user_line_unless_raw(
     assert stops == [["END", "\nUser:"], []]
 
 
+@slow
 def test_without_a_hub_the_error_names_the_demo(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -431,6 +431,7 @@ def test_ctrl_c_keeps_what_was_generated(tmp_path: Path) -> None:
     assert (first + out).endswith("\n")
 
 
+@slow
 def test_a_signal_keeps_the_prompt_cache(tmp_path: Path) -> None:
     kept = tmp_path / "kept.safetensors"
     model = talker(tmp_path, max_position_embeddings=100_000)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from command import run
+from conftest import slow
 
 from mlx_cerebrum import load
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
@@ -127,6 +128,7 @@ def test_a_draft_that_reads_as_much_is_refused(
     assert "would read as much as the model does" in refused(capsys, *packed, "--quiet")
 
 
+@slow
 def test_a_packed_draft_counts_before_anything_is_read(
     directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

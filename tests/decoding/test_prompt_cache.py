@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import INTERLEAVED_8, MakeCheckpoint
+from conftest import INTERLEAVED_8, MakeCheckpoint, slow
 from safetensors.numpy import save_file
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
@@ -41,8 +41,6 @@ from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
 from mlx_cerebrum.weights.quantize import Packing
 from mlx_cerebrum.weights.storage import Storage, choose_storage
-
-slow = pytest.mark.one_in(3)
 
 WINDOW = 20
 MAP = (0, 1, 2, 1, 2, 3)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_map
@@ -37,8 +37,6 @@ from mlx_cerebrum.model.cache import REWIND, WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model, TransformerBlock
 from mlx_cerebrum.weights.loading import fuse_projections
-
-slow = pytest.mark.one_in(3)
 
 WINDOW = 20
 TARGET = (0, 1, 2, 1, 2, 3, 2, 3)  # 8 positions over 4 blocks
@@ -279,6 +277,7 @@ def test_trained_model_past_its_window(
 
 
 @pytest.mark.parametrize("name", ["fewer", "exit", "oracle"])
+@slow
 def test_max_tokens_inside_a_draft(name: str) -> None:
     drafters = [*model_drafters(), Oracle(TRUTH, itertools.cycle([7, 3]))]
     for most in range(1, 14):

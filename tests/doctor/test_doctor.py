@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, slow
 
 from mlx_cerebrum import __version__, device
 from mlx_cerebrum.__main__ import main
@@ -82,6 +82,7 @@ def test_the_text_is_fit_for_a_bug_report(
     assert max(map(len, out.splitlines())) < 200
 
 
+@slow
 def test_a_pace_of_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, demo: Path
 ) -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import slow
 
 from mlx_cerebrum.machine import awake as module
 from mlx_cerebrum.machine.awake import Awake, awake
@@ -81,6 +82,7 @@ def test_a_second_request_finds_it_there(notes: Path, monkeypatch: pytest.Monkey
     holder.release()
 
 
+@slow
 def test_it_ends_with_a_process_that_is_killed(notes: Path) -> None:
     code = (
         "import sys, time; sys.platform = 'darwin'\n"

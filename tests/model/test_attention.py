@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,6 +53,7 @@ def exact(
 
 @settings(max_examples=80, deadline=None)
 @given(st.data())
+@slow
 def test_slices_are_the_same_attention(data: st.DataObject) -> None:
     draw = data.draw
     kv_heads = draw(st.integers(1, 3))
@@ -109,6 +111,7 @@ def test_slices_are_taken_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(not device.on_linux_cpu(), reason="Linux's CPU only")
+@slow
 def test_a_model_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past its window, in chunks of several lengths: slices or not, the same tokens and logits."""
     raw = {"model_type": "mistral", "hidden_size": 64, "intermediate_size": 96, "vocab_size": 97}

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,6 +76,7 @@ def test_room_is_predicted_at_once_however_many_tokens() -> None:
     step=st.sampled_from([1, 100, 256, 512]),
 )
 @settings(deadline=None, max_examples=25)
+@slow
 def test_room_is_predicted_exactly(
     window: int | None, prompt: int, generated: int, step: int
 ) -> None:
@@ -123,6 +125,7 @@ def test_rollback_is_as_if_never_seen(
         assert feed(cache, back) == list(range(max(0, offset - window + 1), offset + back))
 
 
+@slow
 def test_rollback_at_every_offset() -> None:
     """Every rewind of up to 6 tokens, at every offset across several compactions."""
     for offset in range(1, 60):

@@ -22,6 +22,7 @@ from config_cases import (
     prompt,
     weights,
 )
+from conftest import slow
 from safetensors.numpy import load_file, save_file
 
 from mlx_cerebrum.errors import ConfigError
@@ -177,6 +178,7 @@ def test_the_goldens_tell_right_from_wrong() -> None:
 
 
 @pytest.mark.parametrize("every", [13, pytest.param(1, marks=pytest.mark.long)])
+@slow
 def test_each_config_is_run_as_transformers_runs_it_or_refused_by_name(
     tmp_path: Path, every: int
 ) -> None:

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
+from conftest import slow
 from safetensors.numpy import load_file
 from tiny import tiny_weights, weights_sha256
 
@@ -233,6 +234,7 @@ def test_demo_logits(trained: dict[str, tuple[Model, Tokenizer]]) -> None:
         assert abs(np.logaddexp.reduce(mine) - row["logsumexp"]) < 1e-3
 
 
+@slow
 def test_paris(trained: dict[str, tuple[Model, Tokenizer]]) -> None:
     assert DEMO["cases"][0]["text"].startswith(" Paris")
     assert len([c for c in DEMO["cases"] if c["plan"] == "base"]) == 20

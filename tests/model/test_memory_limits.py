@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import MakeCheckpoint, config_of, tensors
+from conftest import MakeCheckpoint, config_of, slow, tensors
 
 from bench import memory_limit
 from bench.random_model import GEOMETRIES
@@ -352,6 +352,7 @@ def taken(kind: str, started: dict[str, int]) -> int:
     return own + set_now()[1]
 
 
+@slow
 def test_it_runs_in_what_was_predicted(kind: str, predicted: int, started: dict[str, int]) -> None:
     limit = taken(kind, started) + int(1.1 * predicted)
     outcome = memory_limit.run(_ASK, limit, kind)
@@ -360,6 +361,7 @@ def test_it_runs_in_what_was_predicted(kind: str, predicted: int, started: dict[
     assert predicted / 2 < outcome.peak <= 1.05 * (predicted + started["VmRSS"])
 
 
+@slow
 def test_it_is_refused_below_that(kind: str, predicted: int, started: dict[str, int]) -> None:
     limit = taken(kind, started) + predicted // 2
     outcome = memory_limit.run(_ASK, limit, kind)

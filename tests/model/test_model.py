@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import parameters
+from conftest import parameters, slow
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum.errors import ConfigError
@@ -262,6 +262,7 @@ def test_batch_is_each_alone() -> None:
         assert_close(together[row : row + 1], model(batch[row : row + 1]))
 
 
+@slow
 def test_mlx_lm_loop_runs_on_our_cache_and_ours_on_its_caches() -> None:
     from mlx_lm.generate import generate_step as their_loop
     from mlx_lm.models.cache import KVCache, RotatingKVCache
@@ -287,6 +288,7 @@ def pace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("pace")
+@slow
 def test_resumed_cache_is_uninterrupted() -> None:
     from mlx_cerebrum.decoding.decoder import generate_step
 

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_together import tiny_views
@@ -145,6 +146,7 @@ def check_marks(row: Row) -> None:
 
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([None, 2, 5, 12]))
+@slow
 def test_each_query_sees_its_window(seed: int, window: int | None) -> None:
     """Whatever joins, leaves, is taken back or interrupted; and marks stay good meanwhile."""
     draw = random.Random(seed)

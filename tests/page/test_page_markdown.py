@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from conftest import slow
 from page_room import browser, stand_in, visit
 from playwright.sync_api import Page
 
@@ -133,6 +134,7 @@ def link(url: str, text: str, more: str = "") -> str:
         ),
     ],
 )
+@slow
 def test_blocks_and_spans(page: Page, text: str, html: str | None) -> None:
     if text.startswith("\\begin"):  # not closed yet, or never
         html = '<p class="formula">\\begin{align}\n- a*b*(c)</p><p><em>on</em></p>'

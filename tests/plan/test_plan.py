@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -232,6 +233,7 @@ def test_refused(body: str, message: str) -> None:
         ("x" * (MAX_CHARACTERS + 1), f"p.yml: longer than {MAX_CHARACTERS} characters"),
     ],
 )
+@slow
 def test_not_a_plan(text: str, message: str) -> None:
     assert refusal(text).startswith(message)
 
@@ -499,6 +501,7 @@ def test_garbage_raises_only_plan_errors(text: str) -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
+@slow
 def test_a_damaged_plan_raises_only_plan_errors(data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(MIXED)))
     end = data.draw(st.integers(start, min(len(MIXED), start + 30)))
@@ -518,6 +521,7 @@ def test_binary_files_raise_only_plan_errors(
 
 
 @pytest.mark.timeout(60)
+@slow
 def test_thousands_of_filters_over_thousands_of_positions() -> None:
     """Each is looked for once for a tensor's name; once for each position took a minute."""
     entries = ",".join(f"{{filter: a{i}, value: 1}}" for i in range(7000))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import slow
 
 from mlx_cerebrum.errors import PlanError
 from mlx_cerebrum.plan.layer_plan import LayerPlan, resolve
@@ -80,6 +81,7 @@ def test_anchors_mean_what_pyyaml_makes_of_them(body: str) -> None:
     assert (read.source, read.dtype) == (plain.source, plain.dtype) == ("m", raw.get("dtype"))
 
 
+@slow
 def test_any_merge_keys_mean_what_pyyaml_makes_of_them() -> None:
     draw = random.Random(5)
     seen = set()
@@ -146,6 +148,7 @@ def test_aliases_that_multiply_end_at_once(merge: str) -> None:
     assert time.perf_counter() - started < 5
 
 
+@slow
 def test_many_keys_that_hold_anchors_take_no_square() -> None:
     shared = "models: &s\n- &m {model: m}\n" + "- *m\n" * 5_000
     rows = "".join(f"k{i}: *s\n" for i in range(9))

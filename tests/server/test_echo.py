@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import mistral_model, write_checkpoint
+from conftest import mistral_model, slow, write_checkpoint
 from server_room import WAIT, Running, error, events, post, serving
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
@@ -182,6 +182,7 @@ def test_an_end_token_is_listed_after_a_prompt(
 
 
 @pytest.mark.parametrize("k", [0, 5])
+@slow
 def test_no_more_memory_than_predicted(tmp_path: Path, k: int) -> None:
     config = tiny_config(num_hidden_layers=2, vocab_size=32000, max_position_embeddings=400)
     model, tokenizer = load(write_checkpoint(tmp_path / "m", config, tiny_weights(config, seed=3)))
@@ -328,6 +329,7 @@ def test_a_prompt_may_take_all_positions(server: Running) -> None:
     assert error(refused) == (400, "context_length_exceeded", "prompt")
 
 
+@slow
 def test_more_prompts_than_may_wait(server: Running) -> None:
     prompts = [f"Question {number}" for number in range(40)]
     choices, _ = answered(server, prompt=prompts, max_tokens=1, logprobs=1, echo=True)

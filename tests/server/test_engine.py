@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import INTERLEAVED_8, plan_yaml, write_checkpoint
+from conftest import INTERLEAVED_8, plan_yaml, slow, write_checkpoint
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum import load
@@ -144,6 +144,7 @@ def is_right(loaded: Any, client: Client) -> None:
     assert all(piece.finish_reason is None for piece in client.pieces()[:-1])
 
 
+@slow
 def test_many_at_once_get_what_stream_generate_gives(make: Make, loaded: Any) -> None:
     engine = make(cache_bytes=10**6)
     assert engine.names == ("small", "plan")
@@ -158,6 +159,7 @@ def test_many_at_once_get_what_stream_generate_gives(make: Make, loaded: Any) ->
     assert stats.generated_tokens == sum(wanted.max_tokens for wanted in jobs)
 
 
+@slow
 def test_submitting_from_many_threads(make: Make, loaded: Any) -> None:
     engine = make(max_queue=100)
     clients: list[Client] = []
@@ -174,6 +176,7 @@ def test_submitting_from_many_threads(make: Make, loaded: Any) -> None:
         is_right(loaded, client.done())
 
 
+@slow
 def test_stop_strings(make: Make, loaded: Any) -> None:
     engine = make()
     text = expected(loaded, job(9, 60))[0]
@@ -214,6 +217,7 @@ def test_an_end_token_that_frees_held_text_is_unseen_too(
 SAMPLED = Sampling(0.9, top_p=0.95, min_p=0.01, seed=7)
 
 
+@slow
 def test_a_seed_gives_the_same_text_alone_and_among_others(make: Make, loaded: Any) -> None:
     engine = make(max_batch=8)
     wanted = job(10, 40, sampling=SAMPLED)
@@ -238,6 +242,7 @@ def test_without_a_seed_every_request_is_another(make: Make) -> None:
     assert len(texts) == 4
 
 
+@slow
 def test_choices_draw_with_keys_of_their_own(make: Make, loaded: Any) -> None:
     engine = make()
     wanted = job(10, 30, sampling=SAMPLED, n=3)
@@ -458,6 +463,7 @@ def test_a_job_that_never_fits_is_refused_with_the_numbers(make: Make) -> None:
     Client(engine, job(5, 3)).done()
 
 
+@slow
 def test_fewer_tokens_where_that_will_do(tmp_path: Path) -> None:
     """With no window every token takes memory: as many as there is memory for."""
     path = write_checkpoint(tmp_path / "m", CONFIG, tiny_weights(CONFIG, seed=3))
@@ -528,6 +534,7 @@ def test_the_prefix_cache_gives_way_to_jobs(make: Make, loaded: Any) -> None:
     assert 0 < kept[0] <= before // 2  # when it starts; some of it is left
 
 
+@slow
 def test_a_job_that_waits_for_memory_costs_no_prefix(make: Make, loaded: Any) -> None:
     engine = make(cache_bytes=10**8, max_batch=9)
     Client(engine, job(40, 3)).done()

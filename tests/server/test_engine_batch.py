@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import write_checkpoint
+from conftest import slow, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_prompt, tiny_weights
@@ -25,8 +25,6 @@ from mlx_cerebrum.server.batch import Batch
 from mlx_cerebrum.server.jobs import Event, Failed, Job, Piece, Reading
 from mlx_cerebrum.server.task import Counts, Task
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-
-slow = pytest.mark.one_in(3)
 
 WINDOW = 12
 CONFIG = tiny_config(
@@ -157,6 +155,7 @@ def test_any_joining_and_leaving_changes_no_token(
     assert sum(desk.counts.finished.values()) == len(desk.ended) == len(limits)
 
 
+@slow
 def test_far_past_the_window_with_others_coming_and_going(
     loaded: Callable[[int], Loaded],
 ) -> None:

@@ -1,9 +1,11 @@
 """The document's table of fields is the one that the models give."""
 
 import jsonschema_rs
+from conftest import slow
 from field_table import DOCUMENT, TABLES, happens, written
 
 
+@slow
 def test_the_document_is_up_to_date() -> None:
     text = DOCUMENT.read_text("utf-8")
     assert written(text) == text, "run: python tests/server/field_table.py"

@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import write_checkpoint
+from conftest import slow, write_checkpoint
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum import load
@@ -275,6 +275,7 @@ def turns(loaded: Loaded, cache_bytes: int, step: int) -> tuple[list[list[int]],
 
 
 @pytest.mark.parametrize("step", [2, 16])
+@slow
 def test_a_conversation_is_the_same_with_it(windowed: Loaded, unlimited: Loaded, step: int) -> None:
     for loaded in (windowed, unlimited):
         plain, none = turns(loaded, 0, step)

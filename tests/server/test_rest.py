@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import psutil
 import pytest
-from conftest import MakeCheckpoint, write_checkpoint
+from conftest import MakeCheckpoint, slow, write_checkpoint
 from server_room import WAIT, started
 from test_engine import Client, job
 from tiny import tiny_config, tiny_shapes
@@ -76,6 +76,7 @@ def test_released_and_there_again(path: Path, capsys: pytest.CaptureFixture[str]
         assert (stats.loads, stats.rests >= 1, stats.loaded) == (1, True, 1)
 
 
+@slow
 def test_weights_are_wired_while_they_are_held(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wired = [0]
 
@@ -112,6 +113,7 @@ def test_work_keeps_it_from_resting(path: Path) -> None:
         assert held.failed is None
 
 
+@slow
 def test_answers_of_one_step_are_work_too(path: Path) -> None:
     with engine_for(path, 0.4) as engine:
         ends = time.monotonic() + 1.0
@@ -140,6 +142,7 @@ def test_requests_that_come_while_it_is_being_released(path: Path) -> None:
         assert engine.stats().rests > 1
 
 
+@slow
 def test_a_view_of_it_is_there_again_too(path: Path, tmp_path: Path) -> None:
     plan = tmp_path / "turned.yml"
     layers = "- sources:\n  - {model: source, layer_range: "
@@ -211,6 +214,7 @@ def test_memory_that_others_took_meanwhile(path: Path, monkeypatch: pytest.Monke
         assert Client(engine, asked()).done().failed is None
 
 
+@slow
 def test_memory_pressure_empties_what_is_kept(
     path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,6 +263,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("large") / "source", config, weights)
 
 
+@slow
 def test_a_process_at_rest_is_small(large: Path) -> None:
     size = (large / "model.safetensors").stat().st_size
     assert size > 0.4 * GB

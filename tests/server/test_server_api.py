@@ -8,6 +8,7 @@ import httpx
 import pytest
 import schemathesis
 import server_room
+from conftest import slow
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -491,6 +492,7 @@ def test_metrics(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("examples", [8, pytest.param(100, marks=pytest.mark.long)])
+@slow
 def test_the_document_is_kept(tokenizer: Tokenizer, examples: int) -> None:
     """Requests that the OpenAPI document allows and such that it forbids, each with its answer."""
     with serving(FakeEngine(tokenizer), tokenizer) as server:

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, slow
 from server_room import WAIT, started
 
 from mlx_cerebrum.__main__ import main as command
@@ -100,6 +100,7 @@ def test_help_says_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> Non
         *(pytest.param(s, marks=pytest.mark.long) for s in (signal.SIGINT, signal.SIGHUP)),
     ],
 )
+@slow
 def test_up_and_down(checkpoint: MakeCheckpoint, signum: signal.Signals) -> None:
     model = checkpoint(max_position_embeddings=100_000)
     kept = {"MLX_CEREBRUM_API_KEY": "the-key"}
@@ -122,6 +123,7 @@ def test_up_and_down(checkpoint: MakeCheckpoint, signum: signal.Signals) -> None
     assert "Traceback" not in log
 
 
+@slow
 def test_a_second_signal_ends_at_once(checkpoint: MakeCheckpoint) -> None:
     model = checkpoint(max_position_embeddings=100_000)
     with started(model, "--grace", "1000", "--quiet") as (url, process):
@@ -143,6 +145,7 @@ def test_a_second_signal_ends_at_once(checkpoint: MakeCheckpoint) -> None:
         assert process.stderr.read() == "interrupted\n"
 
 
+@slow
 def test_the_end_while_much_is_going_on(checkpoint: MakeCheckpoint) -> None:
     """Stopped and continued, then ended: an answer, a prompt being read, and two that wait."""
     model = checkpoint(max_position_embeddings=100_000)

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from conftest import slow
 from server_room import (
     ANSWER,
     MODELS,
@@ -174,6 +175,7 @@ def wait_for(server: Running, text: str) -> None:
     raise AssertionError(f"{text} is not in {found}")
 
 
+@slow
 def test_a_client_that_does_not_read(engine: FakeEngine, tokenizer: Tokenizer) -> None:
     def script(task: FakeTask) -> Iterator[Event]:
         while True:
@@ -226,6 +228,7 @@ def test_an_engine_that_is_always_ahead(
     assert text == "H" * count
 
 
+@slow
 def test_a_client_that_stalls(engine: FakeEngine, tokenizer: Tokenizer) -> None:
     def script(task: FakeTask) -> Iterator[Event]:
         for _ in range(500):

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 
 import httpx
 import pytest
+from conftest import slow
 from server_room import (
     WAIT,
     FakeEngine,
@@ -31,8 +32,6 @@ from mlx_cerebrum.server import connections
 from mlx_cerebrum.server.connections import HEAD_BYTES, Connection, Patience, Phase, Room
 from mlx_cerebrum.server.jobs import Event
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
-
-slow = pytest.mark.one_in(3)
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -197,6 +196,7 @@ def test_an_answer_that_is_not_read(engine: FakeEngine, tokenizer: Tokenizer, st
         until(lambda: held(server) == 0)
 
 
+@slow
 def test_an_answer_that_is_not_read_goes_first(
     engine: FakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +274,7 @@ def test_a_body_that_breaks_off_after_its_answer(
     assert capfd.readouterr().err == ""
 
 
+@slow
 def test_many_requests_in_one_go(engine: FakeEngine, tokenizer: Tokenizer) -> None:
     with (
         serving(engine, tokenizer, patience=Patience(idle=0.3)) as server,

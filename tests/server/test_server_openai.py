@@ -6,7 +6,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from conftest import INTERLEAVED_8, SMALL, plan_yaml, write_checkpoint
+from conftest import INTERLEAVED_8, SMALL, plan_yaml, slow, write_checkpoint
 from openai.types.chat import ChatCompletionMessageParam
 from server_room import WAIT, FakeEngine, Running, serving
 from tiny import tiny_config, tiny_weights
@@ -62,6 +62,7 @@ def test_models(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@slow
 def test_the_text_is_the_command_line_s(client: openai.OpenAI, folder: Path, name: str) -> None:
     plan = None if name == "small" else str(folder / "deep.yml")
     model, tokenizer = load(folder / "small", plan)
@@ -187,6 +188,7 @@ def test_an_answer_goes_back_as_it_came(client: openai.OpenAI) -> None:
     assert second.usage.prompt_tokens_details.cached_tokens
 
 
+@slow
 def test_many_at_once(server: Running, client: openai.OpenAI) -> None:
     """More than fit into a batch, streamed and whole, of both models: each gets its own text."""
     prompts = [f"Number {i}" for i in range(8)]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from conftest import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -428,6 +429,7 @@ NAMES = st.sampled_from([*ChatRequest.model_fields, *CompletionRequest.model_fie
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(NAMES, JSON, max_size=4), st.booleans())
+@slow
 def test_anything_is_taken_or_refused(fields: dict[str, Any], valid: bool) -> None:
     body = json.dumps((HI | {"prompt": "a"} if valid else {}) | fields).encode("utf-8")
     for kind in (ChatRequest, CompletionRequest):

@@ -14,7 +14,7 @@ import httpx
 import mlx.core as mx
 import pytest
 import shelf_room
-from conftest import write_checkpoint
+from conftest import slow, write_checkpoint
 from hub_stand_in import Hub
 from server_room import WAIT, Running
 from tiny import tiny_config, tiny_weights
@@ -26,8 +26,6 @@ from mlx_cerebrum.server import __main__ as command
 from mlx_cerebrum.server.engine import BatchEngine
 from mlx_cerebrum.server.holding import Source
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
-
-slow = pytest.mark.one_in(3)
 
 repository, hub = shelf_room.repository, shelf_room.hub  # fixtures
 SMALL = {"num_hidden_layers": 4, "vocab_size": 260, "max_position_embeddings": 100_000}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, slow
 
 from mlx_cerebrum.__main__ import main
 from mlx_cerebrum.service.launchd import Launchd
@@ -218,6 +218,7 @@ def started(home: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
         process.wait()
 
 
+@slow
 def test_what_is_written_runs_and_answers(
     home: Path,
     model: Path,

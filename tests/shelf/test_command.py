@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import shelf_room
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, slow
 from hub_stand_in import Hub
 from terminal import Program
 
@@ -47,6 +47,7 @@ def at_terminal(monkeypatch: pytest.MonkeyPatch, typed: str = "") -> None:
     monkeypatch.setattr("mlx_cerebrum.__main__._at_terminal", lambda: True)
 
 
+@slow
 def test_one_line_from_nothing_to_an_answer(
     hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +65,7 @@ def test_one_line_from_nothing_to_an_answer(
     assert capsys.readouterr().err.startswith("cerebrum-12.25b:4bit, the last one used")
 
 
+@slow
 def test_from_nothing_to_a_conversation_at_a_terminal(hub: Hub, tmp_path: Path) -> None:
     hub.faults.pace = 2_000_000
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}

@@ -15,7 +15,7 @@ from typing import Any
 import gguf_files
 import pytest
 import shelf_room
-from conftest import config_of, tensors
+from conftest import config_of, slow, tensors
 from hub_stand_in import REPO, SHARDS, Hub
 
 from convert import arriving, pull, variant
@@ -31,8 +31,6 @@ from mlx_cerebrum.weights import demo_wheel, fetching, network
 from mlx_cerebrum.weights.hub import resolve
 from mlx_cerebrum.weights.network import UnreachableError
 from mlx_cerebrum.weights.remote import RemoteFile
-
-slow = pytest.mark.one_in(3)
 
 ROOT = Path(__file__).parents[2]
 repository, hub = shelf_room.repository, shelf_room.hub  # fixtures
@@ -60,6 +58,7 @@ def run(*argv: str) -> int:
     return main([*argv, "--bits", "4"])
 
 
+@slow
 def test_from_nothing_to_both_names(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +98,7 @@ def test_from_nothing_to_both_names(
     assert "is here already" in capsys.readouterr().err
 
 
+@slow
 def test_a_revision_is_shared_only_where_it_is_that_one(
     hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,6 +115,7 @@ def test_a_revision_is_shared_only_where_it_is_that_one(
     assert made.provenance["revision"] == hub.commit
 
 
+@slow
 def test_a_hub_id_in_its_own_order_and_by_a_plan(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +149,7 @@ def test_sixteen_bits_are_the_source_itself(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("puts", [1, 150, 290])
+@slow
 def test_interrupted_it_goes_on(
     hub: Hub,
     tmp_path: Path,
@@ -216,6 +218,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> None:
         assert run(NAMES[0], "--quiet") == 2
 
 
+@slow
 def test_another_name_goes_on_with_the_same_blocks(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +230,7 @@ def test_another_name_goes_on_with_the_same_blocks(
     assert not list((tmp_path / "models").glob(".*.partial"))
 
 
+@slow
 def test_other_bits_begin_anew_and_leave_nothing(
     hub: Hub,
     tmp_path: Path,
@@ -286,6 +290,7 @@ def watched(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[t
     return seen
 
 
+@slow
 def test_one_file_at_a_time_where_the_disk_is_tight(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,6 +398,7 @@ def test_a_flipped_byte_is_named_and_the_file_fetched_again(
     assert hub.sent[SHARDS[1]] > 1.9 * size(hub, SHARDS[1])
 
 
+@slow
 def test_a_repository_that_was_renamed(hub: Hub) -> None:
     hub.repo, hub.faults.once = "new/name", REPO
     assert run(NAMES[0], "--quiet") == 0
@@ -453,6 +459,7 @@ def stopped(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return was
 
 
+@slow
 def test_a_repository_that_changed_meanwhile_is_finished_as_it_was(
     hub: Hub,
     monkeypatch: pytest.MonkeyPatch,
@@ -470,6 +477,7 @@ def test_a_repository_that_changed_meanwhile_is_finished_as_it_was(
     assert made.provenance["revision"] == was
 
 
+@slow
 def test_a_repository_whose_past_is_gone_is_not_mixed(
     hub: Hub,
     monkeypatch: pytest.MonkeyPatch,
@@ -606,6 +614,7 @@ def test_the_sizes_told_for_a_7b_are_those_of_the_tables() -> None:
 # What is here already.
 
 
+@slow
 def test_a_kept_source_is_in_the_hubs_cache_and_serves_again(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -618,6 +627,7 @@ def test_a_kept_source_is_in_the_hubs_cache_and_serves_again(
     assert all((snapshot / name).exists() for name in SHARDS)
 
 
+@slow
 def test_what_was_made_otherwise_is_not_shared(hub: Hub, tmp_path: Path) -> None:
     where = tmp_path / "models" / "other"
     where.parent.mkdir()
@@ -645,6 +655,7 @@ def test_a_damaged_file_of_the_cache_is_not_believed(
     assert blob.read_bytes() == bytes(data)  # it is the cache's
 
 
+@slow
 def test_a_second_run_waits_and_finds_it_done(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import shelf_room
+from conftest import slow
 from hub_stand_in import REPO, SHARDS, Hub
 from test_pull import ROOT, environment, run, size
 
@@ -76,6 +77,7 @@ def test_a_fault_in_the_middle_passes(
     assert hub.faults.answers == 0
 
 
+@slow
 def test_a_silent_connection_is_given_up_and_made_again(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +89,7 @@ def test_a_silent_connection_is_given_up_and_made_again(
     assert sum(asked is not None for name, asked in hub.asked if name == SHARDS[0]) == 3
 
 
+@slow
 def test_a_hub_that_asks_for_patience_gets_it(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +218,7 @@ def pulled(hub: Hub, tmp_path: Path, more: dict[str, str]) -> subprocess.Complet
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
 
+@slow
 def test_a_proxy_and_a_mirror(hub: Hub, tmp_path: Path) -> None:
     away = {"HF_ENDPOINT": "http://mirror.invalid", "HTTP_PROXY": hub.address, "NO_PROXY": ""}
     done = pulled(hub, tmp_path, away)
@@ -274,6 +278,7 @@ TLS = [
 
 @pytest.mark.skipif(not shelf_room.OPENSSL, reason="needs openssl")
 @pytest.mark.parametrize(("first", "last", "trusted", "says"), TLS)
+@slow
 def test_a_clock_that_is_wrong(
     hub: Hub,
     tmp_path: Path,

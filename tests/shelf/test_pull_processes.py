@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import shelf_room
+from conftest import slow
 from hub_stand_in import SHARDS, Hub
 from test_pull import ROOT, environment, run, size
 
@@ -72,6 +73,7 @@ def test_two_at_once_fetch_it_once(hub: Hub, tmp_path: Path) -> None:
         assert hub.sent[name] <= size(hub, name) + 3 * (1 << 16)
 
 
+@slow
 def test_a_disk_that_others_really_fill(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import sentencepiece
 import tokenizers
-from conftest import mistral_model
+from conftest import mistral_model, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
@@ -65,6 +65,7 @@ def reference(model: bytes) -> sentencepiece.SentencePieceProcessor:
 
 @settings(deadline=None, max_examples=400)
 @given(ids=mistral_ids)
+@slow
 def test_any_ids_decode_as_sentencepiece_does(
     mistral: SentencePieceVocabulary, ids: list[int]
 ) -> None:
@@ -83,6 +84,7 @@ def test_any_ids_decode_as_sentencepiece_does(
         max_size=12,
     )
 )
+@slow
 def test_any_ids_decode_as_tokenizers_does(
     byte_level: TokenizersVocabulary, library: tokenizers.Tokenizer, ids: list[int]
 ) -> None:

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
+from conftest import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja_reference import VARIABLES, jinja
@@ -173,6 +174,7 @@ def test_what_is_mended(source: str, roles: str, expected: str) -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(st.text("suat", min_size=1, max_size=9), st.booleans())
+@slow
 def test_every_built_in_format_takes_any_conversation(roles: str, asks: bool) -> None:
     """All that was said is there once, and in order: of the system's, and of the others'."""
     for name, source in FORMATS.items():

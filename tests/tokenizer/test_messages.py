@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from conftest import slow
 
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.tokenizer.messages import (
@@ -159,6 +160,7 @@ def test_no_conversation(messages: Any) -> None:
         check_messages(messages)
 
 
+@slow
 def test_calls_count_as_text() -> None:
     """Else a conversation could hold any number of them."""
     call = {"function": {"name": "", "arguments": "x" * MAX_TEXT}}

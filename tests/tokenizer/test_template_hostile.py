@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import slow
 from hostile_templates import TEMPLATES
 
 from mlx_cerebrum.errors import TokenizerError
@@ -50,6 +51,7 @@ def test_an_endless_template_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None
     assert time.monotonic() - started < 5
 
 
+@slow
 def test_a_long_conversation_may_take_more() -> None:
     """More steps and letters for more messages, and for longer ones."""
     source = "{% for m in messages %}{{ m.content|trim|trim|trim|trim }}{% endfor %}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from conftest import byte_tokenizer, mistral_model
+from conftest import byte_tokenizer, mistral_model, slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -141,6 +141,7 @@ def test_the_real_tokenizer(mistral: Tokenizer) -> None:
     assert mistral.format.built_in == "plain"  # of which model it is, a vocabulary can't tell
 
 
+@slow
 def test_every_source_gives_sentencepiece_s_ids(
     mistral: Tokenizer,
     mistral_json: Tokenizer,
@@ -237,6 +238,7 @@ def test_no_bos_where_the_configuration_says_so(files: Files) -> None:
     assert Tokenizer.from_directory(files()).apply_chat_template(user("a"))[0] == 1
 
 
+@slow
 def test_a_tokenizer_json_s_post_processor_decides(mistral_json: Tokenizer, tmp_path: Path) -> None:
     mistral_json.save(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
@@ -251,6 +253,7 @@ def test_a_tokenizer_json_s_post_processor_decides(mistral_json: Tokenizer, tmp_
     assert Tokenizer.from_directory(tmp_path).encode("The The") == [415, 415]
 
 
+@slow
 def test_metaspace_puts_its_space_first_only(mistral_json: Tokenizer, tmp_path: Path) -> None:
     """The style transformers writes for `legacy: false`."""
     mistral_json.save(tmp_path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import slow
 from test_tokenizer_peers import pieces
 
 from mlx_cerebrum.errors import TokenizerError
@@ -81,6 +82,7 @@ def test_more_added_tokens_than_any_model_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [CONTROL, USER_DEFINED, NORMAL])
+@slow
 def test_more_pieces_than_any_model_has(tmp_path: Path, kind: int) -> None:
     count = MAX_TOKENS if kind == NORMAL else MAX_ADDED
     more: list[Piece] = [(f"p{i}", 0.0, kind) for i in range(count + 1)]

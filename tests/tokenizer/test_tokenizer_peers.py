@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import slow
 
 from mlx_cerebrum.tokenizer.sentencepiece_model import (
     BYTE,
@@ -117,6 +118,7 @@ SAMPLE = random.Random(1).sample(MISTRALS, 60)
 
 
 @pytest.mark.parametrize("user_defined", [False, True])
+@slow
 def test_the_ids_of_a_directory_are_transformers(tmp_path: Path, user_defined: bool) -> None:
     """Each directory three times: with a tokenizer.model, with a tokenizer.json, with both."""
     vocabulary = pieces(user_defined)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import slow
 
 from mlx_cerebrum.typeset import code, macros, tex, worker
 from mlx_cerebrum.typeset.plain import plain
@@ -273,6 +274,7 @@ def test_code_is_bounded_and_keeps_its_ends() -> None:
     assert "".join(piece for _, piece in parts) == "\n\n  x = 1\n\n"
 
 
+@slow
 def test_every_language_is_known() -> None:
     unknown = [language for language in code.LANGUAGES if code._lexer(language) is None]
     assert unknown == []

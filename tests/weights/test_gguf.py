@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
+from conftest import slow
 from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -220,6 +221,7 @@ SCALES = st.one_of(
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
+@slow
 def test_random_blocks_dequantize_as_in_ggml(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
@@ -272,6 +274,7 @@ def test_infinite_or_nan_scale_is_refused(kind: str, bits: int, tmp_path: Path) 
 # --- the demo model
 
 
+@slow
 def test_demo_header_equals_the_gguf_package(demo: Path, oracle: gguf.GGUFReader) -> None:
     file = GGUFFile.open(demo)
     fields = {key: field.contents() for key, field in oracle.fields.items() if key[:5] != "GGUF."}
@@ -663,6 +666,7 @@ def test_unreadable_paths(tmp_path: Path) -> None:
     assert "cannot be read" in refused(tmp_path, CheckpointError)
 
 
+@slow
 def test_cut_anywhere(tiny: Path) -> None:
     """Every length of the header, and some of the data."""
     content = tiny.read_bytes()
@@ -700,6 +704,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @settings(max_examples=600, deadline=None)
 @given(edits=EDITS)
+@slow
 def test_fuzz(sound: bytes, tmp_path_factory: pytest.TempPathFactory, edits: list[Any]) -> None:
     """Whatever happens to the bytes, the file is read or refused in one line."""
     content = bytearray(sound)
@@ -761,6 +766,7 @@ def test_more_values_than_a_header_has(
         tracemalloc.stop()
 
 
+@slow
 def test_a_large_vocabulary_is_read(tmp_path: Path) -> None:
     """256 thousand tokens with scores and types, as Gemma's; a million values at most."""
     count = 262_144

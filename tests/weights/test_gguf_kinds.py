@@ -11,7 +11,7 @@ import gguf_files
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import plan_yaml, tensors
+from conftest import plan_yaml, slow, tensors
 from gguf import GGMLQuantizationType as Type
 from gguf_files import HALVES, MISTRAL_7B, SIZES, q4_k_m, random_blocks
 
@@ -257,6 +257,7 @@ def test_where_memory_allows_it_runs_the_exact_weights(model: Path, tmp_path: Pa
     assert mx.array_equal(logits(load_model(source, source.config, storage)), logits(exact))
 
 
+@slow
 def test_packed_it_computes_the_same(model: Path, tmp_path: Path) -> None:
     packed, _ = load(model, dtype="float32")
     block = packed.model.layers[0]

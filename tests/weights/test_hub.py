@@ -13,13 +13,11 @@ from typing import Any
 
 import gguf_files
 import pytest
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, slow
 
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.installed import program
 from mlx_cerebrum.weights import hub
-
-slow = pytest.mark.one_in(3)
 
 ROOT = Path(__file__).parents[2]
 REPO = "owner/tiny"
@@ -210,6 +208,7 @@ def test_a_repository_of_gguf_files(stand_in: StandIn, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@slow
 def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     done = generate(env, "--model", REPO)

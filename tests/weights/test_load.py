@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import MakeCheckpoint, parameters
+from conftest import MakeCheckpoint, parameters, slow
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main as convert
@@ -23,8 +23,6 @@ from mlx_cerebrum.weights.loading import load_model
 from mlx_cerebrum.weights.opening import open_checkpoint
 from mlx_cerebrum.weights.quantize import Packing
 from mlx_cerebrum.weights.storage import choose_storage
-
-slow = pytest.mark.one_in(3)
 
 IDS = mx.array([[5, 80, 44, 120, 7, 99, 201, 5, 17, 42, 9, 30, 77, 150, 3, 6]])
 

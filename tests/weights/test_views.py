@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, slow
 
 from mlx_cerebrum import load
 from mlx_cerebrum.errors import PlanError
@@ -54,6 +54,7 @@ def test_a_plan_file_is_named_by_its_stem(checkpoint: MakeCheckpoint, tmp_path: 
         views(base, orders(base.config, "cerebrum", both))
 
 
+@slow
 def test_views_of_the_demo_take_one_models_memory(demo: Path) -> None:
     found, tokenizer = load_views(open_model(ModelSpec("demo")))
     assert list(found) == ["demo", "demo-interleaved"]
