@@ -40,8 +40,8 @@ if _worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
         os.sched_setaffinity(0, {_cores[int(_worker) % len(_cores)]})
 
 
-# For tests that take over half a second each: one in three of them all.
-slow = pytest.mark.one_in(3)
+# For tests that take over half a second each: one in five of them all.
+slow = pytest.mark.one_in(5)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` leaves any out
