@@ -84,7 +84,8 @@ def _run(args: argparse.Namespace) -> int:
         _show(written)
         if args.quantize and args.q_mode in (None, "affine") and args.q_recipe not in METHODS:
             tell(
-                "note: --q-recipe gptq loses less at this size; it reads a text first, for minutes"
+                "note: --q-recipe gptq lost less at the same size where that was measured; it reads"
+                " a text first, for minutes"
             )
     return 0
 

@@ -458,7 +458,7 @@ def test_q_alone_spends_bits_by_plan_and_names_what_loses_less(
     def widths(name: str, *flags: str) -> set[int]:
         words = ["--hf-path", str(source), "--mlx-path", str(tmp_path / name), "-q", *flags]
         assert main(words) == 0
-        named = "--q-recipe gptq loses less" in capsys.readouterr().err
+        named = "--q-recipe gptq lost less" in capsys.readouterr().err
         assert named == ("--q-mode" not in flags)
         packed = [v for k, v in config_of(tmp_path / name)["quantization"].items() if "." in k]
         return {value["bits"] for value in [config_of(tmp_path / name)["quantization"], *packed]}
