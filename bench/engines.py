@@ -27,6 +27,7 @@ from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.tensors import FUSED
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.opening import load_tokenizer
+from mlx_cerebrum.weights.storage import dtype_name
 
 # A prompt that says nothing twice: continuing a repetition would say little of an engine.
 PROSE = Path(__file__).parent / "data" / "austen.txt"
@@ -95,7 +96,7 @@ def ours(model: Model) -> Loaded:
     dtype = model.dtype
     weights = sum(_sizes(model).values())
     kv = model.config.kv_values_per_token() * dtype.size
-    settings = f"{_name(dtype)} activations, prefill in chunks of {prefill_step()}"
+    settings = f"{dtype_name(dtype)} activations, prefill in chunks of {prefill_step()}"
     version = machine.version("mlx-cerebrum") or ""
     return Loaded(version, settings, weights, bandwidth.token_bytes(model), kv, generate)
 
@@ -127,7 +128,7 @@ def mlx_lm(
     dtype = model.model.norm.weight.dtype
     return Loaded(
         version=machine.version("mlx-lm") or "",
-        settings=f"{_name(dtype)} activations, prefill in {how}",
+        settings=f"{dtype_name(dtype)} activations, prefill in {how}",
         weights=sum(sizes.values()),
         reads=reads(sizes),
         kv=config.kv_values_per_token() * dtype.size,
@@ -228,7 +229,3 @@ def prompt_ids(checkpoint: Checkpoint, count: int) -> list[int]:
 def _sizes(model: nn.Module) -> dict[str, int]:
     arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     return {name: array.nbytes for name, array in arrays.items()}
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).rpartition(".")[2]

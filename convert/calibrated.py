@@ -54,13 +54,8 @@ from mlx_cerebrum.weights.storage import DTYPES
 BATCH = 4  # passages at once
 _HIDDEN, _HEAD = "hidden.safetensors", "packed-head.safetensors"
 # Matrices with the same inputs, by the one that is listened to.
-_ALIKE = dict(
-    zip(
-        LISTENED,
-        (MATRICES[:3], MATRICES[3:4], MATRICES[4:6], MATRICES[6:]),
-        strict=True,
-    )
-)
+_GROUPS = (MATRICES[:3], MATRICES[3:4], MATRICES[4:6], MATRICES[6:])
+_ALIKE = dict(zip(LISTENED, _GROUPS, strict=True))
 Sums = dict[str, mx.array]
 
 

@@ -27,9 +27,8 @@ from mlx_cerebrum.weights.checkpoint import FLOATS
 _AHEAD = 6  # pieces read while as many as there are workers are being transformed
 
 Parts = dict[str, Rows]
-Ready = Callable[
-    [str], Parts | None
-]  # by source module: packed arrays, where there are some already
+# By source module: packed arrays, where there are some already.
+Ready = Callable[[str], Parts | None]
 # A transformed piece: for each wanted scale its parts; how many values were not finite, by tensor.
 _Done = tuple[dict[float | None, Parts], dict[str, int]]
 

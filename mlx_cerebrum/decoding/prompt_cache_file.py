@@ -34,7 +34,7 @@ from mlx_cerebrum.weights.safetensors_file import (
     header_bytes,
     read_whole_header,
 )
-from mlx_cerebrum.weights.storage import Storage
+from mlx_cerebrum.weights.storage import Storage, dtype_name
 
 Identity = dict[str, str]  # as `identity_of` makes it: two runs share a cache only if it is equal
 
@@ -302,7 +302,7 @@ def identity_of(
         "model config": _short(geometry),
         "layer plan": f"{config.num_positions} positions {_short([config.layer_map, scales])}",
         "quantization": f"{quantization} {_short(each)}" if packings else quantization,
-        "dtype": _name(storage.dtype),
+        "dtype": dtype_name(storage.dtype),
         "window": str(config.sliding_window or "none"),
         "chat template": _short(template),
     }
@@ -310,10 +310,6 @@ def identity_of(
 
 def _short(value: object) -> str:
     return sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:

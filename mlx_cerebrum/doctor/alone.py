@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mlx_cerebrum.doctor import program
 from mlx_cerebrum.doctor.check import Check, Found, Settings
+from mlx_cerebrum.files.replacing import replacing
 
 LIMIT = 1800.0  # seconds
 
@@ -56,9 +57,8 @@ def main(argv: list[str]) -> None:
 
     name, settings, answer = argv
     found = carry_out(BY_NAME[name], Settings(**json.loads(settings)))
-    partial = Path(f"{answer}.partial")
-    partial.write_text(json.dumps(asdict(found)), encoding="utf-8")
-    partial.replace(answer)
+    with replacing(Path(answer), Path(f"{answer}.partial")) as file:
+        file.write(json.dumps(asdict(found)).encode())
 
 
 if __name__ == "__main__":

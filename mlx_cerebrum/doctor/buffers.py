@@ -102,7 +102,6 @@ def full_window(settings: Settings) -> Found:
     before = swapped()
     with limits():
         model = opened.load()
-        wire(model)
         held = _settled()
         mx.reset_peak_memory()
         prompt = [1 + n % (config.vocab_size - 1) for n in range(request.prompt)]

@@ -17,9 +17,10 @@ from mlx_cerebrum.doctor import pace
 from mlx_cerebrum.doctor.check import Found, Settings
 from mlx_cerebrum.doctor.peer import as_mlx_lm
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.limits import limits, wire
+from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
+from mlx_cerebrum.weights.storage import dtype_name
 from mlx_cerebrum.weights.views import orders, views
 
 LEAST = 0.9  # of mlx-lm's pace: what two runs of one program may differ by
@@ -47,9 +48,7 @@ class Paces:
 
 def _loaded(settings: Settings, dtype: str = "auto") -> Model:
     """As `generate` has it, inside `limits`."""
-    model = open_model(ModelSpec(settings.model, dtype=dtype)).load()
-    wire(model)
-    return model
+    return open_model(ModelSpec(settings.model, dtype=dtype)).load()
 
 
 def beside_mlx_lm(settings: Settings) -> Found:
@@ -62,7 +61,7 @@ def beside_mlx_lm(settings: Settings) -> Found:
     for dtype in TYPES if gpu else ("auto",):
         with limits():
             model = _loaded(settings, dtype)
-            name = str(model.dtype).rpartition(".")[2]
+            name = dtype_name(model.dtype)
             large = bytes_read(model) >= LARGE  # a round takes long, and varies little
             ours, theirs = race(model, 1 if large else 2 if settings.quick else 3, settings.quick)
         for step in ours.read:

@@ -16,8 +16,6 @@ def sync(descriptor: int) -> None:
         try:
             fcntl.fcntl(descriptor, _FULL)
             return
-        except (
-            OSError
-        ):  # not on network shares and foreign file systems; a failing disk fails again
-            pass
+        except OSError:
+            pass  # network shares and foreign file systems can't; a failing disk fails again below
     os.fsync(descriptor)

@@ -142,9 +142,7 @@ class Packing:
             low = mx.bitwise_and(integers, 15, stream=stream)
             high = mx.right_shift(integers, 4, stream=stream)
             integers = mx.stack([low, high], axis=-1, stream=stream)
-        groups = mx.unflatten(
-            mx.flatten(integers, 1, stream=stream), 1, (-1, self.group_size), stream=stream
-        )
+        groups = mx.reshape(integers, (*scales.shape, self.group_size), stream=stream)
         scaled = mx.multiply(groups, mx.expand_dims(scales, -1, stream=stream), stream=stream)
         moved = mx.add(scaled, mx.expand_dims(biases, -1, stream=stream), stream=stream)
         return mx.flatten(moved, 1, stream=stream)
