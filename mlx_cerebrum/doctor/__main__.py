@@ -103,7 +103,9 @@ def parser() -> cli.ArgumentParser:
         help="prove that all of it is right and fast here, and write a page fit to be sent: some"
         " minutes",
     )
-    test.add_argument("--quick", action="store_true", help="less of every check: under 2 minutes")
+    test.add_argument(
+        "--quick", action="store_true", help="less of every check: two or three minutes"
+    )
     test.add_argument(
         "--model",
         metavar="NAME",
