@@ -1,5 +1,6 @@
 """The plan command: a layer plan as a person wants to see it, or as JSON."""
 
+import argparse
 import json
 import sys
 from collections import Counter
@@ -11,6 +12,9 @@ from mlx_cerebrum import cli
 from mlx_cerebrum.errors import PlanError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.plan.layer_plan import LayerPlan, named_plans, resolve
+from mlx_cerebrum.plan.printed import gb, span, spans, table
+from mlx_cerebrum.plan.shares import BANDWIDTH, Sharing, parse_memory, share_out, shares_shown
+from mlx_cerebrum.plan.sizes import GROUP, STORAGES, context, part_bytes
 from mlx_cerebrum.text import one_line, say
 
 if TYPE_CHECKING:
@@ -34,7 +38,6 @@ CEREBRUM_7B = ModelConfig(
     eos_token_ids=(2,),
 )
 _CARD_PARAMETERS = 12_476_420_096  # what the 12.25B's card rounds
-_GROUP = 64  # weights that share a 16-bit scale and bias when quantized
 _PICTURE = 32  # widest picture of the blocks, in characters
 
 
@@ -53,6 +56,31 @@ def parser() -> cli.ArgumentParser:
     )
     p.add_argument("--json", action="store_true", help="one JSON value, sizes in bytes")
     p.add_argument("--list", action="store_true", help="list the named plans")
+    p.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="share the plan out to N machines: what each holds and sends (default: not shown)",
+    )
+    p.add_argument(
+        "--memory",
+        metavar="GB,GB,...",
+        help="with --ranks: memory of each machine in GB, 10^9 bytes; larger ones get more"
+        " (default: unknown, all alike)",
+    )
+    p.add_argument(
+        "--split",
+        metavar="POSITION,...",
+        help="with --ranks: positions to cut at, such as 20,36 (default: chosen by the plan and"
+        " the memory)",
+    )
+    p.add_argument(
+        "--bandwidth",
+        type=float,
+        metavar="GB/S",
+        help="with --ranks: at which each machine reads its memory, for the projected pace"
+        f" (default: {BANDWIDTH:g}, an M4 Pro)",
+    )
     p.add_debug()
     return p
 
@@ -61,12 +89,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.list == (args.plan is not None):
         parser().error("give either a plan or --list")
-    if args.list and args.config:
-        parser().error("--config needs a plan")
-    return cli.run(
-        lambda: _list(args.json) if args.list else _show(args.plan, args.config, args.json),
-        args.debug,
-    )
+    for flag, needed in (
+        ("config", "plan"),
+        ("ranks", "plan"),
+        ("memory", "ranks"),
+        ("split", "ranks"),
+        ("bandwidth", "ranks"),
+    ):
+        if getattr(args, flag) is not None and getattr(args, needed) is None:
+            parser().error(f"--{flag} needs {'a plan' if needed == 'plan' else '--ranks N'}")
+    return cli.run(lambda: _list(args.json) if args.list else _show(args), args.debug)
 
 
 def _list(as_json: bool) -> int:
@@ -82,26 +114,37 @@ def _list(as_json: bool) -> int:
     return 0
 
 
-def _show(name: str, config_path: Path | None, as_json: bool) -> int:
-    plan = resolve(name)
+def _show(args: argparse.Namespace) -> int:
+    plan, sharing = resolve(args.plan), _sharing(args)
     config = None
-    if config_path is not None:
-        inner = config_path / "config.json" if config_path.is_dir() else config_path
+    if args.config is not None:
+        inner = args.config / "config.json" if args.config.is_dir() else args.config
         config = ModelConfig.from_file(inner)
-    facts = describe(plan, config)
-    if as_json:
+    facts = describe(plan, config, sharing)
+    if args.json:
         say(json.dumps(facts))
     else:
         _render(facts)
     return 0
 
 
-def describe(plan: LayerPlan, config: ModelConfig | None = None) -> dict[str, Any]:
+def _sharing(args: argparse.Namespace) -> Sharing | None:
+    if args.ranks is None:
+        return None
+    memory = None if args.memory is None else parse_memory(args.memory, args.ranks)
+    bandwidth = BANDWIDTH if args.bandwidth is None else args.bandwidth
+    return Sharing(args.ranks, memory, args.split, bandwidth)
+
+
+def describe(
+    plan: LayerPlan, config: ModelConfig | None = None, sharing: Sharing | None = None
+) -> dict[str, Any]:
     """What the command shows, as JSON values; sizes in bytes, None where the geometry is unknown.
 
     config: the source's geometry. Without one, Cerebrum-7B's for a plan that runs to its last
         block. Of a folded checkpoint the plan counts the stored blocks.
-    Raises PlanError if the plan does not fit.
+    sharing: machines to share the plan out to (`share_out`).
+    Raises PlanError if the plan does not fit, or can't be shared out so.
     """
     geometry = "the given config"
     if config is None and plan.blocks_needed in (None, CEREBRUM_7B.num_hidden_layers):
@@ -114,6 +157,7 @@ def describe(plan: LayerPlan, config: ModelConfig | None = None) -> dict[str, An
     except PlanError as error:
         scales, only_unrolled = None, str(error)
     folded = config is not None and config.layer_map != tuple(range(blocks))
+    run = config.with_map(layer_map, scales) if config else None
     return {
         "name": plan.name,
         "source": plan.source,
@@ -128,44 +172,39 @@ def describe(plan: LayerPlan, config: ModelConfig | None = None) -> dict[str, An
         "only_unrolled": only_unrolled,
         "replaces_map_of": config.num_positions if config and folded else None,
         "geometry": geometry if config else None,
-        "sizes": sizes(config.with_map(layer_map, scales)) if config else None,
+        "sizes": sizes(run) if run else None,
+        "sharing": share_out(layer_map, run, sharing) if sharing else None,
     }
 
 
 def sizes(config: ModelConfig) -> dict[str, Any]:
     """Parameters and bytes, folded (each block stored once) and unrolled."""
-    window = config.sliding_window
     per_token = 2 * config.kv_values_per_token()
-    context = window or config.max_position_embeddings
     return {
-        "folded": _layout(config, config.num_hidden_layers, config.stored_parameters),
-        "unrolled": _layout(config, config.num_positions, config.executed_parameters),
+        "folded": _layout(config, config.num_hidden_layers),
+        "unrolled": _layout(config, config.num_positions),
         "kv_bytes_per_token": per_token,
-        "window": window,
-        "context": context,
-        "kv_bytes_at_context": per_token * context,
+        "window": config.sliding_window,
+        "context": context(config),
+        "kv_bytes_at_context": per_token * context(config),
     }
 
 
-def _layout(config: ModelConfig, layers: int, parameters: int) -> dict[str, int | None]:
-    """Bytes of one layout; the norms stay at 16 bits, all else is quantized as mlx-lm does it."""
-    norms = (2 * layers + 1) * config.hidden_size
-    heads = config.num_attention_heads * config.head_dim
-    inputs = (config.hidden_size, heads, config.intermediate_size)
-    sized: dict[str, int | None] = {"parameters": parameters, "bf16": 2 * parameters}
-    for bits in (8, 4):
-        # A scale and a bias of 16 bits for each group.
-        packed = (parameters - norms) * (bits * _GROUP + 32) // (8 * _GROUP)
-        fits = all(size % _GROUP == 0 for size in inputs)
-        sized[f"{bits}bit"] = packed + 2 * norms if fits else None
-    return sized
+def _layout(config: ModelConfig, layers: int) -> dict[str, int | None]:
+    parameters = layers * config.block_parameters + config.other_parameters
+    return {"parameters": parameters, **part_bytes(config, layers, rest=True)}
 
 
 def _render(facts: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(markup=False, highlight=False, emoji=False, file=sys.stdout)
-    for shown in (*_map_shown(facts, console.options.ascii_only), *_sizes_shown(facts)):
+    shared = facts["sharing"]
+    for shown in (
+        *_map_shown(facts, console.options.ascii_only),
+        *_sizes_shown(facts),
+        *(shares_shown(shared, facts["sizes"]) if shared else ()),
+    ):
         if isinstance(shown, str):  # not wrapped, so that a line can be searched for
             console.print(one_line(shown), soft_wrap=True)
         else:
@@ -183,23 +222,23 @@ def _map_shown(facts: dict[str, Any], ascii_only: bool) -> Iterator["str | Table
             f"The checkpoint is folded: this plan replaces its {facts['replaces_map_of']} "
             "positions and counts its stored blocks."
         )
-    table = _table("slice", "layer_range", "positions", f"blocks 0-{facts['blocks'] - 1}")
-    table.columns[-1].justify = "left"
+    slices = table("slice", "layer_range", "positions", f"blocks 0-{facts['blocks'] - 1}")
+    slices.columns[-1].justify = "left"
     full, empty = "#." if ascii_only else "█·"
     first = 0
     for index, (start, end) in enumerate(facts["slices"]):
         last = first + end - start - 1
         picture = Text(_picture(start, end, facts["blocks"], full, empty))
-        table.add_row(str(index), f"[{start}, {end}]", _span(first, last), picture)
+        slices.add_row(str(index), f"[{start}, {end}]", span(first, last), picture)
         first = last + 1
-    yield table
+    yield slices
     for times, where in _by_runs(facts["runs_per_block"]):
         yield f"{times}: blocks {where}"
     if facts["only_unrolled"]:
         yield f"Scales: {facts['only_unrolled']}"
     elif facts["residual_scales"]:
         changed = [i for i, pair in enumerate(facts["residual_scales"]) if pair != (1.0, 1.0)]
-        yield f"Residual scales: {len(changed)} positions ({_spans(changed)})"
+        yield f"Residual scales: {len(changed)} positions ({spans(changed)})"
 
 
 def _sizes_shown(facts: dict[str, Any]) -> Iterator["str | Table"]:
@@ -210,32 +249,21 @@ def _sizes_shown(facts: dict[str, Any]) -> Iterator["str | Table"]:
             f"Cerebrum-7B has {CEREBRUM_7B.num_hidden_layers} blocks."
         )
         return
-    table = _table("", "parameters", "bf16", "8-bit", "4-bit")
-    table.title = f"Sizes at the geometry of {facts['geometry']}"
-    table.columns[0].justify = "left"
+    layouts = table("", "parameters", "bf16", "8-bit", "4-bit")
+    layouts.title = f"Sizes at the geometry of {facts['geometry']}"
+    layouts.columns[0].justify = "left"
     for layout in ("folded", "unrolled"):
         row = size[layout]
-        sizes = (_gb(row[key]) for key in ("bf16", "8bit", "4bit"))
-        table.add_row(layout, f"{row['parameters']:,}", *sizes)
-    yield table
+        layouts.add_row(layout, f"{row['parameters']:,}", *(gb(row[key]) for key in STORAGES))
+    yield layouts
     place = "at the window" if size["window"] else "at the full context (no window)"
     yield (
         f"KV cache, bf16: {size['kv_bytes_per_token'] / 2**10:g} KiB a token, "
         f"{size['kv_bytes_at_context'] / 2**30:.3f} GiB {place} of {size['context']} tokens."
     )
-    yield f"8-bit and 4-bit: groups of {_GROUP}, embedding and head too. GB = 10^9 bytes."
+    yield f"8-bit and 4-bit: groups of {GROUP}, embedding and head too. GB = 10^9 bytes."
     if size["unrolled"]["parameters"] == _CARD_PARAMETERS:
         yield 'The card\'s "12.25B" is its rounding, (56/32) x 7; executed: 12.48B.'
-
-
-def _table(*headings: str) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True, overflow="crop")
-    return table
 
 
 def _picture(start: int, end: int, blocks: int, full: str, empty: str) -> str:
@@ -251,24 +279,5 @@ def _by_runs(runs: list[int]) -> list[tuple[str, str]]:
     found = []
     for times in sorted(set(runs), reverse=True):
         which = [block for block, count in enumerate(runs) if count == times]
-        found.append((words.get(times, f"run {times} times"), _spans(which)))
+        found.append((words.get(times, f"run {times} times"), spans(which)))
     return found
-
-
-def _spans(numbers: list[int]) -> str:
-    """Sorted numbers as `0-3, 7, 28-31`."""
-    spans: list[tuple[int, int]] = []
-    for number in numbers:
-        if spans and spans[-1][1] == number - 1:
-            spans[-1] = (spans[-1][0], number)
-        else:
-            spans.append((number, number))
-    return ", ".join(_span(low, high) for low, high in spans)
-
-
-def _span(low: int, high: int) -> str:
-    return str(low) if low == high else f"{low}-{high}"
-
-
-def _gb(count: int | None) -> str:
-    return "-" if count is None else f"{count / 1e9:.2f} GB"
