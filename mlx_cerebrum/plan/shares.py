@@ -252,7 +252,7 @@ def _sent_shown(facts: dict[str, Any]) -> Iterator[str]:
 def _memory_shown(machines: list[dict[str, Any]]) -> Iterator[str]:
     if machines[0]["memory"] is None:
         return
-    yield "Metal gives a model two thirds of a Mac's memory, or more. By that:"
+    yield "Weights and cache, in two thirds of a Mac's memory (Metal allows that, or more):"
     for storage in STORAGES:
         if machines[0]["weights"][storage] is None:
             continue
