@@ -16,7 +16,6 @@ from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_cache_file import (
     check_destination,
     check_prompt_cache,
-    identity_of,
     load_prompt_cache,
     save_prompt_cache,
 )
@@ -58,6 +57,7 @@ from mlx_cerebrum.text import say, tell
 from mlx_cerebrum.tokenizer.conversation import read_messages
 from mlx_cerebrum.tokenizer.messages import Message, check_length, ends_with_answer
 from mlx_cerebrum.weights import hub
+from mlx_cerebrum.weights.identity import identity_of
 from mlx_cerebrum.weights.opening import ModelSpec, Opened, open_model
 from mlx_cerebrum.weights.quantize import AFFINE_BITS
 from mlx_cerebrum.weights.storage import Storage, dtype_name

@@ -11,7 +11,6 @@ import shutil
 import struct
 import zlib
 from collections.abc import Iterator
-from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -22,11 +21,10 @@ from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.files import json_file
 from mlx_cerebrum.files.replacing import replacing
-from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.entries import Packed, kv_group
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import human, require
-from mlx_cerebrum.weights.checkpoint import Checkpoint
+from mlx_cerebrum.weights.identity import Identity
 from mlx_cerebrum.weights.safetensors_file import (
     CODES,
     ITEM_BYTES,
@@ -34,9 +32,6 @@ from mlx_cerebrum.weights.safetensors_file import (
     header_bytes,
     read_whole_header,
 )
-from mlx_cerebrum.weights.storage import Storage, dtype_name
-
-Identity = dict[str, str]  # as `identity_of` makes it: two runs share a cache only if it is equal
 
 FORMAT = "mlx-cerebrum prompt cache"
 VERSION = "1"
@@ -46,8 +41,6 @@ _MOST_MARKS = 1000  # three a turn: more are as good as none, and each costs tim
 _CHUNK = 1 << 22
 _SLACK = 1 << 20  # the file system's own
 _NEW = "name another file, or remove it"
-# Of every stored array this many pieces of this many bytes go into the weights' fingerprint.
-SAMPLES, SAMPLE_BYTES = 4, 256
 
 
 def check_destination(path: Path) -> None:
@@ -269,59 +262,3 @@ def _shapes(
         found[f"{name}.weight"] = ("U32", (1, heads, length, width * bits // 32))
         found |= {f"{name}.scales": groups, f"{name}.biases": groups}
     return found
-
-
-def identity_of(
-    checkpoint: Checkpoint, config: ModelConfig, storage: Storage, template: str
-) -> Identity:
-    """What a cache entry depends on: short texts, by names that a person knows.
-
-    `template` is the source of the chat template in use. The weights'
-    fingerprint is of names, shapes, dtypes, sizes and SAMPLES evenly spread pieces of every stored
-    array, wherever the files lie: it tells models apart, but is no security check.
-    """
-    packings = {str(p) for p in storage.packings.values() if p is not None}
-    held = ", ".join(sorted(packings)) or "none"
-    each = sorted((module, str(p)) for module, p in storage.packings.items())
-    quantization = f"{held}{', made dense' if packings and storage.dequantize else ''}"
-    scales = config.residual_scales
-    geometry = (
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.intermediate_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        config.rms_norm_eps,
-        config.vocab_size,
-        config.rope_theta,
-        config.tie_word_embeddings,
-    )
-    return {
-        "model weights": _fingerprint(checkpoint),
-        "model config": _short(geometry),
-        "layer plan": f"{config.num_positions} positions {_short([config.layer_map, scales])}",
-        "quantization": f"{quantization} {_short(each)}" if packings else quantization,
-        "dtype": dtype_name(storage.dtype),
-        "window": str(config.sliding_window or "none"),
-        "chat template": _short(template),
-    }
-
-
-def _short(value: object) -> str:
-    return sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def _fingerprint(checkpoint: Checkpoint) -> str:
-    shapes = checkpoint.shapes.items()
-    digest = sha256(json.dumps(sorted((n, s, checkpoint.dtypes[n]) for n, s in shapes)).encode())
-    extents = {
-        (module, part): extent
-        for module in {name.rpartition(".")[0] for name in checkpoint.shapes}
-        for part, extent in checkpoint.extents(module).items()
-    }
-    for name, extent in sorted(extents.items()):
-        digest.update(json.dumps([name, extent.nbytes]).encode())
-        for piece in extent.samples(SAMPLES, SAMPLE_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()[:16]

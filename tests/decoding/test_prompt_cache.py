@@ -20,13 +20,11 @@ from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum import load
 from mlx_cerebrum.decoding import prompt_cache as room
-from mlx_cerebrum.decoding import prompt_cache_file
 from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_cache_file import (
     check_destination,
-    identity_of,
     load_prompt_cache,
     save_prompt_cache,
 )
@@ -38,6 +36,7 @@ from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import LayerPlan
+from mlx_cerebrum.weights.identity import SAMPLES, identity_of
 from mlx_cerebrum.weights.opening import open_checkpoint, planned_config
 from mlx_cerebrum.weights.quantize import Packing
 from mlx_cerebrum.weights.storage import Storage, choose_storage
@@ -662,7 +661,7 @@ def test_every_array_is_sampled_throughout(
     extents = [e for n in found.shapes for e in found.extents(n.rpartition(".")[0]).values()]
     for extent in extents:
         inside = [(a, n) for a, n in read if extent.offset <= a < extent.offset + extent.nbytes]
-        assert len(inside) == prompt_cache_file.SAMPLES
+        assert len(inside) == SAMPLES
         assert min(inside)[0] == extent.offset
         assert sum(max(inside)) == extent.offset + extent.nbytes
-    assert len(read) == len(extents) * prompt_cache_file.SAMPLES
+    assert len(read) == len(extents) * SAMPLES
