@@ -217,7 +217,7 @@ def run(main_body: Callable[[], int], debug: bool = False) -> int:
             sys.stdout.flush()
         except OSError:
             _drop_stdout()
-        return BAD_INPUT
+        return error.exit_code if isinstance(error, CerebrumError) else BAD_INPUT
 
 
 def ask(question: str) -> str:

@@ -18,6 +18,8 @@ def cut(text: str) -> str:
 class CerebrumError(Exception):
     """Base of every error a user can cause and mend."""
 
+    exit_code = 2
+
     def __str__(self) -> str:
         return cut(super().__str__())
 
@@ -44,6 +46,12 @@ class RequestError(CerebrumError):
 
 class MemoryBudgetError(CerebrumError):
     """More bytes needed than the device has."""
+
+
+class MachineError(CerebrumError):
+    """Another machine that is gone, does not answer, or is not set up as this one is."""
+
+    exit_code = 1
 
 
 _LINE = Repr()

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.decode import prefill_step
@@ -10,6 +11,7 @@ from mlx_cerebrum.errors import RequestError, shown
 from mlx_cerebrum.model.entries import KV_BITS
 from mlx_cerebrum.model.limits import NO_WIRE
 from mlx_cerebrum.model.memory import GB
+from mlx_cerebrum.ranks import backend
 from mlx_cerebrum.shelf.places import BITS, split
 from mlx_cerebrum.text import tell
 from mlx_cerebrum.tokenizer.chat_formats import NAMES, read_format
@@ -18,6 +20,17 @@ from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.opening import ModelSpec
 from mlx_cerebrum.weights.quantize import AFFINE_BITS, AFFINE_GROUPS
 from mlx_cerebrum.weights.storage import DTYPES
+
+if TYPE_CHECKING:
+    from mlx_cerebrum.ranks.machines import Machines
+
+# What one machine alone can do, and what to do instead on several.
+_ALONE_ONLY = {
+    "draft_plan": "--draft ngram guesses from the text",
+    "draft_bits": "--draft ngram guesses from the text",
+    "prompt_cache": "what prompts computed is kept in memory only; leave it out",
+    "unload_after": "the weights stay; leave it out",
+}
 
 MOST_TEMP = 2  # as OpenAI's API has it
 
@@ -89,6 +102,69 @@ def add_model_flags(p: Flags, default: str) -> None:
         help="let macOS page weights out, also those that nearly fill what Metal allows (default:"
         f" those are wired, unless {NO_WIRE} is set)",
     )
+
+
+def add_machines_flags(p: Flags) -> None:
+    """Add how a model is shared out where `mlx.launch` starts this on several machines."""
+    several = p.add_argument_group("several machines (mlx.launch)")
+    several.add_argument(
+        "--split",
+        metavar="N,N,...",
+        help="positions at which the plan is cut, or with --tensor-parallel key/value heads for"
+        " each machine (default: by the plan and each machine's memory; heads evenly)",
+    )
+    several.add_argument(
+        "--tensor-parallel",
+        action="store_true",
+        help="every machine runs a part of each block; pays only over RDMA (default: each runs"
+        " blocks of its own)",
+    )
+    several.add_argument(
+        "--patience",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="end where another machine says nothing for so long (default: 60)",
+    )
+    several.add_argument(
+        "--follow",
+        action="store_true",
+        help="be one of the machines that serve the one with MLX_RANK=0, where that is started by"
+        " hand (default: as MLX_RANK says)",
+    )
+
+
+def machines(args: argparse.Namespace) -> "Machines | None":
+    """The machines that a launcher has set up; None where this one works alone.
+
+    Raises RequestError for flags that can't be honoured, MachineError where the others don't come.
+    """
+    launched = backend()
+    given = [f for f in ("split", "tensor_parallel", "follow") if getattr(args, f)]
+    if launched is None:
+        if given:
+            flag = given[0].replace("_", "-")
+            raise RequestError(
+                f"--{flag} is for several machines, started by mlx.launch or with MLX_RANK and"
+                " MLX_HOSTFILE: see docs/several-machines.md"
+            )
+        return None
+    for name, instead in _ALONE_ONLY.items():
+        if getattr(args, name, None):
+            flag = name.replace("_", "-")
+            raise RequestError(f"--{flag} is not there on several machines: {instead}")
+    if getattr(args, "prompt", None) == "-" and not args.follow:
+        raise RequestError("a launcher hands on no end of input: give the --prompt itself, not -")
+    if not 1 <= args.patience <= 86_400:
+        raise RequestError(f"patience must be from 1 to 86400 seconds, not {args.patience:g}")
+    # Imported here: a machine that works alone needs none of it.
+    from mlx_cerebrum.ranks.links import Links
+    from mlx_cerebrum.ranks.machines import Machines
+
+    links = Links(launched, args.patience)  # where one is missing, this waits and says so
+    if args.follow and links.rank == 0:
+        raise RequestError("--follow is for the others; this is machine 0, which leads")
+    return Machines(links, args.split, args.tensor_parallel)
 
 
 def add_revision_flag(p: Flags) -> None:

@@ -32,6 +32,7 @@ from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import (
     add_draft_flag,
     add_kv_bits_flag,
+    add_machines_flags,
     add_max_tokens_flag,
     add_model_flags,
     add_plan_flag,
@@ -42,6 +43,7 @@ from mlx_cerebrum.flags import (
     add_system_flag,
     asked_model,
     asked_sampling,
+    machines,
     memory_limit,
     model_spec,
     say_assumed,
@@ -115,6 +117,7 @@ def parser() -> cli.ArgumentParser:
         metavar="N",
         help=f"guesses at once, at most (default: {MOST_DRAFTS})",
     )
+    add_machines_flags(p)
     p.add_json()
     p.add_argument("--quiet", action="store_true", help="print the answer only")
     p.add_debug()
@@ -190,15 +193,18 @@ def _run(args: argparse.Namespace) -> int:
     spec, memory = model_spec(args, plan), memory_limit(args)
     if args.prompt_cache is not None:
         check_destination(args.prompt_cache)
+    several = machines(args)
     with limits(memory, wiring=not args.no_wire):
-        return _answer(args, spec, sampling, asked)
+        if several is not None and several.follows:
+            return several.follow(spec)
+        opened = open_model(spec) if several is None else several.open(spec)
+        return _answer(args, opened, sampling, asked)
 
 
 @awake()
 def _answer(
-    args: argparse.Namespace, spec: ModelSpec, sampling: Sampling, asked: str | list[Message]
+    args: argparse.Namespace, opened: Opened, sampling: Sampling, asked: str | list[Message]
 ) -> int:
-    opened = open_model(spec)
     config, storage = opened.config, opened.storage
     check_kv_bits(config, args.kv_bits)
     draft = check_draft(config, args.draft_plan, args.draft_bits)
@@ -248,7 +254,7 @@ def _answer(
             first = next(responses)
         with closing(responses):  # always: the cache then holds what was printed, no more
             answer = _stream(first, responses, echo=not args.json)
-        _report(args, model, spec, answer, drafting)
+        _report(args, model, opened.spec, answer, drafting)
     finally:  # what was computed is kept, also of a prompt that Ctrl-C cut short
         if kept is not None and prompt_cache.tokens:
             save_prompt_cache(prompt_cache, kept, same)
@@ -262,7 +268,7 @@ def _check_memory(args: argparse.Namespace, opened: Opened, prompt: int, more: i
     """
     storage = opened.storage
     sizes = prompt, args.max_tokens, args.prefill_step_size, args.kv_bits, most_drafts(args)
-    request = Workload(opened.config, storage.dtype.size, *sizes)
+    request = Workload(opened.here, storage.dtype.size, *sizes)
 
     def way(flags: str, storage: Storage) -> Weights:
         return Weights(flags, storage.nbytes + more, storage.transient, storage.dtype.size)

@@ -19,6 +19,7 @@ FLOORS = [
     ["plan", "machine"],
     ["shelf"],
     ["weights"],
+    ["ranks"],
     ["decoding"],
     ["flags"],
     ["generate", "demo", "chat", "server", "doctor", "prompt_cache", "speculative"],

@@ -28,10 +28,12 @@ from mlx_cerebrum.chat.signals import orderly_end
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import (
     add_kv_bits_flag,
+    add_machines_flags,
     add_model_flags,
     add_plans_flag,
     add_prefill_flag,
     add_system_flag,
+    machines,
     memory_limit,
     model_spec,
     say_assumed,
@@ -41,7 +43,7 @@ from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.weights import hub
-from mlx_cerebrum.weights.opening import ModelSpec, open_model
+from mlx_cerebrum.weights.opening import Opened, open_model
 from mlx_cerebrum.weights.views import load_views
 
 
@@ -64,15 +66,18 @@ def _run(args: argparse.Namespace) -> int:
     loaded = None if args.load is None else _loaded(args.load)
     if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 costs a line, not the chat
         sys.stdin.reconfigure(errors="surrogateescape")
+    several = machines(args)
     with orderly_end(), limits(memory, wiring=not args.no_wire):
-        return _talk(args, spec, options, loaded)
+        if several is not None and several.follows:
+            return several.follow(spec, args.plan)
+        opened = open_model(spec) if several is None else several.open(spec, args.plan)
+        return _talk(args, opened, options, loaded)
 
 
 def _talk(
-    args: argparse.Namespace, spec: ModelSpec, options: DecodingOptions, loaded: Kept | None
+    args: argparse.Namespace, opened: Opened, options: DecodingOptions, loaded: Kept | None
 ) -> int:
     screen = FullScreen() if is_full(args.plain) else PlainScreen()
-    opened = open_model(spec)
     check_kv_bits(opened.config, args.kv_bits)
     options.sampling.check_vocabulary(opened.config.vocab_size)
     with progress("loading", show=is_full(args.plain)) as report:
@@ -148,6 +153,7 @@ def parser() -> cli.ArgumentParser:
     add_drawing_flags(p)
     add_kv_bits_flag(p)
     add_prefill_flag(p)
+    add_machines_flags(p)
     p.add_argument(
         "--resume",
         action="store_true",

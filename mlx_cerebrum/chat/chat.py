@@ -18,7 +18,7 @@ from mlx_cerebrum.chat.session import Answer, AnswerStream, Messages, Session
 from mlx_cerebrum.chat.settings import Settings
 from mlx_cerebrum.chat.signals import interrupts
 from mlx_cerebrum.chat.wording import counted, difference, figures, shorten
-from mlx_cerebrum.errors import CerebrumError, RequestError
+from mlx_cerebrum.errors import CerebrumError, MachineError, RequestError
 from mlx_cerebrum.machine.awake import awake
 from mlx_cerebrum.text import tell_traceback
 from mlx_cerebrum.weights import views
@@ -137,6 +137,9 @@ class Chat:
                 raise RequestError("this line is not valid UTF-8 text; nothing was asked") from None
             self._do(line.strip())
             self.keep()
+        except MachineError:  # there is no model any more
+            self.keep()
+            raise
         except CerebrumError as error:
             self.failed = True
             self.screen.error(cli.describe(error))

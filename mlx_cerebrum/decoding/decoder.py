@@ -326,6 +326,8 @@ class Decoder:
             return None
         if any(g.constraint is not None for g in answers):  # a mask wants to know the last token
             return None
+        if answers[0].model.elsewhere is not None:  # they are told of no step that may not be
+            return None
         if self._guess_alone(answers) is not None or any(self._guesses(answers)):
             return None
         return self._run(answers, flight.guesses, None, [], flight.choices)
@@ -361,7 +363,8 @@ class Decoder:
             real.append([i * most + j for i, more in enumerate(own) for j in range(len(more))])
             start += len(members)
         if reading is not None:
-            parts.append(Part(reading.model, mx.array([chunk]), reading.caches))
+            wanted = reading.scored is not None
+            parts.append(Part(reading.model, mx.array([chunk]), reading.caches, wanted))
         hidden = run_together(parts)
         for rows in rows_run:
             rows.commit()
@@ -536,6 +539,8 @@ class Decoder:
                 mx.clear_cache()
 
     def _share(self, g: Generation) -> None:
+        if g.model.elsewhere is not None:  # other machines have its other caches
+            return
         for group in self._groups:
             if _alike([*group.members, g]):
                 group.join(g)

@@ -81,6 +81,8 @@ def stored_order(model: Model) -> Model | None:
     For the 12.25B this is the 7B.
     """
     order = tuple(range(model.config.num_hidden_layers))
+    if model.elsewhere is not None:  # drafting runs a part of the positions only
+        return None
     if not set(order) <= set(model.config.layer_map) or order == model.config.layer_map:
         return None
     draft = model.view(order)

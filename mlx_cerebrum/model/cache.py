@@ -212,6 +212,10 @@ class WindowedKVCache:
         """
         self._marks.add(self.offset if offset is None else offset)
 
+    def keep_marks(self, points: Sequence[int]) -> None:
+        """Have these marks and no others."""
+        self._marks.keep(points)
+
     def drop_mark(self) -> None:
         """Give up the oldest mark, and what was kept for it alone."""
         self._marks.drop_oldest()

@@ -85,6 +85,7 @@ class ModelConfig:
     layer_map: tuple[int, ...] = ()
     residual_scales: tuple[tuple[float, float], ...] | None = None
     quantization: dict[str, Any] | None = field(default=None, hash=False)
+    blocks_only: bool = False  # a machine's share of a model: another has embedding, norm and head
 
     def __post_init__(self) -> None:
         if not self.layer_map:

@@ -10,7 +10,6 @@ map names the block of each position: 0..31 for the 7B; for the 12.25B the same 
 
 Several sequences, of any maps over the same blocks, take one step together in `together.py`.
 `cpu.Linear`, `cpu.Embedding` and `cpu.Rotary` are MLX's own on a GPU, and another way on a CPU.
-
 Shapes: B sequences, L new tokens, T visible keys, D = hidden_size, H heads of width `head_dim`.
 """
 
@@ -150,6 +149,8 @@ class Stack(SharedWeights):
 class Model(SharedWeights):
     """Token ids in, logits out. `config.layer_map` decides which block runs when."""
 
+    elsewhere: Any = None  # runs steps whose blocks other machines hold too (`run_together`)
+
     def __init__(self, config: ModelConfig, model: Stack | None = None) -> None:
         super().__init__()
         self.config = config
@@ -164,8 +165,7 @@ class Model(SharedWeights):
     @property
     def dtype(self) -> mx.Dtype:
         """Of activations and cache entries; packed weights have another."""
-        dtype: mx.Dtype = self.model.norm.weight.dtype
-        return dtype
+        return self.model.norm.weight.dtype
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Token ids `[B, L]` -> `[B, L, D]`, what the first position takes."""

@@ -132,6 +132,13 @@ def release() -> None:
         _trim(0)
 
 
+def cap(nbytes: int) -> None:
+    """Inside `limits`, let what is predicted take no more than so many bytes from now on."""
+    global _memory_limit
+    most = mx.get_active_memory() + nbytes
+    _memory_limit = most if _memory_limit is None else min(_memory_limit, most)
+
+
 def memory_limit() -> int | None:
     """The bytes that `limits` has set as the most MLX should hold, if it has."""
     return _memory_limit

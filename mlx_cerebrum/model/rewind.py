@@ -63,6 +63,11 @@ class Marks:
         self.points = self.points[1:]
         self._tidy()
 
+    def keep(self, points: Sequence[int]) -> None:
+        """Have these marks and no others."""
+        self.points = tuple(sorted(points))
+        self._tidy()
+
     def forget_after(self, point: int) -> None:
         self.points = tuple(p for p in self.points if p <= point)
         self._tidy()
@@ -115,10 +120,20 @@ class Marks:
 
         The buffer holds the entries of tokens `start` to `end`.
         """
+        return self._latest(point, [*((s.start, s.end) for s in self.before(start)), (start, end)])
+
+    def surely_reachable(self, point: int, start: int, end: int) -> int:
+        """The same for any buffer that holds the tokens `start` to `end` at least, as far as no
+        buffer is looked into: what marks need is set aside, or still there."""
+        needed = [(first, min(last, end)) for first, last in self.needed() if first < end]
+        return self._latest(point, sorted([*needed, (start, end)]))
+
+    def _latest(self, point: int, held: Sequence[tuple[int, int]]) -> int:
         runs: list[tuple[int, int]] = []  # without a gap
-        for first, last in [*((s.start, s.end) for s in self.before(start)), (start, end)]:
-            if runs and runs[-1][1] == first:
-                first, _ = runs.pop()
+        for first, last in held:
+            if runs and first <= runs[-1][1]:
+                before, end = runs.pop()
+                first, last = before, max(end, last)
             runs.append((first, last))
         ends = ((a, min(point, b)) for a, b in runs)
         return max((end for a, end in ends if self.earliest(a) <= end), default=0)

@@ -44,10 +44,12 @@ def module_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     block: dict[str, tuple[int, ...]] = dict(
         zip(BLOCK, ((D,), *attention, (D,), *mlp), strict=True)
     )
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, D)}
+    shapes: dict[str, tuple[int, ...]] = {}
     for i in range(config.num_hidden_layers):
         shapes |= {module_path(i, kind): shape for kind, shape in block.items()}
-    shapes[FINAL_NORM] = (D,)
+    if config.blocks_only:
+        return shapes
+    shapes = {EMBEDDING: (config.vocab_size, D), **shapes, FINAL_NORM: (D,)}
     return shapes if config.tie_word_embeddings else shapes | {HEAD: (config.vocab_size, D)}
 
 

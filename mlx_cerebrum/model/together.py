@@ -21,8 +21,9 @@ class Part(NamedTuple):
     """Sequences of one model whose caches are together: `tokens` `[B, L]` are next for each."""
 
     model: Model
-    tokens: mx.array
+    tokens: mx.array  # what the model's `embed` takes
     caches: Sequence[Cache]  # one for each position of the model's map
+    wanted: bool = True  # whether anything is done with what the last position gives
 
 
 def run_together(parts: Sequence[Part]) -> list[mx.array]:
@@ -31,8 +32,11 @@ def run_together(parts: Sequence[Part]) -> list[mx.array]:
     All models are views of the same weights. Maps that have too little in common run one after
     the other.
     """
+    if (elsewhere := parts[0].model.elsewhere) is not None:
+        hidden: list[mx.array] = elsewhere(parts)
+        return hidden
     if len(parts) == 1:
-        model, tokens, caches = parts[0]
+        model, tokens, caches, _ = parts[0]
         return [model.run(model.embed(tokens), caches)]
     maps = dict.fromkeys(part.model.config.layer_map for part in parts)
     order = schedule(maps)
@@ -49,12 +53,12 @@ class _Walk:
     """A part on its way through its positions."""
 
     def __init__(self, part: Part) -> None:
-        model, tokens, self.caches = part
+        model, tokens, self.caches, _ = part
         config = model.config
         self.map, self.scales, self.at = config.layer_map, config.residual_scales, 0
         if len(self.caches) != len(self.map):
             raise ValueError(f"{len(self.caches)} caches for {len(self.map)} positions")
-        self.rows, length = tokens.shape
+        self.rows, length = tokens.shape[:2]
         self.h = model.embed(tokens)  # [B, L, D]
         first = self.caches[0]
         self.mask = first.make_mask(length, return_array=False, window_size=config.sliding_window)

@@ -10,6 +10,7 @@ import webbrowser
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from mlx_cerebrum import cli  # isort: skip  # first: it says what is not installed
 import mlx.core as mx
@@ -19,17 +20,20 @@ from mlx_cerebrum.errors import CheckpointError, RequestError, shown
 from mlx_cerebrum.flags import (
     add_draft_flag,
     add_kv_bits_flag,
+    add_machines_flags,
     add_max_tokens_flag,
     add_model_flags,
     add_plans_flag,
     add_prefill_flag,
     add_sampling_flags,
+    machines,
     memory_limit,
     model_spec,
     sampling_of,
     say_assumed,
 )
 from mlx_cerebrum.model.limits import limits
+from mlx_cerebrum.model.limits import memory_limit as current_limit
 from mlx_cerebrum.model.memory import GB, human
 from mlx_cerebrum.progress import progress
 from mlx_cerebrum.server import log
@@ -47,6 +51,9 @@ from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.opening import ModelSpec, open_model
 from mlx_cerebrum.weights.storage import dtype_name
 from mlx_cerebrum.weights.views import described, load_views
+
+if TYPE_CHECKING:
+    from mlx_cerebrum.ranks.machines import Machines
 
 KEY_VARIABLE = "MLX_CEREBRUM_API_KEY"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.\[\]:_-]+")  # an app's page has its own scheme
@@ -67,8 +74,12 @@ def _run(args: argparse.Namespace) -> int:
     # Everything that can be refused is, cheapest first, before weights are read.
     spec, memory = model_spec(args), memory_limit(args)
     settings = replace(settings_of(args), room=Room.within_limits())
+    several = machines(args)
+    if several is not None and several.follows:
+        with limits(memory, wiring=not args.no_wire):
+            return several.follow(spec, args.plan)
     with bind(args.host, args.port, settings.api_key is not None) as listening:
-        engine = _loaded(args, spec, memory, settings)
+        engine = _loaded(args, spec, memory, settings, several)
         for origin in (each for each in NOBODYS if each in settings.cors_origins):
             say(f"warning: with --cors-origin {origin} any site that knows the API key may ask")
         try:
@@ -91,16 +102,21 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _loaded(
-    args: argparse.Namespace, spec: ModelSpec, memory: int | None, settings: Settings
+    args: argparse.Namespace,
+    spec: ModelSpec,
+    memory: int | None,
+    settings: Settings,
+    several: "Machines | None" = None,
 ) -> BatchEngine:
     """The engine, with the model that the flags name. It alone has the weights: nobody else keeps
     them when it lets them go."""
     with limits(memory), progress("loading", not args.quiet) as report:
-        opened = open_model(spec)
+        opened = open_model(spec) if several is None else several.open(spec, args.plan)
         settings.defaults.sampling.check_vocabulary(opened.config.vocab_size)
         models, tokenizer = load_views(opened, args.plan, report)
+        memory = memory if several is None else current_limit()
     say_assumed(tokenizer)
-    return BatchEngine(
+    engine = BatchEngine(
         models,
         tokenizer,
         max_batch=args.batch,
@@ -110,10 +126,14 @@ def _loaded(
         memory_limit=memory,
         kv_bits=args.kv_bits,
         draft=args.draft,
-        source=Source.of(opened),
+        source=Source.of(opened) if several is None else None,
         unload_after=args.unload_after,
         wiring=not args.no_wire,
+        alone=None if several is None else several.links.watch.end,
     )
+    if several is not None:
+        several.links.watch.on_end = engine.lose
+    return engine
 
 
 def _service(engine: BatchEngine, settings: Settings) -> Service:
@@ -123,7 +143,8 @@ def _service(engine: BatchEngine, settings: Settings) -> Service:
     models = {name: described(each.config) for name, each in laid.items()}
     service = Service(engine, models, first.tokenizer, settings, str(first.dtype))
     source = engine.holdings[0].source
-    assert source is not None
+    if source is None:  # on several machines: others could not follow to another model
+        return service
 
     def held_as(entry: Entry) -> ModelSpec:
         """As the server's own model, where it has the same weights; else as they are stored."""
@@ -232,6 +253,7 @@ def parser() -> cli.ArgumentParser:
         metavar="SECONDS",
         help="how long answers may go on after Ctrl-C; a second one ends them (default: 10)",
     )
+    add_machines_flags(p)
     answers = p.add_argument_group("answers to requests that do not say")
     add_max_tokens_flag(answers, 1024)
     add_sampling_flags(answers)

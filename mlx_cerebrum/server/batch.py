@@ -13,7 +13,7 @@ from mlx_cerebrum.decoding.draft_models import stored_order
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_store import PromptStore
 from mlx_cerebrum.decoding.speculative import Speculation, speculation
-from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.errors import MachineError, RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.server.job_bytes import jobs_bytes
 from mlx_cerebrum.server.jobs import NO_TOKEN, Failed, Job, Piece, Reading
@@ -160,6 +160,9 @@ class Batch:
             self._end(task, "cancelled")
         try:
             advances = self._decoder.step()
+        except MachineError as error:  # nothing here can go on
+            self.fail_all(str(error), unavailable=True)
+            raise
         except Exception as error:
             self._step_failed(error)
             return
@@ -171,11 +174,11 @@ class Batch:
                 except Exception as error:
                     self._fail(task, error)
 
-    def fail_all(self, message: str) -> None:
-        """End every job."""
+    def fail_all(self, message: str, unavailable: bool = False) -> None:
+        """End every job. unavailable: whether the model can't be had any more."""
         for task in list(self.tasks):
             self._end(task, "failed", keep=False)
-            task.deliver(Failed(message))
+            task.deliver(Failed(message, unavailable=unavailable))
         self._decoder, self._rows = Decoder(self._prefill_step_size), {}
 
     def _advance(self, advance: Advance) -> None:

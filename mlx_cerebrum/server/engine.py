@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_cerebrum.decoding.decode import prefill_step
 from mlx_cerebrum.decoding.prompt_store import PromptStore
-from mlx_cerebrum.errors import MemoryBudgetError, RequestError
+from mlx_cerebrum.errors import MachineError, MemoryBudgetError, RequestError
 from mlx_cerebrum.machine.awake import LINGER, Awake
 from mlx_cerebrum.machine.pressure import Pressure
 from mlx_cerebrum.model.forward import Model
@@ -35,6 +35,7 @@ from mlx_cerebrum.weights.opening import Opened
 log = logging.getLogger(__name__)
 _RELEASE = 5.0  # seconds of work after which freed memory goes back to the system
 _LOOK = 5.0  # seconds between two looks at the machine's memory while nothing is to be done
+_LAST_WORDS = 0.5  # seconds in which answers go out before the process ends
 _SAY_LOADING = 0.5  # seconds after which those who wait for a model hear how far it is
 _ENDS = ("stop", "length", "cancelled", "failed")
 _CLOSING = "the server is shutting down; ask again later"
@@ -57,6 +58,8 @@ class BatchEngine:
     kv_bits: bits a value of cache entries, 8 or 4; None leaves them as they are.
     draft: where guesses of the next tokens come from: "none", "ngram" or "auto".
     wiring: whether weights may be wired (`limits.wire`).
+    alone: called with one line where another machine that runs a part of the models is gone, after
+        all who wait were told. It ends the process.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class BatchEngine:
         source: Source | None = None,
         unload_after: float | None = None,
         wiring: bool = True,
+        alone: Callable[[str], None] | None = None,
     ) -> None:
         laid = {name: Laid(model.config, model.dtype, tokenizer) for name, model in models.items()}
         first = Holding(laid, source)
@@ -86,7 +90,7 @@ class BatchEngine:
         self._max_batch = max_batch
         self._cache_bytes = cache_bytes
         self._prefill_step_size = prefill_step(prefill_step_size)
-        self._memory_limit, self._wiring = memory_limit, wiring
+        self._memory_limit, self._wiring, self._alone = memory_limit, wiring, alone
         self._kv_bits, self._draft = kv_bits, draft
         self._budget = 0  # bytes for jobs and kept prompts together
         self._counts = Counts()
@@ -207,6 +211,16 @@ class BatchEngine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def lose(self, why: str) -> None:
+        """Tell all who wait that no answer will come: from any thread, while the engine's own may
+        wait for another machine for ever. The process is about to end."""
+        with self._changed:
+            self._deadline, self._why = time.monotonic(), why
+        failed = Failed(why, unavailable=True)
+        for task in [*self._waiting.of(), *(task for each in self._batches for task in each.tasks)]:
+            task.deliver(failed)
+        time.sleep(_LAST_WORDS)
+
     def _checked(self, job: Job) -> Job:
         """The job, as short as `_most` has it. Raises RequestError for one that can never run."""
         check_job(job, self.laid, self._max_batch)
@@ -233,12 +247,15 @@ class BatchEngine:
     # On the engine's own thread.
 
     def _run(self) -> None:
+        lost = ""
         try:
             with limits(self._memory_limit, wiring=self._wiring):
                 self._start()
                 self._ready.set()
                 while self._turn():
                     pass
+        except MachineError as error:
+            lost = str(error)
         except BaseException as error:
             log.exception("the engine stopped")
             if not self._ready.is_set():
@@ -247,6 +264,8 @@ class BatchEngine:
             self._stop()
             mx.clear_streams()  # MLX asks for it: else the process may abort when it exits
             self._ready.set()
+            if lost and self._alone is not None:
+                self._alone(lost)
 
     def _start(self) -> None:
         self._weights_changed()
@@ -545,6 +564,8 @@ class BatchEngine:
         ends all jobs."""
         try:
             do()
+        except MachineError:
+            raise
         except Exception as error:
             log.exception("a batch failed")
             batch.fail_all(said(error))

@@ -69,6 +69,11 @@ class Opened:
         config = planned_config(checkpoint.config, spec.plan, spec.window)
         return cls(spec, checkpoint, config, choose_storage(checkpoint, spec.packing, spec.dtype))
 
+    @property
+    def here(self) -> ModelConfig:
+        """The config of the positions whose caches this machine holds: all of them."""
+        return self.config
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Read when it is first asked for; raises as `load_tokenizer` does."""

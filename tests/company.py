@@ -131,11 +131,11 @@ class Company:
             sampling = replace(
                 sampling, repetition_penalty=1.1, frequency_penalty=0.1, min_tokens=9
             )
-        window, positions = model.config.sliding_window, model.config.layer_map
+        positions = model.config.layer_map
         generation = Generation(
             model,
             list(prompt),
-            [WindowedKVCache(window, self.rewind, self.step_size) for _ in positions],
+            self.caches(model),
             most or draw.randint(1, 24),
             sampling.sampler(),
             adjust=sampling.adjust(prompt, [5]),
@@ -156,6 +156,15 @@ class Company:
             policy.most = self.rewind - 1
             generation.speculation = Speculation(named, policy)
         return job
+
+    def caches(self, model: Model) -> list[WindowedKVCache]:
+        """Empty ones for a sequence."""
+        window, positions = model.config.sliding_window, model.config.layer_map
+        return [WindowedKVCache(window, self.rewind, self.step_size) for _ in positions]
+
+    def alone(self, model: Model, tokens: list[int]) -> mx.array:
+        """What the model says of each of the tokens, read at once: logits `[L, V]`."""
+        return model(mx.array([tokens]))[0]
 
     def step(self, fault: Fault | None = None) -> None:
         """One step, at the `fault`'s place in vain: then all must be as if it had not begun."""
@@ -194,7 +203,7 @@ class Company:
         generation = job.generation
         tokens, caches = generation.tokens, generation.caches
         assert tokens[: len(job.prompt)] == job.prompt
-        logits = generation.model(mx.array([tokens]))[0]
+        logits = self.alone(generation.model, tokens)
         assert tokens[len(job.prompt) :] == job.chosen(logits)[:-1]
         if generation.scored is not None:
             self.check_logprobs(job, np.array(nn.log_softmax(logits, axis=-1)))

@@ -1,0 +1,192 @@
+"""The lead's side: a model like any other, of which other machines run a part.
+
+Decoding asks it for steps as it asks any model. Each is announced to the others, and run by all.
+"""
+
+import atexit
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_cerebrum.errors import MachineError, RequestError
+from mlx_cerebrum.model.cache import Cache, WindowedKVCache
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.entries import check_kv_bits
+from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.together import Part, run_together
+from mlx_cerebrum.ranks import announcement
+from mlx_cerebrum.ranks.announcement import Announcement, Kind, Step, View
+from mlx_cerebrum.ranks.lead_cache import Journal, LeadCache
+from mlx_cerebrum.ranks.links import Heart, Links, uninterrupted
+from mlx_cerebrum.ranks.share import Share
+from mlx_cerebrum.ranks.shares import Shares
+
+
+class Lead:
+    """Runs steps on all machines. `base` has the lead's own blocks, with embedding and head."""
+
+    def __init__(self, links: Links, shares: Shares, base: Model) -> None:
+        self.links, self.shares, self.base = links, shares, base
+        self.journal = Journal()
+        self._views: dict[tuple[Any, Any], tuple[View, Share]] = {}
+        self._untold: list[View] = []
+        self._serial = 0
+        self._heart = Heart(links, self._beat)
+        atexit.register(self.close)
+
+    def view(self, config: ModelConfig) -> tuple[int, Share]:
+        """The number of an order of the blocks, and the lead's own part of it.
+
+        Raises RequestError for one that the machines can't run in turn.
+        """
+        key = config.layer_map, config.residual_scales
+        if key not in self._views:
+            cuts = self.shares.cut(config.layer_map)
+            view = View(len(self._views), config.layer_map, cuts, config.residual_scales)
+            self._views[key] = view, self.shares.part(self.base, view, 0)
+            self._untold.append(view)
+        view, share = self._views[key]
+        return view.number, share
+
+    def run(self, parts: Sequence[Part]) -> list[mx.array]:
+        """See `run_together`. Of parts that are not wanted nothing is given back."""
+        with uninterrupted():  # what Ctrl-C left half done here, the others would not know
+            return self._run(parts)
+
+    def _run(self, parts: Sequence[Part]) -> list[mx.array]:
+        hidden, own, told = [], [], []
+        for model, tokens, caches, wanted in parts:
+            assert isinstance(model, LeadModel)
+            first = caches[0]
+            assert isinstance(first, LeadCache)
+            # `embed` may have been asked for already.
+            h = tokens if tokens.ndim == 3 else model.embed(tokens)
+            hidden.append(h)
+            own.append(Part(model.share, h, caches))
+            number, length = first.sequence, h.shape[1]
+            told.append(
+                announcement.Part(number, first.view, length, first.offset, first.marks, wanted)
+            )
+        if self.shares.tensor:
+            found = self._all_at_once(hidden, own, told)
+        else:
+            found = self._in_turn(own, told)
+        for part in parts:
+            first = part.caches[0]
+            assert isinstance(first, LeadCache)
+            first.told = first.offset
+        return found
+
+    def _in_turn(self, own: Sequence[Part], told: list[announcement.Part]) -> list[mx.array]:
+        found = run_together(own)
+        mx.eval(found, _states(own))
+        flat = [h.reshape(-1, h.shape[-1]) for h in found]
+        step, links = self._step(told), self.links
+        with links.held():
+            self._announce(Kind.STEP, step.tokens, step.body())
+            links.send(_computed(mx.concatenate(flat)), links.after)
+            self._heart.touched()
+            if not step.wanted:  # the others go on alone, and this one with the next chunk
+                return found
+            back = links.receive((step.wanted, flat[0].shape[-1]), flat[0].dtype, links.before)
+            self._heart.touched()
+        start = 0
+        for i, part in enumerate(told):
+            if part.wanted:
+                found[i] = back[None, start : start + part.length]
+                start += part.length
+        return found
+
+    def _all_at_once(
+        self, hidden: Sequence[mx.array], own: Sequence[Part], told: list[announcement.Part]
+    ) -> list[mx.array]:
+        step, links = self._step(told), self.links
+        flat = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in hidden])
+        mx.eval(flat)
+        with links.held():
+            self._announce(Kind.STEP, step.tokens, step.body())
+            links.send(flat, links.after)
+            with links.in_step():
+                found = run_together(own)
+                mx.eval(found)  # in the same order on every machine
+                mx.eval(_states(own))
+            self._heart.touched()
+        return found
+
+    def _step(self, told: list[announcement.Part]) -> Step:
+        views, self._untold = self._untold, []
+        return Step(told, self.journal.take(), views)
+
+    def _announce(self, kind: Kind, number: int, body: list[int]) -> None:
+        said = Announcement(kind, self._serial, number, body)
+        self._serial += kind != Kind.BEAT
+        for array in said.packed():
+            self.links.send(mx.array(array), self.links.after, beat=kind == Kind.BEAT)
+
+    def _beat(self, milliseconds: int) -> None:
+        self._announce(Kind.BEAT, milliseconds, [])
+
+    def close(self) -> None:
+        """The program is over: the others end too."""
+        atexit.unregister(self.close)
+        self._heart.stop()
+        if not self.links.broken:
+            with self.links.held(), suppress(MachineError):
+                self._announce(Kind.END, 0, [])
+        self.links.watch.close()
+
+
+class LeadModel(Model):
+    """A whole model to everyone who decodes. It holds the lead's blocks."""
+
+    share: Share  # the lead's part of it
+
+    def __init__(self, lead: Lead, config: ModelConfig) -> None:
+        super().__init__(config, lead.base.model)
+        self.number, share = lead.view(config)
+        object.__setattr__(self, "share", share)  # as a module its weights would count twice
+        if not config.tie_word_embeddings:
+            self.lm_head = lead.base.lm_head
+        self.lead = lead
+
+    @property
+    def elsewhere(self) -> Any:
+        return self.lead.run
+
+    def run(
+        self,
+        h: mx.array,
+        cache: Sequence[Cache] | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> mx.array:
+        if start or stop is not None:
+            raise RequestError("on several machines a step runs through all positions")
+        cache = self.make_cache() if cache is None else cache
+        return self.lead.run([Part(self, h, cache)])[0]
+
+    def make_cache(self, kv_bits: int | None = None) -> list[WindowedKVCache]:
+        """One for each position of the lead's; the first stands for all machines'."""
+        check_kv_bits(self.config, kv_bits)
+        window, count = self.config.sliding_window, self.share.config.num_positions
+        first = LeadCache(self.lead.journal, self.number, window, kv_bits)
+        return [first, *(WindowedKVCache(window, kv_bits=kv_bits) for _ in range(count - 1))]
+
+    def view(
+        self,
+        layer_map: tuple[int, ...],
+        residual_scales: tuple[tuple[float, float], ...] | None = None,
+    ) -> "LeadModel":
+        """As before; also raises RequestError for an order that the machines can't run in turn."""
+        return LeadModel(self.lead, self.config.with_map(layer_map, residual_scales))
+
+
+def _states(parts: Sequence[Part]) -> list[Any]:
+    return [cache.state[:2] for part in parts for cache in part.caches]
+
+
+def _computed(array: mx.array) -> mx.array:
+    mx.eval(array)
+    return array
