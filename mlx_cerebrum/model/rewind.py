@@ -125,7 +125,8 @@ class Marks:
     def surely_reachable(self, point: int, start: int, end: int) -> int:
         """The same for any buffer that holds the tokens `start` to `end` at least, as far as no
         buffer is looked into: what marks need is set aside, or still there."""
-        needed = [(first, min(last, end)) for first, last in self.needed() if first < end]
+        needed = [(first, min(last, end)) for first, last in self.needed()]
+        needed = [(first, last) for first, last in needed if first < last]
         return self._latest(point, sorted([*needed, (start, end)]))
 
     def _latest(self, point: int, held: Sequence[tuple[int, int]]) -> int:

@@ -98,7 +98,7 @@ class Follower:
         for part in step.parts:
             share = self.views[self._of[part.sequence]]
             caches = self.caches[part.sequence]
-            _bring(caches, part)
+            bring(caches, part)
             end = start + part.length
             parts.append(Part(share, hidden[None, start:end], caches))
             start = end
@@ -120,7 +120,7 @@ class Follower:
             del self.caches[sequence], self._of[sequence]
 
 
-def _bring(caches: Sequence[WindowedKVCache], part: announcement.Part) -> None:
+def bring(caches: Sequence[WindowedKVCache], part: announcement.Part) -> None:
     """Have caches where the lead says they are. Raises ValueError where they can't go."""
     for cache in caches:
         back = cache.offset - part.offset
