@@ -28,7 +28,7 @@ from mlx_cerebrum.ranks import backend
 from mlx_cerebrum.ranks.lead import LeadModel
 from mlx_cerebrum.ranks.links import Links
 from mlx_cerebrum.ranks.machines import Machines
-from mlx_cerebrum.weights.opening import ModelSpec, open_model
+from mlx_cerebrum.weights.opening import ModelSpec
 
 TOKENS = 64
 Found = dict[str, Any]
@@ -113,13 +113,6 @@ WHAT: dict[str, Callable[[Model], Found]] = {
 }
 
 
-def opened(path: Path, machines: Machines | None) -> Model:
-    spec = ModelSpec(path, dtype="float32")
-    if machines is None:
-        return open_model(spec).load()
-    return machines.open(spec, [LONG]).load()
-
-
 def main() -> int:
     p = argparse.ArgumentParser()
     p.add_argument("what", choices=WHAT)
@@ -127,13 +120,16 @@ def main() -> int:
     p.add_argument("out", type=Path)
     p.add_argument("--split")
     p.add_argument("--tensor-parallel", action="store_true")
+    p.add_argument("--q-bits", type=int)
     args = p.parse_args()
+    spec = ModelSpec(args.path, dtype="float32", q_bits=args.q_bits)
     launched = backend()
     assert launched is not None
     machines = Machines(Links(launched, patience=30.0), args.split, args.tensor_parallel)
     if machines.follows:
-        return machines.follow(ModelSpec(args.path, dtype="float32"), [LONG])
-    args.out.write_text(json.dumps(WHAT[args.what](opened(args.path, machines).view(MAPS[1]))))
+        return machines.follow(spec, [LONG])
+    model = machines.open(spec, [LONG]).load().view(MAPS[1])
+    args.out.write_text(json.dumps(WHAT[args.what](model)))
     return 0
 
 

@@ -18,6 +18,7 @@ from mlx_cerebrum.weights.opening import ModelSpec, open_model
 Found = dict[str, Any]
 PIPELINES = ("2", "3", "4", "2 --split 21")  # machines, and their flags
 TENSORS = ("2 --tensor-parallel", "2 --tensor-parallel --split 3,1")
+PACKED = ("2 --q-bits 4", "2 --tensor-parallel --q-bits 8", "2 --tensor-parallel --q-bits 4")
 WINDOWS = pytest.mark.parametrize("window", [12, None])
 
 
@@ -43,20 +44,21 @@ def found_by(what: str, path: Path, how: str, folder: Path, timeout: float = 60.
 
 
 @cache
-def alone(path: Path) -> Found:
-    found = answers(open_model(ModelSpec(path, plan=LONG, dtype="float32")).load())
+def alone(path: Path, bits: int | None) -> Found:
+    found = answers(open_model(ModelSpec(path, plan=LONG, dtype="float32", q_bits=bits)).load())
     assert len({*found["greedy"], *found["drawn"]}) > 6
     return found
 
 
 @WINDOWS
-@pytest.mark.parametrize("how", [*PIPELINES, *TENSORS])
+@pytest.mark.parametrize("how", [*PIPELINES, *TENSORS, *PACKED])
 @pytest.mark.one_in(6)
 def test_the_same_answers(
     how: str, window: int | None, paths: dict[int | None, Path], tmp_path: Path
 ) -> None:
     """Greedy and drawn, packed caches, edited questions, copies of caches."""
-    found, one = found_by("answers", paths[window], how, tmp_path), alone(paths[window])
+    bits = int(how[-1]) if "bits" in how else None
+    found, one = found_by("answers", paths[window], how, tmp_path), alone(paths[window], bits)
     np.testing.assert_allclose(found["logits"], one["logits"], atol=2e-5)
     assert found | {"logits": None} == one | {"logits": None}
 
