@@ -85,12 +85,13 @@ def test_shares_that_cannot_be(checkpoint: MakeCheckpoint) -> None:
         Columns.even(small, 2)
 
 
-def test_a_group_is_not_cut_through(checkpoint: MakeCheckpoint) -> None:
+def test_a_group_is_not_cut_through(
+    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One key/value head of 16 with its two query heads are 32 columns, half of a group of 64."""
-    sizes = SIZES | {"head_dim": 16}
-    whole = open_checkpoint(checkpoint(**sizes))
-    whole.packing = lambda m: None if "norm" in m else Packing(4, 64)  # type: ignore[method-assign]
-    whole.parts = lambda module: {}  # type: ignore[method-assign]
+    whole = open_checkpoint(checkpoint(**(SIZES | {"head_dim": 16})))
+    packing = Packing(4, 64)
+    monkeypatch.setattr(whole, "packing", lambda m: None if "norm" in m else packing)
     with pytest.raises(RequestError, match="would cut through"):
         share(whole, range(8), False, Columns.all(whole.config, (3, 1))[0])
 
