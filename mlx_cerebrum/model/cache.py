@@ -248,8 +248,11 @@ class WindowedKVCache:
     @property
     def held_bytes(self) -> int:
         """Bytes of `nbytes` that `compact` would leave, or a little more."""
+        return self.nbytes - self._spare_bytes()
+
+    def _spare_bytes(self) -> int:
         live = 0 if self.keys is None else nbytes(self.keys) + nbytes(self.values)
-        return self.nbytes - live + (live * self._used() // self._room() if live else 0)
+        return live - live * self._used() // self._room() if live else 0
 
     def compact(self) -> None:
         """Give up the room to grow; the next token takes new room."""

@@ -22,6 +22,7 @@ from mlx_cerebrum.ranks.share import Share
 from mlx_cerebrum.ranks.shares import Shares
 
 _ASLEEP = 0.9  # of the time until the next beat; MLX's wait takes a whole core
+_THERE = 0.002  # seconds; a word that is heard sooner had been there already, and more may be
 _KV_BITS = {0: None, 4: 4, 8: 8}
 
 
@@ -43,14 +44,17 @@ class Follower:
     def run(self) -> None:
         """Follow until the lead ends. Raises MachineError where it is gone, or out of step."""
         while True:
+            asked = time.monotonic()
             said, arrays = self._hear()
+            behind = time.monotonic() - asked < _THERE
             if not self.last:  # before anything else: the next machine may sleep
                 for array in arrays:
                     self.links.send(array, self.links.after, beat=said.kind == Kind.BEAT)
             if said.kind == Kind.END:
                 return
             if said.kind == Kind.BEAT:
-                time.sleep(_ASLEEP * min(said.number, 1000) / 1000)
+                if not behind:
+                    time.sleep(_ASLEEP * min(said.number, 1000) / 1000)
                 continue
             self._step(Step.of(said.body), said.number)
 

@@ -52,7 +52,8 @@ class Lead:
 
     def run(self, parts: Sequence[Part]) -> list[mx.array]:
         """See `run_together`. Of parts that are not wanted nothing is given back."""
-        with uninterrupted():  # what Ctrl-C left half done here, the others would not know
+        # What Ctrl-C left half done here, the others would not know of.
+        with uninterrupted(), self._heart.step():
             return self._run(parts)
 
     def _run(self, parts: Sequence[Part]) -> list[mx.array]:
@@ -87,11 +88,9 @@ class Lead:
         with links.held():
             self._announce(Kind.STEP, step.tokens, step.body())
             links.send(_computed(mx.concatenate(flat)), links.after)
-            self._heart.touched()
             if not step.wanted:  # the others go on alone, and this one with the next chunk
                 return found
             back = links.receive((step.wanted, flat[0].shape[-1]), flat[0].dtype, links.before)
-            self._heart.touched()
         start = 0
         for i, part in enumerate(told):
             if part.wanted:
@@ -112,7 +111,6 @@ class Lead:
                 found = run_together(own)
                 mx.eval(found)  # in the same order on every machine
                 mx.eval(_states(own))
-            self._heart.touched()
         return found
 
     def _step(self, told: list[announcement.Part]) -> Step:
@@ -171,7 +169,10 @@ class LeadModel(Model):
         """One for each position of the lead's; the first stands for all machines'."""
         check_kv_bits(self.config, kv_bits)
         window, count = self.config.sliding_window, self.share.config.num_positions
-        first = LeadCache(self.lead.journal, self.number, window, kv_bits)
+        elsewhere = self.config.num_positions - count
+        if self.lead.shares.tensor:  # the others have as many, of their own heads
+            elsewhere = 0
+        first = LeadCache(self.lead.journal, self.number, window, kv_bits, 1 + elsewhere)
         return [first, *(WindowedKVCache(window, kv_bits=kv_bits) for _ in range(count - 1))]
 
     def view(

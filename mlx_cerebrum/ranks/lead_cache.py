@@ -46,9 +46,12 @@ class Journal:
 class LeadCache(WindowedKVCache):
     """The first position's cache of a sequence; it stands for those of all machines."""
 
-    def __init__(self, journal: Journal, view: int, window: int | None, kv_bits: int | None):
+    def __init__(
+        self, journal: Journal, view: int, window: int | None, kv_bits: int | None, count: int = 1
+    ) -> None:
+        """count: positions whose bytes it stands for, its own and those on other machines."""
         super().__init__(window, kv_bits=kv_bits)
-        self.journal, self.view = journal, view
+        self.journal, self.view, self.count = journal, view, count
         self.sequence = journal.begin(view, kv_bits)
         self.told = 0  # tokens that the other machines have seen too
         self._sure = 0  # the first token whose entry every buffer holds
@@ -64,6 +67,14 @@ class LeadCache(WindowedKVCache):
         )
         other.sequence = self.journal.copy(self.sequence)
         return other
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes * self.count
+
+    @property
+    def held_bytes(self) -> int:
+        return self.nbytes - self._spare_bytes() * self.count
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         found = super().update_and_fetch(keys, values)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -27,11 +27,14 @@ import numpy.typing as npt
 
 from mlx_cerebrum.errors import MachineError
 from mlx_cerebrum.ranks.watch import Watch
+from mlx_cerebrum.text import tell
 
+T = TypeVar("T")
 Numbers = npt.NDArray[np.int32]
 
 PATIENCE = 60.0  # seconds without a word from a machine that should have one
 _STARTING = 120.0  # seconds in which all machines must have come
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _LATE = "connection to a peer was lost"
 
 
@@ -45,7 +48,7 @@ class Links:
         self.names: list[str] = []  # of the machines, once they have said them
         try:
             with self.watch.waiting("not all machines came; start them together: waited", starting):
-                self._group = mx.distributed.init(strict=True, backend=backend)
+                self._group = heard(lambda: mx.distributed.init(strict=True, backend=backend))
         except RuntimeError as error:
             raise MachineError(f"the other machines can't be reached: {error}") from None
         self.rank, self.size = self._group.rank(), self._group.size()
@@ -84,9 +87,13 @@ class Links:
     def gather(self, numbers: Sequence[int], patience: float | None = None) -> Numbers:
         """What every machine gives, `[size, len(numbers)]`: equally many of each."""
         row = mx.array(np.asarray(numbers, dtype=np.int32)[None])
+
+        def rows() -> Numbers:
+            found = mx.distributed.all_gather(row, group=self._group, stream=self._stream)
+            return np.array(found)
+
         with self._lost(self.before), self.watch.waiting("not all machines answered", patience):
-            rows = mx.distributed.all_gather(row, group=self._group, stream=self._stream)
-            return np.array(rows)
+            return heard(rows)
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
@@ -113,6 +120,31 @@ class Links:
                 raise
             self.broken = True
             raise MachineError(f"{self.name(rank)} is gone: start all of them again") from None
+
+
+def heard(wait: Callable[[], T]) -> T:
+    """What `wait` gives. Ctrl-C meanwhile ends the process: a wait inside MLX hears no signal, so
+    it runs in another thread, and nothing can be tidied while that goes on."""
+    done: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(wait())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="waiting", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.1)
+    except KeyboardInterrupt:
+        tell("interrupted")
+        os._exit(INTERRUPTED)
+    if failed:
+        raise failed[0]
+    return done[0]
 
 
 @contextmanager
@@ -164,12 +196,19 @@ class Heart:
         self._links, self._beat = links, beat
         self._last = time.monotonic()
         self._stopped = threading.Event()
+        self.in_step = False
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def touched(self) -> None:
-        """A step was just announced: no beat is due for a while."""
-        self._last = time.monotonic()
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Inside, the lead computes: the next word comes any moment, and nobody is to sleep."""
+        self.in_step = True
+        try:
+            yield
+        finally:
+            self.in_step = False
+            self._last = time.monotonic()
 
     def stop(self) -> None:
         self._stopped.set()
@@ -188,7 +227,7 @@ class Heart:
                 if time.monotonic() - self._last < pace / 2000 or self._stopped.is_set():
                     continue
                 try:
-                    self._beat(pace)
+                    self._beat(0 if self.in_step else pace)
                 except MachineError as error:
                     self._links.watch.end(str(error))
 

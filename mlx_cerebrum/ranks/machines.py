@@ -1,5 +1,6 @@
 """From a program's flags to a model on several machines: opened, agreed on, loaded."""
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -7,6 +8,7 @@ from math import prod
 
 import mlx_cerebrum
 from mlx_cerebrum.errors import RequestError, shown
+from mlx_cerebrum.machine.awake import awake
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import cap, wire
@@ -111,7 +113,11 @@ class Machines:
 
     def follow(self, spec: ModelSpec, plans: Sequence[str] | None = None) -> int:
         """Serve machine 0 until it ends; the exit code. Raises as `open` does, and MachineError."""
-        self.open(spec, plans).follow()
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # Ctrl-C is for machine 0; this one hears of it
+        with awake():
+            self.open(spec, plans).follow()
         self.links.watch.close()
         return 0
 
