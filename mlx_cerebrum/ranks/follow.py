@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlx_cerebrum.errors import MachineError
+from mlx_cerebrum.errors import ConfigError, MachineError
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.together import Part, run_together
@@ -71,13 +71,14 @@ class Follower:
         links = self.links
         if step.tokens != tokens:
             raise MachineError(f"machine 0 sent a step of {step.tokens} tokens as one of {tokens}")
+        if not tokens:  # only what changed
+            self._parts(step, mx.array([]))
+            mx.clear_cache()
+            return
         hidden = links.receive((tokens, self.width), self.dtype, links.before)
         if self.shares.tensor and not self.last:
             links.send(hidden, links.after)
-        try:
-            own = self._parts(step, hidden)
-        except (KeyError, ValueError, IndexError) as error:
-            raise MachineError(f"machine 0 asks for what is not here: {error}") from None
+        own = self._parts(step, hidden)
         with links.in_step():
             found = run_together(own)
             mx.eval(found)  # in the same order on every machine
@@ -94,6 +95,13 @@ class Follower:
             mx.clear_cache()  # a prompt's chunk leaves large buffers
 
     def _parts(self, step: Step, hidden: mx.array) -> list[Part]:
+        """Its own part of a step, and its caches as the lead has them."""
+        try:
+            return self._checked(step, hidden)
+        except (KeyError, ValueError, IndexError, ConfigError) as error:
+            raise MachineError(f"machine 0 asks for what is not here: {error}") from None
+
+    def _checked(self, step: Step, hidden: mx.array) -> list[Part]:
         for view in step.views:
             self.views[view.number] = self.shares.part(self.base, view, self.links.rank)
         for what, sequence, first, second in step.changes:

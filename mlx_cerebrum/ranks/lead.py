@@ -83,9 +83,9 @@ class Lead:
     def _in_turn(self, own: Sequence[Part], told: list[announcement.Part]) -> list[mx.array]:
         found = run_together(own)
         mx.eval(found, _states(own))
-        flat = [h.reshape(-1, h.shape[-1]) for h in found]
-        step, links = self._step(told), self.links
+        flat, links = [h.reshape(-1, h.shape[-1]) for h in found], self.links
         with links.held():
+            step = self._step(told)
             self._announce(Kind.STEP, step.tokens, step.body())
             links.send(_computed(mx.concatenate(flat)), links.after)
             if not step.wanted:  # the others go on alone, and this one with the next chunk
@@ -101,10 +101,10 @@ class Lead:
     def _all_at_once(
         self, hidden: Sequence[mx.array], own: Sequence[Part], told: list[announcement.Part]
     ) -> list[mx.array]:
-        step, links = self._step(told), self.links
-        flat = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in hidden])
+        flat, links = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in hidden]), self.links
         mx.eval(flat)
         with links.held():
+            step = self._step(told)
             self._announce(Kind.STEP, step.tokens, step.body())
             links.send(flat, links.after)
             with links.in_step():
@@ -114,6 +114,7 @@ class Lead:
         return found
 
     def _step(self, told: list[announcement.Part]) -> Step:
+        """With all that changed until now; so to be told before anything else is."""
         views, self._untold = self._untold, []
         return Step(told, self.journal.take(), views)
 
@@ -124,6 +125,8 @@ class Lead:
             self.links.send(mx.array(array), self.links.after, beat=kind == Kind.BEAT)
 
     def _beat(self, milliseconds: int) -> None:
+        if self.journal:  # caches that nobody needs any more should not wait for the next step
+            self._announce(Kind.STEP, 0, self._step([]).body())
         self._announce(Kind.BEAT, milliseconds, [])
 
     def close(self) -> None:

@@ -24,6 +24,9 @@ class Journal:
         self._changes: deque[Change] = deque()
         self._sequences = 0
 
+    def __len__(self) -> int:
+        return len(self._changes)
+
     def begin(self, view: int, kv_bits: int | None) -> int:
         """The number of a new sequence."""
         return self._add(What.BEGUN, view, kv_bits or 0)

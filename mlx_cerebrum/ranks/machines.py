@@ -113,9 +113,7 @@ class Machines:
 
     def follow(self, spec: ModelSpec, plans: Sequence[str] | None = None) -> int:
         """Serve machine 0 until it ends; the exit code. Raises as `open` does, and MachineError."""
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # Ctrl-C is for machine 0; this one hears of it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is machine 0's to hear
         with awake():
             self.open(spec, plans).follow()
         self.links.watch.close()

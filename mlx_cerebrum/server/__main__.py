@@ -8,7 +8,7 @@ import sys
 import threading
 import webbrowser
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ from mlx_cerebrum.flags import (
     sampling_of,
     say_assumed,
 )
+from mlx_cerebrum.machine.awake import awake
 from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.limits import memory_limit as current_limit
 from mlx_cerebrum.model.memory import GB, human
@@ -78,7 +79,10 @@ def _run(args: argparse.Namespace) -> int:
     if several is not None and several.follows:
         with limits(memory, wiring=not args.no_wire):
             return several.follow(spec, args.plan)
-    with bind(args.host, args.port, settings.api_key is not None) as listening:
+    with (
+        bind(args.host, args.port, settings.api_key is not None) as listening,
+        nullcontext() if several is None else awake(),  # asleep, it would lose the others
+    ):
         engine = _loaded(args, spec, memory, settings, several)
         for origin in (each for each in NOBODYS if each in settings.cors_origins):
             say(f"warning: with --cors-origin {origin} any site that knows the API key may ask")
