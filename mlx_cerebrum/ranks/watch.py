@@ -6,6 +6,7 @@ no signal.
 """
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,9 @@ class Watch:
         self.on_end: Callable[[str], None] | None = None
         self._deadline: float | None = None
         self._what = ""
-        self._parent = os.getppid()
+        # With nohup it is meant to outlive the program that started it.
+        stays = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self._parent = None if stays else os.getppid()
         self._ended = threading.Event()
         threading.Thread(target=self._look_on, name="watch", daemon=True).start()
 
@@ -64,5 +67,5 @@ class Watch:
             deadline = self._deadline
             if deadline is not None and time.monotonic() > deadline:
                 self.end(self._what)
-            if os.getppid() != self._parent:
+            if self._parent is not None and os.getppid() != self._parent:
                 self.end("the program that started this one is gone")
