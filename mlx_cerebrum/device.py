@@ -68,7 +68,9 @@ def installed_openblas() -> Path | None:
 
 
 def openblas_kernels() -> str:
-    """The processor, by its maker's name, that OpenBLAS computes for."""
+    """The processor, by its maker's name, that OpenBLAS computes for; empty without OpenBLAS."""
+    if not has_openblas():
+        return ""
     name = ctypes.CDLL(None).openblas_get_corename
     name.restype = ctypes.c_char_p
     return bytes(name()).decode()
@@ -77,7 +79,7 @@ def openblas_kernels() -> str:
 def better_kernels() -> str | None:
     """What OPENBLAS_CORETYPE is to be set to before the process starts, where OpenBLAS is older
     than the processor: it then takes it for one of 2004. None where its own choice is right."""
-    if not has_openblas() or openblas_kernels() != "Prescott":
+    if openblas_kernels() != "Prescott":
         return None
     able = _CPU.read_text(encoding="utf-8").split()
     return "SkylakeX" if "avx512vl" in able else "Haswell" if "avx2" in able else None

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from mlx_cerebrum import device
 from mlx_cerebrum.model.cache import REWIND, Cache, Mask, causal_mask
-from mlx_cerebrum.model.cpu import attend_in_slices, in_slices
+from mlx_cerebrum.model.cpu import attend_by_rows, attend_in_slices, by_rows, in_slices
 from mlx_cerebrum.model.entries import Entries, Packed, each, packing, unpack
 
 # Up to so many queries multiply packed entries as they are; more have them unpacked first. Metal
@@ -40,6 +40,8 @@ def attend(queries: mx.array, keys: Entries, values: Entries, scale: float, mask
     keys, values = unpack(keys, queries.shape[-1]), unpack(values, queries.shape[-1])
     if in_slices(queries.shape[2], keys.shape[2], queries.dtype, mask):
         return attend_in_slices(queries, keys, values, scale, mask)
+    if by_rows(queries.shape[2], queries.shape[1] // keys.shape[1], keys.shape[2]):
+        return attend_by_rows(queries, keys, values, scale, mask)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 

@@ -22,11 +22,19 @@ from mlx_cerebrum.model.cache import Mask, causal_mask
 
 # ---- Products
 
-# With OpenBLAS 0.3.21 on two cores a matrix of many rows is multiplied faster in pieces, by a few
-# vectors: one of 28672 x 4096 takes 0.76 of the time for 1, 0.71 for 2, 0.82 for 8, 0.90 for 32, in
-# pieces of 900 to 1800 rows. One of 3072 rows takes as long or longer. One of few columns gains for
-# 1 vector (the demo's head), and for 16 takes 1.3 times as long. (Pieces that shrink as the vectors
-# become more take up to nine times as long.)
+# OpenBLAS has kernels for small products on processors with AVX-512, which read a matrix where it
+# lies: one core then reads as fast as the memory gives it. Any other product copies it first, piece
+# by piece, on all cores. These are the largest they take (kernel/x86_64/
+# sgemm_small_kernel_permit_skylakex.c). On two cores of a Xeon, in pieces as small as that, a
+# matrix of 3072 x 576 takes 0.79 of the time for 1 vector, 0.83 for 2, 0.93 for 4; for 8 as long.
+_SMALL = frozenset(["skylakex", "cooperlake", "sapphirerapids"])  # kernels that are so
+_SMALL_RESULT, _SMALL_WORK, _SMALL_TOKENS = 1200, 1_000_000, 4
+
+# Without them a matrix of many rows is multiplied faster in pieces, by a few vectors: on two cores
+# of an EPYC (OpenBLAS 0.3.21) one of 28672 x 4096 takes 0.76 of the time for 1, 0.71 for 2, 0.82
+# for 8, 0.90 for 32, in pieces of 900 to 1800 rows. One of 3072 rows takes as long or longer. One
+# of few columns gains for 1 vector (the demo's head), and for 16 takes 1.3 times as long. (Pieces
+# that shrink as the vectors become more take up to nine times as long.)
 _MANY_ROWS, _MANY_COLUMNS, _FEW_TOKENS = 4096, 1024, 32
 _PIECE = 1200  # rows, at most
 
@@ -34,9 +42,13 @@ _PIECE = 1200  # rows, at most
 @cache
 def _pieces(tokens: int, rows: int, columns: int) -> int:
     """Into how many equal pieces the rows are cut; 1: left whole."""
-    if tokens > _FEW_TOKENS or rows < _MANY_ROWS or (tokens > 1 and columns < _MANY_COLUMNS):
+    if tokens <= _SMALL_TOKENS and device.openblas_kernels().lower() in _SMALL:
+        most = min(_SMALL_RESULT, _SMALL_WORK // columns) // tokens
+        counts = range(-(-rows // most), 4 * rows // most) if most else range(0)
+    elif tokens > _FEW_TOKENS or rows < _MANY_ROWS or (tokens > 1 and columns < _MANY_COLUMNS):
         return 1
-    counts = range(-(-rows // _PIECE), 3 * rows // _PIECE)  # for a third of it at least
+    else:
+        counts = range(-(-rows // _PIECE), 3 * rows // _PIECE)  # for a third of it at least
     return next((n for n in counts if rows % n == 0), 1)
 
 
@@ -73,45 +85,48 @@ class Embedding(nn.Embedding):
 # ---- Rotary position embeddings (Su et al. 2021, arXiv 2104.09864), halves paired as in Llama
 
 Tables = tuple[mx.array, mx.array]
+Shape = tuple[int, ...]
 
 
-def _tables(positions: mx.array, width: int, base: float) -> Tables:
-    """`(cos, sin)` of every angle: float `positions [..., 1]` -> `[..., width]`.
+def _tables(positions: mx.array, base: float, shape: Shape) -> Tables:
+    """`(cos, sin)` of every angle: float `positions [..., 1]` -> `shape`, `[B, H, L, width]`.
 
     The first half of sin is negative.
     """
+    width = shape[-1]
     powers = mx.arange(width // 2, dtype=mx.float32) * (-2 * math.log(base) / width)
     angles = positions * mx.exp(powers)
     cos, sin = mx.cos(angles), mx.sin(angles)
-    return mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
+    cos, sin = mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
+    return mx.broadcast_to(cos, shape), mx.broadcast_to(sin, shape)
 
 
 @lru_cache(maxsize=4)
-def _tables_of_one(thread: int, width: int, base: float, offset: int, length: int) -> Tables:
-    """Those of sequences that are all at the same `offset`: `[length, width]`.
+def _tables_of_one(thread: int, base: float, offset: int, shape: Shape) -> Tables:
+    """Those of sequences that are all at the same `offset`.
 
     Each thread has its own: it can't use an array that another one has yet to compute.
     """
-    positions = mx.arange(offset, offset + length, dtype=mx.float32)
-    return _tables(positions[:, None], width, base)
+    positions = mx.arange(offset, offset + shape[2], dtype=mx.float32)
+    return _tables(positions[:, None], base, shape)
 
 
 # The last batches': offsets, what else they were made for, tables. Several, since a step may change
 # between companies of sequences.
-_batches: deque[tuple[mx.array, tuple[int, float, int], Tables]] = deque(maxlen=4)
+_batches: deque[tuple[mx.array, tuple[float, Shape], Tables]] = deque(maxlen=4)
 
 
-def _tables_of_batch(width: int, base: float, offsets: mx.array, length: int) -> Tables:
-    """Those of sequences at different `offsets [B]`: each `[B, 1, length, width]`.
+def _tables_of_batch(base: float, offsets: mx.array, shape: Shape) -> Tables:
+    """Those of sequences at different `offsets [B]`.
 
     Positions whose caches share one array of offsets share the tables made for it.
     """
-    made_for = width, base, length
+    made_for = base, shape
     for known, what, tables in list(_batches):
         if known is offsets and what == made_for:
             return tables
-    positions = offsets.reshape(-1, 1, 1, 1) + mx.arange(length)[:, None]
-    tables = _tables(positions.astype(mx.float32), width, base)
+    positions = offsets.reshape(-1, 1, 1, 1) + mx.arange(shape[2])[:, None]
+    tables = _tables(positions.astype(mx.float32), base, shape)
     _batches.append((offsets, made_for, tables))
     return tables
 
@@ -143,11 +158,10 @@ class Rotary(nn.Module):
                 of_one, self.width, traditional=False, base=self.base, scale=1.0, offset=offset
             )[:, :turned]
         x = x[:, :turned]
-        made_for = (self.width, self.base, offset, x.shape[2])
         if isinstance(offset, int):
-            cos, sin = _tables_of_one(get_ident(), *made_for)
+            cos, sin = _tables_of_one(get_ident(), self.base, offset, x.shape)
         else:  # mlx-lm's batched caches
-            cos, sin = _tables_of_batch(*made_for)
+            cos, sin = _tables_of_batch(self.base, offset, x.shape)
         left, right = mx.split(x, 2, axis=-1)
         return (x * cos + mx.concatenate([right, left], axis=-1) * sin).astype(x.dtype)
 
@@ -210,6 +224,36 @@ def attend_in_slices(
             heads.append(weights @ values[:, group, :seen] / total)
         slices.append(mx.stack(heads, axis=1))
     return mx.concatenate(slices, axis=2)
+
+
+def by_rows(length: int, sharing: int, keys: int) -> bool:
+    """Whether `attend_by_rows` is the way for `length` queries of `sharing` heads over `keys`.
+
+    Not where one product for the heads would be too large for kernels that take each head's. Else
+    it takes 0.7 of the time for 100 and for 2000 keys, heads 64 and 128 wide; there 1.1.
+    """
+    if not length < _FEWEST or not device.on_linux_cpu():
+        return False
+    return not length * keys <= _SMALL_RESULT < sharing * length * keys
+
+
+def attend_by_rows(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask
+) -> mx.array:
+    """As `attention.attend`, for a few queries over dense entries.
+
+    The queries of all heads that share keys are rows of one product, so that keys and values are
+    read once; MLX's own reads them for each head.
+    """
+    B, H, L, D = queries.shape
+    kv_heads, T = keys.shape[1:3]
+    rows = (queries * scale).reshape(B, kv_heads, -1, D)
+    scores = rows @ keys.swapaxes(-1, -2)
+    if mask is not None:
+        visible = causal_mask(L, T - L, None) if isinstance(mask, str) else mask
+        scores = mx.where(visible, scores.reshape(B, H, L, T), -mx.inf)
+    weights = mx.softmax(scores, axis=-1, precise=True).reshape(B, kv_heads, -1, T)
+    return (weights @ values).reshape(B, H, L, D)
 
 
 def exp2(x: mx.array) -> mx.array:

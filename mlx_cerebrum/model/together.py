@@ -11,10 +11,13 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_cerebrum import device
 from mlx_cerebrum.model.attention import Scales, Span, Spans
 from mlx_cerebrum.model.cache import Cache
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.schedule import schedule
+
+_STRIDE = 4  # positions after which a CPU begins
 
 
 class Part(NamedTuple):
@@ -35,9 +38,6 @@ def run_together(parts: Sequence[Part]) -> list[mx.array]:
     if (elsewhere := parts[0].model.elsewhere) is not None:
         hidden: list[mx.array] = elsewhere(parts)
         return hidden
-    if len(parts) == 1:
-        model, tokens, caches, _ = parts[0]
-        return [model.run(model.embed(tokens), caches)]
     maps = dict.fromkeys(part.model.config.layer_map for part in parts)
     order = schedule(maps)
     if order is not None:
@@ -47,6 +47,12 @@ def run_together(parts: Sequence[Part]) -> list[mx.array]:
         own = [i for i, part in enumerate(parts) if part.model.config.layer_map == one]
         found |= zip(own, run_together([parts[i] for i in own]), strict=True)
     return [found[i] for i in range(len(parts))]
+
+
+def begin_to_compute(h: mx.array) -> None:
+    """On a CPU, while the graph of the rest is being built; a GPU has the step before to do."""
+    if not device.on_gpu():
+        mx.async_eval(h)
 
 
 class _Walk:
@@ -78,7 +84,7 @@ def _along(order: Sequence[int], parts: Sequence[Part]) -> list[mx.array]:
     together: list[_Walk] = []  # several, whose tokens are the rows of `h`, in this order
     h = mx.array([])
     offsets: dict[tuple[_Walk, ...], mx.array] = {}  # one array for each company: see cpu.Rotary
-    for block in order:
+    for number, block in enumerate(order, start=1):
         now = [walk for walk in walks if walk.block == block]
         if now != together:
             _take_apart(h, together)
@@ -93,9 +99,11 @@ def _along(order: Sequence[int], parts: Sequence[Part]) -> list[mx.array]:
         else:
             (walk,) = now
             scales = None if walk.scales is None else walk.scales[walk.at]
-            walk.h = layers[block](walk.h, walk.mask, walk.caches[walk.at], scales)
+            h = walk.h = layers[block](walk.h, walk.mask, walk.caches[walk.at], scales)
         for walk in now:
             walk.at += 1
+        if number % _STRIDE == 0:
+            begin_to_compute(h)
     _take_apart(h, together)
     return [walk.h for walk in walks]
 

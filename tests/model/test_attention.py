@@ -16,7 +16,15 @@ from mlx_cerebrum.model import cpu
 from mlx_cerebrum.model.attention import attend
 from mlx_cerebrum.model.cache import Mask, causal_mask
 from mlx_cerebrum.model.config import ModelConfig
-from mlx_cerebrum.model.cpu import SLICE, attend_in_slices, exp2, in_slices, scores_held
+from mlx_cerebrum.model.cpu import (
+    SLICE,
+    attend_by_rows,
+    attend_in_slices,
+    by_rows,
+    exp2,
+    in_slices,
+    scores_held,
+)
 from mlx_cerebrum.model.forward import Model
 
 
@@ -78,6 +86,34 @@ def test_slices_are_the_same_attention(data: st.DataObject) -> None:
     bound = (1e-6 + 4 * 2.0**-24 * largest) * np.abs(np.array(values)).max()
     assert found.shape == wanted.shape
     assert np.max(np.abs(found - wanted)) <= bound
+
+
+@pytest.mark.parametrize("length", [1, 3, 7])
+@pytest.mark.parametrize("kind", ["none", "causal", "window", "rows"])
+def test_heads_that_share_keys_are_rows_of_one_product(length: int, kind: str) -> None:
+    """On entries that are part of a buffer, as caches give them."""
+    mx.random.seed(length)
+    queries = mx.random.normal((2, 6, length, 8))
+    keys, values = (mx.random.normal((2, 2, 30, 8))[..., 3:23, :] for _ in range(2))
+    before = 20 - length
+    near = causal_mask(length, before, 5)
+    masks: dict[str, Mask] = {"none": None, "causal": "causal", "window": near}
+    mask = masks.get(kind, near)
+    wanted, _ = exact(queries, keys, values, 0.3, mask)
+    if kind == "rows":  # each sequence has its own
+        mask = mx.broadcast_to(near, (2, 1, length, 20))
+    found = attend_by_rows(queries, keys, values, 0.3, mask)
+    assert np.max(np.abs(np.array(found) - wanted)) < 1e-6
+
+
+@pytest.mark.skipif(not device.on_linux_cpu(), reason="Linux's CPU only")
+def test_rows_are_taken_where_they_pay() -> None:
+    assert by_rows(1, 3, 400)
+    assert not by_rows(1, 3, 401)  # 1203 scores; a head's alone are few enough
+    assert not by_rows(1, 3, 1200)
+    assert by_rows(1, 3, 1201)
+    assert by_rows(7, 4, 4096)
+    assert not by_rows(8, 4, 4096)
 
 
 def test_what_is_hidden_has_no_part_in_it() -> None:

@@ -24,9 +24,40 @@ from mlx_cerebrum.model.cpu import Embedding, Linear, Rotary, _pieces, multiply
     ],
 )
 def test_large_matrices_are_cut_into_equal_pieces(
-    tokens: int, rows: int, columns: int, pieces: int
+    tokens: int, rows: int, columns: int, pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert _pieces(tokens, rows, columns) == pieces
+    monkeypatch.setattr(device, "openblas_kernels", lambda: "Haswell")
+    assert _pieces.__wrapped__(tokens, rows, columns) == pieces
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "pieces"),
+    [
+        (1, 960, 576, 1),  # as small as it is
+        (1, 3072, 576, 3),
+        (2, 3072, 576, 6),  # 512 rows: twice as many are a result of 1024
+        (1, 576, 1536, 1),
+        (2, 576, 1536, 2),  # 288 rows: 884,736 products
+        (1, 49152, 576, 48),
+        (1, 28672, 4096, 128),
+        (4, 4096, 4096, 128),
+        (4, 1000003, 4096, 1),  # a prime
+        (1, 4096, 1 << 20, 1),  # no row is small
+        (5, 3072, 576, 1),  # many tokens: as without such kernels
+        (8, 28672, 4096, 28),
+    ],
+)
+@pytest.mark.parametrize("kernels", ["SkylakeX", "Cooperlake"])
+def test_pieces_are_as_small_as_kernels_for_small_products_take(
+    kernels: str,
+    tokens: int,
+    rows: int,
+    columns: int,
+    pieces: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device, "openblas_kernels", lambda: kernels)
+    assert _pieces.__wrapped__(tokens, rows, columns) == pieces
 
 
 @pytest.mark.parametrize(
@@ -37,7 +68,8 @@ def test_large_matrices_are_cut_into_equal_pieces(
 def test_a_product_is_the_plain_one(shape: tuple[int, ...], rows: int) -> None:
     x, weight = mx.random.normal(shape), mx.random.normal((rows, 1152))
     if device.on_linux_cpu():
-        assert (_pieces(x.size // 1152, rows, 1152) > 1) == (rows == 6144 and x.size < 40 * 1152)
+        cut = _pieces(x.size // 1152, rows, 1152) > 1
+        assert cut or rows != 6144 or x.size >= 40 * 1152
     found = multiply(x, weight)
     assert found.shape == (*shape[:-1], rows)
     assert mx.allclose(found, x @ weight.T, rtol=1e-4, atol=1e-4)

@@ -10,6 +10,7 @@ import pytest
 from mlx.utils import tree_unflatten
 from tiny import tiny_config, tiny_weights
 
+from mlx_cerebrum import device
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
@@ -115,3 +116,15 @@ def test_a_sequence_gets_what_it_gets_alone(window: int | None, seed: int) -> No
             for sequence, count in zip(members, back, strict=True):
                 sequence.tokens = sequence.tokens[: len(sequence.tokens) - count]
                 assert rows.offsets[members.index(sequence)] == len(sequence.tokens)
+
+
+def test_a_cpu_computes_while_the_rest_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU has the step before to compute."""
+    one, other, *_ = tiny_views(None)
+    begun: list[mx.array] = []
+    monkeypatch.setattr(mx, "async_eval", begun.append)
+    for backend, expected in {"cpu": 1, "metal": 0}.items():  # of 6 positions, after the fourth
+        monkeypatch.setattr(device, "backend", lambda backend=backend: backend)
+        begun.clear()
+        run_together([Part(m, mx.array([[5]]), m.make_cache()) for m in (one, other)])
+        assert len(begun) == expected
