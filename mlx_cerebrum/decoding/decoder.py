@@ -56,6 +56,7 @@ class Generation:
     top_logprobs: int | None = None  # alternatives to each token of the answer; None: no report
     scored: int | None = None  # the same for the prompt's tokens, from the second that is read on
     constraint: Constraint | None = None  # what its tokens are held to
+    asked: float = field(default_factory=time.monotonic)  # when; prompts are read by that
     prompt_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
     prompt: int = field(init=False)  # tokens of it
     sure: bool = field(init=False, default=False)  # of the guesses under way: no other can come
@@ -209,7 +210,7 @@ class Decoder:
         self._loners: set[Generation] = set()  # that could not join others
         self._flight: _Flight | None = None
         self._chosen_to_read: Generation | None = None  # in the step under way
-        self._oldest_next = True
+        self._turn = 0  # of three that prompts take at being read
         self._changed = False  # since answers were put together last
         self._steps = 0
         self._pace = Pace()
@@ -400,13 +401,15 @@ class Decoder:
         return [g for members, _ in self._sets() for g in members]
 
     def _next_chunk(self, company: int) -> tuple[Generation | None, list[int]]:
-        """What to read next of a prompt: by turns the oldest, and the one with the least left."""
+        """What to read next of a prompt: of three turns the one with the least left has one, and
+        the one that was asked for first has two."""
         if not self._reading:
             return None, []
-        self._oldest_next = not self._oldest_next or len(self._reading) == 1
-        oldest = self._reading[0]
-        shortest = min(self._reading, key=lambda g: g.prompt - g.read)
-        generation = oldest if self._oldest_next else shortest
+        self._turn = 0 if len(self._reading) == 1 else (self._turn + 1) % 3
+        if self._turn == 1:
+            generation = min(self._reading, key=lambda g: g.prompt - g.read)
+        else:
+            generation = min(self._reading, key=lambda g: g.asked)
         length = self._step_size
         if company:
             length = min(length, self._pace.chunk(company))

@@ -126,6 +126,7 @@ class Batch:
             top_logprobs=job.top_logprobs,
             scored=job.scored,
             constraint=None if job.grammar is None else job.grammar.start(),
+            asked=task.asked,
         )
         self._rows[generation] = task, choice, cache
         self._decoder.add(generation)

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ class Task:
         forget: Callable[["Task"], None],
     ) -> None:
         self._tokenizer = tokenizer
+        self.asked = time.monotonic()
         self.job, self.texts = job, self._texts(job)
         self.end_ids = tokenizer.eos_token_ids
         self.scores: Sequence[TokenLogprob] = ()  # of the prompt, once it has been read
