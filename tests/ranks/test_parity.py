@@ -52,7 +52,7 @@ def alone(path: Path, bits: int | None) -> Found:
 
 @WINDOWS
 @pytest.mark.parametrize("how", [*PIPELINES, *TENSORS, *PACKED])
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(9)
 def test_the_same_answers(
     how: str, window: int | None, paths: dict[int | None, Path], tmp_path: Path
 ) -> None:
