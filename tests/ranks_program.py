@@ -16,7 +16,7 @@ import mlx.core as mx
 
 sys.path.insert(0, str(Path(__file__).parent))
 from company import Company, Counted, tiny_views
-from ranks_ring import LONG, MAPS, SIZES
+from ranks_ring import LONG, SIZES
 
 from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.decoder import generate_step
@@ -24,6 +24,7 @@ from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.ranks import backend
 from mlx_cerebrum.ranks.lead import LeadModel
 from mlx_cerebrum.ranks.links import Links
@@ -53,7 +54,8 @@ class Shared(Company):
 
 def company(model: Model, seeds: Sequence[int], sequences: int) -> Found:
     """Random sequences of both orders, of which each is checked as it leaves."""
-    whole = tiny_views(model.config.sliding_window, MAPS, **SIZES)
+    orders = tuple(range(model.config.num_hidden_layers)), model.config.layer_map
+    whole = tiny_views(model.config.sliding_window, orders, **SIZES)
     views = [model.view(w.config.layer_map, w.config.residual_scales) for w in whole]
     left = most = held = 0
     for seed in seeds:
@@ -108,8 +110,8 @@ def counted(model: Model) -> Found:
 WHAT: dict[str, Callable[[Model], Found]] = {
     "answers": answers,
     "counted": counted,
-    "company": lambda model: company(model, [0], 12),
-    "much company": lambda model: company(model, range(1, 41), 25),
+    "company": lambda model: company(model, [3], 12),
+    "much company": lambda model: company(model, range(10, 50), 25),
 }
 
 
@@ -121,14 +123,16 @@ def main() -> int:
     p.add_argument("--split")
     p.add_argument("--tensor-parallel", action="store_true")
     p.add_argument("--q-bits", type=int)
+    p.add_argument("--plan", default=LONG)
     args = p.parse_args()
     spec = ModelSpec(args.path, dtype="float32", q_bits=args.q_bits)
     launched = backend()
     assert launched is not None
     machines = Machines(Links(launched, patience=30.0), args.split, args.tensor_parallel)
     if machines.follows:
-        return machines.follow(spec, [LONG])
-    model = machines.open(spec, [LONG]).load().view(MAPS[1])
+        return machines.follow(spec, [args.plan])
+    base = machines.open(spec, [args.plan]).load()
+    model = base.view(resolve(args.plan).layer_map(base.config.num_hidden_layers))
     args.out.write_text(json.dumps(WHAT[args.what](model)))
     return 0
 
