@@ -26,7 +26,6 @@ from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.ranks import backend
-from mlx_cerebrum.ranks.lead import LeadModel
 from mlx_cerebrum.ranks.links import Links
 from mlx_cerebrum.ranks.machines import Machines
 from mlx_cerebrum.weights.opening import ModelSpec
@@ -96,20 +95,8 @@ def _asked(kept: PromptCache, prompt: list[int]) -> list[int]:
     return found
 
 
-def counted(model: Model) -> Found:
-    """Messages for a prompt and for a token, and bytes held."""
-    assert isinstance(model, LeadModel)
-    links, before = model.lead.links, model.lead.links.sent
-    cache = model.make_cache()
-    mx.eval(model(mx.array([[3] * 8]), cache))
-    read = links.sent
-    mx.eval(model(mx.array([[5]]), cache))
-    return {"prompt": read - before, "token": links.sent - read, "held": mx.get_active_memory()}
-
-
 WHAT: dict[str, Callable[[Model], Found]] = {
     "answers": answers,
-    "counted": counted,
     "company": lambda model: company(model, [3], 12),
     "much company": lambda model: company(model, range(10, 50), 25),
 }

@@ -166,6 +166,10 @@ class ShareCheckpoint(Checkpoint):
         packing = self.packing(module)
         return {part: _sliced(array, part, cut, packing) for part, array in arrays.items()}
 
+    def read_bytes(self, module: str) -> int:
+        whole = 0 if self._cut(module) is None else self.whole.read_bytes(self._whole(module))
+        return whole + super().read_bytes(module)
+
     def dense(self, module: str) -> mx.array:
         array, cut = self.whole.dense(self._whole(module)), self._cut(module)
         return array if cut is None else _sliced(array, PARTS[0], cut, None)

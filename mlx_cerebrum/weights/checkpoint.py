@@ -9,6 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -20,6 +21,7 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.tensors import PARTS, matrix_shapes, norm_paths
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.safetensors_file import ITEM_BYTES
 
 # safetensors' names of the dtypes weights have -> torch's, which are also MLX's.
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -81,6 +83,11 @@ class Checkpoint(ABC):
     def repack(self, module: str, packing: Packing) -> dict[str, mx.array]:
         """One matrix as `read` gives it, packed in this way instead of `self.packing(module)`."""
         return packing.quantize(self.dense(module))
+
+    def read_bytes(self, module: str) -> int:
+        """The memory that `read` takes."""
+        names = self.parts(module).values()
+        return sum(prod(self.shapes[name]) * ITEM_BYTES[self.dtypes[name]] for name in names)
 
     @abstractmethod
     def extents(self, module: str) -> dict[str, Extent]:

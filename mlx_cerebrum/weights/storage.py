@@ -20,7 +20,6 @@ from mlx_cerebrum.model.tensors import (
 )
 from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint
 from mlx_cerebrum.weights.quantize import PIECE, Packing, matrix_bytes
-from mlx_cerebrum.weights.safetensors_file import ITEM_BYTES
 
 DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, name) for name in FLOATS.values()}
 
@@ -131,8 +130,7 @@ def _working_bytes(
     piece = min(8 * wide, _PIECE)
     if module in checkpoint.repacked:
         return piece
-    names = checkpoint.parts(module).values()
-    read = sum(prod(checkpoint.shapes[n]) * ITEM_BYTES[checkpoint.dtypes[n]] for n in names)
+    read = checkpoint.read_bytes(module)
     if own == held or device.on_gpu():
         return read
     if held is None:
