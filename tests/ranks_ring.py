@@ -48,7 +48,11 @@ def host_file(path: Path, machines: int) -> Path:
 
 
 def start(
-    words: Sequence[str], rank: int, hosts: Path, more: Mapping[str, str] | None = None
+    words: Sequence[str],
+    rank: int,
+    hosts: Path,
+    more: Mapping[str, str] | None = None,
+    stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[str]:
     """One rank, its output on pipes."""
     given = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), "PYTHONPATH": str(ROOT)}
@@ -56,7 +60,7 @@ def start(
     return subprocess.Popen(
         [sys.executable, *words],
         env=environment,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

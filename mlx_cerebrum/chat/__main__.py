@@ -24,7 +24,7 @@ from mlx_cerebrum.chat.prompt import (
 from mlx_cerebrum.chat.screen import FullScreen, PlainScreen, Rows, Screen, is_full
 from mlx_cerebrum.chat.session import DecodingOptions, Session
 from mlx_cerebrum.chat.settings import Settings, add_drawing_flags, options_of
-from mlx_cerebrum.chat.signals import orderly_end
+from mlx_cerebrum.chat.signals import ends_at, orderly_end
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import (
     add_kv_bits_flag,
@@ -71,7 +71,8 @@ def _run(args: argparse.Namespace) -> int:
         if several is not None and several.follows:
             return several.follow(spec, args.plan)
         opened = open_model(spec) if several is None else several.open(spec, args.plan)
-        return _talk(args, opened, options, loaded)
+        with ends_at(None if several is None else several.links.watch):
+            return _talk(args, opened, options, loaded)
 
 
 def _talk(

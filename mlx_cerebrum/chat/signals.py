@@ -1,14 +1,21 @@
 """Keys and signals while the chat runs: no text is lost, and the terminal is put back."""
 
+import os
 import signal
 import sys
 import termios
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from mlx_cerebrum.cli import on_end_signals
+
+if TYPE_CHECKING:
+    from mlx_cerebrum.ranks.watch import Watch
+
+_HEARD = 1.0  # seconds in which a signal ends the chat, unless it hears none
 
 
 @contextmanager
@@ -42,6 +49,32 @@ def ends(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
     finally:
         if noted is not None:
             raise SystemExit(128 + noted)
+
+
+@contextmanager
+def ends_at(watch: "Watch | None") -> Iterator[None]:
+    """Inside `orderly_end`: where other machines run a part of the model, and one is gone, all is
+    put back before `watch` says so and ends the process."""
+    if watch is None:
+        yield
+        return
+    ending, left = threading.Event(), threading.Event()
+    shown = termios.tcgetattr(sys.stdin.fileno()) if sys.stdin.isatty() else None
+
+    def end(line: str) -> None:
+        ending.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not left.wait(_HEARD) and shown is not None:  # the chat waits for what does not come
+            with suppress(termios.error):
+                termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, shown)
+
+    watch.on_end = end
+    try:
+        yield
+    finally:
+        left.set()
+        if ending.is_set():
+            threading.Event().wait()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_cerebrum.errors import MachineError
 from mlx_cerebrum.ranks.announcement import MAGIC
-from mlx_cerebrum.ranks.links import Links, Numbers
+from mlx_cerebrum.ranks.links import Links, Numbers, heard
 
 PROTOCOL = 1
 _NAME, _SHOWN = 48, 64  # bytes
@@ -28,9 +28,13 @@ def introduce(links: Links, available: int) -> list[int]:
     MachineError.
     """
     rank, size, nonce = links.rank, links.size, secrets.randbits(31)
+
+    def first() -> mx.array:
+        return links.receive((5,), mx.int32, links.before)
+
     if rank == 0:
         links.send(_numbers([MAGIC, PROTOCOL, 0, size, nonce]), links.after)
-    came = [int(n) for n in np.array(links.receive((5,), mx.int32, links.before))]
+    came = [int(n) for n in np.array(heard(first))]
     if came[0] != MAGIC:
         raise MachineError(f"what runs on machine {links.before} is another program")
     if came[1] != PROTOCOL:

@@ -26,6 +26,10 @@ class Kind(IntEnum):
     BEAT = 0  # nothing to do; `number` milliseconds until the next word
     STEP = 1  # run `number` tokens, whose hidden states follow
     END = 2  # the program is over
+    ROUND = 3  # a beat that the last machine hands back to the lead
+
+
+BEATS = (Kind.BEAT, Kind.ROUND)
 
 
 class What(IntEnum):
@@ -179,7 +183,7 @@ class Announcement:
         kind, number, length = int(head[1]), int(head[3]), int(head[4])
         if kind not in [*Kind] or not 0 <= number <= MOST_TOKENS:
             raise MachineError("a machine sent what is no announcement: it runs another program")
-        if kind != Kind.BEAT and int(head[2]) != serial:
+        if kind not in BEATS and int(head[2]) != serial:
             raise MachineError(f"a machine is at step {int(head[2])}, this one at {serial}")
         body = [int(each) for each in head[_FIXED : _FIXED + min(length, HEAD - _FIXED)]]
         if rest is not None:

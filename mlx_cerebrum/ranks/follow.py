@@ -16,7 +16,7 @@ from mlx_cerebrum.model.cache import WindowedKVCache
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.together import Part, run_together
 from mlx_cerebrum.ranks import announcement
-from mlx_cerebrum.ranks.announcement import HEAD, Announcement, Kind, Step, What
+from mlx_cerebrum.ranks.announcement import BEATS, HEAD, Announcement, Kind, Step, What
 from mlx_cerebrum.ranks.links import Links, Numbers
 from mlx_cerebrum.ranks.share import Share
 from mlx_cerebrum.ranks.shares import Shares
@@ -47,16 +47,20 @@ class Follower:
             asked = time.monotonic()
             said, arrays = self._hear()
             behind = time.monotonic() - asked < _THERE
-            if not self.last:  # before anything else: the next machine may sleep
+            if not self.last or said.kind == Kind.ROUND:  # at once: the next machine may sleep
                 for array in arrays:
-                    self.links.send(array, self.links.after, beat=said.kind == Kind.BEAT)
+                    self.links.send(array, self.links.after, beat=said.kind in BEATS)
             if said.kind == Kind.END:
                 return
-            if said.kind == Kind.BEAT:
+            if said.kind in BEATS:
                 if not behind:
                     time.sleep(_ASLEEP * min(said.number, 1000) / 1000)
                 continue
-            self._step(Step.of(said.body), said.number)
+            try:
+                self._step(Step.of(said.body), said.number)
+            except (RuntimeError, MemoryError) as error:
+                self.links.failed()
+                raise MachineError(f"this machine could not run its part: {error}") from None
 
     def _hear(self) -> tuple[Announcement, list[mx.array]]:
         links = self.links
@@ -64,7 +68,7 @@ class Follower:
         more = Announcement.more(_numbers(head))
         rest = [links.receive((more,), mx.int32, links.before)] if more else []
         said = Announcement.of(_numbers(head), _numbers(rest[0]) if rest else None, self._serial)
-        self._serial += said.kind != Kind.BEAT
+        self._serial += said.kind not in BEATS
         return said, [head, *rest]
 
     def _step(self, step: Step, tokens: int) -> None:

@@ -5,10 +5,10 @@ Decoding asks it for steps as it asks any model. Each is announced to the others
 
 import atexit
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_cerebrum.errors import MachineError, RequestError
 from mlx_cerebrum.model.cache import Cache, WindowedKVCache
@@ -17,7 +17,7 @@ from mlx_cerebrum.model.entries import check_kv_bits
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.together import Part, run_together
 from mlx_cerebrum.ranks import announcement
-from mlx_cerebrum.ranks.announcement import Announcement, Kind, Step, View
+from mlx_cerebrum.ranks.announcement import BEATS, HEAD, Announcement, Kind, Step, View
 from mlx_cerebrum.ranks.lead_cache import Journal, LeadCache
 from mlx_cerebrum.ranks.links import Heart, Links, uninterrupted
 from mlx_cerebrum.ranks.share import Share
@@ -33,6 +33,8 @@ class Lead:
         self._views: dict[tuple[Any, Any], tuple[View, Share]] = {}
         self._untold: list[View] = []
         self._serial = 0
+        self._answered = True  # no machine has a step to run
+        atexit.unregister(links.over)
         self._heart = Heart(links, self._beat)
         atexit.register(self.close)
 
@@ -88,6 +90,7 @@ class Lead:
             step = self._step(told)
             self._announce(Kind.STEP, step.tokens, step.body())
             links.send(_computed(mx.concatenate(flat)), links.after)
+            self._answered = step.wanted > 0
             if not step.wanted:  # the others go on alone, and this one with the next chunk
                 return found
             back = links.receive((step.wanted, flat[0].shape[-1]), flat[0].dtype, links.before)
@@ -120,23 +123,26 @@ class Lead:
 
     def _announce(self, kind: Kind, number: int, body: list[int]) -> None:
         said = Announcement(kind, self._serial, number, body)
-        self._serial += kind != Kind.BEAT
+        self._serial += kind not in BEATS
         for array in said.packed():
-            self.links.send(mx.array(array), self.links.after, beat=kind == Kind.BEAT)
+            self.links.send(mx.array(array), self.links.after, beat=kind in BEATS)
 
     def _beat(self, milliseconds: int) -> None:
         if self.journal:  # caches that nobody needs any more should not wait for the next step
             self._announce(Kind.STEP, 0, self._step([]).body())
-        self._announce(Kind.BEAT, milliseconds, [])
+        if not self._answered:  # it would wait behind what the others still compute
+            self._announce(Kind.BEAT, milliseconds, [])
+            return
+        self._announce(Kind.ROUND, milliseconds, [])
+        back = np.array(self.links.receive((HEAD,), mx.int32, self.links.before))
+        if Announcement.more(back) or Announcement.of(back, None, 0).kind != Kind.ROUND:
+            raise MachineError(f"{self.links.name(self.links.before)} answers what was not asked")
 
     def close(self) -> None:
         """The program is over: the others end too."""
         atexit.unregister(self.close)
         self._heart.stop()
-        if not self.links.broken:
-            with self.links.held(), suppress(MachineError):
-                self._announce(Kind.END, 0, [])
-        self.links.watch.close()
+        self.links.close(lambda: self._announce(Kind.END, 0, []))
 
 
 class LeadModel(Model):

@@ -10,6 +10,7 @@ does: who waits in MLX for a message uses a whole core, so followers sleep until
 due. Beats become rarer with rest.
 """
 
+import atexit
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_cerebrum.errors import MachineError
+from mlx_cerebrum.ranks.last_words import MOST_MACHINES, REPEATED, SEEN, Why, Word, silent
+from mlx_cerebrum.ranks.meet import meet
 from mlx_cerebrum.ranks.watch import Watch
 from mlx_cerebrum.text import tell
 
@@ -33,29 +36,35 @@ T = TypeVar("T")
 Numbers = npt.NDArray[np.int32]
 
 PATIENCE = 60.0  # seconds without a word from a machine that should have one
-_STARTING = 120.0  # seconds in which all machines must have come
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _LATE = "connection to a peer was lost"
+_CLOSING = 2.0  # seconds that the end may take
+_UTTERED = 0.3  # seconds that last words may take
+
+
+class LeadEndedError(Exception):
+    """Machine 0 has ended, and says why where people see it: this one has nothing more to do."""
 
 
 class Links:
     """This machine's place among `size`. Raises MachineError where the others can't be reached."""
 
-    def __init__(self, backend: str, patience: float = PATIENCE, starting: float = _STARTING):
+    def __init__(self, backend: str, patience: float = PATIENCE):
+        _without_noise()
+        self._group = meet(backend, patience)
         self.watch = Watch(patience)
         self.broken = False  # another machine is gone
-        _without_noise()
         self.names: list[str] = []  # of the machines, once they have said them
-        try:
-            with self.watch.waiting("not all machines came; start them together: waited", starting):
-                self._group = heard(lambda: mx.distributed.init(strict=True, backend=backend))
-        except RuntimeError as error:
-            raise MachineError(f"the other machines can't be reached: {error}") from None
         self.rank, self.size = self._group.rank(), self._group.size()
         self.after, self.before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         self.sent = 0  # messages, of all kinds but beats
+        # Other links than the ring's carry arrays, not bytes.
+        self.has_words = backend == "ring" and self.size <= MOST_MACHINES
+        self._waiting = 0  # machines that have waited too long, a bit each
         self._lock = threading.RLock()
         self._own = threading.local()  # MLX's streams belong to threads
+        if self.rank == 0:
+            atexit.register(self.over)
 
     def name(self, rank: int) -> str:
         """As people are told of a machine."""
@@ -70,36 +79,80 @@ class Links:
     def send(self, array: mx.array, to: int, beat: bool = False) -> None:
         """Hand over an array that is computed. Blocks until it is on its way."""
         self.sent += not beat
-        with self._lost(to), self.watch.waiting(f"{self.name(to)} took nothing"):
+        with self._lost(to), self.watch.waiting(lambda: self._took_nothing(to)):
             mx.eval(mx.distributed.send(array, to, group=self._group, stream=self._stream))
 
     def receive(
         self, shape: Sequence[int], dtype: mx.Dtype, source: int, patience: float | None = None
     ) -> mx.array:
-        """The next array that `source` sends, of a shape and dtype that both sides know."""
-        with self._lost(source), self.watch.waiting(f"no word from {self.name(source)}", patience):
-            found = mx.distributed.recv(
-                shape, dtype, source, group=self._group, stream=self._stream
-            )
-            mx.eval(found)
-        return found
+        """The next array that `source` sends, of a shape and dtype that both sides know.
+
+        Raises MachineError where a machine is gone, and LeadEndedError where machine 0
+        has ended without one.
+        """
+        seconds = self.watch.patience if patience is None else patience
+        ask = self._ask if self.has_words else None
+        with self.watch.waiting(lambda: self._silent(seconds), seconds, ask):
+            while True:
+                with self._lost(source):
+                    found = mx.distributed.recv(
+                        shape, dtype, source, group=self._group, stream=self._stream
+                    )
+                    mx.eval(found)
+                word = self._word(found)
+                if word is not None:
+                    self._obey(word)
+                elif self._waiting:  # too late: last words were said, which are no arrays
+                    raise MachineError(self._silent(seconds))
+                else:
+                    return found
 
     def gather(self, numbers: Sequence[int], patience: float | None = None) -> Numbers:
         """What every machine gives, `[size, len(numbers)]`: equally many of each."""
-        row = mx.array(np.asarray(numbers, dtype=np.int32)[None])
+        row = mx.array(np.asarray(numbers, dtype=np.int32))
 
         def rows() -> Numbers:
-            found = mx.distributed.all_gather(row, group=self._group, stream=self._stream)
-            return np.array(found)
+            """Each hands on what came, so that it goes all round."""
+            found, said = {self.rank: np.array(row)}, row
+            for back in range(1, self.size):
+                if self.rank == 0:
+                    self.send(said, self.after)
+                came = self.receive(row.shape, mx.int32, self.before, patience)
+                if self.rank != 0:
+                    self.send(said, self.after)
+                found[(self.rank - back) % self.size] = np.array(came)
+                said = came
+            return np.stack([found[rank] for rank in range(self.size)])
 
-        with self._lost(self.before), self.watch.waiting("not all machines answered", patience):
-            return heard(rows)
+        return heard(rows)
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
         """Inside, a step is computed that may ask for sums: others are waited for."""
-        with self._lost(self.before), self.watch.waiting("a step was not over"):
+        with self._lost(self.before), self.watch.waiting(self._not_over):
             yield
+
+    def close(self, say: Callable[[], None]) -> None:
+        """Have the last thing said. Who does not take it now is not waited for."""
+        self.watch.patience = _CLOSING
+        with uninterrupted():
+            if not self._lock.acquire(timeout=_CLOSING):
+                self.watch.end(self._took_nothing(self.after))
+            if not self.broken:
+                with suppress(MachineError):
+                    say()
+            self._lock.release()
+        self.watch.close()
+
+    def over(self) -> None:
+        """Machine 0 ends before the work has begun: the others end quietly."""
+        if not self.broken:
+            self._utter(Word(Why.OVER, 0))
+
+    def failed(self) -> None:
+        """This machine ends by an error that it says itself: the others say that it did."""
+        if not self.broken:
+            self._utter(Word(Why.FAILED, self.rank))
 
     def summed(self, x: mx.array) -> mx.array:
         """The sum of every machine's `x`, in a graph; all must ask for it, in one order."""
@@ -119,7 +172,79 @@ class Links:
             if _LATE not in str(error):
                 raise
             self.broken = True
-            raise MachineError(f"{self.name(rank)} is gone: start all of them again") from None
+            if self._waiting >> rank & 1:  # it waited for another, and has given up
+                raise MachineError(self._silent(self.watch.patience)) from None
+            if rank == self.before != self.after:
+                self._utter(Word(Why.GONE, rank))
+            raise MachineError(self._gone(rank)) from None
+
+    def _word(self, found: mx.array) -> Word | None:
+        """The last words that came in place of an array, if they did."""
+        if not self.has_words:
+            return None
+        with mx.stream(self._stream):
+            return Word.of(np.array(mx.view(mx.flatten(found), mx.int32)[:SEEN]), self.size)
+
+    def _obey(self, word: Word) -> None:
+        """Hand on what another machine said, and end, or go on to wait. Raises MachineError."""
+        why, value = word
+        if why == Why.WAITING:
+            if (known := value | self._waiting) != self._waiting:
+                self._waiting = known | 1 << self.rank
+                self.watch.hurry()
+                self._utter(Word(Why.WAITING, self._waiting))
+            return
+        self.broken = True
+        if self.after != value:
+            self._utter(word)
+        if why == Why.OVER:
+            raise LeadEndedError
+        raise MachineError(self._gone(value) if why == Why.GONE else self._ended(value))
+
+    def _ask(self) -> None:
+        """Too long: say so to the next machine, whom it may spare from naming this one."""
+        self._waiting |= 1 << self.rank
+        self._utter(Word(Why.WAITING, self._waiting))
+
+    def _utter(self, word: Word) -> None:
+        """Last words to the next machine, as far as it takes them."""
+        if not self.has_words:
+            return
+
+        def say() -> None:
+            with suppress(RuntimeError):
+                said = mx.full((REPEATED,), word.number, mx.int32, stream=self._stream)
+                mx.eval(said)
+                sent = mx.distributed.send(said, self.after, group=self._group, stream=self._stream)
+                mx.eval(sent)
+
+        thread = threading.Thread(target=say, name="last words", daemon=True)
+        thread.start()
+        thread.join(_UTTERED)
+
+    def _gone(self, rank: int) -> str:
+        return f"{self.name(rank)} is gone: start all of them again"
+
+    def _ended(self, rank: int) -> str:
+        return f"{self.name(rank)} has ended by an error, which it says itself"
+
+    def _silent(self, seconds: float) -> str:
+        rank = silent(self._waiting, self.rank, self.size)
+        if rank is None:
+            return f"all machines waited for each other for {seconds:g} s: start all of them again"
+        return f"no word from {self.name(rank)} for {seconds:g} s: {_SILENT}"
+
+    def _took_nothing(self, rank: int) -> str:
+        return f"{self.name(rank)} took nothing for {self.watch.patience:g} s: {_SILENT}"
+
+    def _not_over(self) -> str:
+        seconds = f"for {self.watch.patience:g} s"
+        if self.size == 2:
+            return f"no word from {self.name(self.before)} {seconds}: {_SILENT}"
+        return f"a machine left the others waiting in a step {seconds}: {_SILENT}"
+
+
+_SILENT = "start all of them again, with more --patience if it was only slow"
 
 
 def heard(wait: Callable[[], T]) -> T:
@@ -212,7 +337,7 @@ class Heart:
 
     def stop(self) -> None:
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(_CLOSING)
 
     def _run(self) -> None:
         rested = time.monotonic()

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 
+import mlx.core as mx
+
 import mlx_cerebrum
-from mlx_cerebrum.errors import RequestError, shown
+from mlx_cerebrum.errors import CerebrumError, MachineError, RequestError, shown
 from mlx_cerebrum.machine.awake import awake
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
@@ -18,9 +20,10 @@ from mlx_cerebrum.ranks.agree import agree, fits_everywhere, introduce, ready
 from mlx_cerebrum.ranks.announcement import View
 from mlx_cerebrum.ranks.follow import Follower
 from mlx_cerebrum.ranks.lead import Lead, LeadModel
-from mlx_cerebrum.ranks.links import Links
+from mlx_cerebrum.ranks.links import LeadEndedError, Links
 from mlx_cerebrum.ranks.share import Columns, ShareCheckpoint, only_blocks, sum_up
 from mlx_cerebrum.ranks.shares import Shares
+from mlx_cerebrum.ranks.watch import by_hand
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.identity import identity_of
@@ -63,7 +66,7 @@ class SharedOpened(Opened):
     def load(self, progress: Progress | None = None) -> Model:
         """The whole model, once all machines have loaded their shares. Raises MachineError."""
         base = self._loaded(progress)
-        left = ready(self.links, base.dtype, available_bytes())
+        left = self._ready(base.dtype)
         if not self.shares.tensor:
             cap(self._most(left))
         return LeadModel(Lead(self.links, self.shares, base), self.config)
@@ -74,8 +77,14 @@ class SharedOpened(Opened):
         Raises MachineError.
         """
         base = self._loaded(None)
-        ready(self.links, self.storage.dtype, available_bytes())
+        self._ready(self.storage.dtype)
         Follower(self.links, self.shares, base, self.storage.dtype).run()
+
+    def _ready(self, dtype: mx.Dtype) -> list[int]:
+        left = ready(self.links, dtype, available_bytes())
+        if self.shares.tensor:
+            self.links.has_words = False  # in sums they would be added up
+        return left
 
     def _most(self, left: Sequence[int]) -> int:
         """Bytes that the caches of all positions may take, so that each machine has room for those
@@ -113,9 +122,18 @@ class Machines:
 
     def follow(self, spec: ModelSpec, plans: Sequence[str] | None = None) -> int:
         """Serve machine 0 until it ends; the exit code. Raises as `open` does, and MachineError."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is machine 0's to hear
-        with awake():
-            self.open(spec, plans).follow()
+        if not by_hand():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is machine 0's to hear
+        try:
+            with awake():
+                self.open(spec, plans).follow()
+        except LeadEndedError:
+            pass  # before the work began
+        except MachineError:
+            raise
+        except CerebrumError:
+            self.links.failed()
+            raise
         self.links.watch.close()
         return 0
 

@@ -215,6 +215,8 @@ class BatchEngine:
         """Tell all who wait that no answer will come: from any thread, while the engine's own may
         wait for another machine for ever. The process is about to end."""
         with self._changed:
+            if self._why == why:  # they were told
+                return
             self._deadline, self._why = time.monotonic(), why
         failed = Failed(why, unavailable=True)
         for task in [*self._waiting.of(), *(task for each in self._batches for task in each.tasks)]:
@@ -256,6 +258,7 @@ class BatchEngine:
                     pass
         except MachineError as error:
             lost = str(error)
+            self.lose(lost)
         except BaseException as error:
             log.exception("the engine stopped")
             if not self._ready.is_set():

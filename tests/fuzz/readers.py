@@ -39,6 +39,7 @@ from mlx_cerebrum.generate import main as generate
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import LayerPlan
+from mlx_cerebrum.ranks import hosts
 from mlx_cerebrum.server.answers import Layout
 from mlx_cerebrum.server.bodies import (
     parse_body,
@@ -767,6 +768,14 @@ def read_shelf(folder: Path) -> None:
             entry.provenance  # noqa: B018
 
 
+def write_hosts(folder: Path) -> None:
+    (folder / "hosts.json").write_text('[["10.0.0.1:5000", "a:1"], ["10.0.0.2:5000", "b:2"]]')
+
+
+def read_hosts(folder: Path) -> None:
+    hosts({"MLX_RANK": "1", "MLX_HOSTFILE": str(folder / "hosts.json")})
+
+
 def change_info(folder: Path, random: Random) -> dict[str, bytes]:
     return one_json("info.json")(folder, random)
 
@@ -811,5 +820,6 @@ READERS: dict[str, Reader] = {
     "sensitivity": Reader(write_table, one_json("table.json"), read_sensitivity),
     "journal": Reader(prepare_journal, change_journal, read_journal),
     "shelf": Reader(prepare_shelf, change_shelf, read_shelf),
+    "hosts": Reader(write_hosts, one_json("hosts.json"), read_hosts),
     "hub": Reader(prepare_info, change_info, read_info),
 }
