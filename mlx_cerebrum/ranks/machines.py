@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from math import prod
 
 import mlx.core as mx
@@ -67,8 +66,7 @@ class SharedOpened(Opened):
         """The whole model, once all machines have loaded their shares. Raises MachineError."""
         base = self._loaded(progress)
         left = self._ready(base.dtype)
-        if not self.shares.tensor:
-            cap(self._most(left))
+        cap(self.shares.most(left))
         return LeadModel(Lead(self.links, self.shares, base), self.config)
 
     def follow(self) -> None:
@@ -85,14 +83,6 @@ class SharedOpened(Opened):
         if self.shares.tensor:
             self.links.has_words = False  # in sums they would be added up
         return left
-
-    def _most(self, left: Sequence[int]) -> int:
-        """Bytes that the caches of all positions may take, so that each machine has room for those
-        of its own."""
-        positions = len(self.config.layer_map)
-        ends = pairwise([0, *self.shares.cut(self.config.layer_map), positions])
-        own = [end - start for start, end in ends]
-        return min(free * positions // count for free, count in zip(left, own, strict=True))
 
     def _loaded(self, progress: Progress | None) -> Model:
         model = load_model(self.share, self.share.config, self.storage, progress)
@@ -176,7 +166,8 @@ class Machines:
             else:
                 columns = Columns.all(config, _heads(self.split, size))
             every = tuple(range(config.num_hidden_layers))
-            return Shares((every,) * size, config.layer_map, ()), columns
+            heads = tuple(part.heads[1] - part.heads[0] for part in columns)
+            return Shares((every,) * size, config.layer_map, (), heads), columns
         layer_map = max([config.layer_map, *maps], key=len)
         if self.split is not None:
             cuts = parse_split(self.split, len(layer_map), size)

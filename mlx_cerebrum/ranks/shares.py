@@ -14,15 +14,23 @@ from mlx_cerebrum.ranks.share import Share
 @dataclass(frozen=True)
 class Shares:
     """`blocks` that each machine holds, by rank: those of its positions in `layer_map`, cut at
-    `cuts`. Without cuts it holds all of them, and a part of every one."""
+    `cuts`. With `heads`, key/value heads of each machine, it holds a part of every block."""
 
     blocks: tuple[tuple[int, ...], ...]
     layer_map: tuple[int, ...]
     cuts: tuple[int, ...]
+    heads: tuple[int, ...] = ()
 
     @property
     def tensor(self) -> bool:
-        return not self.cuts
+        return bool(self.heads)
+
+    def most(self, left: Sequence[int]) -> int:
+        """Bytes that the caches of a whole model may take, where each machine has so many left for
+        those of its own positions or heads."""
+        ends = pairwise([0, *self.cuts, len(self.layer_map)])
+        own = self.heads or [end - start for start, end in ends]
+        return min(free * sum(own) // count for free, count in zip(left, own, strict=True))
 
     def cut(self, layer_map: tuple[int, ...]) -> tuple[int, ...]:
         """Where an order of the blocks is cut for these machines; nowhere with `tensor`.

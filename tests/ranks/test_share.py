@@ -110,6 +110,14 @@ def test_each_machine_runs_its_part_of_every_order() -> None:
         assert tuple(whole) == order
 
 
+def test_caches_may_take_what_the_machine_with_least_has() -> None:
+    blocks = tuple(range(16)), tuple(range(16, 32))
+    assert Shares(blocks, LONG, (28,)).most([100, 50]) == 100
+    assert Shares(blocks, LONG, (42,)).most([90, 50]) == 120
+    every = (tuple(range(32)),) * 2
+    assert Shares(every, LONG, (), (3, 1)).most([90, 20]) == 80
+
+
 def test_an_order_that_comes_back_is_refused() -> None:
     shares = Shares(((0, 1), (2, 3)), (0, 1, 2, 3), (2,))
     with pytest.raises(RequestError, match="can't be run by the machines in turn"):
