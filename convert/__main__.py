@@ -14,8 +14,8 @@ from typing import Any
 from mlx_cerebrum import cli  # isort: skip  # first: it quiets a Ctrl-C from here on
 from convert import fold
 from convert.calibrate import calibrate, read_text
-from convert.calibrated import predicted_seconds
 from convert.destination import JOURNAL, check_free, partial_of
+from convert.duration import predicted_seconds
 from convert.gguf_export import KINDS, export
 from convert.layout import DTYPES, LAYOUTS, Options
 from convert.passages import LENGTH, METHODS, MOST, TOKENS, Calibration, shipped
@@ -26,6 +26,7 @@ from convert.verify import main as verify
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.flags import add_plan_flag, add_revision_flag
 from mlx_cerebrum.machine.awake import awake
+from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.model.tensors import place
 from mlx_cerebrum.plan.layer_plan import resolve
@@ -97,8 +98,6 @@ def _directory(
     shown = not (args.quiet or args.json)
     if args.q_recipe in METHODS:
         options = _calibrating(args, options)
-        if shown:
-            _say_time(checkpoint, options)
     elif args.calibrate is not None:
         table = _calibrated(args, checkpoint, options, shown)
         options = replace(
@@ -113,6 +112,7 @@ def _directory(
                 source=checkpoint.path.resolve().name if local else args.hf_path,
                 revision=None if local else checkpoint.path.name,  # a snapshot's name is its commit
                 progress=report,
+                calibrating=_say_time if shown else None,
             )
         except KeyboardInterrupt:
             if not args.quiet and partial_of(destination).exists():
@@ -143,13 +143,10 @@ def _calibrating(args: argparse.Namespace, options: Options) -> Options:
     )
 
 
-def _say_time(checkpoint: Checkpoint, options: Options) -> None:
-    assert options.calibration is not None
-    tokens = options.calibration.tokens
-    config = planned_config(checkpoint.config, options.plan, options.window)
-    minutes = predicted_seconds(config, tokens) / 60
+def _say_time(method: str, config: ModelConfig, tokens: int) -> None:
+    minutes = predicted_seconds(method, config, tokens) / 60
     tell(
-        f"calibrating on up to {tokens:,} tokens in {config.num_positions} positions: about"
+        f"calibrating on {tokens:,} tokens in {config.num_positions} positions: about"
         f" {max(1, round(minutes))} min on this machine"
     )
 
@@ -311,15 +308,16 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
         "--q-recipe",
         choices=(*RECIPES, *METHODS),
         help="which matrices get how many bits: all --q-bits; mlx-lm's mixtures; `plan`, by"
-        " how often a block runs and how sensitive it is; or `gptq`, as `plan` (all --q-bits where"
-        " that is given) and packed by what a text puts through each matrix (default: plan;"
-        " uniform where --q-bits or --q-mode is given)",
+        " how often a block runs and how sensitive it is; `gptq`, as `plan` (all --q-bits where"
+        " that is given) and packed by what a text puts through each matrix; or `dwq`, as `gptq`,"
+        " whose scales then learn to say what the dense model says (default: plan; uniform where"
+        " --q-bits or --q-mode is given)",
     )
     group.add_argument(
         "--q-budget",
         type=float,
         metavar="BITS",
-        help="bits a weight in all for the recipes plan and gptq (default: what uniform takes; 4.5"
+        help="bits a weight in all for plan, gptq and dwq (default: what uniform takes; 4.5"
         " for 4-bit groups of 64)",
     )
     group.add_argument(
@@ -327,14 +325,14 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="TEXTFILE|TABLE.json",
         help="plan: measure this model's sensitivities on a text, with the whole model in memory,"
-        " or take a table measured before (default: the table of a small model); gptq: the text to"
-        " read (default: one that comes along)",
+        " or take a table measured before (default: the table of a small model); gptq, dwq: the"
+        " text to read (default: one that comes along)",
     )
     group.add_argument(
         "--calibrate-tokens",
         type=int,
         metavar="N",
-        help=f"of the text, for gptq, {LENGTH} to {MOST} (default: {TOKENS})",
+        help=f"of the text, for gptq and dwq, {LENGTH} to {MOST} (default: {TOKENS})",
     )
 
 
@@ -366,13 +364,13 @@ def options_of(args: argparse.Namespace) -> Options:
         _refuse(args, _NEEDS_Q, "only means something with -q")
     alone = args.q_bits is None and args.q_mode is None
     recipe = args.q_recipe or ("plan" if args.quantize and alone else "uniform")
-    methods = " and ".join(METHODS)
+    methods = " or ".join(METHODS)
     if recipe not in METHODS:
         _refuse(args, ("calibrate_tokens",), f"is for --q-recipe {methods}")
     elif (args.q_mode or "affine") != "affine":
         raise ConfigError(f"--q-recipe {recipe} is for --q-mode affine, not for {args.q_mode}")
     if recipe not in ("plan", *METHODS):
-        _refuse(args, ("q_budget", "calibrate"), f"is for --q-recipe plan and {methods}")
+        _refuse(args, ("q_budget", "calibrate"), f"is for --q-recipe plan, {methods}")
     if recipe in MIXED:
         _refuse(args, ("q_bits",), f"can't be combined with {recipe}, which has its own")
     if args.q_budget is not None:

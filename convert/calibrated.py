@@ -10,10 +10,11 @@ goes on at the position it was at, and packs the same bytes as one that was not:
     hidden.safetensors          what has come out of the last position that is done, and its number
     sums-LAYER-N.safetensors    the sums of a layer that will run again, once N positions are done
     packed-LAYER.safetensors    a layer's packed matrices
+
+convert/distilled.py goes on from there.
 """
 
 import hashlib
-import time
 from collections.abc import Mapping
 from functools import partial
 from itertools import accumulate
@@ -52,6 +53,7 @@ from mlx_cerebrum.weights.quantize import Packing
 from mlx_cerebrum.weights.storage import DTYPES
 
 BATCH = 4  # passages at once
+DISTILLED = "distilled.safetensors"
 _HIDDEN, _HEAD = "hidden.safetensors", "packed-head.safetensors"
 # Matrices with the same inputs, by the one that is listened to.
 _GROUPS = (MATRICES[:3], MATRICES[3:4], MATRICES[4:6], MATRICES[6:])
@@ -94,16 +96,16 @@ class Calibrator:
         }
 
     def _require_memory(self) -> None:
-        def needed(tokens: int) -> int:
-            return calibration_bytes(self.layout.config, tokens, self.dtype.size)
-
         fewer = (self.tokens.size // 2**i for i in range(1, 6))
         require(
-            needed(self.tokens.size),
+            self._needed(self.tokens.size),
             f"--q-recipe {self.calibration.method}",
             "--q-recipe plan needs next to none",
-            [(f"--calibrate-tokens {n}", needed(n)) for n in fewer if n >= LENGTH],
+            [(f"--calibrate-tokens {n}", self._needed(n)) for n in fewer if n >= LENGTH],
         )
+
+    def _needed(self, tokens: int) -> int:
+        return calibration_bytes(self.layout.config, tokens, self.dtype.size)
 
     @property
     def nbytes(self) -> int:
@@ -117,15 +119,15 @@ class Calibrator:
     def run(self, folder: Path, progress: Progress | None = None) -> None:
         """Fill `folder` with packed matrices, going on from what is there."""
         folder.mkdir(exist_ok=True)
-        order, config = self.layout.order, self.layout.config
-        hidden, done = self._resumed(folder)
+        order = self.layout.order
+        hidden, done = self.hidden(folder)
         for position in range(done, len(order)):
             layer, sums = order[position], _sums_of(folder, order[position], position)
             self._position(position, hidden, sums, progress)
             kept = folder / f"sums-{layer}-{position + 1}.safetensors"
             again = layer in order[position + 1 :]
             if again:
-                _save(kept, sums)
+                save(kept, sums)
             else:
                 kinds = {kind: [module_path(layer, k) for k in _ALIKE[kind]] for kind in LISTENED}
                 self._pack(folder / f"packed-{layer}.safetensors", kinds, sums)
@@ -136,13 +138,16 @@ class Calibrator:
             mx.clear_cache()
         head = self.outputs.get(HEAD)
         if head is not None and head.packing is not None and not (folder / _HEAD).exists():
-            norm = nn.RMSNorm(config.hidden_size)
-            norm.eps = config.rms_norm_eps  # given above, MLX refuses a zero
-            norm.weight = weight(self.checkpoint, self.outputs[FINAL_NORM]).astype(self.dtype)
-            total: Sums = {}
+            norm, total = self.final_norm(), Sums()
             for h in hidden:
-                _add(total, HEAD, norm(h).reshape(-1, config.hidden_size))
+                _add(total, HEAD, norm(h).reshape(-1, h.shape[-1]))
             self._pack(folder / _HEAD, {HEAD: [HEAD]}, total)
+
+    def final_norm(self) -> nn.RMSNorm:
+        norm = nn.RMSNorm(self.layout.config.hidden_size)
+        norm.eps = self.layout.config.rms_norm_eps  # given above, MLX refuses a zero
+        norm.weight = weight(self.checkpoint, self.outputs[FINAL_NORM]).astype(self.dtype)
+        return norm
 
     def _position(
         self, position: int, hidden: list[mx.array], sums: Sums, progress: Progress | None
@@ -186,10 +191,10 @@ class Calibrator:
                     rows = mx.split(array, ends[:-1])
                     found |= {f"{m}.{part}": own for m, own in zip(same, rows, strict=True)}
                 mx.eval(found)
-        _save(path, found)
+        save(path, found)
 
-    def _resumed(self, folder: Path) -> tuple[list[mx.array], int]:
-        """Hidden states, in batches, and how many positions they have been through."""
+    def hidden(self, folder: Path) -> tuple[list[mx.array], int]:
+        """Hidden states `[BATCH, LENGTH, D]`, and how many positions they have been through."""
         path = folder / _HIDDEN
         if path.exists():
             found: Any = mx.load(str(path), return_metadata=True)
@@ -210,14 +215,16 @@ class Packed:
     def __call__(self, module: str) -> Parts | None:
         """The arrays of one matrix, by the source's module path; None where it has none: tables
         that are looked up in, and blocks that never run, are packed by rounding."""
-        inside = place(module)
-        path = self.folder / (_HEAD if inside is None else f"packed-{inside[0]}.safetensors")
-        if not path.exists():
-            return None
-        arrays: Any = mx.load(str(path))
-        found = {part: arrays.get(f"{module}.{part}") for part in PARTS}
-        parts = {part: Rows.of(array) for part, array in found.items() if array is not None}
-        return parts or None
+        return {part: Rows.of(array) for part, array in self.arrays(module).items()} or None
+
+    def arrays(self, module: str) -> dict[str, mx.array]:
+        """The same, as MLX's."""
+        inside, arrays = place(module), dict[str, mx.array]()
+        for name in (_HEAD if inside is None else f"packed-{inside[0]}.safetensors", DISTILLED):
+            if (self.folder / name).exists():
+                found: Any = mx.load(str(self.folder / name))
+                arrays |= found
+        return {part: arrays[name] for part in PARTS if (name := f"{module}.{part}") in arrays}
 
 
 def calibration_bytes(config: ModelConfig, tokens: int, item_bytes: int) -> int:
@@ -229,27 +236,6 @@ def calibration_bytes(config: ModelConfig, tokens: int, item_bytes: int) -> int:
     batch += 4 * inner**2  # sums old and new
     widest = max(gptq.pack_bytes(*shape) for shape in matrix_shapes(config).values())
     return held + _sums_bytes(config) + max(batch, widest)
-
-
-def predicted_seconds(config: ModelConfig, tokens: int) -> float:
-    """How long it will take here: its arithmetic, at the pace of one product, measured now.
-
-    Packing is counted as if it were products too, which it mostly is.
-    """
-    D, columns = config.hidden_size, _columns(config)
-    products = config.block_parameters + sum(n * n for n in columns)
-    work = 2.0 * tokens * products * config.num_positions
-    solving = sum(n**3 for n in columns)
-    solving += sum(rows * n**2 for rows, n in matrix_shapes(config).values())
-    work += solving * config.num_hidden_layers
-    x = mx.random.normal((BATCH * LENGTH, D))
-    w = mx.random.normal((D, D))
-    mx.eval(x @ w)
-    start = time.perf_counter()
-    for _ in range(3):
-        mx.eval(x @ w)
-    pace = 3 * 2.0 * x.size * D / (time.perf_counter() - start)
-    return work / pace
 
 
 def _columns(config: ModelConfig) -> tuple[int, ...]:
@@ -282,10 +268,10 @@ def _sums_of(folder: Path, layer: int, done: int) -> Sums:
 def _save_hidden(folder: Path, hidden: list[mx.array], positions: int) -> None:
     """With it a position is done: whatever else a stopped run left is made again."""
     arrays = {str(i): h for i, h in enumerate(hidden)}
-    _save(folder / _HIDDEN, arrays, {"positions": str(positions)})
+    save(folder / _HIDDEN, arrays, {"positions": str(positions)})
 
 
-def _save(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
+def save(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
     mx.eval(arrays)
     with replacing(path, path.with_name(f".{path.name}")) as file:
         mx.save_safetensors(file, arrays, metadata)

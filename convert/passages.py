@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
-METHODS = ("gptq",)  # recipes that look at what goes into a matrix: convert/calibrated.py
+METHODS = ("gptq", "dwq")  # recipes that read it: convert/calibrated.py, convert/distilled.py
 LENGTH = 512  # tokens a passage
 TOKENS = 32_768  # read by default
 MOST = 65_536

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,22 @@ from convert.calibrated import Calibrator, Packed
 from convert.card import card, source_card
 from convert.copying import Copies, is_copy
 from convert.destination import SCRATCH, fingerprint, new_directory, write_json
+from convert.distilled import Distiller
 from convert.engine import Checks, in_order, run
 from convert.layout import SHIM, Layout, Options, lay_out
 from convert.source import Source
 from convert.writer import Progress, Writer
 from mlx_cerebrum import __version__
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.model.config import read_json
+from mlx_cerebrum.model.config import ModelConfig, read_json
 from mlx_cerebrum.model.memory import Workload, human
 from mlx_cerebrum.model.tensors import BLOCK, module_path
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.opening import load_tokenizer, open_checkpoint
 from mlx_cerebrum.weights.safetensors_checkpoint import INDEX
+
+# Told a recipe's method, the model that is written, and how many tokens will be read.
+Calibrating = Callable[[str, ModelConfig, int], None]
 
 
 class _RefoldError(Exception):
@@ -42,6 +47,7 @@ def convert(
     revision: str | None = None,
     progress: Progress | None = None,
     arrivals: Arrivals | None = None,
+    calibrating: Calibrating | None = None,
 ) -> dict[str, Any]:
     """Write `checkpoint`, as `options` say, into the new directory `destination`.
 
@@ -53,6 +59,7 @@ def convert(
     source, revision: what provenance calls the source.
     arrivals: brings the checkpoint's files while they are read. They are not looked through for
         blocks that are stored several times.
+    calibrating: told, once nothing is refused any more, that a text will be read.
     """
     options = options or Options()
     started = time.perf_counter()
@@ -65,7 +72,15 @@ def convert(
         layout = lay_out(checkpoint, options, found)
         try:
             summary = _attempt(
-                checkpoint, destination, options, layout, found, named, progress, arrivals
+                checkpoint,
+                destination,
+                options,
+                layout,
+                found,
+                named,
+                progress,
+                arrivals,
+                calibrating,
             )
         except _RefoldError as refold:  # once at most: by then the hashes of all suspects are known
             found = refold.found
@@ -97,11 +112,15 @@ def _attempt(
     named: dict[str, Any],
     progress: Progress | None,
     arrivals: Arrivals | None,
+    calibrating: Calibrating | None,
 ) -> dict[str, Any]:
     """Write it all; raises _RefoldError when layers taken for the same turn out not to be."""
     calibrator = None
     if options.calibration is not None:
-        calibrator = Calibrator(checkpoint, layout, options.calibration)
+        kind = Distiller if options.calibration.method == "dwq" else Calibrator
+        calibrator = kind(checkpoint, layout, options.calibration)
+        if calibrating is not None:
+            calibrating(options.calibration.method, layout.config, calibrator.tokens.size)
     suspects = [module_path(i, kind) for i in found.suspects() for kind in BLOCK]
     checks = Checks(options.verify, arrivals is None, options.allow_nonfinite, frozenset(suspects))
 

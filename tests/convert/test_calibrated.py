@@ -147,7 +147,7 @@ def test_sums_are_those_of_the_whole_model_over_every_run(
 def test_interrupted_anywhere_it_writes_the_same_bytes(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
 ) -> None:
-    save, calls = calibrated._save, 0
+    save, calls = calibrated.save, 0
 
     def stopping(*args: Any) -> None:
         nonlocal calls
@@ -158,7 +158,7 @@ def test_interrupted_anywhere_it_writes_the_same_bytes(
 
     command = made.command(tmp_path / "x")
     with monkeypatch.context() as patch:
-        patch.setattr(calibrated, "_save", stopping)
+        patch.setattr(calibrated, "save", stopping)
         assert main(command) == 130
     runs: list[int] = []
     position = calibrated.Calibrator._position

@@ -1,0 +1,68 @@
+"""How long a calibrated recipe will take here: its parts timed at the model's own sizes, now.
+
+One passage goes through a block of zeros, what goes into its matrices is added up, and some rows of
+a matrix are packed. On a CPU that counts: two thirds of the demo model's time is no product.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from convert import gptq
+from convert.distilled import EPOCHS
+from convert.passages import LENGTH
+from mlx_cerebrum import device
+from mlx_cerebrum.model.cache import attention_mask
+from mlx_cerebrum.model.config import ModelConfig
+from mlx_cerebrum.model.forward import TransformerBlock
+from mlx_cerebrum.model.tensors import matrix_shapes
+from mlx_cerebrum.weights.quantize import Packing
+
+_ROWS = 256  # of a matrix that are packed
+# A step of distillation in passes forward: there, once more on the way back, and back to what went
+# in and to the weights.
+_PASSES = 4
+
+
+def predicted_seconds(method: str, config: ModelConfig, tokens: int) -> float:
+    """Of a recipe that reads `tokens`, without what is read from disk and written."""
+    dtype = mx.float16 if device.on_gpu() else mx.float32
+    D, inner = config.hidden_size, config.intermediate_size
+    passages = tokens / LENGTH
+    forward = _forward_seconds(config, dtype)
+    inputs = [mx.ones((LENGTH, n)) for n in (D, config.num_attention_heads * config.head_dim, D)]
+    inputs.append(mx.ones((LENGTH, inner)))
+    sums = _seconds(lambda: [x.T @ x for x in inputs])
+    runs = passages * config.num_positions
+    identity = mx.eye(D)
+    solving = _seconds(lambda: gptq.inputs_of(identity))
+    solving *= sum((len(x[0]) / D) ** 3 for x in inputs)
+    known, rows = gptq.inputs_of(identity), mx.random.normal((_ROWS, D))
+    packing = _seconds(lambda: gptq.pack(rows, known, Packing(4, 64 if D % 64 == 0 else 32)))
+    packing *= sum(a * b for a, b in matrix_shapes(config).values()) / rows.size
+    took = runs * (forward + sums) + config.num_hidden_layers * solving + packing
+    if method == "dwq":
+        x, head = mx.ones((LENGTH, D), dtype), mx.zeros((D, config.vocab_size), dtype)
+        saying = _seconds(lambda: mx.softmax((x @ head).astype(mx.float32), axis=-1))
+        took += EPOCHS * _PASSES * (runs * forward + passages * saying)
+    return took
+
+
+def _forward_seconds(config: ModelConfig, dtype: mx.Dtype) -> float:
+    """Of one passage through one block."""
+    block = TransformerBlock(config)
+    block.update(tree_map(lambda array: mx.zeros(array.shape, dtype), block.parameters()))
+    x = mx.ones((1, LENGTH, config.hidden_size), dtype)
+    mask = attention_mask(LENGTH, 0, config.sliding_window)
+    return _seconds(lambda: block(x, mask, None, None))
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    """Of `work`, the second time: the first makes arrays and kernels."""
+    mx.eval(work())
+    start = time.perf_counter()
+    mx.eval(work())
+    return time.perf_counter() - start

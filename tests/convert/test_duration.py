@@ -1,0 +1,36 @@
+"""How long a calibrated recipe will take is measured, and said once nothing is refused any more."""
+
+from pathlib import Path
+
+import pytest
+from conftest import MakeCheckpoint
+from tiny import tiny_config
+
+from convert import duration
+from convert.__main__ import main
+from convert.distilled import EPOCHS
+from mlx_cerebrum.model.config import ModelConfig
+
+
+def test_more_tokens_and_more_work_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duration, "_seconds", lambda work: 1.0)  # whatever it is
+    config = ModelConfig.from_dict(tiny_config(num_hidden_layers=2))
+    once, twice = (duration.predicted_seconds("gptq", config, n) for n in (512, 1024))
+    assert twice - once == 2 * 2  # a pass and its sums, at each of two positions
+    assert duration.predicted_seconds("dwq", config, 512) > once + 4 * 2 * EPOCHS
+
+
+def test_it_is_measured() -> None:
+    config = ModelConfig.from_dict(tiny_config(num_hidden_layers=2))
+    assert 0 < duration.predicted_seconds("dwq", config, 1024) < 600
+
+
+@pytest.mark.parametrize("recipe", ["gptq", "dwq"])
+def test_what_is_refused_is_not_timed_first(
+    checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str
+) -> None:
+    words = ["--hf-path", str(checkpoint()), "--mlx-path", str(tmp_path / "x"), "-q"]
+    words += ["--q-group-size", "32", "--q-recipe", recipe, "--calibrate-tokens", "5"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said == "error: 5 tokens of calibration are not from 512 to 65536\n"
