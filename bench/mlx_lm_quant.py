@@ -1,49 +1,125 @@
-"""mlx-lm's own GPTQ on the text that `convert` reads, for bench.recipes.
+"""mlx-lm's own quantization on the text that `convert` reads, for bench.recipes.
 
-    python -m bench.mlx_lm_gptq DENSE_DIR OUT_DIR
+    python -m bench.mlx_lm_quant gptq|dwq|dynamic_quant|awq DENSE_DIR OUT_DIR
 
-`mlx_lm.gptq` is the same function on a text that it downloads, with embeddings in 6 bits; here
-they get 4, so that sizes are equal. Its sequences are consecutive pieces of plain text, as there.
-The model is held in float32, in which inputs are added up, and scales are written in bfloat16.
+What `mlx_lm.gptq` and its like do with a text that they download. Their sequences are consecutive
+pieces of plain text, as there. The model is held in float32, in which inputs and slopes are added
+up, and scales are written in bfloat16. Tables get 4 bits in groups of 64 as all else does, so that
+sizes are equal; dynamic_quant gives a matrix 4 or 6, up to `--bits` a weight in all.
+
+mlx-lm's default for DWQ is 512 steps at a rate of 1e-6. On a text as short as this one's it would
+change nothing: it gets a higher rate, and reads the text as often as ours does.
 """
 
 import argparse
+import copy
 import sys
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_cerebrum import cli
 
 LENGTH = 512  # tokens a sequence
+BATCH = 4  # sequences at once
+METHODS = ("gptq", "dwq", "dynamic_quant", "awq")
+EPOCHS = 1  # how often DWQ reads the text
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = cli.ArgumentParser(prog="bench.mlx_lm_gptq", description="mlx-lm's GPTQ on convert's text.")
+    p = cli.ArgumentParser(prog="bench.mlx_lm_quant", description="mlx-lm's own quantization.")
+    p.add_argument("method", choices=METHODS, help="which")
     p.add_argument("dense", type=Path, metavar="DENSE_DIR", help="unrolled, not quantized")
     p.add_argument("out", type=Path, metavar="OUT_DIR", help="where to write")
     p.add_argument("--calibrate", type=Path, metavar="FILE", help="another text")
     p.add_argument("--tokens", type=int, default=16384, metavar="N", help="of it (default: 16384)")
+    p.add_argument("--bits", type=float, default=5.0, help="of dynamic_quant (default: 5.0)")
+    p.add_argument("--rate", type=float, default=2e-5, help="of DWQ's steps (default: 2e-5)")
     p.add_debug()
     args = p.parse_args(argv)
     return cli.run(lambda: _run(args), args.debug)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from mlx_lm.quant.gptq import gptq_quantize
     from mlx_lm.utils import load, save
 
     shipped = files("convert") / "data" / "calibration.txt"
     text = (args.calibrate or shipped).read_text(encoding="utf-8")
     model, tokenizer, config = load(str(args.dense), lazy=True, return_config=True)
     model.set_dtype(mx.float32)
-    ids = tokenizer.encode(text)[: args.tokens // LENGTH * LENGTH]
-    data = mx.array(ids).reshape(-1, LENGTH)
-    model, config["quantization"] = gptq_quantize(model, data, 4, 64, 4, 64)
+    ids = tokenizer.encode(text)
+    model, config = globals()[f"_{args.method}"](model, config, ids, args)
     model.set_dtype(mx.bfloat16)
     save(args.out, str(args.dense), model, tokenizer, config)
     return 0
+
+
+def _sequences(ids: list[int], tokens: int) -> mx.array:
+    ids = ids[: tokens // LENGTH * LENGTH]
+    return mx.array(ids[: len(ids) // LENGTH * LENGTH]).reshape(-1, LENGTH)
+
+
+def _gptq(model: Any, config: Any, ids: list[int], args: argparse.Namespace) -> tuple[Any, Any]:
+    from mlx_lm.quant.gptq import gptq_quantize
+
+    model, quantization = gptq_quantize(model, _sequences(ids, args.tokens), 4, 64, 4, 64)
+    return model, config | {"quantization": quantization}
+
+
+def _dwq(model: Any, config: Any, ids: list[int], args: argparse.Namespace) -> tuple[Any, Any]:
+    from mlx.optimizers import Adam
+    from mlx_lm.quant.dwq import dwq_quantize
+    from mlx_lm.utils import quantize_model
+
+    student, config = quantize_model(copy.deepcopy(model), config, 64, 4)
+    # A sequence's last token is only what its last but one is followed by.
+    starts = range(0, len(ids) - LENGTH, LENGTH)
+    pieces = [(ids[i : i + LENGTH + 1], 0) for i in starts]
+    count = args.tokens // LENGTH
+    dwq_quantize(
+        student,
+        lambda batch, number, split: model(batch),
+        Adam(learning_rate=args.rate, bias_correction=True),
+        pieces[:count] * EPOCHS,
+        pieces[count : count + BATCH],
+        batch_size=BATCH,
+        max_seq_length=LENGTH + 1,
+        seed=123,
+        dtype=mx.float32,
+        gradient_checkpoint=True,
+    )
+    return student, config
+
+
+def _dynamic_quant(
+    model: Any, config: Any, ids: list[int], args: argparse.Namespace
+) -> tuple[Any, Any]:
+    from mlx_lm.quant.dynamic_quant import estimate_sensitivities, estimate_threshold
+    from mlx_lm.utils import quantize_model
+
+    low, high = (4, 64), (6, 64)
+    data = _sequences(ids, args.tokens)
+    found = dict(estimate_sensitivities(model, data, *low, *high, gradient_checkpoint=True))
+    least = estimate_threshold(model, found, args.bits, *low, *high)
+
+    def chosen(path: str, module: Any) -> bool | dict[str, int]:
+        if not hasattr(module, "to_quantized"):
+            return False
+        return {"bits": high[0], "group_size": high[1]} if found[path] > least else True
+
+    bits, group_size = low
+    made, config = quantize_model(model, config, group_size, bits, quant_predicate=chosen)
+    return made, config
+
+
+def _awq(model: Any, config: Any, ids: list[int], args: argparse.Namespace) -> tuple[Any, Any]:
+    from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize, update_config
+
+    known = AWQ_MODEL_CONFIGS[config["model_type"]]
+    awq_quantize(model, _sequences(ids, args.tokens), known, 64, 4, 64, 4)
+    return model, update_config(model, config)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What a recipe's bits buy: every recipe against the dense model, at equal sizes.
 
 Every side is a directory that `python -m convert` writes, in a process of its own, so what is
-measured is what a user gets. `uniform` and `gptq, all 4` have 4 bits everywhere; `plan` and `gptq`
-spend as many, and then those of mixed_4_6, matrix by matrix. `mlx-lm gptq` is mlx-lm's own function
-(bench/mlx_lm_gptq.py) on the same text and the merge unrolled: a layer for every position.
+measured is what a user gets. `uniform` and `gptq, all 4` have 4 bits everywhere; `plan`, `gptq` and
+`dwq` spend as many, and then those of mixed_4_6, matrix by matrix. Sides named `mlx-lm` are its own
+functions (bench/mlx_lm_quant.py) on the same text and the merge unrolled: a layer for every
+position. `dwq, from code` has read this program in place of prose.
 
 Two texts are public-domain prose (bench/data), the third is what the dense model answers to
 chat_prompts: no recipe reads any of them. Losses are differences to the dense model on the same
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+import mlx_cerebrum
 from bench import perplexity, process
 from bench.bootstrap import Interval
 from bench.chat_prompts import GROUNDED, OPEN
@@ -29,11 +31,13 @@ from bench.report import parser, run, table
 from bench.suite import Results
 from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.model.forward import Model
+from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.opening import load, open_checkpoint
 
-DENSE, UNIFORM, MIXED, PEER = "dense", "uniform", "mixed_4_6", "mlx-lm gptq"
+DENSE, UNIFORM, MIXED = "dense", "uniform", "mixed_4_6"
+_PEER = "mlx-lm "  # a side's name, before its method's
 _BUDGET = "--q-budget"  # in what follows, of another side
 
 
@@ -41,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     p = parser("recipes", "Loss and divergence of a model quantized by each recipe.")
     p.add_argument("--model", default="demo", metavar="DIR|FILE.gguf|HUBID|demo", help="which")
     p.add_argument("--plan", metavar="NAME|FILE", help="a layer plan")
-    p.add_argument("--calibrate", metavar="FILE", help="text for gptq (default: convert's own)")
+    p.add_argument("--calibrate", metavar="FILE", help="text to read (default: convert's own)")
     p.add_argument("--calibrate-tokens", type=int, default=16384, metavar="N", help="of it")
     p.add_argument("--sides", nargs="+", metavar="NAME", help="these only, beside dense, uniform")
     perplexity.add_text(p)
@@ -51,16 +55,17 @@ def main(argv: list[str] | None = None) -> int:
 def _measure(args: argparse.Namespace) -> Results:
     with tempfile.TemporaryDirectory() as folder:
         made: Results = {}
-        for name, flags in _sides(args).items():
+        for name, flags in _sides(args, Path(folder)).items():
             if args.sides and name not in (DENSE, UNIFORM, *args.sides):
                 continue
             spent = [str(made[f]["bits_per_weight"]) if f in made else f for f in flags]
             path = Path(folder, name)
-            if name == PEER:
-                _peer(args, path)
+            if name.startswith(_PEER):
+                took = _peer(args, name.removeprefix(_PEER), path, spent)
             else:
-                _converted(args, path, spent)
-            made[name] = {"bits_per_weight": perplexity.stored_bits(open_checkpoint(path))}
+                took = _converted(args, path, spent)
+            bits = perplexity.stored_bits(open_checkpoint(path))
+            made[name] = {"bits_per_weight": bits, **took._asdict()}
         dense, tokenizer = load(Path(folder, DENSE))
         texts = {
             name: [(ids, scored, list(log_probs(dense, ids[:-1]))) for ids, scored in windows]
@@ -75,25 +80,41 @@ def _measure(args: argparse.Namespace) -> Results:
     return made
 
 
-def _sides(args: argparse.Namespace) -> dict[str, list[str]]:
-    """What `convert` is told for each side, the name of another one standing for its bits."""
-    plan, gptq = ["-q", "--q-recipe", "plan"], ["-q", "--q-recipe", "gptq"]
-    gptq += ["--calibrate", args.calibrate] if args.calibrate else []
-    gptq += ["--calibrate-tokens", str(args.calibrate_tokens)]
+def _sides(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
+    """What is told to `convert`, or to mlx-lm's function, for each side, the name of another one
+    standing for its bits."""
+    tokens = ["--calibrate-tokens", str(args.calibrate_tokens)]
+    read = [*tokens, "--calibrate", args.calibrate] if args.calibrate else tokens
+    plan, gptq, dwq = (["-q", "--q-recipe", recipe] for recipe in ("plan", "gptq", "dwq"))
+    gptq, dwq, code = gptq + read, dwq + read, [*dwq, *tokens, "--calibrate", str(_code(folder))]
     return {
         DENSE: [],
         UNIFORM: ["-q", "--q-bits", "4"],
         "plan": [*plan, _BUDGET, UNIFORM],
-        PEER: [],
+        f"{_PEER}gptq": [],
+        f"{_PEER}awq": [],
+        f"{_PEER}dwq": [],
         "gptq, all 4": [*gptq, "--q-bits", "4"],
         "gptq": [*gptq, _BUDGET, UNIFORM],
+        "dwq": [*dwq, _BUDGET, UNIFORM],
+        "dwq, from code": [*code, _BUDGET, UNIFORM],
         MIXED: ["-q", "--q-recipe", MIXED],
+        f"{_PEER}dynamic_quant": ["--bits", MIXED],
         f"plan, bits of {MIXED}": [*plan, _BUDGET, MIXED],
         f"gptq, bits of {MIXED}": [*gptq, _BUDGET, MIXED],
+        f"dwq, bits of {MIXED}": [*dwq, _BUDGET, MIXED],
     }
 
 
-def _converted(args: argparse.Namespace, path: Path, flags: list[str]) -> None:
+def _code(folder: Path) -> Path:
+    """A text of another domain than those that are scored: this program."""
+    path = folder / "code.txt"
+    files = sorted(Path(mlx_cerebrum.__file__).parent.rglob("*.py"))
+    path.write_text("".join(file.read_text(encoding="utf-8") for file in files), encoding="utf-8")
+    return path
+
+
+def _converted(args: argparse.Namespace, path: Path, flags: list[str]) -> process.Cost:
     """Run the converter into `path`, in a process of its own: as users start it.
 
     Raises CerebrumError with its message.
@@ -103,16 +124,18 @@ def _converted(args: argparse.Namespace, path: Path, flags: list[str]) -> None:
     words += [] if args.plan is None else ["--plan", args.plan]
     if open_checkpoint(hub.resolve(args.model)).config.quantization is not None:
         words.append("--dequantize")
-    process.seconds(words)
+    return process.cost(words)
 
 
-def _peer(args: argparse.Namespace, path: Path) -> None:
+def _peer(args: argparse.Namespace, method: str, path: Path, flags: list[str]) -> process.Cost:
     """What mlx-lm's function makes of the merge unrolled."""
-    dense = path.with_name(f"{path.name} dense")
-    _converted(args, dense, ["--layout", "unrolled"])
-    words = ["bench.mlx_lm_gptq", str(dense), str(path), "--tokens", str(args.calibrate_tokens)]
+    dense = path.with_name("unrolled")
+    if not dense.exists():
+        _converted(args, dense, ["--layout", "unrolled"])
+    words = ["bench.mlx_lm_quant", method, str(dense), str(path), *flags]
+    words += ["--tokens", str(args.calibrate_tokens)]
     words += ["--calibrate", args.calibrate] if args.calibrate else []
-    process.seconds(words)
+    return process.cost(words)
 
 
 def _windows(
@@ -126,7 +149,7 @@ def _windows(
     for question in questions:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}])
         answer: Ids = []
-        for token in generate_step(prompt, model, max_tokens=args.tokens // len(questions)):
+        for token in generate_step(prompt, model, max_tokens=2 * args.tokens // len(questions)):
             answer.append(token)
             if token in tokenizer.eos_token_ids:
                 break
@@ -168,7 +191,19 @@ def text(results: Results) -> list[str]:
         table(header, rows("kl", False)),
         "The same token would be written:",
         table(header, agreed),
+        *_costs(sides),
     ]
+
+
+def _costs(sides: Results) -> list[str]:
+    rows = [
+        [name, f"{side['seconds'] / 60:.1f}", human(side["peak_memory"])]
+        for name, side in sides.items()
+        if "seconds" in side  # not in runs of before
+    ]
+    if not rows:
+        return []
+    return ["What making each took:", table(["model", "minutes", "memory at most"], rows)]
 
 
 if __name__ == "__main__":
