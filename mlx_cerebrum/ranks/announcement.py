@@ -75,11 +75,6 @@ class Step:
     def tokens(self) -> int:
         return sum(part.length for part in self.parts)
 
-    @property
-    def wanted(self) -> int:
-        """Tokens whose hidden states come back."""
-        return sum(part.length for part in self.parts if part.wanted)
-
     def body(self) -> list[int]:
         out = [len(self.views), len(self.changes), len(self.parts)]
         for view in self.views:

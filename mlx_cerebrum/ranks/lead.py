@@ -5,6 +5,7 @@ Decoding asks it for steps as it asks any model. Each is announced to the others
 
 import atexit
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -83,23 +84,50 @@ class Lead:
         return found
 
     def _in_turn(self, own: Sequence[Part], told: list[announcement.Part]) -> list[mx.array]:
-        found = run_together(own)
-        mx.eval(found, _states(own))
-        flat, links = [h.reshape(-1, h.shape[-1]) for h in found], self.links
-        with links.held():
-            step = self._step(told)
-            self._announce(Kind.STEP, step.tokens, step.body())
-            links.send(_computed(mx.concatenate(flat)), links.after)
-            self._answered = step.wanted > 0
-            if not step.wanted:  # the others go on alone, and this one with the next chunk
-                return found
-            back = links.receive((step.wanted, flat[0].shape[-1]), flat[0].dtype, links.before)
-        start = 0
-        for i, part in enumerate(told):
-            if part.wanted:
-                found[i] = back[None, start : start + part.length]
-                start += part.length
-        return found
+        """What is wanted, and behind it as a step of its own what is not, a chunk of a prompt: it
+        is computed here while the others run the first, and there during the next step."""
+        wanted = [i for i, part in enumerate(told) if part.wanted]
+        behind = [i for i, part in enumerate(told) if not part.wanted]
+        if not wanted:  # the others go on alone, and this one with the next chunk
+            wanted, behind = behind, wanted
+        found = self._computed(own, wanted)
+        with self.links.held():
+            self._hand_on(told, found, wanted)
+            if told[wanted[0]].wanted:
+                try:
+                    found |= self._computed(own, behind)
+                finally:  # whatever happened here, it comes
+                    found |= self._received(told, found, wanted)
+                if behind:
+                    self._hand_on(told, found, behind)
+        return [found[i] for i in range(len(own))]
+
+    def _computed(self, own: Sequence[Part], which: Sequence[int]) -> dict[int, mx.array]:
+        """What the lead's positions give for some of the parts, by number."""
+        if not which:
+            return {}
+        parts = [own[i] for i in which]
+        found = run_together(parts)
+        mx.eval(found, _states(parts))
+        return dict(zip(which, found, strict=True))
+
+    def _hand_on(
+        self, told: Sequence[announcement.Part], found: dict[int, mx.array], which: Sequence[int]
+    ) -> None:
+        step = self._step([told[i] for i in which])
+        flat = mx.concatenate([found[i].reshape(-1, found[i].shape[-1]) for i in which])
+        mx.eval(flat)
+        self._announce(Kind.STEP, step.tokens, step.body())
+        self.links.send(flat, self.links.after)
+        self._answered = False
+
+    def _received(
+        self, told: Sequence[announcement.Part], found: dict[int, mx.array], which: Sequence[int]
+    ) -> dict[int, mx.array]:
+        like, ends = found[which[0]], [*accumulate(told[i].length for i in which)]
+        back = self.links.receive((ends[-1], like.shape[-1]), like.dtype, self.links.before)
+        self._answered = True
+        return dict(zip(which, mx.split(back[None], ends[:-1], axis=1), strict=True))
 
     def _all_at_once(
         self, hidden: Sequence[mx.array], own: Sequence[Part], told: list[announcement.Part]
@@ -195,8 +223,3 @@ class LeadModel(Model):
 
 def _states(parts: Sequence[Part]) -> list[Any]:
     return [cache.state[:2] for part in parts for cache in part.caches]
-
-
-def _computed(array: mx.array) -> mx.array:
-    mx.eval(array)
-    return array
