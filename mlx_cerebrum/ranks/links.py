@@ -142,6 +142,7 @@ class Links:
                 with suppress(MachineError):
                     say()
             self._lock.release()
+        del self._group  # MPI counts it as a failure where it is not let go of
         self.watch.close()
 
     def over(self) -> None:
