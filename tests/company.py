@@ -149,7 +149,8 @@ class Company:
             drafters: list[Drafter] = [Counted(shortest=1)]
             shorter = self.views[0]
             fits = {*shorter.config.layer_map} <= {*positions}
-            if fits and shorter is not model and draw.random() < 0.5:
+            drafts = fits and model.elsewhere is None  # several machines have no models that draft
+            if drafts and shorter is not model and draw.random() < 0.5:
                 drafters.append(ModelDrafter(shorter, model, "model"))
             named = {d.name: d for d in drafters}
             policy = Eager(list(named), draw)
