@@ -13,10 +13,12 @@ from typing import Any
 from unittest import mock
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.ranks import backend
+from mlx_cerebrum.ranks.announcement import Kind
 from mlx_cerebrum.ranks.follow import Follower
 from mlx_cerebrum.ranks.links import Links
 from mlx_cerebrum.ranks.machines import Machines, SharedOpened
@@ -34,12 +36,12 @@ class CountedLinks(Links):
     def begin(self) -> None:
         self.messages = self.nbytes = self.sums = 0
 
-    def send(self, array: mx.array, to: int, beat: bool = False) -> None:
-        announced = array.dtype == mx.int32
-        if not beat and not (announced and array[3].item() == 0):
+    def send(self, array: mx.array, to: int) -> None:
+        said = np.array(array) if array.dtype == mx.int32 else None
+        if said is None or (said[1] == Kind.STEP and said[3] > 0):
             self.messages += 1
             self.nbytes += array.nbytes
-        super().send(array, to, beat)
+        super().send(array, to)
 
     def summed(self, x: mx.array) -> mx.array:
         self.sums += 1

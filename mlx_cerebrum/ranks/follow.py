@@ -49,7 +49,7 @@ class Follower:
             behind = time.monotonic() - asked < _THERE
             if not self.last or said.kind == Kind.ROUND:  # at once: the next machine may sleep
                 for array in arrays:
-                    self.links.send(array, self.links.after, beat=said.kind in BEATS)
+                    self.links.send(array, self.links.after)
             if said.kind == Kind.END:
                 return
             if said.kind in BEATS:

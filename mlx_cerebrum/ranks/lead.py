@@ -153,7 +153,7 @@ class Lead:
         said = Announcement(kind, self._serial, number, body)
         self._serial += kind not in BEATS
         for array in said.packed():
-            self.links.send(mx.array(array), self.links.after, beat=kind in BEATS)
+            self.links.send(mx.array(array), self.links.after)
 
     def _beat(self, milliseconds: int) -> None:
         if self.journal:  # caches that nobody needs any more should not wait for the next step

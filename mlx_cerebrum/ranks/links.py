@@ -57,7 +57,6 @@ class Links:
         self.names: list[str] = []  # of the machines, once they have said them
         self.rank, self.size = self._group.rank(), self._group.size()
         self.after, self.before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        self.sent = 0  # messages, of all kinds but beats
         # Other links than the ring's carry arrays, not bytes.
         self.has_words = backend == "ring" and self.size <= MOST_MACHINES
         self._waiting = 0  # machines that have waited too long, a bit each
@@ -76,9 +75,8 @@ class Links:
         with self._lock, uninterrupted():
             yield
 
-    def send(self, array: mx.array, to: int, beat: bool = False) -> None:
+    def send(self, array: mx.array, to: int) -> None:
         """Hand over an array that is computed. Blocks until it is on its way."""
-        self.sent += not beat
         with self._lost(to), self.watch.waiting(lambda: self._took_nothing(to)):
             mx.eval(mx.distributed.send(array, to, group=self._group, stream=self._stream))
 

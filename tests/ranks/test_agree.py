@@ -27,7 +27,7 @@ class Thread(Links):
         self.after, self.before = (rank + 1) % self.size, (rank - 1) % self.size
         self._wires, self._change = wires, change
 
-    def send(self, array: mx.array, to: int, beat: bool = False) -> None:
+    def send(self, array: mx.array, to: int) -> None:
         self._wires[to].put(self._change(np.array(array)))
 
     def receive(self, shape: Any, dtype: Any, source: int, patience: float | None = None) -> Any:
@@ -99,7 +99,7 @@ def test_two_jobs_that_are_one_ring_are_refused() -> None:
 
     def run(place: int) -> Any:
         links = Thread(wires, place, as_it_is)
-        links.send = lambda array, to, beat=False: wires[(place + 1) % 4].put(np.array(array))  # type: ignore[method-assign]
+        links.send = lambda array, to: wires[(place + 1) % 4].put(np.array(array))  # type: ignore[method-assign]
         links.receive = lambda *_: mx.array(wires[place].get(timeout=0.5))  # type: ignore[method-assign]
         links.rank, links.size, links.after, links.before = (
             place % 2,

@@ -38,7 +38,7 @@ class OneSided:
         assert (found.shape, found.dtype) == (tuple(shape), dtype)
         return found
 
-    def send(self, array: mx.array, to: int, beat: bool = False) -> None:
+    def send(self, array: mx.array, to: int) -> None:
         self.sent.append(array)
 
     def in_step(self) -> Any:

@@ -32,7 +32,7 @@ class Told:
             for length, wanted in ((1, True), (5, False))
         )
 
-    def send(self, array: mx.array, to: int, beat: bool = False) -> None:
+    def send(self, array: mx.array, to: int) -> None:
         if array.dtype == mx.int32:
             assert array.size == HEAD
             self.events.append(f"sent {array[3].item()}")
