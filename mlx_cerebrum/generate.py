@@ -197,8 +197,10 @@ def _run(args: argparse.Namespace) -> int:
     with limits(memory, wiring=not args.no_wire):
         if several is not None and several.follows:
             return several.follow(spec)
-        opened = open_model(spec) if several is None else several.open(spec)
-        return _answer(args, opened, sampling, asked)
+        if several is None:
+            return _answer(args, open_model(spec), sampling, asked)
+        with several.led():
+            return _answer(args, several.open(spec), sampling, asked)
 
 
 @awake()

@@ -71,7 +71,9 @@ def _run(args: argparse.Namespace) -> int:
         if several is not None and several.follows:
             return several.follow(spec, args.plan)
         opened = open_model(spec) if several is None else several.open(spec, args.plan)
-        with ends_at(None if several is None else several.links.watch):
+        if several is None:
+            return _talk(args, opened, options, loaded)
+        with several.led(), ends_at(several.links.watch):
             return _talk(args, opened, options, loaded)
 
 

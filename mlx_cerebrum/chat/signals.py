@@ -52,12 +52,9 @@ def ends(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def ends_at(watch: "Watch | None") -> Iterator[None]:
+def ends_at(watch: "Watch") -> Iterator[None]:
     """Inside `orderly_end`: where other machines run a part of the model, and one is gone, all is
     put back before `watch` says so and ends the process."""
-    if watch is None:
-        yield
-        return
     ending, left = threading.Event(), threading.Event()
     shown = termios.tcgetattr(sys.stdin.fileno()) if sys.stdin.isatty() else None
 
@@ -73,7 +70,8 @@ def ends_at(watch: "Watch | None") -> Iterator[None]:
         yield
     finally:
         left.set()
-        if ending.is_set():
+        watch.on_end = None
+        if ending.is_set():  # the process ends any moment
             threading.Event().wait()
 
 

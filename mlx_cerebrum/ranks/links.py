@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -57,6 +57,7 @@ class Links:
         self.names: list[str] = []  # of the machines, once they have said them
         self.rank, self.size = self._group.rank(), self._group.size()
         self.after, self.before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        self.heart: Heart | None = None  # the lead's, once the work has begun
         # Other links than the ring's carry arrays, not bytes.
         self.has_words = backend == "ring" and self.size <= MOST_MACHINES
         self._waiting = 0  # machines that have waited too long, a bit each
@@ -135,13 +136,17 @@ class Links:
         self.watch.patience = _CLOSING
         with uninterrupted():
             if not self._lock.acquire(timeout=_CLOSING):
-                self.watch.end(self._took_nothing(self.after))
+                self.watch.end(self.unheard())
             if not self.broken:
                 with suppress(MachineError):
                     say()
             self._lock.release()
         del self._group  # MPI counts it as a failure where it is not let go of
         self.watch.close()
+
+    def unheard(self) -> str:
+        """What is said where the end can't be."""
+        return f"{self.name(self.before)} does not answer: it was not told that this is over"
 
     def over(self) -> None:
         """Machine 0 ends before the work has begun: the others end quietly."""
@@ -181,8 +186,9 @@ class Links:
         """The last words that came in place of an array, if they did."""
         if not self.has_words:
             return None
-        with mx.stream(self._stream):
-            return Word.of(np.array(mx.view(mx.flatten(found), mx.int32)[:SEEN]), self.size)
+        # Its bytes as they are: an operation of MLX's would take longer than the message.
+        data = memoryview(cast(Any, found)).cast("B")[: 4 * SEEN]
+        return Word.of(np.frombuffer(data[: len(data) // 4 * 4], dtype=np.int32), self.size)
 
     def _obey(self, word: Word) -> None:
         """Hand on what another machine said, and end, or go on to wait. Raises MachineError."""
@@ -321,6 +327,7 @@ class Heart:
         self._last = time.monotonic()
         self._stopped = threading.Event()
         self.in_step = False
+        links.heart = self
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
@@ -335,8 +342,11 @@ class Heart:
             self._last = time.monotonic()
 
     def stop(self) -> None:
+        """No beats any more. Ends the process where one is not answered."""
         self._stopped.set()
         self._thread.join(_CLOSING)
+        if self._thread.is_alive():
+            self._links.watch.end(self._links.unheard())
 
     def _run(self) -> None:
         rested = time.monotonic()

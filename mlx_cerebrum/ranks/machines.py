@@ -1,7 +1,8 @@
 """From a program's flags to a model on several machines: opened, agreed on, loaded."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -109,6 +110,19 @@ class Machines:
     def follows(self) -> bool:
         """Whether this machine only serves machine 0."""
         return self.links.rank != 0
+
+    @contextmanager
+    def led(self) -> Iterator[None]:
+        """Inside, this machine leads; `rest` on the way out."""
+        try:
+            yield
+        finally:
+            self.rest()
+
+    def rest(self) -> None:
+        """Leave nothing waiting in MLX, where the end of `limits` would wait for it."""
+        if self.links.heart is not None:
+            self.links.heart.stop()
 
     def follow(self, spec: ModelSpec, plans: Sequence[str] | None = None) -> int:
         """Serve machine 0 until it ends; the exit code. Raises as `open` does, and MachineError."""

@@ -101,6 +101,8 @@ def _run(args: argparse.Namespace) -> int:
             server = Server(service, args.grace, ready)
             server.run(sockets=[listening])
         finally:
+            if several is not None:
+                several.rest()
             engine.close(0.0)
     return 0
 

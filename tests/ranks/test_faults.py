@@ -24,7 +24,7 @@ from ranks_ring import ROOT, SIZES, Ended, end, free_ports, host_file, start
 from terminal import Program
 from tiny import tiny_config, tiny_weights
 
-PATIENCE = 4.0  # seconds, where a machine stops or stays away
+PATIENCE = 6.0  # seconds, where a machine stops or stays away
 PATIENT = "30"  # where none does, and this one may be busy
 IMPATIENT = ("--patience", str(PATIENCE))
 SOON = 5.0  # seconds; it takes some 0.1 where this machine is not busy
@@ -191,6 +191,12 @@ def launched(folder: Path, machines: int, words: Sequence[str]) -> Iterator[subp
             each.kill()
         launcher.kill()
         launcher.communicate()
+
+
+def listening(pid: int) -> list[int]:
+    """The ports at which a process waits for others."""
+    found = psutil.Process(pid).net_connections("tcp")
+    return [each.laddr.port for each in found if each.status == psutil.CONN_LISTEN]
 
 
 def children(pid: int) -> list[psutil.Process]:
@@ -567,6 +573,32 @@ def test_a_signal_ends_all(
         assert found[0].code == (code if not talks or signum != signal.SIGINT else 0)
 
 
+@drawn
+def test_ctrl_c_while_others_do_not_come(path: Path, tmp_path: Path) -> None:
+    with Ring(tmp_path, 2, generate(path)) as ring:
+        port = int(json.loads(ring.start(0).hosts.read_text())[0][0].partition(":")[2])
+        limit = time.monotonic() + 20
+        while port not in listening(ring.started[0].pid):
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        assert ring.signal(signal.SIGINT, 0).ended(SOON)[0] == Ended(-signal.SIGINT, "", "")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("talks", [False, True])
+def test_ctrl_c_while_another_is_stopped(talks: bool, path: Path, tmp_path: Path) -> None:
+    """It is waited for as long as `--patience` says."""
+    words = chat(path, *IMPATIENT) if talks else generate(path, 100_000, *IMPATIENT)
+    with Ring(tmp_path, 2, words, stdin=subprocess.PIPE) as ring:
+        ring.start()
+        ring.until(HEADER, "stderr") if talks else ring.until()
+        ring.signal(signal.SIGSTOP, 1)
+        time.sleep(1.0)
+        found = ring.signal(signal.SIGTERM, 0).ended(PATIENCE + SOON, besides=[1])
+        ring.signal(signal.SIGKILL, 1)
+        assert found[0].code in (1, 128 + signal.SIGTERM)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 @drawn
 def test_a_launcher_that_is_killed_leaves_nobody(signum: int, path: Path, tmp_path: Path) -> None:
@@ -599,10 +631,12 @@ def test_a_chat_in_a_terminal(path: Path, tmp_path: Path) -> None:
     """By hand: rank 0 at its terminal, the other with --follow at another."""
     with both_at_terminals(path, tmp_path) as (lead, other):
         lead.until("/help")
+        lead.until(lambda text: text.endswith(">"))
         lead.send("Talk!\r")
         lead.until(lambda text: len(text.partition("Talk!")[2]) > 100)
         lead.send("\x03")
         lead.until("/continue")
+        lead.until(lambda text: text.endswith(">"))
         lead.send("\x04")
         assert lead.end() == 0
         assert lead.as_found
