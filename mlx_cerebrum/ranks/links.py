@@ -180,7 +180,32 @@ class Links:
                 raise MachineError(self._silent(self.watch.patience)) from None
             if rank == self.before != self.after:
                 self._utter(Word(Why.GONE, rank))
+            elif rank == self.after != self.before:
+                self._listen()
             raise MachineError(self._gone(rank)) from None
+
+    def _listen(self) -> None:
+        """The next machine has ended: hear from the one before whether it was because of another.
+        Raises MachineError where it was."""
+        if not self.has_words:
+            return
+        heard: list[Word | None] = []
+
+        def listen() -> None:
+            try:
+                found = mx.distributed.recv(
+                    (SEEN,), mx.int32, self.before, group=self._group, stream=self._stream
+                )
+                mx.eval(found)
+                heard.append(self._word(found))
+            except RuntimeError:  # it was killed: else it would have said something
+                heard.append(Word(Why.GONE, self.before))
+
+        thread = threading.Thread(target=listen, name="listening", daemon=True)
+        thread.start()
+        thread.join(_UTTERED)
+        if heard and heard[0] is not None and heard[0].why in (Why.GONE, Why.FAILED):
+            self._obey(heard[0])
 
     def _word(self, found: mx.array) -> Word | None:
         """The last words that came in place of an array, if they did."""
