@@ -671,7 +671,10 @@ def test_a_chat_whose_terminal_or_machine_goes(how: str, path: Path, tmp_path: P
         (["--dtype", "bfloat16"], "dtype differs: machine 1 ({}) has bfloat16, machine 0 ({})"),
         (["--plan", "cerebrum-12.25b"], "layer plan differs: machine 1 ({}) has 56 positions"),
         (["--split", "9"], "split differs: machine 1 ({}) has cuts 9, machine 0 ({}) cuts"),
-        (["--q-bits", "8"], "quantization differs: machine 1 ({}) has packed as 8 bits"),
+        (
+            ["--q-bits", "8"],
+            "quantization differs: machine 1 ({}) has packed as 8-bit groups of 64",
+        ),
         (["--tensor-parallel"], "split differs: machine 1 ({}) has key/value heads even"),
         (["--memory-limit", "0.0001"], "machine 1 ({}) would need "),
     ],
@@ -716,7 +719,6 @@ def test_another_version_or_other_weights(what: str, path: Path, tmp_path: Path)
     ("flags", "says"),
     [
         (["--max-tokens", "2000000"], "max-tokens"),
-        (["--top-k", "999"], "top-k"),
         (["--split", "99"], "--split '99'"),
     ],
 )
