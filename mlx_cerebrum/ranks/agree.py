@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_cerebrum.errors import MachineError
+from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.ranks.announcement import MAGIC
 from mlx_cerebrum.ranks.links import Links, Numbers, heard
 
@@ -72,10 +73,8 @@ def agree(links: Links, topics: Mapping[str, str], remedies: Mapping[str, str]) 
         for rank, row in enumerate(said):
             if not np.array_equal(row[:_HASH], said[0, :_HASH]):
                 theirs, ours = _read(row[_HASH:]), _read(said[0, _HASH:])
-                raise MachineError(
-                    f"{topic} differs: {links.name(rank)} has {theirs}, {links.name(0)} {ours};"
-                    f" {remedies[topic]}"
-                )
+                both = f"{links.name(rank)} has {theirs}, {links.name(0)} {ours}"
+                raise MachineError(f"not the same {topic}: {both}; {remedies[topic]}")
 
 
 def fits_everywhere(links: Links, needed: int, free: int) -> None:
@@ -88,9 +87,8 @@ def fits_everywhere(links: Links, needed: int, free: int) -> None:
         most, there = int(row[0]) * 1024, int(row[1]) * 1024
         if most > there:
             raise MachineError(
-                f"{links.name(rank)} would need {most / 1e9:.2f} GB and may take {there / 1e9:.2f}"
-                " GB: give it less with --split, hold the weights in fewer bits with --q-bits, or"
-                " add a machine"
+                f"{links.name(rank)} would need {human(most)} and may take {human(there)}: give it"
+                " less with --split, hold the weights in fewer bits with --q-bits, or add a machine"
             )
 
 

@@ -205,9 +205,12 @@ class Machines:
         # How each matrix is packed differs between shares; what decides it does not.
         same = identity_of(opened.checkpoint, opened.config, replace(storage, packings={}), "")
         held = "all made dense" if storage.dequantize else f"packed as {packing or 'stored'}"
-        cut = f"key/value heads {self.split or 'even'}" if opened.shares.tensor else "cuts"
+        shares = opened.shares
+        what, numbers = (
+            ("key/value heads", shares.heads) if shares.tensor else ("cuts", shares.cuts)
+        )
         found = {**same, "version": mlx_cerebrum.__version__, "quantization": held}
-        found["split"] = f"{cut} {', '.join(map(str, opened.shares.cuts))}"
+        found["split"] = f"{what} {', '.join(map(str, numbers))}"
         return {topic: found[topic] for topic in _TOPICS}
 
 

@@ -124,7 +124,7 @@ def test_what_differs_is_named_on_all_machines() -> None:
         topics = {"version": "1.0", "window": "12" if links.rank == 2 else "4096"}
         agree(links, topics, {"version": "install it", "window": "give the same flags"})
 
-    line = "window differs: machine 2 has 12, machine 0 4096; give the same flags"
+    line = "not the same window: machine 2 has 12, machine 0 4096; give the same flags"
     assert one_line(together(3, compared)) == line
 
 
@@ -132,7 +132,7 @@ def test_long_texts_are_compared_as_a_whole() -> None:
     def compared(links: Links) -> None:
         agree(links, {"plan": "p" * 500 + str(links.rank)}, {"plan": "look"})
 
-    assert "plan differs: machine 1 has ppp" in one_line(together(2, compared))
+    assert "not the same plan: machine 1 has ppp" in one_line(together(2, compared))
     assert together(2, lambda links: agree(links, {"plan": "p" * 500}, {})) == [None, None]
 
 

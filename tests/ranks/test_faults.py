@@ -667,15 +667,18 @@ def test_a_chat_whose_terminal_or_machine_goes(how: str, path: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--window", "7"], "window differs: machine 1 ({}) has 7, machine 0 ({}) 12"),
-        (["--dtype", "bfloat16"], "dtype differs: machine 1 ({}) has bfloat16, machine 0 ({})"),
-        (["--plan", "cerebrum-12.25b"], "layer plan differs: machine 1 ({}) has 56 positions"),
-        (["--split", "9"], "split differs: machine 1 ({}) has cuts 9, machine 0 ({}) cuts"),
+        (["--window", "7"], "not the same window: machine 1 ({}) has 7, machine 0 ({}) 12"),
+        (
+            ["--dtype", "bfloat16"],
+            "not the same dtype: machine 1 ({}) has bfloat16, machine 0 ({})",
+        ),
+        (["--plan", "cerebrum-12.25b"], "not the same layer plan: machine 1 ({}) has 56 positions"),
+        (["--split", "9"], "not the same split: machine 1 ({}) has cuts 9, machine 0 ({}) cuts"),
         (
             ["--q-bits", "8"],
-            "quantization differs: machine 1 ({}) has packed as 8-bit groups of 64",
+            "not the same quantization: machine 1 ({}) has packed as 8-bit groups of 64",
         ),
-        (["--tensor-parallel"], "split differs: machine 1 ({}) has key/value heads even"),
+        (["--tensor-parallel"], "not the same split: machine 1 ({}) has key/value heads"),
         (["--memory-limit", "0.0001"], "machine 1 ({}) would need "),
     ],
 )
@@ -711,7 +714,7 @@ def test_another_version_or_other_weights(what: str, path: Path, tmp_path: Path)
         ring.words = other
         found = ring.start(1).ended(30.0)
         (line,) = {each.err for each in found.values()}
-        assert line.startswith(f"error: {what} differs: machine 1 ({HOST}) has ")
+        assert line.startswith(f"error: not the same {what}: machine 1 ({HOST}) has ")
         assert [each.code for each in found.values()] == [1, 1]
 
 
