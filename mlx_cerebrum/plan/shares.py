@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_cerebrum.errors import PlanError, shown
 from mlx_cerebrum.model.config import ModelConfig
-from mlx_cerebrum.plan.cuts import check_machines, choose_cuts, parse_split, segments
 from mlx_cerebrum.plan.printed import gb, span, spans, table
 from mlx_cerebrum.plan.sizes import STORAGES, part_bytes, position_cache_bytes, stored_bytes
 
@@ -80,6 +79,9 @@ def share_out(
     layer_map: a block for each position, as in `config` where that is known.
     Raises PlanError where the map can't be shared out so.
     """
+    # Imported here because it brings numpy, which a plan of one machine does without: 0.1 s.
+    from mlx_cerebrum.plan.cuts import check_machines, segments
+
     check_machines(len(layer_map), sharing.ranks)
     if not sharing.bandwidth > 0:
         raise PlanError(f"--bandwidth {sharing.bandwidth:g} must be above 0 GB/s")
@@ -129,6 +131,8 @@ def _cut(
     layer_map: Sequence[int], config: ModelConfig | None, sharing: Sharing
 ) -> tuple[str | None, tuple[int, ...]]:
     """Where to cut, and for which storage that was chosen: of those that fit, the most bits."""
+    from mlx_cerebrum.plan.cuts import choose_cuts, parse_split, segments
+
     if sharing.split is not None:
         return None, parse_split(sharing.split, len(layer_map), sharing.ranks)
     if config is None:
