@@ -122,7 +122,6 @@ def add_machines_flags(p: Flags) -> None:
     several.add_argument(
         "--patience",
         type=float,
-        default=60.0,
         metavar="SECONDS",
         help="end where another machine says nothing for so long (default: 60)",
     )
@@ -140,10 +139,10 @@ def machines(args: argparse.Namespace) -> "Machines | None":
     Raises RequestError for flags that can't be honoured, MachineError where the others don't come.
     """
     launched = backend()
-    given = [f for f in ("split", "tensor_parallel", "follow") if getattr(args, f)]
     if launched is None:
-        if given:
-            flag = given[0].replace("_", "-")
+        given = ("split", "tensor_parallel", "patience", "follow")
+        if flag := next((f for f in given if getattr(args, f) not in (None, False)), ""):
+            flag = flag.replace("_", "-")
             raise RequestError(
                 f"--{flag} is for several machines, started by mlx.launch or with MLX_RANK and"
                 " MLX_HOSTFILE: see docs/several-machines.md"
@@ -153,15 +152,14 @@ def machines(args: argparse.Namespace) -> "Machines | None":
         if getattr(args, name, None):
             flag = name.replace("_", "-")
             raise RequestError(f"--{flag} is not there on several machines: {instead}")
-    if getattr(args, "prompt", None) == "-" and not args.follow:
-        raise RequestError("a launcher hands on no end of input: give the --prompt itself, not -")
-    if not 1 <= args.patience <= 86_400:
-        raise RequestError(f"patience must be from 1 to 86400 seconds, not {args.patience:g}")
     # Imported here: a machine that works alone needs none of it.
-    from mlx_cerebrum.ranks.links import Links
+    from mlx_cerebrum.ranks.links import PATIENCE, Links
     from mlx_cerebrum.ranks.machines import Machines
 
-    links = Links(launched, args.patience)  # where one is missing, this waits and says so
+    patience = PATIENCE if args.patience is None else args.patience
+    if not 1 <= patience <= 86_400:
+        raise RequestError(f"patience must be from 1 to 86400 seconds, not {patience:g}")
+    links = Links(launched, patience)  # where one is missing, this waits and says so
     if args.follow and links.rank == 0:
         raise RequestError("--follow is for the others; this is machine 0, which leads")
     return Machines(links, args.split, args.tensor_parallel)

@@ -55,6 +55,7 @@ from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.model.memory import Weights, Workload, fits, human, require
 from mlx_cerebrum.progress import progress
+from mlx_cerebrum.ranks import backend
 from mlx_cerebrum.text import say, tell
 from mlx_cerebrum.tokenizer.conversation import read_messages
 from mlx_cerebrum.tokenizer.messages import Message, check_length, ends_with_answer
@@ -139,6 +140,8 @@ def question(args: argparse.Namespace) -> str | list[Message]:
             return before
         if before[-1]["role"] in ("user", "tool"):
             raise RequestError(f"--messages {args.messages} ends with a question: no --prompt too")
+    if args.prompt == "-" and backend() is not None:  # what is read below would never end
+        raise RequestError("a launcher hands on no end of input: give the --prompt itself, not -")
     if args.prompt == "-" and sys.stdin is None:
         raise RequestError("standard input is closed; pipe the prompt into it")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt

@@ -112,10 +112,11 @@ def test_generate_says_the_same(path: Path, alone: dict[str, str], tmp_path: Pat
         (["--prompt-cache", "x.safetensors"], "--prompt-cache is not there on several machines"),
         (["--draft-bits", "4"], "--draft-bits is not there on several machines"),
         (["--patience", "0"], "patience must be from 1"),
+        (["--prompt", "-"], "a launcher hands on no end of input"),
         (["--follow"], "--follow is for the others"),
     ],
 )
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(5)
 def test_what_is_not_there_is_refused_by_name(
     flags: list[str], says: str, path: Path, tmp_path: Path
 ) -> None:
