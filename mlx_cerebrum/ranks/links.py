@@ -26,6 +26,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_cerebrum.cli import INTERRUPTED, on_end_signals
 from mlx_cerebrum.errors import MachineError
 from mlx_cerebrum.ranks.last_words import MOST_MACHINES, REPEATED, SEEN, Why, Word, silent
 from mlx_cerebrum.ranks.meet import meet
@@ -36,7 +37,6 @@ T = TypeVar("T")
 Numbers = npt.NDArray[np.int32]
 
 PATIENCE = 60.0  # seconds without a word from a machine that should have one
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _LATE = "connection to a peer was lost"
 _CLOSING = 2.0  # seconds that the end may take
 _UTTERED = 0.3  # seconds that last words may take
@@ -305,22 +305,15 @@ def heard(wait: Callable[[], T]) -> T:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Inside, the signals that end a program wait; they are heard on the way out."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     came: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
         came.append(signum)
 
-    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    ours = (each for each in ends if signal.getsignal(each) is not None)
-    before: dict[signal.Signals, Any] = {each: signal.signal(each, note) for each in ours}
     try:
-        yield
+        with on_end_signals(note, signal.SIGINT):
+            yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
         for signum in came:
             signal.raise_signal(signum)
 

@@ -4,7 +4,6 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import prod
 
 import mlx.core as mx
 
@@ -15,7 +14,9 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.limits import cap, wire
 from mlx_cerebrum.model.memory import HEADROOM, available_bytes
+from mlx_cerebrum.model.tensors import module_shapes, place
 from mlx_cerebrum.plan.cuts import choose_cuts, parse_split, segments
+from mlx_cerebrum.plan.sizes import position_cache_bytes
 from mlx_cerebrum.ranks.agree import agree, fits_everywhere, introduce, ready
 from mlx_cerebrum.ranks.announcement import View
 from mlx_cerebrum.ranks.follow import Follower
@@ -29,11 +30,9 @@ from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.identity import identity_of
 from mlx_cerebrum.weights.loading import Progress, load_model
 from mlx_cerebrum.weights.opening import ModelSpec, Opened, open_checkpoint, planned_config
-from mlx_cerebrum.weights.safetensors_file import ITEM_BYTES
 from mlx_cerebrum.weights.storage import Storage, choose_storage, smaller_weights
 from mlx_cerebrum.weights.views import orders
 
-_WINDOW = 4096  # tokens; what caches are counted for where there is no window
 _AGREE = "give all machines the same flags"
 _TOPICS = (
     *("version", "model weights", "model config", "layer plan", "window", "dtype"),
@@ -186,16 +185,10 @@ class Machines:
         if self.split is not None:
             cuts = parse_split(self.split, len(layer_map), size)
         else:
-            sizes = [
-                prod(checkpoint.shapes[name]) * ITEM_BYTES[kind]
-                for name, kind in checkpoint.dtypes.items()
-                if name.startswith("model.layers.")
-            ]
-            item, window = 2, config.sliding_window or _WINDOW
-            entries = 2 * config.num_key_value_heads * config.head_dim * item * window
-            rest = config.other_parameters * item
-            block = sum(sizes) / config.num_hidden_layers
-            cuts = choose_cuts(layer_map, free, block, entries, rest)
+            sizes = {m: checkpoint.read_bytes(m) for m in module_shapes(checkpoint.config)}
+            blocks = sum(size for module, size in sizes.items() if place(module) is not None)
+            rest, cache = sum(sizes.values()) - blocks, position_cache_bytes(config)
+            cuts = choose_cuts(layer_map, free, blocks / config.num_hidden_layers, cache, rest)
         held = tuple(tuple(sorted(set(part))) for part in segments(layer_map, cuts))
         return Shares(held, layer_map, cuts), None
 

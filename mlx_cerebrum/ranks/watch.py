@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from mlx_cerebrum.errors import MachineError
 from mlx_cerebrum.text import tell
 
-LOST = 1  # the exit code where another machine is gone
 _LOOK = 0.2  # seconds
 _GRACE = 1.0  # seconds in which machines hear of each other who waits too
 _LAST_WORDS = 1.5  # seconds that `on_end` may take
@@ -85,7 +85,7 @@ class Watch:
             words.join(_LAST_WORDS)
         with suppress(OSError, ValueError):
             tell(f"error: {line}")
-        os._exit(LOST)
+        os._exit(MachineError.exit_code)
 
     def _look_on(self) -> None:
         while not self._ended.wait(_LOOK):
