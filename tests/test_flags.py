@@ -16,10 +16,12 @@ from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.flags import (
+    add_machines_flags,
     add_max_tokens_flag,
     add_sampling_flags,
     add_seed_flag,
     asked_sampling,
+    machines,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -179,6 +181,15 @@ def test_the_flags_of_sampling() -> None:
 def test_sampling_that_cannot_be(argv: list[str], message: str) -> None:
     with pytest.raises(RequestError, match=re.escape(message)):
         sampling_asked(*argv)
+
+
+@pytest.mark.parametrize("flag", ["--split=3", "--tensor-parallel", "--patience=60", "--follow"])
+def test_what_is_for_several_machines(flag: str) -> None:
+    p = cli.ArgumentParser()
+    add_machines_flags(p)
+    assert machines(p.parse_args([])) is None
+    with pytest.raises(RequestError, match=f"^{flag.partition('=')[0]} is for several machines"):
+        machines(p.parse_args([flag]))
 
 
 @pytest.mark.parametrize("bias", ["", "7", "7=", "=1", "x=1", "7=x", "7:1", "1" * 5000 + "=1"])

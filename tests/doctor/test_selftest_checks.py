@@ -241,7 +241,7 @@ def test_wired_memory_is_looked_at_on_metal(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(mx, "set_wired_limit", change)
     monkeypatch.setattr(device, "backend", lambda: "metal")
     monkeypatch.setattr("mlx_cerebrum.model.limits.working_set", lambda: 1 << 40)
-    # An engine that another test keeps has limits of its own, inside which none are set anew.
+    # As outside of `limits`: inside those that a thread of another test is in, nothing is wired.
     monkeypatch.setattr("mlx_cerebrum.model.limits._may_wire", None)
     found = buffers.put_back(NOWHERE)
     assert found.passed, found.words
