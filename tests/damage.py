@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def flip(file: Path, at: int) -> None:
@@ -29,3 +31,17 @@ def hub_copy(source: Path, root: Path) -> Path:
         (blobs / name).write_bytes(data)
         (snapshot / file.name).symlink_to(Path("../../blobs") / name)
     return snapshot
+
+
+def stopping_at(number: int, save: Callable[..., None]) -> Callable[..., None]:
+    """`save`, but instead of its call of this `number`, counted from 1, Ctrl-C comes."""
+    calls = 0
+
+    def saving(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise KeyboardInterrupt
+        save(*args)
+
+    return saving

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import SMALL, MakeCheckpoint, config_of, plan_yaml, slow, tensors, write_checkpoint
+from damage import stopping_at
 from tiny import tiny_config, tiny_weights
 
 from convert import calibrated, gptq
@@ -147,15 +148,7 @@ def test_sums_are_those_of_the_whole_model_over_every_run(
 def test_interrupted_anywhere_it_writes_the_same_bytes(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
 ) -> None:
-    save, calls = calibrated.save, 0
-
-    def stopping(*args: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == saves:
-            raise KeyboardInterrupt
-        save(*args)
-
+    stopping = stopping_at(saves, calibrated.save)
     command = made.command(tmp_path / "x")
     with monkeypatch.context() as patch:
         patch.setattr(calibrated, "save", stopping)

@@ -7,6 +7,7 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 from conftest import SMALL, config_of, plan_yaml, slow, tensors, write_checkpoint
+from damage import stopping_at
 from tiny import tiny_config, tiny_weights
 
 from convert import calibrated, distilled, passages
@@ -113,15 +114,7 @@ def test_both_layouts_have_the_same_matrices_and_are_sound(made: Made, tmp_path:
 def test_interrupted_anywhere_it_writes_the_same_bytes(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
 ) -> None:
-    save, calls = calibrated.save, 0
-
-    def stopping(*args: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == saves:
-            raise KeyboardInterrupt
-        save(*args)
-
+    stopping = stopping_at(saves, calibrated.save)
     command = made.command(tmp_path / "x")
     with monkeypatch.context() as patch:
         patch.setattr(calibrated, "save", stopping)
