@@ -204,19 +204,20 @@ def run(main_body: Callable[[], int], debug: bool = False) -> int:
     except BrokenPipeError:
         _drop_stdout()
         return PIPE_CLOSED
+    except SystemExit:
+        _flush_stdout()
+        raise
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):  # the terminal is gone
             tell("interrupted")
+        _flush_stdout()
         return code
     except (CerebrumError, OSError) as error:
         if debug:
             tell_traceback(error)
         with contextlib.suppress(OSError):
             tell(f"error: {describe(error)}")
-        try:
-            sys.stdout.flush()
-        except OSError:
-            _drop_stdout()
+        _flush_stdout()
         return error.exit_code if isinstance(error, CerebrumError) else BAD_INPUT
 
 
@@ -261,6 +262,14 @@ def describe(error: BaseException) -> str:
     if error.errno == errno.ENOSPC:
         text += "; free some space or write elsewhere"
     return one_line(cut(text))
+
+
+def _flush_stdout() -> None:
+    """As the interpreter does at its end; but where it can't, that would change the exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_stdout()
 
 
 def _drop_stdout() -> None:  # so that the interpreter's own last flush is quiet

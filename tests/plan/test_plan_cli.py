@@ -3,6 +3,7 @@
 import argparse
 import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -236,6 +237,24 @@ def test_the_module_runs_without_warnings_and_a_full_disk_is_one_line() -> None:
 
 
 # cli.run
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize(("end", "code"), [("SystemExit(129)", 129), ("KeyboardInterrupt", 130)])
+def test_output_that_nobody_takes_changes_no_exit_code(end: str, code: int) -> None:
+    """As where the terminal is gone: Python's own last flush would make it 120."""
+    program = (
+        "import sys; from mlx_cerebrum import cli\n"
+        f"def body():\n    sys.stdout.write('x')\n    raise {end}\n"
+        "sys.exit(cli.run(body))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == code
+    assert b"Exception" not in done.stderr
 
 
 @pytest.mark.parametrize(
