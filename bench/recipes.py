@@ -30,6 +30,7 @@ from bench.likelihood import Ids, compare, figures, log_probs, strided, text_ids
 from bench.report import parser, run, table
 from bench.suite import Results
 from mlx_cerebrum.decoding.decoder import generate_step
+from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
@@ -38,7 +39,13 @@ from mlx_cerebrum.weights.opening import load, open_checkpoint
 
 DENSE, UNIFORM, MIXED = "dense", "uniform", "mixed_4_6"
 _PEER = "mlx-lm "  # a side's name, before its method's
-_BUDGET = "--q-budget"  # in what follows, of another side
+
+
+class BitsOf(str):
+    """The bits a weight of another side, by its name."""
+
+
+Flags = list[str]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,10 +62,8 @@ def main(argv: list[str] | None = None) -> int:
 def _measure(args: argparse.Namespace) -> Results:
     with tempfile.TemporaryDirectory() as folder:
         made: Results = {}
-        for name, flags in _sides(args, Path(folder)).items():
-            if args.sides and name not in (DENSE, UNIFORM, *args.sides):
-                continue
-            spent = [str(made[f]["bits_per_weight"]) if f in made else f for f in flags]
+        for name, flags in wanted(sides(args, Path(folder)), args.sides).items():
+            spent = [str(made[f]["bits_per_weight"]) if isinstance(f, BitsOf) else f for f in flags]
             path = Path(folder, name)
             if name.startswith(_PEER):
                 took = _peer(args, name.removeprefix(_PEER), path, spent)
@@ -80,29 +85,44 @@ def _measure(args: argparse.Namespace) -> Results:
     return made
 
 
-def _sides(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
-    """What is told to `convert`, or to mlx-lm's function, for each side, the name of another one
-    standing for its bits."""
+def wanted(every: dict[str, Flags], names: Sequence[str] | None) -> dict[str, Flags]:
+    """Those asked for, with dense and uniform. Raises RequestError for a name that is none, and for
+    one that spends the bits of a side that was left out."""
+    if names is None:
+        return every
+    if unknown := [name for name in names if name not in every]:
+        raise RequestError(f"--sides: {unknown[0]!r} is none of {'; '.join(every)}")
+    found = {name: every[name] for name in every if name in (DENSE, UNIFORM, *names)}
+    for name, flags in found.items():
+        for flag in flags:
+            if isinstance(flag, BitsOf) and flag not in found:
+                raise RequestError(f"--sides: {name!r} has the bits of {flag!r}, so give it too")
+    return found
+
+
+def sides(args: argparse.Namespace, folder: Path) -> dict[str, Flags]:
+    """What is told to `convert`, or to mlx-lm's function, for each side."""
     tokens = ["--calibrate-tokens", str(args.calibrate_tokens)]
     read = [*tokens, "--calibrate", args.calibrate] if args.calibrate else tokens
     plan, gptq, dwq = (["-q", "--q-recipe", recipe] for recipe in ("plan", "gptq", "dwq"))
     gptq, dwq, code = gptq + read, dwq + read, [*dwq, *tokens, "--calibrate", str(_code(folder))]
+    equal, mixed = (["--q-budget", BitsOf(side)] for side in (UNIFORM, MIXED))
     return {
         DENSE: [],
         UNIFORM: ["-q", "--q-bits", "4"],
-        "plan": [*plan, _BUDGET, UNIFORM],
+        "plan": plan + equal,
         f"{_PEER}gptq": [],
         f"{_PEER}awq": [],
         f"{_PEER}dwq": [],
         "gptq, all 4": [*gptq, "--q-bits", "4"],
-        "gptq": [*gptq, _BUDGET, UNIFORM],
-        "dwq": [*dwq, _BUDGET, UNIFORM],
-        "dwq, from code": [*code, _BUDGET, UNIFORM],
+        "gptq": gptq + equal,
+        "dwq": dwq + equal,
+        "dwq, from code": code + equal,
         MIXED: ["-q", "--q-recipe", MIXED],
-        f"{_PEER}dynamic_quant": ["--bits", MIXED],
-        f"plan, bits of {MIXED}": [*plan, _BUDGET, MIXED],
-        f"gptq, bits of {MIXED}": [*gptq, _BUDGET, MIXED],
-        f"dwq, bits of {MIXED}": [*dwq, _BUDGET, MIXED],
+        f"{_PEER}dynamic_quant": ["--bits", BitsOf(MIXED)],
+        f"plan, bits of {MIXED}": plan + mixed,
+        f"gptq, bits of {MIXED}": gptq + mixed,
+        f"dwq, bits of {MIXED}": dwq + mixed,
     }
 
 
@@ -114,7 +134,7 @@ def _code(folder: Path) -> Path:
     return path
 
 
-def _converted(args: argparse.Namespace, path: Path, flags: list[str]) -> process.Cost:
+def _converted(args: argparse.Namespace, path: Path, flags: Flags) -> process.Cost:
     """Run the converter into `path`, in a process of its own: as users start it.
 
     Raises CerebrumError with its message.
@@ -127,7 +147,7 @@ def _converted(args: argparse.Namespace, path: Path, flags: list[str]) -> proces
     return process.cost(words)
 
 
-def _peer(args: argparse.Namespace, method: str, path: Path, flags: list[str]) -> process.Cost:
+def _peer(args: argparse.Namespace, method: str, path: Path, flags: Flags) -> process.Cost:
     """What mlx-lm's function makes of the merge unrolled."""
     dense = path.with_name("unrolled")
     if not dense.exists():

@@ -1,0 +1,37 @@
+"""What each side of bench.recipes is made with."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from bench.recipes import MIXED, UNIFORM, BitsOf, sides, wanted
+from convert.passages import METHODS
+from convert.recipe import RECIPES
+from mlx_cerebrum.errors import RequestError
+
+
+def every(tmp_path: Path) -> dict[str, list[str]]:
+    return sides(Namespace(calibrate=None, calibrate_tokens=64), tmp_path)
+
+
+def test_only_a_budget_is_of_another_side(tmp_path: Path) -> None:
+    """Sides and recipes share names."""
+    found = every(tmp_path)
+    for name, flags in found.items():
+        of_others = [i for i, flag in enumerate(flags) if isinstance(flag, BitsOf)]
+        assert [flags[i - 1] for i in of_others] in ([], ["--q-budget"], ["--bits"])
+        before = [*found][: [*found].index(name)]
+        assert {flags[i] for i in of_others} <= {*before}
+        if "--q-recipe" in flags:
+            recipe = flags[flags.index("--q-recipe") + 1]
+            assert recipe in (*RECIPES, *METHODS)
+            assert not isinstance(recipe, BitsOf)
+
+
+def test_some_sides_only(tmp_path: Path) -> None:
+    found = wanted(every(tmp_path), ["gptq", "plan"])
+    assert [*found] == ["dense", UNIFORM, "plan", "gptq"]
+    for names, word in ((["gtpq"], "is none of"), ([f"plan, bits of {MIXED}"], "so give it too")):
+        with pytest.raises(RequestError, match=word):
+            wanted(every(tmp_path), names)
