@@ -73,12 +73,12 @@ def _prompt(model: Model, ids: list[int], args: argparse.Namespace) -> Results:
 def _answers(model: Model, ids: list[int], args: argparse.Namespace) -> Results:
     """Tokens a second of all answers together."""
     decoder, answers = _begun(model, ids, args.rows)
-    started = time.perf_counter()
-    for _ in range(args.tokens):
+    before, started = [g.chosen for g in answers], time.perf_counter()
+    while min(g.chosen for g in answers) < max(before) + args.tokens:
         decoder.step()
     took = time.perf_counter() - started
     said = [g.tokens[g.prompt :][: args.tokens] for g in answers]
-    return {"pace": args.rows * args.tokens / took, "answers": said}
+    return {"pace": (sum(g.chosen for g in answers) - sum(before)) / took, "answers": said}
 
 
 def _beside(model: Model, ids: list[int], args: argparse.Namespace) -> Results:
@@ -88,11 +88,11 @@ def _beside(model: Model, ids: list[int], args: argparse.Namespace) -> Results:
     before = sum(g.chosen for g in answers)
     started = time.perf_counter()
     decoder.add(new)
-    times = [started]
+    times = [started]  # of the first answer's tokens
     while not new.chosen:
-        decoder.step()
-        times.append(time.perf_counter())
-    took = times[-1] - started
+        if any(advance.generation is answers[0] for advance in decoder.step()):
+            times.append(time.perf_counter())
+    took = time.perf_counter() - started
     gaps = [after - before for before, after in pairwise(times)]
     tokens = sum(g.chosen for g in answers) - before
     return {

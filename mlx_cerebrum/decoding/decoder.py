@@ -4,6 +4,9 @@ A **sequence** is a prompt and the answer that grows after it. A **step** takes 
 forward at once: a chunk of one prompt, and for every answer a token, or a round of guesses that
 is checked. It is one pass over the blocks, whatever plans the sequences run (model/together.py).
 
+On several machines in turn several steps are under way, one for each, of some of the answers or of
+a chunk: so all have something to do.
+
 Prompts are read in a sequence's own caches. Then answers of one model whose lengths are alike
 share their caches (model/rows.py); one that is alone keeps its own.
 """
@@ -29,7 +32,7 @@ from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.cache import STEP, Cache, WindowedKVCache, common_point
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.rows import Rows
-from mlx_cerebrum.model.together import Part, run_together
+from mlx_cerebrum.model.together import Part, begin_together
 
 log = logging.getLogger(__name__)
 
@@ -128,16 +131,22 @@ class Advance(NamedTuple):
     logprobs: Sequence[TokenLogprob] = ()  # of the tokens, where asked for
 
 
-class _Flight(NamedTuple):
+@dataclass(eq=False)
+class _Flight:
     """A step that has been started; what it computes may not be there yet."""
 
     answers: list[Generation]
     guesses: list[list[int]]  # of each answer, that are checked
-    choices: mx.array | None  # for all answers, one more than guesses each
     reading: Generation | None  # whose caches take a chunk of its prompt
     chunk: int  # tokens of it
-    logprobs: dict[Generation, Logprobs]
-    scores: list[Logprobs]  # of the chunk
+    ahead: mx.array | None  # the answers' last tokens, where the host does not know them yet
+    rows: list[list[int]]  # of each part's hidden states, those of tokens that are real
+    hidden: Callable[[], list[mx.array]]  # of each part, waited for
+    seconds: float = 0.0  # that starting took, then all of it
+    found: bool = False  # whether what follows has been asked for
+    choices: mx.array | None = None  # for all answers, one more than guesses each
+    logprobs: dict[Generation, Logprobs] = field(default_factory=dict)
+    scores: list[Logprobs] = field(default_factory=list)  # of the chunk
 
 
 class _Group:
@@ -208,7 +217,8 @@ class Decoder:
         self._answers: list[Generation] = []
         self._groups: list[_Group] = []
         self._loners: set[Generation] = set()  # that could not join others
-        self._flight: _Flight | None = None
+        self._flights: deque[_Flight] = deque()  # in the order they were started
+        self._since_chunk = 0  # answers taken forward, where chunks are steps of their own
         self._chosen_to_read: Generation | None = None  # in the step under way
         self._turn = 0  # of three that prompts take at being read
         self._changed = False  # since answers were put together last
@@ -240,19 +250,21 @@ class Decoder:
             _go_back(generation)
 
     def step(self) -> list[Advance]:
-        """Take every sequence a step forward. Says what it did, first what it read."""
-        started = time.perf_counter()
+        """Take every sequence a step forward, or with several steps under way those of one. Says
+        what it did, first what it read."""
         self._chosen_to_read = None
-        if self._flight is None and (advance := self._round_alone(started)):
+        if not self._flights and (advance := self._round_alone()):
             return [advance]
-        flight, self._flight = self._flight or self._launch(), None
-        if flight is None:
+        while len(self._flights) < self._lanes and (flight := self._launch()) is not None:
+            self._flights.append(flight)
+        if not self._flights:
             return self._failed()
+        flight = self._flights.popleft()
         # On a GPU the next step is started before this one is read, so that the host's work hides
         # behind the device's. The CPU's queue is short: there it would delay this step's tokens.
-        if device.on_gpu():
-            self._flight = self._launch_after(flight)
-        return self._land(flight, started) + self._failed()
+        if device.on_gpu() and (after := self._launch_after(flight)) is not None:
+            self._flights.append(after)
+        return self._land(flight) + self._failed()
 
     def run(
         self, generation: Generation, progress: Callable[[int, int], None] | None = None
@@ -300,7 +312,7 @@ class Decoder:
 
     def _take_back(self) -> None:
         """Undo a step that raised."""
-        self._flight = None
+        self._flights.clear()
         for group in self._groups:
             held = zip(group.rows.offsets, group.members, strict=True)
             group.rows.take_back([int(at) - g.before - len(g.tokens) + 1 for at, g in held])
@@ -310,13 +322,42 @@ class Decoder:
 
     # ---- Starting a step
 
+    @property
+    def _lanes(self) -> int:
+        """Steps that may be under way."""
+        some = [*self._answers, *self._reading]
+        elsewhere = some[0].model.elsewhere if some else None
+        # What a prompt's log-probabilities are read from has to come back before it goes on.
+        if elsewhere is None or any(g.scored is not None for g in self._reading):
+            return 1
+        return int(elsewhere.lanes)
+
     def _launch(self) -> _Flight | None:
         self._put_together()
         answers = [g for g in self._in_order() if g.left > 0]
-        reading, chunk = self._next_chunk(len(answers))
+        if self._lanes == 1:
+            reading, chunk = self._next_chunk(len(answers))
+        else:
+            answers, reading, chunk = self._next_lane(answers)
         if not answers and reading is None:
             return None
         return self._run(answers, self._guesses(answers), reading, chunk)
+
+    def _next_lane(
+        self, answers: list[Generation]
+    ) -> tuple[list[Generation], Generation | None, list[int]]:
+        """Some of the answers that are in no step under way; or a chunk, once all had a turn."""
+        if self._since_chunk >= len(answers) and not any(f.reading for f in self._flights):
+            self._since_chunk = 0
+            reading, chunk = self._next_chunk(len(answers))
+            if reading is not None:
+                return [], reading, chunk
+        under_way = {g for flight in self._flights for g in flight.answers}
+        waiting = [g for g in answers if g not in under_way]
+        waiting.sort(key=lambda g: g.model.config.layer_map)  # of one model: they share reads
+        share = waiting[: -(-len(answers) // self._lanes)]
+        self._since_chunk += len(share)
+        return [g for g in answers if g in share], None, []
 
     def _launch_after(self, flight: _Flight) -> _Flight | None:
         """The step after one whose choices are not known yet; None where it may not be plain."""
@@ -345,6 +386,7 @@ class Decoder:
 
         `ahead` are the answers' last tokens where the host does not know them yet.
         """
+        started = time.perf_counter()
         new = {g: [g.tokens[-1], *more] for g, more in zip(answers, guesses, strict=True)}
         parts, rows_run, real, start = [], [], [], 0
         for members, rows in self._sets():
@@ -366,29 +408,40 @@ class Decoder:
         if reading is not None:
             wanted = reading.scored is not None
             parts.append(Part(reading.model, mx.array([chunk]), reading.caches, wanted))
-        hidden = run_together(parts)
+        hidden = begin_together(parts)
         for rows in rows_run:
             rows.commit()
-        choices: mx.array | None = None
-        logprobs: dict[Generation, Logprobs] = {}
+        flight = _Flight(answers, guesses, reading, len(chunk), ahead, real, hidden)
+        if self._lanes == 1:  # nothing is gained by waiting
+            self._find(flight)
+        flight.seconds = time.perf_counter() - started
+        return flight
+
+    def _find(self, flight: _Flight) -> None:
+        """Have what a step's tokens are followed by computed."""
+        hidden, flight.found = flight.hidden(), True
+        answers, guesses, ahead = flight.answers, flight.guesses, flight.ahead
         if answers:
             states = []
-            for h, indices in zip(hidden, real, strict=False):  # without the chunk's
+            for h, indices in zip(hidden, flight.rows, strict=False):  # without the chunk's
                 flat = h.reshape(1, -1, h.shape[-1])
                 whole = len(indices) == flat.shape[1]
                 states.append(flat if whole else flat[:, mx.array(indices)])
             h = states[0] if len(states) == 1 else mx.concatenate(states, axis=1)
             logits = answers[0].model.logits(h).squeeze(0)
             if ahead is None:
-                inputs = mx.array([token for g in answers for token in new[g]])
+                asked = zip(answers, guesses, strict=True)
+                inputs = mx.array([token for g, more in asked for token in (g.tokens[-1], *more)])
             else:
                 inputs = ahead
             if any(g.constraint is not None for g in answers):
                 mx.async_eval(logits)  # meanwhile the host finds out what may come
-            choices, logprobs = _choose(logits, answers, guesses, inputs, ahead is not None)
-            mx.async_eval(choices, *(found.arrays for found in logprobs.values()))
-        scores = [] if reading is None else _scores(reading, hidden[-1], len(chunk))
-        return _Flight(answers, guesses, choices, reading, len(chunk), logprobs, scores)
+            flight.choices, flight.logprobs = _choose(
+                logits, answers, guesses, inputs, ahead is not None
+            )
+            mx.async_eval(flight.choices, *(found.arrays for found in flight.logprobs.values()))
+        if flight.reading is not None:
+            flight.scores = _scores(flight.reading, hidden[-1], flight.chunk)
 
     def _sets(self) -> list[tuple[list[Generation], Rows | None]]:
         """All answers, by the caches they share; those that share none come last."""
@@ -418,7 +471,8 @@ class Decoder:
 
     def _guesses(self, answers: list[Generation]) -> list[list[int]]:
         """What is guessed for each answer in company; for one that is alone only what is sure."""
-        alone = len(answers) == 1 and not self._reading and answers[0].top_logprobs is None
+        (first,) = self._answers if len(self._answers) == 1 else (None,)
+        alone = first is not None and not self._reading and first.top_logprobs is None
         row = None if alone else self._pace.row(len(answers))
         found = []
         for g in answers:
@@ -433,7 +487,10 @@ class Decoder:
 
     # ---- Finishing a step
 
-    def _land(self, flight: _Flight, started: float) -> list[Advance]:
+    def _land(self, flight: _Flight) -> list[Advance]:
+        started = time.perf_counter()
+        if not flight.found:
+            self._find(flight)
         advances, reading = [], flight.reading
         if reading is not None:
             mx.eval([c.state for c in reading.caches], [found.arrays for found in flight.scores])
@@ -442,7 +499,8 @@ class Decoder:
             advances.append(Advance(reading, []))
         if flight.choices is not None:
             advances += self._accept(flight, cast(list[int], flight.choices.tolist()))
-        self._learn(flight, advances, time.perf_counter() - started)
+        flight.seconds += time.perf_counter() - started
+        self._learn(flight, advances)
         self._steps += 1
         if reading is not None or self._steps % 256 == 0:
             mx.clear_cache()
@@ -481,7 +539,8 @@ class Decoder:
             return None
         return g.speculation.choose(g.tokens, most)
 
-    def _round_alone(self, started: float) -> Advance | None:
+    def _round_alone(self) -> Advance | None:
+        started = time.perf_counter()
         if (choice := self._guess_alone(self._answers)) is None:
             return None
         (g,), (name, kind, drafts) = self._answers, choice
@@ -501,12 +560,12 @@ class Decoder:
     def _failed(self) -> list[Advance]:
         return [Advance(g, []) for g in self._answers if g.failure is not None]
 
-    def _learn(self, flight: _Flight, advances: list[Advance], seconds: float) -> None:
+    def _learn(self, flight: _Flight, advances: list[Advance]) -> None:
         """Note how long a step took, and which guesses held."""
-        answers = flight.answers
+        answers, seconds = flight.answers, flight.seconds
         row = self._pace.row(len(answers)) or 0.0
         self._pace.saw(len(answers), sum(map(len, flight.guesses)), flight.chunk, seconds)
-        alone = len(answers) == 1 and not flight.chunk
+        alone = len(answers) == len(self._answers) == 1 and not flight.chunk
         held = {advance.generation: len(advance.tokens) - 1 for advance in advances}
         for g, guesses in zip(answers, flight.guesses, strict=True):
             if g.sure:

@@ -5,7 +5,7 @@ sequences that need this block there are one matrix, so the block's weights are 
 of them. Only attention looks at each sequence's own cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -35,9 +35,8 @@ def run_together(parts: Sequence[Part]) -> list[mx.array]:
     All models are views of the same weights. Maps that have too little in common run one after
     the other.
     """
-    if (elsewhere := parts[0].model.elsewhere) is not None:
-        hidden: list[mx.array] = elsewhere(parts)
-        return hidden
+    if parts[0].model.elsewhere is not None:
+        return begin_together(parts)()
     maps = dict.fromkeys(part.model.config.layer_map for part in parts)
     order = schedule(maps)
     if order is not None:
@@ -47,6 +46,16 @@ def run_together(parts: Sequence[Part]) -> list[mx.array]:
         own = [i for i, part in enumerate(parts) if part.model.config.layer_map == one]
         found |= zip(own, run_together([parts[i] for i in own]), strict=True)
     return [found[i] for i in range(len(parts))]
+
+
+def begin_together(parts: Sequence[Part]) -> Callable[[], list[mx.array]]:
+    """The same in two: what comes back gives the result. Other machines run their part meanwhile,
+    so several such steps may be under way, of sequences of their own."""
+    if (elsewhere := parts[0].model.elsewhere) is not None:
+        begun: Callable[[], list[mx.array]] = elsewhere.begin(parts)
+        return begun
+    hidden = run_together(parts)
+    return lambda: hidden
 
 
 def begin_to_compute(h: mx.array) -> None:

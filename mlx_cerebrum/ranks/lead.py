@@ -4,7 +4,9 @@ Decoding asks it for steps as it asks any model. Each is announced to the others
 """
 
 import atexit
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -34,7 +36,9 @@ class Lead:
         self._views: dict[tuple[Any, Any], tuple[View, Share]] = {}
         self._untold: list[View] = []
         self._serial = 0
-        self._answered = True  # no machine has a step to run
+        self._steps = 0  # that were begun in turn
+        self._due: deque[_Due] = deque()  # of those, what has yet to come back
+        self._heard = -1  # the last that all machines have run, as far as is known
         atexit.unregister(links.over)
         self._heart = Heart(links, self._beat)
         atexit.register(self.close)
@@ -53,85 +57,81 @@ class Lead:
         view, share = self._views[key]
         return view.number, share
 
-    def run(self, parts: Sequence[Part]) -> list[mx.array]:
-        """See `run_together`. Of parts that are not wanted nothing is given back."""
+    @property
+    def lanes(self) -> int:
+        """How many steps may be under way: one on each machine of a pipeline."""
+        return 1 if self.shares.tensor else self.links.size
+
+    def begin(self, parts: Sequence[Part]) -> Callable[[], list[mx.array]]:
+        """Start a step, which is to be waited for by calling what comes back. That gives what
+        `run_together` does; of parts that are not wanted nothing that could be used."""
         # What Ctrl-C left half done here, the others would not know of.
         with uninterrupted(), self._heart.step():
-            return self._run(parts)
+            hidden, own, told = [], [], []
+            for model, tokens, caches, wanted in parts:
+                assert isinstance(model, LeadModel)
+                first = caches[0]
+                assert isinstance(first, LeadCache)
+                # `embed` may have been asked for already.
+                h = tokens if tokens.ndim == 3 else model.embed(tokens)
+                hidden.append(h)
+                own.append(Part(model.share, h, caches))
+                number, length = first.sequence, h.shape[1]
+                told.append(
+                    announcement.Part(number, first.view, length, first.offset, first.marks, wanted)
+                )
+            begun = self._all_at_once if self.shares.tensor else self._in_turn
+            come = begun(hidden, own, told)
+            for part in parts:
+                first = part.caches[0]
+                assert isinstance(first, LeadCache)
+                first.told = first.offset
+        return come
 
-    def _run(self, parts: Sequence[Part]) -> list[mx.array]:
-        hidden, own, told = [], [], []
-        for model, tokens, caches, wanted in parts:
-            assert isinstance(model, LeadModel)
-            first = caches[0]
-            assert isinstance(first, LeadCache)
-            # `embed` may have been asked for already.
-            h = tokens if tokens.ndim == 3 else model.embed(tokens)
-            hidden.append(h)
-            own.append(Part(model.share, h, caches))
-            number, length = first.sequence, h.shape[1]
-            told.append(
-                announcement.Part(number, first.view, length, first.offset, first.marks, wanted)
-            )
-        if self.shares.tensor:
-            found = self._all_at_once(hidden, own, told)
-        else:
-            found = self._in_turn(own, told)
-        for part in parts:
-            first = part.caches[0]
-            assert isinstance(first, LeadCache)
-            first.told = first.offset
-        return found
-
-    def _in_turn(self, own: Sequence[Part], told: list[announcement.Part]) -> list[mx.array]:
-        """What is wanted, and behind it as a step of its own what is not, a chunk of a prompt: it
-        is computed here while the others run the first, and there during the next step."""
-        wanted = [i for i, part in enumerate(told) if part.wanted]
-        behind = [i for i, part in enumerate(told) if not part.wanted]
-        if not wanted:  # the others go on alone, and this one with the next chunk
-            wanted, behind = behind, wanted
-        found = self._computed(own, wanted)
+    def _in_turn(
+        self, hidden: Sequence[mx.array], own: Sequence[Part], told: list[announcement.Part]
+    ) -> Callable[[], list[mx.array]]:
+        found = run_together(own)
+        flat = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in found])
+        mx.eval(flat, _states(own))
+        lengths = [part.length for part in told if part.wanted]
+        due = _Due(self._steps, (sum(lengths), flat.shape[-1]), flat.dtype)
         with self.links.held():
-            self._hand_on(told, found, wanted)
-            if told[wanted[0]].wanted:
-                try:
-                    found |= self._computed(own, behind)
-                finally:  # whatever happened here, it comes
-                    found |= self._received(told, found, wanted)
-                if behind:
-                    self._hand_on(told, found, behind)
-        return [found[i] for i in range(len(own))]
+            # A machine that sends a step's hidden states takes no other step before they are
+            # taken: so many steps are under way as others can take, and none waits for itself.
+            while self._due and self._steps - self._due[0].number > self.links.size - 2:
+                self._receive()
+            step = self._step(told)
+            self._announce(Kind.STEP, step.tokens, step.body())
+            self.links.send(flat, self.links.after)
+            self._steps += 1
+            if lengths:
+                self._due.append(due)
 
-    def _computed(self, own: Sequence[Part], which: Sequence[int]) -> dict[int, mx.array]:
-        """What the lead's positions give for some of the parts, by number."""
-        if not which:
-            return {}
-        parts = [own[i] for i in which]
-        found = run_together(parts)
-        mx.eval(found, _states(parts))
-        return dict(zip(which, found, strict=True))
+        def come() -> list[mx.array]:
+            if not lengths:
+                return found
+            back = iter(mx.split(self._received(due)[None], [*accumulate(lengths)][:-1], axis=1))
+            return [next(back) if part.wanted else h for h, part in zip(found, told, strict=True)]
 
-    def _hand_on(
-        self, told: Sequence[announcement.Part], found: dict[int, mx.array], which: Sequence[int]
-    ) -> None:
-        step = self._step([told[i] for i in which])
-        flat = mx.concatenate([found[i].reshape(-1, found[i].shape[-1]) for i in which])
-        mx.eval(flat)
-        self._announce(Kind.STEP, step.tokens, step.body())
-        self.links.send(flat, self.links.after)
-        self._answered = False
+        return come
 
-    def _received(
-        self, told: Sequence[announcement.Part], found: dict[int, mx.array], which: Sequence[int]
-    ) -> dict[int, mx.array]:
-        like, ends = found[which[0]], [*accumulate(told[i].length for i in which)]
-        back = self.links.receive((ends[-1], like.shape[-1]), like.dtype, self.links.before)
-        self._answered = True
-        return dict(zip(which, mx.split(back[None], ends[:-1], axis=1), strict=True))
+    def _received(self, due: "_Due") -> mx.array:
+        with uninterrupted(), self._heart.step(), self.links.held():
+            while due.come is None:
+                self._receive()
+        return due.come
+
+    def _receive(self) -> None:
+        """What comes next, of the oldest step under way."""
+        due = self._due[0]
+        due.come = self.links.receive(due.shape, due.dtype, self.links.before)
+        self._due.popleft()
+        self._heard = due.number
 
     def _all_at_once(
         self, hidden: Sequence[mx.array], own: Sequence[Part], told: list[announcement.Part]
-    ) -> list[mx.array]:
+    ) -> Callable[[], list[mx.array]]:
         flat, links = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in hidden]), self.links
         mx.eval(flat)
         with links.held():
@@ -142,7 +142,7 @@ class Lead:
                 found = run_together(own)
                 mx.eval(found)  # in the same order on every machine
                 mx.eval(_states(own))
-        return found
+        return lambda: found
 
     def _step(self, told: list[announcement.Part]) -> Step:
         """With all that changed until now; so to be told before anything else is."""
@@ -158,7 +158,9 @@ class Lead:
     def _beat(self, milliseconds: int) -> None:
         if self.journal:  # caches that nobody needs any more should not wait for the next step
             self._announce(Kind.STEP, 0, self._step([]).body())
-        if not self._answered:  # it would wait behind what the others still compute
+        while milliseconds and self._due:  # nobody waits for it any more
+            self._receive()
+        if self._heard < self._steps - 1:  # it would wait behind what the others still compute
             self._announce(Kind.BEAT, milliseconds, [])
             return
         self._announce(Kind.ROUND, milliseconds, [])
@@ -171,6 +173,16 @@ class Lead:
         atexit.unregister(self.close)
         self._heart.stop()
         self.links.close(lambda: self._announce(Kind.END, 0, []))
+
+
+@dataclass(eq=False)
+class _Due:
+    """Hidden states that come back at the end of a step."""
+
+    number: int  # of the step
+    shape: tuple[int, int]
+    dtype: mx.Dtype
+    come: mx.array | None = None
 
 
 class LeadModel(Model):
@@ -188,7 +200,7 @@ class LeadModel(Model):
 
     @property
     def elsewhere(self) -> Any:
-        return self.lead.run
+        return self.lead
 
     def run(
         self,
@@ -200,7 +212,7 @@ class LeadModel(Model):
         if start or stop is not None:
             raise RequestError("on several machines a step runs through all positions")
         cache = self.make_cache() if cache is None else cache
-        return self.lead.run([Part(self, h, cache)])[0]
+        return self.lead.begin([Part(self, h, cache)])()[0]
 
     def make_cache(self, kv_bits: int | None = None) -> list[WindowedKVCache]:
         """One for each position of the lead's; the first stands for all machines'."""

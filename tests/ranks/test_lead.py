@@ -1,6 +1,7 @@
-"""In which order the lead hands on what a step is of."""
+"""In which order the lead hands on what a step is of, and takes what comes back."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 from unittest import mock
 
 import mlx.core as mx
@@ -8,7 +9,7 @@ import pytest
 from company import tiny_views
 
 from mlx_cerebrum.model.together import Part, run_together
-from mlx_cerebrum.ranks.announcement import HEAD
+from mlx_cerebrum.ranks.announcement import HEAD, Announcement, Kind
 from mlx_cerebrum.ranks.lead import Lead, LeadModel
 from mlx_cerebrum.ranks.shares import Shares
 
@@ -17,51 +18,89 @@ MAP = (0, 1, 2, 3)
 
 class Told:
     """A lead with blocks 0 and 1 of 4, and what became of its links: "sent N" for a step of N
-    tokens, "received N"."""
+    tokens, "received N", and "beat" or "round" for those."""
 
-    def __init__(self) -> None:
+    def __init__(self, machines: int = 2) -> None:
         self.events: list[str] = []
-        links = mock.MagicMock(rank=0, after=1, before=1, broken=True)
-        links.send, links.receive = self.send, self.receive
-        own, whole = (tiny_views(None, [one])[0] for one in (MAP[:2], MAP))
-        lead = Lead(links, Shares(((0, 1), (2, 3)), MAP, (2,)), own)
-        self.model = LeadModel(lead, whole.config)
-        lead.close()
-        self.answer, self.chunk = (
-            Part(self.model, mx.array([[3] * length]), self.model.make_cache(), wanted)
-            for length, wanted in ((1, True), (5, False))
+        self.came = 0.0
+        self.links = mock.MagicMock(
+            rank=0, size=machines, after=1, before=machines - 1, broken=True
         )
+        self.links.send, self.links.receive = self.send, self.receive
+        own, whole = (tiny_views(None, [one])[0] for one in (MAP[:2], MAP))
+        self.lead = Lead(self.links, Shares(((0, 1), (2, 3)), MAP, (2,)), own)
+        self.model = LeadModel(self.lead, whole.config)
+        self.lead.close()
+        self.events.clear()
+
+    def part(self, length: int, wanted: bool = True) -> Part:
+        return Part(self.model, mx.array([[3] * length]), self.model.make_cache(), wanted)
 
     def send(self, array: mx.array, to: int) -> None:
         if array.dtype == mx.int32:
             assert array.size == HEAD
-            self.events.append(f"sent {array[3].item()}")
+            kind = Kind(cast(int, array[1].item()))
+            self.events.append(
+                f"sent {array[3].item()}" if kind == Kind.STEP else kind.name.lower()
+            )
 
     def receive(self, shape: Sequence[int], dtype: mx.Dtype, source: int) -> mx.array:
+        if dtype == mx.int32:
+            return mx.array(Announcement(Kind.ROUND, 0, 100).packed()[0])
         self.events.append(f"received {shape[0]}")
-        self.read = self.chunk.caches[-1].offset
-        return mx.full(shape, 7.0, dtype)
+        self.came += 1
+        return mx.full(shape, self.came, dtype)
 
 
-def test_a_chunk_alone_is_not_waited_for() -> None:
+def test_a_chunk_is_not_waited_for() -> None:
     told = Told()
-    told.model.lead.run([told.chunk])
-    assert told.events == ["sent 5"]
+    chunk = told.part(5, wanted=False)
+    told.lead.begin([chunk])()
+    told.lead.begin([chunk])()
+    assert told.events == ["sent 5", "sent 5"]
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_a_chunk_is_computed_while_the_others_run_the_answers(turned: bool) -> None:
+def test_a_step_is_computed_while_the_others_run_the_one_before() -> None:
+    """It is sent when that has come back: who sends a step's result takes nothing meanwhile."""
     told = Told()
-    parts = [told.answer, told.chunk]
-    found = told.model.lead.run(parts[::-1] if turned else parts)
-    assert told.events == ["sent 1", "received 1", "sent 5"]
-    assert told.read == 5
-    assert [h.shape[1] for h in found] == ([5, 1] if turned else [1, 5])
-    assert mx.all(found[turned] == 7.0)
+    first, second = told.part(1), told.part(2)
+    come = told.lead.begin([first])
+    received = told.links.receive
+
+    def receive(*args: Any) -> Any:
+        assert second.caches[-1].offset == 2
+        return received(*args)
+
+    told.links.receive = receive
+    after = told.lead.begin([second])
+    assert told.events == ["sent 1", "received 1", "sent 2"]
+    assert mx.all(come()[0] == 1.0)
+    assert mx.all(after()[0] == 2.0)
+    assert told.events[3:] == ["received 2"]
 
 
-def test_what_is_under_way_is_received_whatever_happens() -> None:
+def test_of_three_machines_each_has_a_step() -> None:
+    told = Told(machines=3)
+    for length in (1, 2, 3):
+        told.lead.begin([told.part(length)])
+    told.lead.begin([told.part(4, wanted=False)])
+    assert told.events == ["sent 1", "sent 2", "received 1", "sent 3", "received 2", "sent 4"]
+    told.lead.begin([told.part(5)])
+    assert told.events[6:] == ["received 3", "sent 5"]  # nothing comes back of the chunk
+
+
+def test_what_is_wanted_comes_back_of_a_step_with_more() -> None:
     told = Told()
+    found = told.lead.begin([told.part(4, wanted=False), told.part(1), told.part(2)])()
+    assert told.events == ["sent 7", "received 3"]
+    assert [h.shape[1] for h in found] == [4, 1, 2]
+    assert mx.all(found[1] == 1.0)
+    assert mx.all(found[2] == 1.0)
+
+
+def test_a_step_that_fails_here_is_never_sent() -> None:
+    told = Told()
+    come = told.lead.begin([told.part(1)])
 
     def fails(parts: Sequence[Part]) -> list[mx.array]:
         if parts[0].tokens.shape[1] == 5:
@@ -70,5 +109,18 @@ def test_what_is_under_way_is_received_whatever_happens() -> None:
 
     patched = mock.patch("mlx_cerebrum.ranks.lead.run_together", fails)
     with patched, pytest.raises(RuntimeError):
-        told.model.lead.run([told.answer, told.chunk])
+        told.lead.begin([told.part(5)])
+    assert mx.all(come()[0] == 1.0)
     assert told.events == ["sent 1", "received 1"]
+
+
+def test_what_nobody_waits_for_is_taken_before_the_next_and_at_rest() -> None:
+    told = Told()
+    parts = [told.part(1), told.part(2)]  # caches that are dropped would be told of in a beat
+    for part in parts:
+        told.lead.begin([part])
+    assert told.events == ["sent 1", "received 1", "sent 2"]
+    told.lead._beat(0)  # it computes: others may have a step to run
+    assert told.events[3:] == ["beat"]
+    told.lead._beat(100)
+    assert told.events[4:] == ["received 2", "round"]

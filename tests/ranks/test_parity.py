@@ -85,7 +85,7 @@ def test_the_same_answers(
 
 
 @WINDOWS
-@pytest.mark.parametrize("how", ["2", BUSY[0]])
+@pytest.mark.parametrize("how", ["2", "3", BUSY[0]])
 @DEPTHS
 def test_random_company(
     how: str, blocks: int, window: int | None, paths: MakePath, tmp_path: Path

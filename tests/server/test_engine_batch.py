@@ -20,7 +20,7 @@ from mlx_cerebrum.decoding.prompt_store import PromptStore
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
-from mlx_cerebrum.model.together import Part, run_together
+from mlx_cerebrum.model.together import Part, begin_together
 from mlx_cerebrum.server.batch import Batch
 from mlx_cerebrum.server.jobs import Event, Failed, Job, Piece, Reading
 from mlx_cerebrum.server.task import Counts, Task
@@ -186,11 +186,11 @@ def test_choices_share_the_work_on_the_prompt(
     desk = Desk(loaded(WINDOW), prefill_step_size=10)
     read: list[tuple[int, ...]] = []
 
-    def counting(parts: Sequence[Part]) -> list[mx.array]:
+    def counting(parts: Sequence[Part]) -> Callable[[], list[mx.array]]:
         read.extend(part.tokens.shape for part in parts if part.tokens.shape[1] > 1)
-        return run_together(parts)
+        return begin_together(parts)
 
-    monkeypatch.setattr(decoder, "run_together", counting)
+    monkeypatch.setattr(decoder, "begin_together", counting)
     task = desk.start(job(41, 3, n=4))
     desk.run()
     assert read == [(1, 10)] * 4
@@ -308,13 +308,13 @@ def fail_next(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
     """Lets the next step fail, halfway."""
     errors: list[Exception] = []
 
-    def broken(parts: Sequence[Part]) -> list[mx.array]:
-        found = run_together(parts)
+    def broken(parts: Sequence[Part]) -> Callable[[], list[mx.array]]:
+        found = begin_together(parts)
         if errors:
             raise errors.pop()
         return found
 
-    monkeypatch.setattr(decoder, "run_together", broken)
+    monkeypatch.setattr(decoder, "begin_together", broken)
     return errors.append
 
 
