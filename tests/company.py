@@ -105,6 +105,7 @@ class Company:
         self.most = 0  # answers in one step
         self.held = 0  # guesses
         self.failed = 0  # steps
+        self.faults: Sequence[Fault] = FAULTS
 
     def add(
         self, model: Model | None = None, length: int | None = None, most: int | None = None
@@ -244,7 +245,7 @@ class Company:
                 came += 1
             if self.jobs and self.draw.random() < 0.03:
                 self.leave(self.draw.choice(self.jobs))
-            self.step(self.draw.choice(FAULTS) if self.draw.random() < 0.03 else None)
+            self.step(self.draw.choice(self.faults) if self.draw.random() < 0.03 else None)
 
 
 # Faults in a step.

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 sys.path.insert(0, str(Path(__file__).parent))
-from company import Company, Counted, tiny_views
+from company import Company, Counted, in_a_sampler, in_reading_logprobs, tiny_views
 from ranks_ring import LONG, SIZES
 
 from mlx_cerebrum import cli
@@ -60,6 +60,8 @@ def company(model: Model, seeds: Sequence[int], sequences: int) -> Found:
     for seed in seeds:
         there = Shared(random.Random(seed), views, 64, 256, 1 + seed % 7)
         there.whole = whole
+        if model.lead.shares.tensor:  # others run the blocks too: nobody could go on
+            there.faults = (in_a_sampler, in_reading_logprobs)
         there.run(sequences)
         left, held = left + there.left, held + there.held
         most = max(most, there.most)

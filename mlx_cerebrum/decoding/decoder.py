@@ -496,7 +496,8 @@ class Decoder:
             mx.eval([c.state for c in reading.caches], [found.arrays for found in flight.scores])
             for found in flight.scores:
                 reading.prompt_logprobs += found.read()
-            advances.append(Advance(reading, []))
+            if reading in (*self._reading, *self._answers):  # it may have left meanwhile
+                advances.append(Advance(reading, []))
         if flight.choices is not None:
             advances += self._accept(flight, cast(list[int], flight.choices.tolist()))
         flight.seconds += time.perf_counter() - started

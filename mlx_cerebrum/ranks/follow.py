@@ -56,11 +56,8 @@ class Follower:
                 if not behind:
                     time.sleep(_ASLEEP * min(said.number, 1000) / 1000)
                 continue
-            try:
+            with self.links.bound(self.shares.tensor):
                 self._step(Step.of(said.body), said.number)
-            except (RuntimeError, MemoryError) as error:
-                self.links.failed()
-                raise MachineError(f"this machine could not run its part: {error}") from None
 
     def _hear(self) -> tuple[Announcement, list[mx.array]]:
         links = self.links

@@ -138,7 +138,7 @@ class Lead:
             step = self._step(told)
             self._announce(Kind.STEP, step.tokens, step.body())
             links.send(flat, links.after)
-            with links.in_step():
+            with links.bound(summing=True), links.in_step():
                 found = run_together(own)
                 mx.eval(found)  # in the same order on every machine
                 mx.eval(_states(own))

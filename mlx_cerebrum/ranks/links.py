@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_cerebrum.cli import INTERRUPTED, on_end_signals
-from mlx_cerebrum.errors import MachineError
+from mlx_cerebrum.errors import CerebrumError, MachineError
 from mlx_cerebrum.ranks.last_words import MOST_MACHINES, REPEATED, SEEN, Why, Word, silent
 from mlx_cerebrum.ranks.meet import meet
 from mlx_cerebrum.ranks.watch import Watch
@@ -130,6 +130,21 @@ class Links:
         """Inside, a step is computed that may ask for sums: others are waited for."""
         with self._lost(self.before), self.watch.waiting(self._not_over):
             yield
+
+    @contextmanager
+    def bound(self, summing: bool) -> Iterator[None]:
+        """Inside, the others run what this machine does: where it can't, nobody can go on. Raises
+        MachineError then. summing: they may wait for a sum, and would take words for it; so they
+        hear of it when they have waited long enough."""
+        try:
+            yield
+        except (CerebrumError, LeadEndedError):
+            raise
+        except Exception as error:
+            if not summing:
+                self.failed()
+            self.broken = True
+            raise MachineError(f"this machine could not run its part: {error}") from error
 
     def close(self, say: Callable[[], None]) -> None:
         """Have the last thing said. Who does not take it now is not waited for."""

@@ -31,6 +31,7 @@ SOON = 5.0  # seconds; it takes some 0.1 where this machine is not busy
 LAUNCHER = Path(sys.executable).with_name("mlx.launch")
 HOST = socket.gethostname()[:48]
 GONE = "error: machine {} ({}) is gone: start all of them again\n"
+FAILED = "error: machine {} ({}) has ended by an error, which it says itself\n"
 SILENT = (
     f"error: no word from machine {{}} ({{}}) for {PATIENCE:g} s: start all of them again, with"
     " more --patience if it was only slow\n"
@@ -754,27 +755,40 @@ def test_what_another_machine_refuses_is_said_there(path: Path, tmp_path: Path) 
 @pytest.mark.parametrize("machines", [2, 3])
 @drawn
 def test_a_step_that_fails_on_one_machine(machines: int, path: Path, tmp_path: Path) -> None:
-    words = generate(path)
-    failing = """
+    check_failing(Ring(tmp_path, machines, generate(path)), 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_step_that_fails_where_all_run_every_block(rank: int, path: Path, tmp_path: Path) -> None:
+    """The others are in the middle of it: it can't be taken back."""
+    words = generate(path, 100, "--tensor-parallel", *IMPATIENT)
+    check_failing(Ring(tmp_path, 2, words), rank, SILENT)
+
+
+def check_failing(started: Ring, failing: int, said: str = FAILED) -> None:
+    """A step fails on one: it says why, and the others who it was."""
+    program = f"""
 import sys
-from mlx_cerebrum.ranks import follow
+from mlx_cerebrum.ranks import {"follow" if failing else "lead"} as own
 from mlx_cerebrum.generate import main
 def run(parts, steps=[]):
     steps.append(1)
     if len(steps) > 5:
         raise RuntimeError("[malloc] Unable to allocate 99 bytes.")
     return before(parts)
-before, follow.run_together = follow.run_together, run
+before, own.run_together = own.run_together, run
 sys.exit(main())
 """
-    with Ring(tmp_path, machines, words) as ring:
-        ring.start(*(rank for rank in range(machines) if rank != 1))
-        ring.words = ["-c", failing, *words[2:]]
-        found = ring.start(1).ended(30.0)
+    with started as ring:
+        words, ranks = ring.words, range(ring.machines)
+        ring.start(*(rank for rank in ranks if rank != failing))
+        ring.words = ["-c", program, *words[2:]]
+        found = ring.start(failing).ended(30.0)
         own = "error: this machine could not run its part: [malloc] Unable to allocate 99 bytes.\n"
-        ended = f"error: machine 1 ({HOST}) has ended by an error, which it says itself\n"
+        ended = said.format(failing, HOST)
         assert {rank: (each.code, each.err) for rank, each in found.items()} == {
-            rank: (1, own if rank == 1 else ended) for rank in range(machines)
+            rank: (1, own if rank == failing else ended) for rank in ranks
         }
 
 
