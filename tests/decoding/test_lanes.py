@@ -129,3 +129,18 @@ def test_one_whose_prompt_is_scored_goes_with_the_others() -> None:
         decoder.step()
     assert [1, 1, 5] in late.lengths
     assert len(scored.prompt_logprobs) == 11
+
+
+def test_a_chunk_under_way_is_nobodys_when_its_sequence_has_left() -> None:
+    late, (short, *_) = views(None, 2)
+    decoder = Decoder(prefill_step_size=5)
+    answering([short] * 2, decoder)
+    new = Generation(short, [3] * 16, short.make_cache(), 4)
+    decoder.add(new)
+    while late.lengths[-1] != [5]:
+        decoder.step()
+    assert new.read == 5
+    decoder.leave(new)
+    advanced = [advance.generation for _ in range(6) for advance in decoder.step()]
+    assert advanced
+    assert new not in advanced
