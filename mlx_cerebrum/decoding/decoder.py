@@ -355,7 +355,10 @@ class Decoder:
         under_way = {g for flight in self._flights for g in flight.answers}
         waiting = [g for g in answers if g not in under_way]
         waiting.sort(key=lambda g: g.model.config.layer_map)  # of one model: they share reads
-        share = waiting[: -(-len(answers) // self._lanes)]
+        # While a prompt is read one machine has a chunk of it to run: answers that came back behind
+        # that would keep the next chunk waiting.
+        lanes = self._lanes - bool(self._reading)
+        share = waiting[: -(-len(answers) // lanes)]
         self._since_chunk += len(share)
         return [g for g in answers if g in share], None, []
 

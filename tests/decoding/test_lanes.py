@@ -115,7 +115,8 @@ def test_a_chunk_is_read_when_all_answers_had_a_turn() -> None:
         decoder.step()
     at = [i for i, lengths in enumerate(late.lengths) if lengths == [5]]
     assert len(at) >= 2
-    assert [b - a for a, b in pairwise(at)] == [3] * (len(at) - 1)
+    assert [b - a for a, b in pairwise(at)] == [2] * (len(at) - 1)
+    assert late.lengths[at[0] + 1] == [1] * 4  # and all of them at once, lest the next chunk waits
 
 
 def test_one_whose_prompt_is_scored_goes_with_the_others() -> None:
