@@ -35,8 +35,6 @@ def run_together(parts: Sequence[Part]) -> list[mx.array]:
     All models are views of the same weights. Maps that have too little in common run one after
     the other.
     """
-    if parts[0].model.elsewhere is not None:
-        return begin_together(parts)()
     maps = dict.fromkeys(part.model.config.layer_map for part in parts)
     order = schedule(maps)
     if order is not None:
