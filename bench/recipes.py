@@ -45,9 +45,6 @@ class BitsOf(str):
     """The bits a weight of another side, by its name."""
 
 
-Flags = list[str]
-
-
 def main(argv: list[str] | None = None) -> int:
     p = parser("recipes", "Loss and divergence of a model quantized by each recipe.")
     p.add_argument("--model", default="demo", metavar="DIR|FILE.gguf|HUBID|demo", help="which")
@@ -85,7 +82,7 @@ def _measure(args: argparse.Namespace) -> Results:
     return made
 
 
-def wanted(every: dict[str, Flags], names: Sequence[str] | None) -> dict[str, Flags]:
+def wanted(every: dict[str, list[str]], names: Sequence[str] | None) -> dict[str, list[str]]:
     """Those asked for, with dense and uniform. Raises RequestError for a name that is none, and for
     one that spends the bits of a side that was left out."""
     if names is None:
@@ -100,7 +97,7 @@ def wanted(every: dict[str, Flags], names: Sequence[str] | None) -> dict[str, Fl
     return found
 
 
-def sides(args: argparse.Namespace, folder: Path) -> dict[str, Flags]:
+def sides(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     """What is told to `convert`, or to mlx-lm's function, for each side."""
     tokens = ["--calibrate-tokens", str(args.calibrate_tokens)]
     read = [*tokens, "--calibrate", args.calibrate] if args.calibrate else tokens
@@ -134,7 +131,7 @@ def _code(folder: Path) -> Path:
     return path
 
 
-def _converted(args: argparse.Namespace, path: Path, flags: Flags) -> process.Cost:
+def _converted(args: argparse.Namespace, path: Path, flags: list[str]) -> process.Cost:
     """Run the converter into `path`, in a process of its own: as users start it.
 
     Raises CerebrumError with its message.
@@ -147,7 +144,7 @@ def _converted(args: argparse.Namespace, path: Path, flags: Flags) -> process.Co
     return process.cost(words)
 
 
-def _peer(args: argparse.Namespace, method: str, path: Path, flags: Flags) -> process.Cost:
+def _peer(args: argparse.Namespace, method: str, path: Path, flags: list[str]) -> process.Cost:
     """What mlx-lm's function makes of the merge unrolled."""
     dense = path.with_name("unrolled")
     if not dense.exists():
