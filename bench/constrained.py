@@ -20,7 +20,8 @@ import numpy as np
 from bench import machine
 from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.constraint import Constraint, Grammar, Grammars
-from mlx_cerebrum.decoding.decoder import Decoder, Generation
+from mlx_cerebrum.decoding.decoder import Decoder
+from mlx_cerebrum.decoding.generation import Generation
 from mlx_cerebrum.decoding.grammar_text import Ask
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.text import tell

@@ -17,7 +17,8 @@ from bench.engines import prompt_ids, timed
 from bench.pair import formula
 from bench.suite import Results
 from mlx_cerebrum import cli
-from mlx_cerebrum.decoding.decoder import Decoder, Generation, generate_step
+from mlx_cerebrum.decoding.decoder import Decoder, generate_step
+from mlx_cerebrum.decoding.generation import Generation
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import resolve
 from mlx_cerebrum.ranks import backend

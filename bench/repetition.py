@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from bench.bootstrap import interval, paired
 from bench.likelihood import Ids
 from bench.suite import Results
-from mlx_cerebrum.decoding.decoder import Decoder, Generation
+from mlx_cerebrum.decoding.decoder import Decoder
+from mlx_cerebrum.decoding.generation import Generation
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 

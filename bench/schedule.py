@@ -43,7 +43,8 @@ from bench.step_profile import forget
 from bench.suite import Results
 from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import greedy, prefill
-from mlx_cerebrum.decoding.decoder import Decoder, Generation
+from mlx_cerebrum.decoding.decoder import Decoder
+from mlx_cerebrum.decoding.generation import Generation
 from mlx_cerebrum.decoding.policy import bytes_read
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.doctor.graph import count, kernels

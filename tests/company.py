@@ -13,8 +13,9 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from tiny import tiny_config, tiny_weights
 
-from mlx_cerebrum.decoding.decoder import Decoder, Generation
+from mlx_cerebrum.decoding.decoder import Decoder
 from mlx_cerebrum.decoding.drafters import Drafter, ModelDrafter, NGramDrafter
+from mlx_cerebrum.decoding.generation import Generation
 from mlx_cerebrum.decoding.logprobs import Logprobs, TokenLogprob
 from mlx_cerebrum.decoding.policy import Policy
 from mlx_cerebrum.decoding.sampling import Sampling

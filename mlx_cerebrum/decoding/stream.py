@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_cerebrum.decoding.decode import Sampler, check_prompt, greedy, prefill_step
-from mlx_cerebrum.decoding.decoder import Decoder, Generation
+from mlx_cerebrum.decoding.decoder import Decoder
+from mlx_cerebrum.decoding.generation import Generation
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.sampling import Adjust
 from mlx_cerebrum.decoding.speculative import Speculation

@@ -8,7 +8,8 @@ import mlx.nn as nn
 
 from mlx_cerebrum import device
 from mlx_cerebrum.decoding.decode import prefill_step
-from mlx_cerebrum.decoding.decoder import Decoder, Generation, generate_step
+from mlx_cerebrum.decoding.decoder import Decoder, generate_step
+from mlx_cerebrum.decoding.generation import Generation
 from mlx_cerebrum.doctor.check import Found, Settings
 from mlx_cerebrum.machine.facts import sysctl
 from mlx_cerebrum.model.cache import STEP, WindowedKVCache

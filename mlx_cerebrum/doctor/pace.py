@@ -9,7 +9,8 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlx_cerebrum import device
-from mlx_cerebrum.decoding.decoder import Decoder, Generation
+from mlx_cerebrum.decoding.decoder import Decoder
+from mlx_cerebrum.decoding.generation import Generation
 from mlx_cerebrum.decoding.policy import bytes_read
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import Model

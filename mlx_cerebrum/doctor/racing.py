@@ -11,7 +11,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_cerebrum import device
-from mlx_cerebrum.decoding.decoder import Decoder, Generation, generate_step
+from mlx_cerebrum.decoding.decoder import Decoder, generate_step
+from mlx_cerebrum.decoding.generation import Generation
 from mlx_cerebrum.decoding.policy import bytes_read
 from mlx_cerebrum.doctor import pace
 from mlx_cerebrum.doctor.check import Found, Settings

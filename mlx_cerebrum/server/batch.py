@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 
-from mlx_cerebrum.decoding.decoder import Advance, Decoder, Generation
+from mlx_cerebrum.decoding.decoder import Advance, Decoder
 from mlx_cerebrum.decoding.draft_models import stored_order
+from mlx_cerebrum.decoding.generation import Generation
 from mlx_cerebrum.decoding.prompt_cache import PromptCache
 from mlx_cerebrum.decoding.prompt_store import PromptStore
 from mlx_cerebrum.decoding.speculative import Speculation, speculation

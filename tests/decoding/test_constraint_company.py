@@ -20,8 +20,9 @@ from test_constraint import PERSON, TREE, bytes_vocabulary
 from mlx_cerebrum.decoding import decoder
 from mlx_cerebrum.decoding.constraint import Constraint, Grammar, Grammars
 from mlx_cerebrum.decoding.decode import greedy
-from mlx_cerebrum.decoding.decoder import Decoder, Generation, generate_step
+from mlx_cerebrum.decoding.decoder import Decoder, generate_step
 from mlx_cerebrum.decoding.drafters import ModelDrafter, NGramDrafter
+from mlx_cerebrum.decoding.generation import Generation
 from mlx_cerebrum.decoding.grammar_text import Ask
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.decoding.speculative import Speculation

@@ -34,8 +34,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from mlx_cerebrum.decoding import decoder
-from mlx_cerebrum.decoding.decoder import Decoder, Generation, generate_step
+from mlx_cerebrum.decoding.decoder import Decoder, generate_step
 from mlx_cerebrum.decoding.drafters import Drafter, NGramDrafter
+from mlx_cerebrum.decoding.generation import Generation
 from mlx_cerebrum.decoding.speculative import Speculation
 from mlx_cerebrum.model import rows, together
 from mlx_cerebrum.model.cache import WindowedKVCache

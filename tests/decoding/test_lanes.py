@@ -10,7 +10,8 @@ import mlx.core as mx
 import pytest
 from company import Company, tiny_views
 
-from mlx_cerebrum.decoding.decoder import Decoder, Generation
+from mlx_cerebrum.decoding.decoder import Decoder
+from mlx_cerebrum.decoding.generation import Generation
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.together import Part, run_together
 
