@@ -1,6 +1,7 @@
 """In which order the lead hands on what a step is of, and takes what comes back."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 from unittest import mock
 
@@ -8,19 +9,21 @@ import mlx.core as mx
 import pytest
 from company import tiny_views
 
+from mlx_cerebrum.errors import MachineError
 from mlx_cerebrum.model.together import Part, run_together
 from mlx_cerebrum.ranks.announcement import HEAD, Announcement, Kind
 from mlx_cerebrum.ranks.lead import Lead, LeadModel
+from mlx_cerebrum.ranks.links import Links
 from mlx_cerebrum.ranks.shares import Shares
 
 MAP = (0, 1, 2, 3)
 
 
 class Told:
-    """A lead with blocks 0 and 1 of 4, and what became of its links: "sent N" for a step of N
-    tokens, "received N", and "beat" or "round" for those."""
+    """A lead with blocks 0 and 1 of 4, or with some heads of all, and what became of its links:
+    "sent N" for a step of N tokens, "received N", and "beat" or "round" for those."""
 
-    def __init__(self, machines: int = 2) -> None:
+    def __init__(self, machines: int = 2, heads: tuple[int, ...] = ()) -> None:
         self.events: list[str] = []
         self.came = 0.0
         self.links = mock.MagicMock(
@@ -28,7 +31,10 @@ class Told:
         )
         self.links.send, self.links.receive = self.send, self.receive
         own, whole = (tiny_views(None, [one])[0] for one in (MAP[:2], MAP))
-        self.lead = Lead(self.links, Shares(((0, 1), (2, 3)), MAP, (2,)), own)
+        shares = Shares(((0, 1), (2, 3)), MAP, (2,))
+        if heads:
+            own, shares = whole, Shares((MAP, MAP), MAP, (), heads)
+        self.lead = Lead(self.links, shares, own)
         self.model = LeadModel(self.lead, whole.config)
         self.lead.close()
         self.events.clear()
@@ -124,3 +130,16 @@ def test_what_nobody_waits_for_is_taken_before_the_next_and_at_rest() -> None:
     assert told.events[3:] == ["beat"]
     told.lead._beat(100)
     assert told.events[4:] == ["received 2", "round"]
+
+
+def test_a_step_that_fails_where_all_run_every_block_ends_all() -> None:
+    """The others are in it, waiting for a sum: another step would give them its sums."""
+    told = Told(heads=(1, 1))
+    told.links.bound, told.links.broken = partial(Links.bound, told.links), False
+    failing = mock.Mock(side_effect=RuntimeError("no memory"))
+    patched = mock.patch("mlx_cerebrum.ranks.lead.run_together", failing)
+    with patched, pytest.raises(MachineError, match="could not run its part: no memory"):
+        told.lead.begin([told.part(1)])
+    assert told.events == ["sent 1"]
+    assert told.links.broken  # nothing more is sent, no last words either: they would be a sum
+    told.links.failed.assert_not_called()
