@@ -11,7 +11,7 @@ from mlx_cerebrum.errors import RequestError, shown
 from mlx_cerebrum.model.entries import KV_BITS
 from mlx_cerebrum.model.limits import NO_WIRE
 from mlx_cerebrum.model.memory import GB
-from mlx_cerebrum.ranks import backend
+from mlx_cerebrum.ranks import backend, by_launcher
 from mlx_cerebrum.shelf.places import BITS, split
 from mlx_cerebrum.text import tell
 from mlx_cerebrum.tokenizer.chat_formats import NAMES, read_format
@@ -138,9 +138,13 @@ def machines(args: argparse.Namespace) -> "Machines | None":
 
     Raises RequestError for flags that can't be honoured, MachineError where the others don't come.
     """
-    launched = backend()
+    launched, patience = backend(), args.patience
+    if patience is not None and not 1 <= patience <= 86_400:
+        raise RequestError(f"patience must be from 1 to 86400 seconds, not {patience:g}")
     if launched is None:
-        given = ("split", "tensor_parallel", "patience", "follow")
+        given: tuple[str, ...] = ("split", "follow")
+        if not by_launcher():  # else the others hold for one machine as well
+            given += ("tensor_parallel", "patience")
         if flag := next((f for f in given if getattr(args, f) not in (None, False)), ""):
             flag = flag.replace("_", "-")
             raise RequestError(
@@ -156,10 +160,8 @@ def machines(args: argparse.Namespace) -> "Machines | None":
     from mlx_cerebrum.ranks.links import PATIENCE, Links
     from mlx_cerebrum.ranks.machines import Machines
 
-    patience = PATIENCE if args.patience is None else args.patience
-    if not 1 <= patience <= 86_400:
-        raise RequestError(f"patience must be from 1 to 86400 seconds, not {patience:g}")
-    links = Links(launched, patience)  # where one is missing, this waits and says so
+    # Where one is missing, this waits and says so.
+    links = Links(launched, PATIENCE if patience is None else patience)
     if args.follow and links.rank == 0:
         raise RequestError("--follow is for the others; this is machine 0, which leads")
     return Machines(links, args.split, args.tensor_parallel)

@@ -192,6 +192,19 @@ def test_what_is_for_several_machines(flag: str) -> None:
         machines(p.parse_args([flag]))
 
 
+def test_a_launcher_may_start_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it asks of several holds for it alone too; a part of the positions does not."""
+    (tmp_path / "hosts.json").touch()  # as `mlx.launch -n 1` leaves it
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts.json"))
+    p = cli.ArgumentParser()
+    add_machines_flags(p)
+    assert machines(p.parse_args(["--tensor-parallel", "--patience=60"])) is None
+    for flag in ("--split=3", "--follow"):
+        with pytest.raises(RequestError, match="is for several machines"):
+            machines(p.parse_args([flag]))
+
+
 @pytest.mark.parametrize("bias", ["", "7", "7=", "=1", "x=1", "7=x", "7:1", "1" * 5000 + "=1"])
 def test_what_is_no_bias(bias: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -25,6 +25,14 @@ _ADDRESS = re.compile(r"[^:\s]+:[0-9]{1,5}", re.ASCII)
 _FORM = '[["10.0.0.1:5000"], ["10.0.0.2:5000"]]'
 
 
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # in MPI's environment
+
+
+def by_launcher(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher has started this, on one machine or several."""
+    return any(name in environment for name in ("MLX_RANK", *_SIZES))
+
+
 def backend(environment: Mapping[str, str] = os.environ) -> str | None:
     """Which of MLX's backends a launcher has set up here; None where this machine works alone.
 
@@ -36,7 +44,7 @@ def backend(environment: Mapping[str, str] = os.environ) -> str | None:
         if "NCCL_HOST_IP" in environment:
             return "nccl" if environment.get("MLX_WORLD_SIZE", "1") != "1" else None
         return "ring" if len(hosts(environment)) > 1 else None
-    sizes = (environment.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    sizes = (environment.get(name, "1") for name in _SIZES)
     return "mpi" if any(size != "1" for size in sizes) else None
 
 

@@ -445,14 +445,17 @@ def test_a_stranger_who_calls(says: bytes, path: Path, tmp_path: Path) -> None:
 def test_two_jobs_on_the_same_ports(apart: float, path: Path, tmp_path: Path) -> None:
     """Each ends with its own text, or in one line."""
     one, two = "The first job", "Quite another one"
-    alone = {}
+    alone, empty = {}, tmp_path / "nobody.json"
+    empty.touch()
+    as_one = ENVIRONMENT | {"MLX_RANK": "0", "MLX_HOSTFILE": str(empty)}
     for prompt in (one, two):
         words = generate(path, 12, *IMPATIENT)
         words[words.index("--prompt") + 1] = prompt
         done = subprocess.run(
-            [sys.executable, *words], capture_output=True, text=True, timeout=60, env=ENVIRONMENT
+            [sys.executable, *words], capture_output=True, text=True, timeout=60, env=as_one
         )
         alone[prompt] = done.stdout
+    assert len({"", *alone.values()}) == 3
     with ExitStack() as stack:
         jobs = []
         for prompt in (one, two):
