@@ -143,6 +143,20 @@ def chat(path: Path, *flags: str) -> list[str]:
     return ["-m", "mlx_cerebrum.chat", str(path), *own, "--patience", PATIENT, *flags]
 
 
+def said_alone(words: Sequence[str], folder: Path) -> str:
+    """By one machine, as a launcher starts it."""
+    (hosts := folder / "nobody.json").touch()
+    environment = ENVIRONMENT | {"MLX_RANK": "0", "MLX_HOSTFILE": str(hosts)}
+    return subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        check=True,
+    ).stdout
+
+
 def lines(found: Mapping[int, Ended]) -> list[tuple[int, str]]:
     return [(each.code, each.err) for each in found.values()]
 
@@ -445,16 +459,11 @@ def test_a_stranger_who_calls(says: bytes, path: Path, tmp_path: Path) -> None:
 def test_two_jobs_on_the_same_ports(apart: float, path: Path, tmp_path: Path) -> None:
     """Each ends with its own text, or in one line."""
     one, two = "The first job", "Quite another one"
-    alone, empty = {}, tmp_path / "nobody.json"
-    empty.touch()
-    as_one = ENVIRONMENT | {"MLX_RANK": "0", "MLX_HOSTFILE": str(empty)}
+    alone = {}
     for prompt in (one, two):
         words = generate(path, 12, *IMPATIENT)
         words[words.index("--prompt") + 1] = prompt
-        done = subprocess.run(
-            [sys.executable, *words], capture_output=True, text=True, timeout=60, env=as_one
-        )
-        alone[prompt] = done.stdout
+        alone[prompt] = said_alone(words, tmp_path)
     assert len({"", *alone.values()}) == 3
     with ExitStack() as stack:
         jobs = []
@@ -615,13 +624,11 @@ def test_a_launcher_that_is_killed_leaves_nobody(signum: int, path: Path, tmp_pa
 @drawn
 def test_started_by_mlx_launch(path: Path, tmp_path: Path) -> None:
     words = generate(path, 12)
-    done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, timeout=60, env=ENVIRONMENT
-    )
+    alone = said_alone(words, tmp_path)
     with launched(tmp_path, 2, words) as launcher:
         out, err = launcher.communicate(timeout=60)
-    assert done.stdout.strip()
-    assert done.stdout in out
+    assert alone.strip()
+    assert alone in out
     assert "error" not in err
     assert launcher.returncode == 0
 
