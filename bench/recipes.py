@@ -15,9 +15,12 @@ What is shown of a small model is a rank of methods at most: measure your own.
 """
 
 import argparse
+import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
@@ -52,22 +55,21 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--calibrate", metavar="FILE", help="text to read (default: convert's own)")
     p.add_argument("--calibrate-tokens", type=int, default=16384, metavar="N", help="of it")
     p.add_argument("--sides", nargs="+", metavar="NAME", help="these only, beside dense, uniform")
+    keep = "keep the sides here, and use those that are here (default: neither)"
+    p.add_argument("--keep", type=Path, metavar="DIR", help=keep)
     perplexity.add_text(p)
     return run(p, _measure, text, argv)
 
 
 def _measure(args: argparse.Namespace) -> Results:
-    with tempfile.TemporaryDirectory() as folder:
+    kept = None if args.keep is None else nullcontext(str(args.keep))
+    with kept or tempfile.TemporaryDirectory() as folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         made: Results = {}
         for name, flags in wanted(sides(args, Path(folder)), args.sides).items():
             spent = [str(made[f]["bits_per_weight"]) if isinstance(f, BitsOf) else f for f in flags]
-            path = Path(folder, name)
-            if name.startswith(_PEER):
-                took = _peer(args, name.removeprefix(_PEER), path, spent)
-            else:
-                took = _converted(args, path, spent)
-            bits = perplexity.stored_bits(open_checkpoint(path))
-            made[name] = {"bits_per_weight": bits, **took._asdict()}
+            took = once(args, path := Path(folder, name), spent)
+            made[name] = {"bits_per_weight": perplexity.stored_bits(open_checkpoint(path)), **took}
         dense, tokenizer = load(Path(folder, DENSE))
         texts = {
             name: [(ids, scored, list(log_probs(dense, ids[:-1]))) for ids, scored in windows]
@@ -131,6 +133,22 @@ def _code(folder: Path) -> Path:
     return path
 
 
+def once(args: argparse.Namespace, path: Path, flags: list[str]) -> Results:
+    """Make a side, and note beside it how and what that took; or what an earlier run noted."""
+    note = path.with_name(f"{path.name}.json")
+    how = [args.model, args.plan, args.calibrate, args.calibrate_tokens, *flags]
+    if note.exists() and (found := json.loads(note.read_text(encoding="utf-8")))["how"] == how:
+        return dict(found["took"])
+    note.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)  # made another way, or not to its end
+    if path.name.startswith(_PEER):
+        took = _peer(args, path.name.removeprefix(_PEER), path, flags)
+    else:
+        took = _converted(args, path, flags)
+    note.write_text(json.dumps({"how": how, "took": took._asdict()}), encoding="utf-8")
+    return took._asdict()
+
+
 def _converted(args: argparse.Namespace, path: Path, flags: list[str]) -> process.Cost:
     """Run the converter into `path`, in a process of its own: as users start it.
 
@@ -147,8 +165,7 @@ def _converted(args: argparse.Namespace, path: Path, flags: list[str]) -> proces
 def _peer(args: argparse.Namespace, method: str, path: Path, flags: list[str]) -> process.Cost:
     """What mlx-lm's function makes of the merge unrolled."""
     dense = path.with_name("unrolled")
-    if not dense.exists():
-        _converted(args, dense, ["--layout", "unrolled"])
+    once(args, dense, ["--layout", "unrolled"])
     words = ["bench.mlx_lm_quant", method, str(dense), str(path), *flags]
     words += ["--tokens", str(args.calibrate_tokens)]
     words += ["--calibrate", args.calibrate] if args.calibrate else []

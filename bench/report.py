@@ -24,7 +24,7 @@ CPU = (
     "**MLX's CPU backend: these times and ratios of times say nothing about Metal.**"
     " Bytes and ratios of bytes carry over."
 )
-_PLUMBING = ("json", "debug", "no_openblas")  # flags that change no result
+_PLUMBING = ("json", "debug", "no_openblas", "keep")  # flags that change no result
 
 
 @dataclass(frozen=True)

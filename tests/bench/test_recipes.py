@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.recipes import MIXED, UNIFORM, BitsOf, sides, wanted
+from bench import recipes
+from bench.process import Cost
+from bench.recipes import MIXED, UNIFORM, BitsOf, once, sides, wanted
 from convert.passages import METHODS
 from convert.recipe import RECIPES
 from mlx_cerebrum.errors import RequestError
@@ -35,3 +37,25 @@ def test_some_sides_only(tmp_path: Path) -> None:
     for names, word in ((["gtpq"], "is none of"), ([f"plan, bits of {MIXED}"], "so give it too")):
         with pytest.raises(RequestError, match=word):
             wanted(every(tmp_path), names)
+
+
+def test_a_side_that_is_kept_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def converted(args: Namespace, path: Path, flags: list[str]) -> Cost:
+        path.mkdir()  # refused where one is
+        if "broken" in flags:
+            raise RequestError("broken")
+        made.append(flags)
+        return Cost(60.0 * len(made), 2**30)
+
+    monkeypatch.setattr(recipes, "_converted", converted)
+    args = Namespace(model="demo", plan=None, calibrate=None, calibrate_tokens=64)
+    path, first = tmp_path / "uniform", {"seconds": 60.0, "peak_memory": 2**30}
+    assert once(args, path, ["-q"]) == once(args, path, ["-q"]) == first
+    with pytest.raises(RequestError):
+        once(args, path, ["broken"])
+    assert once(args, path, ["-q"]) == {"seconds": 120.0, "peak_memory": 2**30}  # the first is gone
+    args.plan = "demo-interleaved"
+    once(args, path, ["-q"])
+    assert made == [["-q"]] * 3
