@@ -2,9 +2,9 @@
 
 Every side is a directory that `python -m convert` writes, in a process of its own, so what is
 measured is what a user gets. `uniform` and `gptq, all 4` have 4 bits everywhere; `plan`, `gptq` and
-`dwq` spend as many, and then those of mixed_4_6, matrix by matrix. Sides named `mlx-lm` are its own
-functions (bench/mlx_lm_quant.py) on the same text and the merge unrolled: a layer for every
-position. `dwq, from code` has read this program in place of prose.
+`dwq` spend as many, and then those of mixed_4_6 and of dynamic_quant, matrix by matrix. Sides named
+`mlx-lm` are its own functions (bench/mlx_lm_quant.py) on the same text and the merge unrolled: a
+layer for every position. `dwq, from code` has read this program in place of prose.
 
 Two texts are public-domain prose (bench/data), the third is what the dense model answers to
 chat_prompts: no recipe reads any of them. Losses are differences to the dense model on the same
@@ -30,9 +30,9 @@ from bench import perplexity, process
 from bench.bootstrap import Interval
 from bench.chat_prompts import GROUNDED, OPEN
 from bench.likelihood import Ids, compare, figures, log_probs, strided, text_ids
+from bench.repetition import continuations
 from bench.report import parser, run, table
 from bench.suite import Results
-from mlx_cerebrum.decoding.decoder import generate_step
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import human
@@ -42,6 +42,7 @@ from mlx_cerebrum.weights.opening import load, open_checkpoint
 
 DENSE, UNIFORM, MIXED = "dense", "uniform", "mixed_4_6"
 _PEER = "mlx-lm "  # a side's name, before its method's
+DYNAMIC = f"{_PEER}dynamic_quant"
 
 
 class BitsOf(str):
@@ -105,7 +106,7 @@ def sides(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     read = [*tokens, "--calibrate", args.calibrate] if args.calibrate else tokens
     plan, gptq, dwq = (["-q", "--q-recipe", recipe] for recipe in ("plan", "gptq", "dwq"))
     gptq, dwq, code = gptq + read, dwq + read, [*dwq, *tokens, "--calibrate", str(_code(folder))]
-    equal, mixed = (["--q-budget", BitsOf(side)] for side in (UNIFORM, MIXED))
+    equal, mixed, dynamic = (["--q-budget", BitsOf(side)] for side in (UNIFORM, MIXED, DYNAMIC))
     return {
         DENSE: [],
         UNIFORM: ["-q", "--q-bits", "4"],
@@ -118,10 +119,13 @@ def sides(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
         "dwq": dwq + equal,
         "dwq, from code": code + equal,
         MIXED: ["-q", "--q-recipe", MIXED],
-        f"{_PEER}dynamic_quant": ["--bits", BitsOf(MIXED)],
         f"plan, bits of {MIXED}": plan + mixed,
         f"gptq, bits of {MIXED}": gptq + mixed,
         f"dwq, bits of {MIXED}": dwq + mixed,
+        DYNAMIC: [],
+        "plan, bits of dynamic_quant": plan + dynamic,
+        "gptq, bits of dynamic_quant": gptq + dynamic,
+        "dwq, bits of dynamic_quant": dwq + dynamic,
     }
 
 
@@ -179,16 +183,10 @@ def _windows(
     for file in args.text:
         found = strided(*text_ids(tokenizer, file), args.context, args.tokens)
         yield file.stem, [(window, len(window) - 1) for window in found]
-    questions, answers = [*GROUNDED.values(), *OPEN.values()], []
-    for question in questions:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}])
-        answer: Ids = []
-        for token in generate_step(prompt, model, max_tokens=2 * args.tokens // len(questions)):
-            answer.append(token)
-            if token in tokenizer.eos_token_ids:
-                break
-        answers.append((prompt + answer, len(answer)))
-    yield "answers", answers
+    asked = [*GROUNDED.values(), *OPEN.values()]
+    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": q}]) for q in asked]
+    written = continuations(model, tokenizer, prompts, 2 * args.tokens // len(prompts))
+    yield "answers", [(p + w, len(w)) for p, w in zip(prompts, written, strict=True)]
 
 
 def _compared(model: Model, seen: Sequence[tuple[Ids, int, list[mx.array]]]) -> Results:
