@@ -7,9 +7,9 @@ measured is what a user gets. `uniform` and `gptq, all 4` have 4 bits everywhere
 layer for every position. `dwq, from code` has read this program in place of prose.
 
 Two texts are public-domain prose (bench/data), the third is what the dense model answers to
-chat_prompts: no recipe reads any of them. Losses are differences to the dense model on the same
-tokens, and KL is from its distribution to the side's, nats a token; intervals are 95%, from blocks
-of 32 tokens.
+chat_prompts, drawn as often as it takes: no recipe reads any of them. Losses are differences to the
+dense model on the same tokens, and KL is from its distribution to the side's, nats a token;
+intervals are 95%, from blocks of 32 tokens.
 
 What is shown of a small model is a rank of methods at most: measure your own.
 """
@@ -33,6 +33,7 @@ from bench.likelihood import Ids, compare, figures, log_probs, strided, text_ids
 from bench.repetition import continuations
 from bench.report import parser, run, table
 from bench.suite import Results
+from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import human
@@ -43,6 +44,8 @@ from mlx_cerebrum.weights.opening import load, open_checkpoint
 DENSE, UNIFORM, MIXED = "dense", "uniform", "mixed_4_6"
 _PEER = "mlx-lm "  # a side's name, before its method's
 DYNAMIC = f"{_PEER}dynamic_quant"
+TEMPERATURE = 0.7  # that answers are drawn at
+LONGEST = 512  # tokens of one
 
 
 class BitsOf(str):
@@ -185,8 +188,14 @@ def _windows(
         yield file.stem, [(window, len(window) - 1) for window in found]
     asked = [*GROUNDED.values(), *OPEN.values()]
     prompts = [tokenizer.apply_chat_template([{"role": "user", "content": q}]) for q in asked]
-    written = continuations(model, tokenizer, prompts, 2 * args.tokens // len(prompts))
-    yield "answers", [(p + w, len(w)) for p, w in zip(prompts, written, strict=True)]
+    answers: list[tuple[Ids, int]] = []
+    for seed in range(0, 100 * len(prompts), len(prompts)):
+        if sum(count for _, count in answers) >= args.tokens:
+            break
+        draw = Sampling(temp=TEMPERATURE, seed=seed)
+        written = continuations(model, tokenizer, prompts, LONGEST, draw)
+        answers += [(p + w, len(w)) for p, w in zip(prompts, written, strict=True) if w]
+    yield "answers", answers
 
 
 def _compared(model: Model, seen: Sequence[tuple[Ids, int, list[mx.array]]]) -> Results:

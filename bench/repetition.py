@@ -11,12 +11,15 @@ answers: they fall into loops. Two figures for each continuation:
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from bench.bootstrap import interval, paired
 from bench.likelihood import Ids
 from bench.suite import Results
+from mlx_cerebrum.decoding.decode import greedy
 from mlx_cerebrum.decoding.decoder import Decoder
 from mlx_cerebrum.decoding.generation import Generation
+from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
@@ -41,13 +44,19 @@ def passages(texts: Mapping[str, Ids], new: int = TOKENS) -> list[tuple[Ids, Ids
 
 
 def continuations(
-    model: Model, tokenizer: Tokenizer, prompts: Sequence[Ids], most: int | list[int]
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Ids],
+    most: int | list[int],
+    draw: Sampling | None = None,
 ) -> list[Ids]:
-    """Greedy continuations by `most` tokens, many at once; none holds an end token."""
+    """Continuations by `most` tokens, many at once: greedy, or each drawn like `draw` with a seed
+    of its own, counted from `draw`'s. None holds an end token."""
+    draws = [draw and replace(draw, seed=(draw.seed or 0) + i) for i in range(len(prompts))]
     decoder, limits = Decoder(), [most] * len(prompts) if isinstance(most, int) else most
     writing = [
-        Generation(model, list(ids), model.make_cache(), limit)
-        for ids, limit in zip(prompts, limits, strict=True)
+        Generation(model, list(ids), model.make_cache(), limit, own.sampler() if own else greedy)
+        for ids, limit, own in zip(prompts, limits, draws, strict=True)
     ]
     found = {generation: list[int]() for generation in writing}
     for generation in writing:

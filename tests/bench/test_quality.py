@@ -24,6 +24,7 @@ from bench.random_model import RandomCheckpoint
 from bench.suite import Effort, escaped
 from mlx_cerebrum import load
 from mlx_cerebrum.decoding.decoder import generate_step
+from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.plan.layer_plan import interleave
@@ -156,6 +157,18 @@ def test_continuations_of_many_are_those_of_each(checkpoint: MakeCheckpoint) -> 
     ):
         assert end not in ended
         assert whole[: len(ended)] == ended[: len(whole)]
+
+
+def test_drawn_continuations_have_seeds_of_their_own(checkpoint: MakeCheckpoint) -> None:
+    model, tokenizer = load(checkpoint(), dtype="float32")
+    tokenizer.eos_token_ids = frozenset()
+    prompt = [*TEXT.read_bytes()[5:15]]
+    draw = Sampling(temp=1.0, seed=3)
+    found = repetition.continuations(model, tokenizer, [prompt] * 2, 20, draw)
+    for seed, written in zip((3, 4), found, strict=True):
+        own = Sampling(temp=1.0, seed=seed).sampler()
+        assert written == list(generate_step(prompt, model, max_tokens=20, sampler=own))
+    assert found[0] != found[1]
 
 
 def test_what_repeats() -> None:
