@@ -4,7 +4,9 @@ Every side is a directory that `python -m convert` writes, in a process of its o
 measured is what a user gets. `uniform` and `gptq, all 4` have 4 bits everywhere; `plan`, `gptq` and
 `dwq` spend as many, and then those of mixed_4_6 and of dynamic_quant, matrix by matrix. Sides named
 `mlx-lm` are its own functions (bench/mlx_lm_quant.py) on the same text and the merge unrolled: a
-layer for every position. `dwq, from code` has read this program in place of prose.
+layer for every position. `gptq, base's order` was packed before it was laid out by the plan, on
+twice the text: no block has met what goes into its second run. `dwq, from code` has read this
+program in place of prose.
 
 Two texts are public-domain prose (bench/data), the third is what the dense model answers to
 chat_prompts, drawn as often as it takes: no recipe reads any of them. Losses are differences to the
@@ -44,6 +46,7 @@ from mlx_cerebrum.weights.opening import load, open_checkpoint
 DENSE, UNIFORM, MIXED = "dense", "uniform", "mixed_4_6"
 _PEER = "mlx-lm "  # a side's name, before its method's
 DYNAMIC = f"{_PEER}dynamic_quant"
+BASE = "gptq, base's order"
 TEMPERATURE = 0.7  # that answers are drawn at
 LONGEST = 512  # tokens of one
 
@@ -108,6 +111,7 @@ def sides(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     tokens = ["--calibrate-tokens", str(args.calibrate_tokens)]
     read = [*tokens, "--calibrate", args.calibrate] if args.calibrate else tokens
     plan, gptq, dwq = (["-q", "--q-recipe", recipe] for recipe in ("plan", "gptq", "dwq"))
+    longer = ["--calibrate-tokens", str(2 * args.calibrate_tokens)]
     gptq, dwq, code = gptq + read, dwq + read, [*dwq, *tokens, "--calibrate", str(_code(folder))]
     equal, mixed, dynamic = (["--q-budget", BitsOf(side)] for side in (UNIFORM, MIXED, DYNAMIC))
     return {
@@ -119,6 +123,7 @@ def sides(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
         f"{_PEER}dwq": [],
         "gptq, all 4": [*gptq, "--q-bits", "4"],
         "gptq": gptq + equal,
+        **({} if args.plan is None else {BASE: gptq + equal + longer}),
         "dwq": dwq + equal,
         "dwq, from code": code + equal,
         MIXED: ["-q", "--q-recipe", MIXED],
@@ -150,6 +155,8 @@ def once(args: argparse.Namespace, path: Path, flags: list[str]) -> Results:
     shutil.rmtree(path, ignore_errors=True)  # made another way, or not to its end
     if path.name.startswith(_PEER):
         took = _peer(args, path.name.removeprefix(_PEER), path, flags)
+    elif path.name == BASE:
+        took = _laid_out(args, path, flags)
     else:
         took = _converted(args, path, flags)
     note.write_text(json.dumps({"how": how, "took": took._asdict()}), encoding="utf-8")
@@ -167,6 +174,14 @@ def _converted(args: argparse.Namespace, path: Path, flags: list[str]) -> proces
     if open_checkpoint(hub.resolve(args.model)).config.quantization is not None:
         words.append("--dequantize")
     return process.cost(words)
+
+
+def _laid_out(args: argparse.Namespace, path: Path, flags: list[str]) -> process.Cost:
+    """Pack the model as it is, and lay that out by the plan."""
+    base = path.with_name(f"{path.name}, before")
+    took = once(argparse.Namespace(**vars(args) | {"plan": None}), base, flags)
+    process.cost(["convert", "--hf-path", str(base), "--mlx-path", str(path), "--plan", args.plan])
+    return process.Cost(**took)
 
 
 def _peer(args: argparse.Namespace, method: str, path: Path, flags: list[str]) -> process.Cost:

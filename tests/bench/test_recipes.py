@@ -14,7 +14,7 @@ from mlx_cerebrum.errors import RequestError
 
 
 def every(tmp_path: Path) -> dict[str, list[str]]:
-    return sides(Namespace(calibrate=None, calibrate_tokens=64), tmp_path)
+    return sides(Namespace(plan="plan.yml", calibrate=None, calibrate_tokens=64), tmp_path)
 
 
 def test_only_a_budget_is_of_another_side(tmp_path: Path) -> None:
