@@ -85,8 +85,8 @@ def _run(args: argparse.Namespace) -> int:
         _show(written)
         if args.quantize and args.q_mode in (None, "affine") and args.q_recipe not in METHODS:
             tell(
-                "note: --q-recipe gptq lost less at the same size where that was measured; it reads"
-                " a text first, for minutes"
+                "note: --q-recipe gptq lost less at the same size where that was measured, and dwq"
+                " least; they read a text first, and take longer"
             )
     return 0
 

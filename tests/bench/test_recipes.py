@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import recipes
+from bench import process, recipes
 from bench.process import Cost
-from bench.recipes import MIXED, UNIFORM, BitsOf, once, sides, wanted
+from bench.recipes import BASE, MIXED, UNIFORM, BitsOf, once, sides, wanted
 from convert.passages import METHODS
 from convert.recipe import RECIPES
 from mlx_cerebrum.errors import RequestError
@@ -59,3 +59,25 @@ def test_a_side_that_is_kept_is_made_once(tmp_path: Path, monkeypatch: pytest.Mo
     args.plan = "demo-interleaved"
     once(args, path, ["-q"])
     assert made == [["-q"]] * 3
+
+
+def test_what_is_packed_in_the_bases_order_is_laid_out_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = Namespace(model="demo", plan=None, calibrate=None, calibrate_tokens=64)
+    assert BASE not in sides(args, tmp_path)
+    args.plan = "demo-interleaved"
+    flags = sides(args, tmp_path)[BASE]
+    assert flags[-2:] == ["--calibrate-tokens", "128"]
+    done: list[object] = []
+
+    def converted(args: Namespace, path: Path, flags: list[str]) -> Cost:
+        done.append((args.plan, path))
+        return Cost(60.0, 2**30)
+
+    monkeypatch.setattr(recipes, "_converted", converted)
+    monkeypatch.setattr(process, "cost", done.append)
+    once(args, path := tmp_path / BASE, flags)
+    before = tmp_path / f"{BASE}, before"
+    words = ["convert", "--hf-path", str(before), "--mlx-path", str(path)]
+    assert done == [(None, before), [*words, "--plan", "demo-interleaved"]]
