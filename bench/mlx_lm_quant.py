@@ -30,6 +30,7 @@ LENGTH = 512  # tokens a sequence
 BATCH = 1  # sequences a step of DWQ: as ours
 METHODS = ("gptq", "dwq", "dynamic_quant", "awq")
 EPOCHS = 1  # how often DWQ reads the text
+AWQ_TOKENS = 4096  # at most: its search puts them through every layer some sixty times
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,7 +145,8 @@ def _awq(model: Any, config: Any, ids: list[int], args: argparse.Namespace) -> t
     from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize, update_config
 
     known = AWQ_MODEL_CONFIGS[config["model_type"]]
-    awq_quantize(model, _sequences(ids, args.tokens), known, 64, 4, 64, 4)
+    data = _sequences(ids, min(args.tokens, AWQ_TOKENS))
+    awq_quantize(model, data, known, 64, 4, 64, 4)
     return model, update_config(model, config)
 
 
