@@ -77,18 +77,34 @@ def _measure(args: argparse.Namespace) -> Results:
             spent = [str(made[f]["bits_per_weight"]) if isinstance(f, BitsOf) else f for f in flags]
             took = once(args, path := Path(folder, name), spent)
             made[name] = {"bits_per_weight": perplexity.stored_bits(open_checkpoint(path)), **took}
-        dense, tokenizer = load(Path(folder, DENSE))
-        texts = {
-            name: [(ids, scored, list(log_probs(dense, ids[:-1]))) for ids, scored in windows]
-            for name, windows in _windows(dense, tokenizer, args)
-        }
-        mx.eval([said for seen in texts.values() for _, _, said in seen])
-        del dense  # before the next is loaded
-        for name in list(made)[1:]:
-            model = load(Path(folder, name))[0]
-            made[name]["texts"] = {text: _compared(model, seen) for text, seen in texts.items()}
-            del model
+        score(args, Path(folder), made)
     return made
+
+
+def score(args: argparse.Namespace, folder: Path, made: Results) -> None:
+    """Add what each side says of the texts, and note it too; or what an earlier run noted."""
+    how, new = [*map(str, args.text), args.tokens, args.context], []
+    for name, side in made.items():
+        scored = _noted(folder / name).get("scored")
+        if scored is not None and scored["how"] == how:
+            side["texts"] = scored["texts"]
+        elif name != DENSE:
+            new.append(name)
+    if not new:
+        return
+    dense, tokenizer = load(folder / DENSE)
+    texts = {
+        name: [(ids, count, list(log_probs(dense, ids[:-1]))) for ids, count in windows]
+        for name, windows in _windows(dense, tokenizer, args)
+    }
+    mx.eval([said for seen in texts.values() for _, _, said in seen])
+    del dense  # before the next is loaded
+    for name in new:
+        model = load(folder / name)[0]
+        made[name]["texts"] = {text: _compared(model, seen) for text, seen in texts.items()}
+        scored = {"how": how, "texts": made[name]["texts"]}
+        _note(folder / name, _noted(folder / name) | {"scored": scored})
+        del model
 
 
 def wanted(every: dict[str, list[str]], names: Sequence[str] | None) -> dict[str, list[str]]:
@@ -147,11 +163,10 @@ def _code(folder: Path) -> Path:
 
 def once(args: argparse.Namespace, path: Path, flags: list[str]) -> Results:
     """Make a side, and note beside it how and what that took; or what an earlier run noted."""
-    note = path.with_name(f"{path.name}.json")
     how = [args.model, args.plan, args.calibrate, args.calibrate_tokens, *flags]
-    if note.exists() and (found := json.loads(note.read_text(encoding="utf-8")))["how"] == how:
+    if (found := _noted(path)).get("how") == how:
         return dict(found["took"])
-    note.unlink(missing_ok=True)
+    _note(path, {})
     shutil.rmtree(path, ignore_errors=True)  # made another way, or not to its end
     if path.name.startswith(_PEER):
         took = _peer(args, path.name.removeprefix(_PEER), path, flags)
@@ -159,8 +174,18 @@ def once(args: argparse.Namespace, path: Path, flags: list[str]) -> Results:
         took = _laid_out(args, path, flags)
     else:
         took = _converted(args, path, flags)
-    note.write_text(json.dumps({"how": how, "took": took._asdict()}), encoding="utf-8")
+    _note(path, {"how": how, "took": took._asdict()})
     return took._asdict()
+
+
+def _noted(path: Path) -> Results:
+    """What is known of a side: nothing, if it was never made."""
+    note = path.with_name(f"{path.name}.json")
+    return dict(json.loads(note.read_text(encoding="utf-8"))) if note.exists() else {}
+
+
+def _note(path: Path, known: Results) -> None:
+    path.with_name(f"{path.name}.json").write_text(json.dumps(known), encoding="utf-8")
 
 
 def _converted(args: argparse.Namespace, path: Path, flags: list[str]) -> process.Cost:

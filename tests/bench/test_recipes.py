@@ -7,7 +7,8 @@ import pytest
 
 from bench import process, recipes
 from bench.process import Cost
-from bench.recipes import BASE, MIXED, UNIFORM, BitsOf, once, sides, wanted
+from bench.recipes import BASE, MIXED, UNIFORM, BitsOf, once, score, sides, wanted
+from bench.suite import Results
 from convert.passages import METHODS
 from convert.recipe import RECIPES
 from mlx_cerebrum.errors import RequestError
@@ -81,3 +82,37 @@ def test_what_is_packed_in_the_bases_order_is_laid_out_afterwards(
     before = tmp_path / f"{BASE}, before"
     words = ["convert", "--hf-path", str(before), "--mlx-path", str(path)]
     assert done == [(None, before), [*words, "--plan", "demo-interleaved"]]
+
+
+def test_a_side_that_is_kept_is_scored_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = Namespace(model="demo", plan=None, calibrate=None, calibrate_tokens=64)
+    vars(args).update(text=[Path("austen.txt")], tokens=128, context=64)
+    loaded: list[str] = []
+
+    def loading(path: Path) -> tuple[str, None]:
+        loaded.append(path.name)
+        return path.name, None
+
+    monkeypatch.setattr(recipes, "_converted", lambda *_: Cost(60.0, 2**30))
+    monkeypatch.setattr(recipes, "load", loading)
+    monkeypatch.setattr(recipes, "_windows", lambda *_: [("austen", [])])
+    monkeypatch.setattr(recipes, "_compared", lambda model, _: {"kl": len(loaded)})
+
+    def scored(*names: str) -> list[int]:
+        made: Results = {name: once(args, tmp_path / name, []) for name in names}
+        score(args, tmp_path, made)
+        return [made[name]["texts"]["austen"]["kl"] for name in names[1:]]
+
+    assert scored("dense", "uniform") == [2]
+    assert scored("dense", "uniform", "plan") == [
+        2,
+        4,
+    ]  # after the dense one
+    assert scored("dense", "uniform", "plan") == [2, 4]
+    assert loaded == ["dense", "uniform", "dense", "plan"]
+    args.tokens = 256
+    assert scored("dense", "plan") == [6]
+    args.calibrate_tokens = 32  # made anew
+    assert scored("dense", "plan") == [8]
