@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import figures, pair, render, suite
+from bench.random_model import GEOMETRIES
 from bench.report import CPU
 from bench.suite import Results
+from convert.calibrated import calibration_bytes
+from convert.distilled import distilling_bytes
+from convert.passages import TOKENS
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import GB
 from mlx_cerebrum.plan.layer_plan import LayerPlan
 from mlx_cerebrum.plan.show import describe
@@ -54,6 +60,9 @@ ALLOWED = {
     "at least 4 GB": "advice",
     "0.53 or 0.28 of their bytes": "arithmetic: 8.5 and 4.5 bits for 16",
     "8 GB Mac": "a Mac's memory",
+    "16 GB Mac": "a Mac's memory",
+    "5.0 GB of memory": "calibration: gptq",
+    "9.9 GB of memory": "calibration: dwq",
 }
 
 
@@ -360,6 +369,20 @@ def test_allowed_sizes_are_the_geometrys(phrase: str) -> None:
     found = describe(LayerPlan.named("cerebrum-12.25b"))["sizes"][layout][kind.replace("-", "")]
     digits = len(phrase.split()[0].partition(".")[2])
     assert phrase == f"{found / GB:.{digits}f} GB"
+
+
+def test_allowed_memory_is_what_a_calibration_asks_for() -> None:
+    """Of the 12.25B, from 32,768 tokens, in 16 bits."""
+    order = tuple(LayerPlan.named("cerebrum-12.25b").layer_map(32))
+    config = replace(ModelConfig.from_dict(dict(GEOMETRIES["cerebrum-7b"])), layer_map=order)
+    groups = config.stored_parameters // 64
+    needed = {
+        "gptq": calibration_bytes(config, TOKENS, 2),
+        "dwq": distilling_bytes(config, TOKENS, 2, groups * (64 * 4 + 32) // 8, groups),
+    }
+    for phrase, why in ALLOWED.items():
+        if why.startswith("calibration"):
+            assert phrase.startswith(f"{needed[why.removeprefix('calibration: ')] / GB:.1f} GB")
 
 
 def test_documents_agree_with_the_results() -> None:
