@@ -10,8 +10,8 @@ weight in all. (Its own search for the threshold stops at a thousandth of the ra
 sensitivities, and on a merge most lie below that: asked for 4.710 bits, it spent 4.505.)
 
 mlx-lm's default for DWQ is 512 steps at a rate of 1e-6. On a text as short as this one's it would
-change nothing: it gets as many steps as ours, at the rate that did best on the demo model's merge,
-of 2e-5, 1e-4 and 3e-4.
+change nothing: it gets as many steps as ours, at the one of three rates (2e-5, 1e-4, 3e-4) whose
+loss fell furthest in the first steps on the demo model's merge.
 """
 
 import argparse
@@ -29,8 +29,7 @@ from mlx_cerebrum import cli, device
 LENGTH = 512  # tokens a sequence
 BATCH = 1  # sequences a step of DWQ: as ours
 METHODS = ("gptq", "dwq", "dynamic_quant", "awq")
-EPOCHS = 1  # how often DWQ reads the text
-AWQ_TOKENS = 4096  # at most: its search puts them through every layer some sixty times
+AWQ_TOKENS = 4096  # at most: its search tries sixty scales a layer on them
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("dense", type=Path, metavar="DENSE_DIR", help="unrolled, not quantized")
     p.add_argument("out", type=Path, metavar="OUT_DIR", help="where to write")
     p.add_argument("--calibrate", type=Path, metavar="FILE", help="another text")
-    p.add_argument("--tokens", type=int, default=16384, metavar="N", help="of it (default: 16384)")
+    tokens = f"of it; awq reads {AWQ_TOKENS} at most (default: 16384)"
+    p.add_argument("--tokens", type=int, default=16384, metavar="N", help=tokens)
     p.add_argument("--bits", type=float, default=5.0, help="of dynamic_quant (default: 5.0)")
     p.add_argument("--rate", type=float, default=1e-4, help="of DWQ's steps (default: 1e-4)")
     p.add_debug()
@@ -89,7 +89,7 @@ def _dwq(model: Any, config: Any, ids: list[int], args: argparse.Namespace) -> t
         student,
         lambda batch, number, split: model(batch),
         Adam(learning_rate=args.rate, bias_correction=True),
-        pieces[:count] * EPOCHS,
+        pieces[:count],
         pieces[count : count + 1],
         batch_size=BATCH,
         max_seq_length=LENGTH + 1,

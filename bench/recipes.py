@@ -127,7 +127,7 @@ def sides(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     tokens = ["--calibrate-tokens", str(args.calibrate_tokens)]
     read = [*tokens, "--calibrate", args.calibrate] if args.calibrate else tokens
     plan, gptq, dwq = (["-q", "--q-recipe", recipe] for recipe in ("plan", "gptq", "dwq"))
-    longer = ["--calibrate-tokens", str(2 * args.calibrate_tokens)]
+    twice = ["--calibrate-tokens", str(2 * args.calibrate_tokens)]  # the last one counts
     gptq, dwq, code = gptq + read, dwq + read, [*dwq, *tokens, "--calibrate", str(_code(folder))]
     equal, mixed, dynamic = (["--q-budget", BitsOf(side)] for side in (UNIFORM, MIXED, DYNAMIC))
     return {
@@ -139,7 +139,7 @@ def sides(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
         f"{_PEER}dwq": [],
         "gptq, all 4": [*gptq, "--q-bits", "4"],
         "gptq": gptq + equal,
-        **({} if args.plan is None else {BASE: gptq + equal + longer}),
+        **({} if args.plan is None else {BASE: gptq + equal + twice}),
         "dwq": dwq + equal,
         "dwq, from code": code + equal,
         MIXED: ["-q", "--q-recipe", MIXED],

@@ -106,10 +106,7 @@ def test_a_side_that_is_kept_is_scored_once(
         return [made[name]["texts"]["austen"]["kl"] for name in names[1:]]
 
     assert scored("dense", "uniform") == [2]
-    assert scored("dense", "uniform", "plan") == [
-        2,
-        4,
-    ]  # after the dense one
+    assert scored("dense", "uniform", "plan") == [2, 4]
     assert scored("dense", "uniform", "plan") == [2, 4]
     assert loaded == ["dense", "uniform", "dense", "plan"]
     args.tokens = 256
