@@ -43,6 +43,12 @@ def test_where_models_are_kept(environment: dict[str, str], platform: str, where
     assert folder(environment, platform) == Path(where)
 
 
+def test_the_suite_has_no_shelf() -> None:
+    """Whoever runs it may have `demo` on theirs, which is then what every test would open."""
+    assert not folder().exists()
+    assert entries() == []
+
+
 def test_names_and_folders() -> None:
     assert split("cerebrum-7b:8bit") == split("cerebrum-7b:8") == ("cerebrum-7b", 8)
     assert split("cerebrum-7b") == ("cerebrum-7b", None)
