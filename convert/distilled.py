@@ -29,7 +29,9 @@ from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.tensors import BLOCK, EMBEDDING, HEAD, matrix_shapes, module_path
 
 EPOCHS = 1  # how often each passage is read
-RATE = 2e-3  # of the first step, as a share of a group's weights; it falls to nothing by the last
+# Of the first step, as a share of a group's weights; it falls to nothing by the last. What all
+# blocks change adds up on the way to the logits, so the head may change more.
+RATE, HEAD_RATE = 7e-4, 2e-3
 SAVED = 120.0  # seconds between savings
 _TRAINING = "training.safetensors"
 _KEPT = ("learned", "mean", "square")
@@ -40,7 +42,8 @@ class Distiller(Calibrator):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        return super().provenance | {"start": "gptq", "epochs": EPOCHS, "rate": RATE}
+        rates = {"rate": RATE, "head_rate": HEAD_RATE}
+        return super().provenance | {"start": "gptq", "epochs": EPOCHS} | rates
 
     @property
     def nbytes(self) -> int:
@@ -91,10 +94,11 @@ class Distiller(Calibrator):
         for step in range(_resumed(folder, student), len(steps)):
             if progress is not None:
                 progress(size * step, size * len(steps), f"distilling: step {step + 1}{shown}")
-            rate = RATE * (1 - step / len(steps))
+            left = 1 - step / len(steps)
 
-            def learn(module: str, slopes: mx.array, step: int = step, rate: float = rate) -> None:
-                student.matrices[module].learn(slopes, step, rate)
+            def learn(module: str, slopes: mx.array, step: int = step, left: float = left) -> None:
+                rate = HEAD_RATE if module in (HEAD, EMBEDDING) else RATE
+                student.matrices[module].learn(slopes, step, rate * left)
 
             own = slice(steps[step], steps[step] + 1)
             divergence = student.slopes(self.tokens[own], said[own], learn) / LENGTH

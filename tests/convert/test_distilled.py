@@ -47,6 +47,7 @@ def small_steps() -> Any:
         patch.setattr(calibrated, "BATCH", 1)
         patch.setattr(distilled, "EPOCHS", 2)
         patch.setattr(distilled, "RATE", 0.02)
+        patch.setattr(distilled, "HEAD_RATE", 0.02)
         patch.setattr(distilled, "SAVED", 0.0)
         yield
 
@@ -88,6 +89,27 @@ def test_it_is_nearer_to_the_dense_model_than_gptq_is(made: Made, tmp_path: Path
     for name, array in theirs.items():  # integers stay as they were, scales don't
         learned = name.endswith((".scales", ".biases")) and "embed_tokens" not in name
         assert mx.array_equal(array, ours[name]) != learned, name
+
+
+@pytest.mark.parametrize(("tied", "head"), [(False, "lm_head"), (True, "model.embed_tokens")])
+def test_the_head_learns_at_a_rate_of_its_own(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, head: str
+) -> None:
+    config = tiny_config(**SMALL | {"num_hidden_layers": 2, "tie_word_embeddings": tied})
+    source = write_checkpoint(tmp_path / "source", config, tiny_weights(config, seed=3))
+    flags = ["--hf-path", str(source)]
+    assert main(made.command(tmp_path / "gptq", *flags, recipe="gptq")) == 0
+    start = tensors(tmp_path / "gptq")
+    blocks = {"model.layers.0", "model.layers.1"}
+    parts = {"model.embed_tokens", "lm_head", *blocks}
+    for still, learns in (("RATE", {head}), ("HEAD_RATE", blocks)):
+        with monkeypatch.context() as patch:
+            patch.setattr(distilled, still, 0.0)
+            assert main(made.command(tmp_path / still, *flags)) == 0
+        ours = tensors(tmp_path / still)
+        moved = {name for name, array in start.items() if not mx.array_equal(array, ours[name])}
+        assert {part for part in parts if any(n.startswith(f"{part}.") for n in moved)} == learns
+    assert config_of(tmp_path / "RATE")["provenance"]["calibration"]["head_rate"] == 0.02
 
 
 @slow
