@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--calibrate", metavar="FILE", help="text to read (default: convert's own)")
     p.add_argument("--calibrate-tokens", type=int, default=16384, metavar="N", help="of it")
     p.add_argument("--sides", nargs="+", metavar="NAME", help="these only, beside dense, uniform")
-    keep = "keep the sides here, and use those that are here (default: neither)"
+    keep = "keep the sides here, and use those that are here, as the same flags made them with"
+    keep += " whatever version (default: neither)"
     p.add_argument("--keep", type=Path, metavar="DIR", help=keep)
     perplexity.add_text(p)
     return run(p, _measure, text, argv)
@@ -127,7 +128,8 @@ def sides(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     tokens = ["--calibrate-tokens", str(args.calibrate_tokens)]
     read = [*tokens, "--calibrate", args.calibrate] if args.calibrate else tokens
     plan, gptq, dwq = (["-q", "--q-recipe", recipe] for recipe in ("plan", "gptq", "dwq"))
-    twice = ["--calibrate-tokens", str(2 * args.calibrate_tokens)]  # the last one counts
+    # The last one counts; convert reads no more.
+    twice = ["--calibrate-tokens", str(min(2 * args.calibrate_tokens, 65_536))]
     gptq, dwq, code = gptq + read, dwq + read, [*dwq, *tokens, "--calibrate", str(_code(folder))]
     equal, mixed, dynamic = (["--q-budget", BitsOf(side)] for side in (UNIFORM, MIXED, DYNAMIC))
     return {

@@ -14,6 +14,7 @@ from typing import Any
 from mlx_cerebrum import cli  # isort: skip  # first: it quiets a Ctrl-C from here on
 from convert import fold
 from convert.calibrate import calibrate, read_text
+from convert.calibrated import Calibrator
 from convert.destination import JOURNAL, check_free, partial_of
 from convert.duration import predicted_seconds
 from convert.gguf_export import KINDS, export
@@ -26,7 +27,6 @@ from convert.verify import main as verify
 from mlx_cerebrum.errors import ConfigError
 from mlx_cerebrum.flags import add_plan_flag, add_revision_flag
 from mlx_cerebrum.machine.awake import awake
-from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.memory import human
 from mlx_cerebrum.model.tensors import place
 from mlx_cerebrum.plan.layer_plan import resolve
@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> int:
         destination: Path = args.mlx_path.expanduser()
     except RuntimeError as error:  # ~nosuchuser
         raise ConfigError(f"{args.mlx_path}: {error}") from None
-    options = options_of(args)
+    options, text = _reading(args, options_of(args))
     if not (destination / JOURNAL).exists():  # before a download
         check_free(destination, "directory" if args.gguf is None else "file")
     if args.upload_repo is not None:
@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
                 progress=report,
             )
     else:
-        written = _directory(args, checkpoint, options, destination)
+        written = _directory(args, checkpoint, options, text, destination)
     if args.upload_repo is not None:
         quiet = args.quiet or args.json
         written["url"] = upload(destination, args.upload_repo, quiet=quiet)
@@ -92,14 +92,17 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _directory(
-    args: argparse.Namespace, checkpoint: Checkpoint, options: Options, destination: Path
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    options: Options,
+    text: str | None,
+    destination: Path,
 ) -> dict[str, Any]:
+    """text: what a table of sensitivities is measured on, if one is."""
     local = args.hf_path == "demo" or Path(args.hf_path).expanduser().exists()
     shown = not (args.quiet or args.json)
-    if args.q_recipe in METHODS:
-        options = _calibrating(args, options)
-    elif args.calibrate is not None:
-        table = _calibrated(args, checkpoint, options, shown)
+    if text is not None:
+        table = _measured(checkpoint, options, text, shown)
         options = replace(
             options, recipe=partial(choose, "plan", budget=args.q_budget, table=table)
         )
@@ -121,46 +124,56 @@ def _directory(
             raise
 
 
-def _calibrating(args: argparse.Namespace, options: Options) -> Options:
-    """The options of a recipe that looks at activations: what it reads, and its bits.
+def _reading(args: argparse.Namespace, options: Options) -> tuple[Options, str | None]:
+    """The options with what --calibrate gives, and the text that a table is to be measured on.
 
-    They are `plan`'s, which loses least, unless all matrices are to have --q-bits.
+    Bits of recipes that look at activations are `plan`'s, which loses least, unless all matrices
+    are to have --q-bits. Raises ConfigError and RequestError for what can't be used: before a
+    download.
     """
-    table, text = None, None
-    if args.calibrate is not None and args.calibrate.suffix == ".json":
-        if args.q_bits is not None:
+    looks, table, text = args.q_recipe in METHODS, None, None
+    if args.calibrate is not None:
+        try:
+            path: Path = args.calibrate.expanduser()
+        except RuntimeError as error:  # ~nosuchuser
+            raise ConfigError(f"{args.calibrate}: {error}") from None
+        if path.suffix != ".json":
+            text = read_text(path)
+        elif looks and args.q_bits is not None:
             raise ConfigError("a table of sensitivities is of no use where all get --q-bits")
-        table = Sensitivity.load(args.calibrate.expanduser())
-    elif args.calibrate is not None:
-        text = read_text(args.calibrate.expanduser())
+        else:  # what `python -m convert.calibrate --out` wrote
+            table = Sensitivity.load(path)
+    if table is not None or (looks and args.q_bits is None):
+        options = replace(
+            options, recipe=partial(choose, "plan", budget=args.q_budget, table=table)
+        )
+    if not looks:
+        return options, text
     tokens = TOKENS if args.calibrate_tokens is None else args.calibrate_tokens
-    return replace(
-        options,
-        calibration=Calibration(args.q_recipe, shipped() if text is None else text, tokens),
-        recipe=partial(choose, "plan", budget=args.q_budget, table=table)
-        if args.q_bits is None
-        else options.recipe,
-    )
+    reads = Calibration(args.q_recipe, shipped() if text is None else text, tokens)
+    return replace(options, calibration=reads), None
 
 
-def _say_time(method: str, config: ModelConfig, tokens: int) -> None:
-    minutes = predicted_seconds(method, config, tokens) / 60
+def _say_time(calibrator: Calibrator, resumes: bool) -> None:
+    config, tokens = calibrator.layout.config, calibrator.tokens.size
+    if resumes:
+        when = "going on where it was stopped"
+    else:
+        seconds = predicted_seconds(calibrator.calibration.method, config, tokens)
+        minutes = max(1, round(seconds / 60))
+        lasts = f"{minutes} min" if minutes < 90 else f"{minutes / 60:.0f} hours"
+        when = f"about {lasts} on this machine"
     tell(
-        f"calibrating on {tokens:,} tokens in {config.num_positions} positions: about"
-        f" {max(1, round(minutes))} min on this machine"
+        f"calibrating on {tokens:,} tokens in {config.num_positions} positions, with up to"
+        f" {human(calibrator.memory_bytes)} of memory: {when}"
     )
 
 
-def _calibrated(
-    args: argparse.Namespace, checkpoint: Checkpoint, options: Options, shown: bool
-) -> Sensitivity:
-    if args.calibrate.suffix == ".json":  # what `python -m convert.calibrate --out` wrote
-        return Sensitivity.load(args.calibrate.expanduser())
+def _measured(checkpoint: Checkpoint, options: Options, text: str, shown: bool) -> Sensitivity:
     if fold.predict(checkpoint).repeats:
         raise ConfigError(
             f"{checkpoint.path} repeats its layers: convert it folded, then calibrate"
         )
-    text = read_text(args.calibrate.expanduser())
     config = planned_config(checkpoint.config, options.plan, options.window)
     with progress("calibrating", shown, "matrices") as report:
         return calibrate(checkpoint, config, text, progress=report)

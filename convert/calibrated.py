@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,7 +32,7 @@ from convert.source import Rows
 from convert.walk import LISTENED, block_of, weight
 from convert.writer import Progress
 from mlx_cerebrum import device
-from mlx_cerebrum.errors import ConfigError
+from mlx_cerebrum.errors import ConfigError, RequestError
 from mlx_cerebrum.files.replacing import replacing
 from mlx_cerebrum.model.cache import attention_mask
 from mlx_cerebrum.model.config import ModelConfig
@@ -64,8 +64,9 @@ Sums = dict[str, mx.array]
 class Calibrator:
     """One model, laid out, and the passages it reads.
 
-    Raises, before anything is computed, RequestError for a text that is too short, ConfigError for
-    a layout whose copies of a layer differ, MemoryBudgetError for a machine that is too small.
+    Raises, before anything is computed, RequestError for a text that is too short or has tokens
+    that the model has not, ConfigError for a layout whose copies of a layer differ,
+    MemoryBudgetError for a machine that is too small.
     """
 
     def __init__(self, checkpoint: Checkpoint, layout: Layout, calibration: Calibration) -> None:
@@ -76,12 +77,30 @@ class Calibrator:
                 f"{calibration.method} packs a block once, and this plan scales its copies:"
                 " convert with --layout folded"
             )
-        written = DTYPES[FLOATS[self.outputs[FINAL_NORM].specs[0].dtype]]
+        matrix = self.outputs[module_path(layout.order[0], MATRICES[0])]  # norms may be wider
+        written = DTYPES[FLOATS[matrix.transform.final(checkpoint.weight_dtype)]]
         self.dtype = written if device.on_gpu() else mx.float32
         tokenizer = load_tokenizer(checkpoint)
         self.tokens = passages(tokenizer, calibration.text, calibration.tokens)
         self.chat = is_chat(tokenizer)
+        rows, highest = checkpoint.config.vocab_size, cast(int, mx.max(self.tokens).item())
+        if highest >= rows:
+            raise RequestError(
+                f"the calibration text has token id {highest}, and the model {rows} tokens:"
+                " leave the token out of the text, or the template"
+            )
         self._require_memory()
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What must be the same for a stopped run to go on: what is read, and through what."""
+        return (
+            self.provenance,
+            self.dtype,
+            self.layout.order,
+            self.layout.config,
+            self.tokens.tolist(),
+        )
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -95,10 +114,15 @@ class Calibrator:
             "positions": len(self.layout.order),
         }
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of memory held at most."""
+        return self._needed(self.tokens.size)
+
     def _require_memory(self) -> None:
         fewer = (self.tokens.size // 2**i for i in range(1, 6))
         require(
-            self._needed(self.tokens.size),
+            self.memory_bytes,
             f"--q-recipe {self.calibration.method}",
             "--q-recipe plan needs next to none",
             [(f"--calibrate-tokens {n}", self._needed(n)) for n in fewer if n >= LENGTH],
@@ -108,19 +132,28 @@ class Calibrator:
         return calibration_bytes(self.layout.config, tokens, self.dtype.size)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of disk that the folder takes at most."""
+    def disk_bytes(self) -> int:
+        """Bytes of disk that the folder and the output take at most, together."""
         order, config = self.layout.order, self.layout.config
         last = {layer: position for position, layer in enumerate(order)}
         live = (len({x for x in order[:n] if last[x] >= n}) for n in range(1, len(order) + 1))
-        hidden = 2 * self.tokens.size * config.hidden_size * self.dtype.size  # while it is replaced
-        return hidden + (max(live) + 1) * _sums_bytes(config) + self.layout.nbytes
+        hidden = self.tokens.size * config.hidden_size * self.dtype.size  # twice while replaced
+        packed = sum(o.nbytes for o in self.outputs.values() if o.packing is not None)
+        return hidden + packed + max(hidden + (max(live) + 1) * _sums_bytes(config), *self._later)
+
+    @property
+    def _later(self) -> tuple[int, ...]:
+        """Bytes of disk beside hidden states and packed matrices, in each of what follows."""
+        return (self.layout.nbytes,)
 
     def run(self, folder: Path, progress: Progress | None = None) -> None:
         """Fill `folder` with packed matrices, going on from what is there."""
         folder.mkdir(exist_ok=True)
         order = self.layout.order
         hidden, done = self.hidden(folder)
+        head = self.outputs.get(HEAD)
+        if not done and head is not None:
+            weight(self.checkpoint, head)  # a damaged one is found now, not hours later
         for position in range(done, len(order)):
             layer, sums = order[position], _sums_of(folder, order[position], position)
             self._position(position, hidden, sums, progress)
@@ -136,7 +169,6 @@ class Calibrator:
                 if path != kept or not again:
                     path.unlink()
             mx.clear_cache()
-        head = self.outputs.get(HEAD)
         if head is not None and head.packing is not None and not (folder / _HEAD).exists():
             norm, total = self.final_norm(), Sums()
             for h in hidden:

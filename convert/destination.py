@@ -21,7 +21,7 @@ from convert.integrity import ReadError
 from convert.layout import Output
 from convert.source import Source
 from mlx_cerebrum import __version__, device
-from mlx_cerebrum.errors import CheckpointError
+from mlx_cerebrum.errors import CerebrumError, CheckpointError
 from mlx_cerebrum.files import durable, json_file
 from mlx_cerebrum.model.memory import human
 
@@ -160,7 +160,7 @@ def new_directory(destination: Path, identity: str, needed: int) -> Iterator[Par
     """A directory to fill that becomes `destination` when all went well.
 
     When the process is stopped, the disk is full or a file can't be read it stays, to be resumed
-    by a run with the same fingerprint `identity`; an error that makes it worthless removes it.
+    by a run with the same fingerprint `identity`; a CerebrumError of another kind removes it.
     Raises CheckpointError when `destination` exists, something else has the name it is put
     together under, or `needed` bytes, less what is there, are not free.
     """
@@ -207,7 +207,7 @@ def new_directory(destination: Path, identity: str, needed: int) -> Iterator[Par
         ) from None
     except ReadError:
         raise
-    except Exception:
+    except CerebrumError:  # whatever else happened, a GPU out of memory: as if it had been killed
         _clear(partial)
         raise
     finally:

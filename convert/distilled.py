@@ -46,9 +46,10 @@ class Distiller(Calibrator):
         return super().provenance | {"start": "gptq", "epochs": EPOCHS} | rates
 
     @property
-    def nbytes(self) -> int:
-        # What is saved is there twice while it is replaced.
-        return super().nbytes + 2 * 4 * 2 * len(_KEPT) * self._groups + self.layout.nbytes
+    def _later(self) -> tuple[int, ...]:
+        training = 4 * 2 * len(_KEPT) * self._groups  # twice while it is replaced
+        result = 4 * 2 * self._groups + self.outputs[EMBEDDING].nbytes
+        return 2 * training, training + result, result + self.layout.nbytes
 
     def run(self, folder: Path, progress: Progress | None = None) -> None:
         super().run(folder, progress)

@@ -6,7 +6,7 @@ a matrix are packed. On a CPU that counts: two thirds of the demo model's time i
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -21,7 +21,9 @@ from mlx_cerebrum.model.forward import TransformerBlock
 from mlx_cerebrum.model.tensors import matrix_shapes
 from mlx_cerebrum.weights.quantize import Packing
 
-_ROWS = 256  # of a matrix that are packed
+T = TypeVar("T")
+_ROWS = 2048  # of a matrix that are packed
+_GROUP = 32  # weights
 # A step of distillation in passes forward: there, once more on the way back, and back to what went
 # in and to the weights.
 _PASSES = 4
@@ -37,12 +39,14 @@ def predicted_seconds(method: str, config: ModelConfig, tokens: int) -> float:
     inputs.append(mx.ones((LENGTH, inner)))
     sums = _seconds(lambda: [x.T @ x for x in inputs])
     runs = passages * config.num_positions
-    identity = mx.eye(D)
-    solving = _seconds(lambda: gptq.inputs_of(identity))
-    solving *= sum((len(x[0]) / D) ** 3 for x in inputs)
-    known, rows = gptq.inputs_of(identity), mx.random.normal((_ROWS, D))
-    packing = _seconds(lambda: gptq.pack(rows, known, Packing(4, 64 if D % 64 == 0 else 32)))
-    packing *= sum(a * b for a, b in matrix_shapes(config).values()) / rows.size
+    columns = max(_GROUP, D // _GROUP * _GROUP)
+    identity = mx.eye(columns)
+    known, solving = _timed(lambda: gptq.inputs_of(identity))
+    solving *= sum((len(x[0]) / columns) ** 3 for x in inputs)
+    rows = mx.random.normal((_ROWS, columns))
+    packing = _seconds(lambda: gptq.pack(rows, known, Packing(4, _GROUP)))
+    # A column's turn changes all columns after it.
+    packing *= sum(a * b * b for a, b in matrix_shapes(config).values()) / (_ROWS * columns**2)
     took = runs * (forward + sums) + config.num_hidden_layers * solving + packing
     if method == "dwq":
         x, head = mx.ones((LENGTH, D), dtype), mx.zeros((D, config.vocab_size), dtype)
@@ -63,6 +67,10 @@ def _forward_seconds(config: ModelConfig, dtype: mx.Dtype) -> float:
 def _seconds(work: Callable[[], Any]) -> float:
     """Of `work`, the second time: the first makes arrays and kernels."""
     mx.eval(work())
+    return _timed(work)[1]
+
+
+def _timed(work: Callable[[], T]) -> tuple[T, float]:
     start = time.perf_counter()
-    mx.eval(work())
-    return time.perf_counter() - start
+    mx.eval(found := work())
+    return found, time.perf_counter() - start

@@ -23,11 +23,20 @@ _REQUEST = "Continue this text:\n\n"
 
 @dataclass(frozen=True)
 class Calibration:
-    """A recipe that looks at activations: its name, and at most `tokens` of `text` to read."""
+    """A recipe that looks at activations: its name, and at most `tokens` of `text` to read.
+
+    Raises RequestError for a number that makes no sense.
+    """
 
     method: str
     text: str = field(repr=False)
     tokens: int = TOKENS
+
+    def __post_init__(self) -> None:
+        if not LENGTH <= self.tokens <= MOST:
+            raise RequestError(
+                f"{self.tokens} tokens of calibration are not from {LENGTH} to {MOST}"
+            )
 
 
 def shipped() -> str:
@@ -38,10 +47,8 @@ def shipped() -> str:
 def passages(tokenizer: Tokenizer, text: str, tokens: int) -> mx.array:
     """At most `tokens` ids of `text`, `[B, LENGTH]`: passages spread evenly over it.
 
-    Raises RequestError for a text that is too short for one, or a number that makes no sense.
+    Raises RequestError for a text that is too short for one.
     """
-    if not LENGTH <= tokens <= MOST:
-        raise RequestError(f"{tokens} tokens of calibration are not from {LENGTH} to {MOST}")
     start = tokenizer.encode("")
     ids = tokenizer.encode(text)[len(start) :]
     needed = LENGTH + _ASKED

@@ -20,15 +20,15 @@ from convert.source import Source
 from convert.writer import Progress, Writer
 from mlx_cerebrum import __version__
 from mlx_cerebrum.errors import ConfigError
-from mlx_cerebrum.model.config import ModelConfig, read_json
+from mlx_cerebrum.model.config import read_json
 from mlx_cerebrum.model.memory import Workload, human
 from mlx_cerebrum.model.tensors import BLOCK, module_path
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 from mlx_cerebrum.weights.opening import load_tokenizer, open_checkpoint
 from mlx_cerebrum.weights.safetensors_checkpoint import INDEX
 
-# Told a recipe's method, the model that is written, and how many tokens will be read.
-Calibrating = Callable[[str, ModelConfig, int], None]
+# Told what will read a text, and whether it goes on where a run was stopped.
+Calibrating = Callable[[Calibrator, bool], None]
 
 
 class _RefoldError(Exception):
@@ -59,7 +59,7 @@ def convert(
     source, revision: what provenance calls the source.
     arrivals: brings the checkpoint's files while they are read. They are not looked through for
         blocks that are stored several times.
-    calibrating: told, once nothing is refused any more, that a text will be read.
+    calibrating: told, once nothing is refused any more, who will read a text.
     """
     options = options or Options()
     started = time.perf_counter()
@@ -119,8 +119,6 @@ def _attempt(
     if options.calibration is not None:
         kind = Distiller if options.calibration.method == "dwq" else Calibrator
         calibrator = kind(checkpoint, layout, options.calibration)
-        if calibrating is not None:
-            calibrating(options.calibration.method, layout.config, calibrator.tokens.size)
     suspects = [module_path(i, kind) for i in found.suspects() for kind in BLOCK]
     checks = Checks(options.verify, arrivals is None, options.allow_nonfinite, frozenset(suspects))
 
@@ -133,9 +131,9 @@ def _attempt(
         outputs = in_order(source, layout.outputs)
         ours = options.is_folded or any(output.packing for output in outputs)
         form = {"format": "mlx" if ours else "pt"}  # pt: as mergekit writes it
-        said = () if calibrator is None else (calibrator.provenance,)
+        said = () if calibrator is None else calibrator.identity
         identity = fingerprint(source, outputs, form, options.allow_nonfinite, *said)
-        needed = layout.nbytes + (0 if calibrator is None else calibrator.nbytes)
+        needed = layout.nbytes if calibrator is None else calibrator.disk_bytes
         with new_directory(destination, identity, needed) as partial:
             if arrivals is None and is_copy(source, outputs):
                 copies = Copies(source, partial.path)
@@ -149,6 +147,8 @@ def _attempt(
                         source.expect([output.source for output in outputs[resumed:]])
                     packed = Packed(partial.path / SCRATCH)
                     if calibrator is not None and resumed < len(outputs):
+                        if calibrating is not None:
+                            calibrating(calibrator, packed.folder.exists())
                         calibrator.run(packed.folder, progress)
                     run(source, outputs, writer, checks, progress, packed)
                     read = source.finish()

@@ -95,9 +95,10 @@ class Sensitivity:
         if not runs:
             return 0.0
         depth = (block + 0.5) / config.num_hidden_layers * self.num_blocks - 0.5
-        low = min(max(math.floor(depth), 0), self.num_blocks - 1)
-        high = min(low + 1, self.num_blocks - 1)
-        share = min(max(depth - low, 0.0), 1.0)
+        ran = sorted(set(self.layer_map))  # others were not measured
+        low = max((i for i in ran if i <= depth), default=ran[0])
+        high = min((i for i in ran if i >= depth), default=ran[-1])
+        share = (depth - low) / (high - low) if high > low else 0.0
         near, far = (self._once(i, kind) for i in (low, high))
         return float(math.exp((1 - share) * near + share * far) * runs**self.run_exponent)
 
@@ -107,7 +108,7 @@ class Sensitivity:
 
     def _once(self, block: int, kind: str) -> float:
         """Log of the figure as if the block had run once."""
-        runs = max(self.layer_map.count(block), 1)
+        runs = self.layer_map.count(block)
         return math.log(max(self.blocks[kind][block], _LEAST) / runs**self.run_exponent)
 
     @classmethod
@@ -141,8 +142,9 @@ class Sensitivity:
         lengths = {len(row) for row in table.blocks.values()}
         if len(lengths) > 1 or not table.num_blocks:
             raise ConfigError(f"{where}: every kind needs one figure for each block")
-        if any(not 0 <= block < table.num_blocks for block in table.layer_map):
-            raise ConfigError(f"{where}: layer_map names blocks that have no figures")
+        blocks = range(table.num_blocks)
+        if not table.layer_map or not set(table.layer_map) <= set(blocks):
+            raise ConfigError(f"{where}: layer_map names no block, or one that has no figures")
         return table
 
     def as_dict(self) -> dict[str, Any]:

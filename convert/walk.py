@@ -10,11 +10,14 @@ from dataclasses import replace
 
 import mlx.core as mx
 
+from convert.integrity import ReadError
 from convert.layout import Output
+from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.cpu import Linear
 from mlx_cerebrum.model.forward import TransformerBlock
 from mlx_cerebrum.model.tensors import BLOCK, module_path
+from mlx_cerebrum.text import one_line
 from mlx_cerebrum.weights.checkpoint import Checkpoint
 
 # Told what goes into a matrix: its kind (q_proj stands for k_proj and v_proj, gate_proj for
@@ -36,11 +39,22 @@ class _Listening(Linear):
 
 
 def weight(checkpoint: Checkpoint, output: Output) -> mx.array:
-    """What a conversion will write of one module, before it is packed. Read anew each time."""
-    stored = {"weight": checkpoint.dense(output.source)}
+    """What a conversion will write of one module, before it is packed. Read anew each time.
+
+    Raises ReadError where it can't be read just now, CheckpointError for values not finite.
+    """
     cpu = mx.default_stream(mx.cpu)
-    array = replace(output.transform, unpack=None).dense(stored, None, cpu)["weight"]
-    mx.eval(array)
+    try:
+        stored = {"weight": checkpoint.dense(output.source)}
+        array = replace(output.transform, unpack=None).dense(stored, None, cpu)["weight"]
+        mx.eval(array)
+    except (RuntimeError, CheckpointError) as error:  # a disk that is gone, too
+        raise ReadError(f"{output.source} can't be read: {one_line(str(error), 200)}") from error
+    if not mx.all(mx.isfinite(array)):
+        raise CheckpointError(
+            f"{output.source} has values that are NaN or infinite; the source is damaged, or"
+            " convert with another --dtype"
+        )
     return array
 
 

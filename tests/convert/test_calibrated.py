@@ -6,26 +6,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import SMALL, MakeCheckpoint, config_of, plan_yaml, slow, tensors, write_checkpoint
 from damage import stopping_at
+from disk import watch_disk
 from tiny import tiny_config, tiny_weights
+from tokenizers import AddedToken, Tokenizer
 
-from convert import calibrated, gptq
+from convert import calibrated, fold, gptq
 from convert.__main__ import main
 from convert.calibrated import calibration_bytes
-from convert.layout import Options
-from convert.passages import LENGTH, passages, shipped
+from convert.layout import Options, lay_out
+from convert.passages import LENGTH, Calibration, passages, shipped
 from convert.verify import verify
-from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum import device
+from mlx_cerebrum.errors import CheckpointError, RequestError
 from mlx_cerebrum.model import memory
 from mlx_cerebrum.model.cache import attention_mask
 from mlx_cerebrum.model.tensors import MATRICES, module_path
 from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN
+from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint
 from mlx_cerebrum.weights.opening import load, load_tokenizer, open_checkpoint
+from mlx_cerebrum.weights.quantize import Packing
+from mlx_cerebrum.weights.storage import DTYPES
 
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(3 * LENGTH))
 RANGES = "0-3,1-4"  # blocks 1 and 2 run twice
@@ -164,6 +171,194 @@ def test_interrupted_anywhere_it_writes_the_same_bytes(
     assert main(command) == 0
     assert runs == list(range((saves - 1) // 2, POSITIONS))
     assert contents(tmp_path / "x") == contents(made.folder / "x")
+
+
+@pytest.mark.parametrize("what", ["plan", "scales", "window", "config", "tokens"])
+@pytest.mark.one_in(5)
+def test_what_was_begun_another_way_is_not_gone_on_with(
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    what: str,
+) -> None:
+    """As many positions, the same blocks and files: only what goes through them differs."""
+    config = config_of(made.folder / "source")
+    source = write_checkpoint(tmp_path / "source", config, tiny_weights(config, seed=3))
+    plan = tmp_path / "plan.yml"
+    plan.write_text(plan_yaml(RANGES))
+    now = [*made.command(tmp_path / "x"), "--hf-path", str(source), "--plan", str(plan)]
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated, "save", stopping_at(9, calibrated.save))
+        assert main(now) == 130
+    if what == "plan":
+        plan.write_text(plan_yaml("0-2,0-2,2-4"))
+    elif what == "scales":
+        values = "{filter: o_proj, value: 0.5}, {filter: down_proj, value: 0.5}, {value: 1.0}"
+        plan.write_text(plan_yaml(RANGES, f"{{scale: [{values}]}}"))
+    elif what == "window":
+        now += ["--window", "16"]
+    elif what == "config":
+        (source / "config.json").write_text(json.dumps(config | {"rope_theta": 500.0}))
+    else:
+        own = json.loads((source / "tokenizer_config.json").read_text())
+        template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        changed = own | {"chat_template": template}
+        (source / "tokenizer_config.json").write_text(json.dumps(changed))
+    again = [word.replace(str(tmp_path / "x"), str(tmp_path / "y")) for word in now]
+    assert main(now) == main(again) == 0
+    ours, theirs = (tensors(tmp_path / name) for name in ("x", "y"))
+    assert all(mx.array_equal(array, ours[name]) for name, array in theirs.items())
+
+
+@pytest.mark.parametrize("fails", [RuntimeError, CheckpointError])
+def test_a_disk_that_is_gone_for_a_while_loses_nothing(
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fails: type[Exception],
+) -> None:
+    dense, reads = Checkpoint.dense, 0
+
+    def failing(self: Checkpoint, module: str) -> mx.array:
+        nonlocal reads
+        reads += 1
+        if reads == 30:
+            raise fails("[read] Unable to read from file.")
+        return dense(self, module)
+
+    command = made.command(tmp_path / "x")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(open_checkpoint(made.folder / "source")), "dense", failing)
+        assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "can't be read: [read] Unable to read from file." in said
+    assert list(tmp_path.glob(".x.partial/*/packed-*")) or list(tmp_path.glob(".x.partial/*/sums*"))
+    assert main(command) == 0
+    assert contents(tmp_path / "x") == contents(made.folder / "x")
+
+
+def test_a_failing_gpu_loses_nothing(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, position = made.command(tmp_path / "x"), calibrated.Calibrator._position
+
+    def failing(self: Any, at: int, *args: Any) -> None:
+        if at == 3:
+            raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+        position(self, at, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated.Calibrator, "_position", failing)
+        with pytest.raises(RuntimeError):
+            main(command)
+    runs: list[int] = []
+
+    def counting(self: Any, at: int, *args: Any) -> None:
+        runs.append(at)
+        position(self, at, *args)
+
+    monkeypatch.setattr(calibrated.Calibrator, "_position", counting)
+    command.remove("--quiet")
+    assert main(command) == 0
+    assert runs == [3, 4, 5]
+    assert "going on where it was stopped" in capsys.readouterr().err
+    assert contents(tmp_path / "x") == contents(made.folder / "x")
+
+
+@pytest.mark.parametrize("tensor", ["lm_head.weight", "model.layers.2.mlp.up_proj.weight"])
+def test_a_damaged_weight_is_named(
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tensor: str,
+) -> None:
+    config = config_of(made.folder / "source")
+    weights = tiny_weights(config, seed=3)
+    weights[tensor][0, 0] = np.nan
+    source = write_checkpoint(tmp_path / "source", config, weights)
+    positions = 0 if tensor == "lm_head.weight" else 2
+    runs: list[int] = []
+    position = calibrated.Calibrator._position
+
+    def counting(self: Any, at: int, *args: Any) -> None:
+        position(self, at, *args)
+        runs.append(at)
+
+    monkeypatch.setattr(calibrated.Calibrator, "_position", counting)
+    assert main([*made.command(tmp_path / "x"), "--hf-path", str(source)]) == 2
+    said = capsys.readouterr().err
+    assert f"{tensor.removesuffix('.weight')} has values that are NaN or infinite" in said
+    assert len(runs) == positions
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_disk_is_asked_for_and_covers_what_is_used(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = watch_disk(monkeypatch, tmp_path)
+    assert main(made.command(tmp_path / "x")) == 0
+    assert 0.6 * asked.needed < asked.held <= asked.needed
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_it_computes_in_the_matrices_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """GGUF files hold norms in float32 beside 16-bit matrices."""
+    file = gguf_files.write(tmp_path / "m.gguf", dtype, gguf_files.Geometry(layers=2))
+    checkpoint = open_checkpoint(file)
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    layout = lay_out(checkpoint, Options(packing=Packing(4, 32)), fold.none(checkpoint.config))
+    found = calibrated.Calibrator(checkpoint, layout, Calibration("gptq", TEXT * 3, LENGTH))
+    assert found.dtype == DTYPES[FLOATS[dtype]]
+
+
+def test_a_token_that_the_model_has_not_is_refused(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A template may write tokens that were added past the table's last row."""
+    source = write_checkpoint(
+        tmp_path / "source",
+        config_of(made.folder / "source"),
+        tiny_weights(config_of(made.folder / "source"), seed=3),
+    )
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(f"<|{i}|>", special=True) for i in range(3)])
+    tokenizer.save(str(source / "tokenizer.json"))
+    last = tokenizer.get_vocab_size() - 1
+    own = json.loads((source / "tokenizer_config.json").read_text())
+    template = "<|2|>{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    changed = json.dumps(own | {"chat_template": template})
+    (source / "tokenizer_config.json").write_text(changed)
+    assert main([*made.command(tmp_path / "x"), "--hf-path", str(source)]) == 2
+    said = capsys.readouterr().err
+    assert f"error: the calibration text has token id {last}, and the model 260 tokens" in said
+
+
+@pytest.mark.parametrize("given", ["none.txt", "~nosuchuser/text", "none.json"])
+def test_what_it_reads_is_looked_at_before_a_download(
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: str,
+) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("asked the hub")
+
+    monkeypatch.setattr("mlx_cerebrum.weights.hub.resolve", never)
+    words = [w for w in made.command(tmp_path / "x") if w not in ("--q-bits", "4")]
+    for recipe in ("gptq", "plan"):
+        more = ["--hf-path", "owner/name", "--calibrate", given, "--q-recipe", recipe]
+        tokens = words.index("--calibrate-tokens")
+        own = words if recipe == "gptq" else words[:tokens] + words[tokens + 2 :]
+        assert main([*own, *more]) == 2
+        said = capsys.readouterr().err
+        assert given.partition("/")[0] in said
+        assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 from conftest import SMALL, config_of, plan_yaml, slow, tensors, write_checkpoint
 from damage import stopping_at
+from disk import watch_disk
 from tiny import tiny_config, tiny_weights
 
 from convert import calibrated, distilled, passages
@@ -176,6 +177,14 @@ def test_memory_is_asked_for_first_and_covers_what_is_used(
     assert said.count("\n") == 1
     assert not list(tmp_path.iterdir())
     assert 0.3 * asked[0] < made.peak <= asked[0]
+
+
+def test_disk_is_asked_for_and_covers_what_is_used(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = watch_disk(monkeypatch, tmp_path)
+    assert main(made.command(tmp_path / "x")) == 0
+    assert 0.6 * asked.needed < asked.held <= asked.needed
 
 
 def test_a_model_that_overflows_is_refused_in_one_line(

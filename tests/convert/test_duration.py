@@ -13,15 +13,16 @@ from mlx_cerebrum.model.config import ModelConfig
 
 
 def test_more_tokens_and_more_work_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duration, "_seconds", lambda work: 1.0)  # whatever it is
+    monkeypatch.setattr(duration, "_timed", lambda work: (work(), 1.0))  # whatever it is
     config = ModelConfig.from_dict(tiny_config(num_hidden_layers=2))
     once, twice = (duration.predicted_seconds("gptq", config, n) for n in (512, 1024))
     assert twice - once == 2 * 2  # a pass and its sums, at each of two positions
     assert duration.predicted_seconds("dwq", config, 512) > once + 4 * 2 * EPOCHS
 
 
-def test_it_is_measured() -> None:
-    config = ModelConfig.from_dict(tiny_config(num_hidden_layers=2))
+@pytest.mark.parametrize("hidden", [64, 72])  # 72 are no groups, and only some matrices packed
+def test_it_is_measured(hidden: int) -> None:
+    config = ModelConfig.from_dict(tiny_config(num_hidden_layers=2, hidden_size=hidden))
     assert 0 < duration.predicted_seconds("dwq", config, 1024) < 600
 
 

@@ -280,7 +280,8 @@ def test_a_table_survives_saving(tmp_path: Path) -> None:
         ({"blocks": {kind: [1.0, -1.0] for kind in MATRICES}}, "not negative"),
         ({"blocks": {kind: [1.0] * (i + 1) for i, kind in enumerate(MATRICES)}}, "one figure"),
         ({"outer": {EMBEDDING: 1.0, HEAD: float("nan")}}, "finite"),
-        ({"layer_map": [99]}, "layer_map names blocks"),
+        ({"layer_map": [99]}, "layer_map names no block, or one that has no figures"),
+        ({"layer_map": []}, "layer_map names no block"),
     ],
 )
 def test_a_damaged_table_is_refused(tmp_path: Path, change: dict[str, object], says: str) -> None:
@@ -288,6 +289,14 @@ def test_a_damaged_table_is_refused(tmp_path: Path, change: dict[str, object], s
     path.write_text(json.dumps(Sensitivity.shipped().as_dict() | change))
     with pytest.raises(ConfigError, match=says):
         Sensitivity.load(path)
+
+
+def test_a_block_that_did_not_run_is_taken_for_its_neighbours() -> None:
+    """It has no figure: none is not nothing."""
+    measured = {module_path(i, kind): 0.01 * (i + 1) for i in (1, 3) for kind in MATRICES}
+    table = Sensitivity.of(measured | {EMBEDDING: 1.0, HEAD: 1.0}, config(6, (1, 3)), BASE)
+    ours = [table.at(module_path(i, MATRICES[0]), config(6)) for i in range(6)]
+    assert ours == pytest.approx([0.02, 0.02, (0.02 * 0.04) ** 0.5, 0.04, 0.04, 0.04])
 
 
 def test_a_table_gives_back_what_was_measured() -> None:
