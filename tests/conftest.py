@@ -65,6 +65,15 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def resting() -> int:
+    """Bytes of live arrays, once those of other tests are gone; the peak is counted from here."""
+    gc.collect()
+    mx.synchronize()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    return mx.get_active_memory()
+
+
 def parameters(model: Model) -> dict[str, mx.array]:
     """Every array of a model by name, a fused matrix under its fused name."""
     return dict(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))

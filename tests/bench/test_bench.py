@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import MakeCheckpoint, parameters, slow
+from conftest import MakeCheckpoint, parameters, resting, slow
 from tiny import tiny_config
 
 from bench import bandwidth, full_size, pair, process, report, speculation, speed, suite
@@ -187,6 +187,7 @@ def test_speed_of_two_sides(
 @slow
 def test_full_size_counts_bytes(tmp_path: Path) -> None:
     tiny = random_tiny()
+    resting()
     found = full_size.measure(tiny, quick(tmp_path))
     assert found == json.loads(json.dumps(found))
     big, small = found["sides"]["cerebrum-12.25b"], found["sides"]["cerebrum-7b"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, resting
 from tiny import tiny_config
 
 from bench import bandwidth, primitives, step_profile
@@ -217,7 +217,7 @@ def test_on_metal_a_position_is_thirteen_kernels(bits: int | None) -> None:
 
 def test_hollow_models_take_no_memory() -> None:
     config = ModelConfig.from_dict(GEOMETRIES["cerebrum-7b"])
-    before = mx.get_active_memory()
+    before = resting()
     model = primitives.hollow(primitives.ours(config))
     assert mx.get_active_memory() - before < 1e6
     assert model.lm_head.weight.shape == (config.vocab_size, config.hidden_size)

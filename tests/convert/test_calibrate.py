@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import SMALL, MakeCheckpoint, slow, write_checkpoint
+from conftest import SMALL, MakeCheckpoint, resting, slow, write_checkpoint
 from tiny import tiny_config, tiny_weights
 
 from convert.calibrate import LENGTH, Probe, calibrate, calibration_bytes, main, sample
@@ -139,9 +139,7 @@ def test_refused_in_one_line(
 
 def test_prediction_covers_what_is_used(checkpoint: MakeCheckpoint) -> None:
     source = open_checkpoint(checkpoint(num_hidden_layers=2))
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = resting()
     calibrate(source, source.config, TEXT, tokens=LENGTH)
     used = mx.get_peak_memory() - before
     predicted = calibration_bytes(source.config, LENGTH, 4)

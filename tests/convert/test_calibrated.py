@@ -11,7 +11,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import SMALL, MakeCheckpoint, config_of, plan_yaml, slow, tensors, write_checkpoint
+from conftest import (
+    SMALL,
+    MakeCheckpoint,
+    config_of,
+    plan_yaml,
+    resting,
+    slow,
+    tensors,
+    write_checkpoint,
+)
 from damage import stopping_at
 from disk import watch_disk
 from tiny import tiny_config, tiny_weights
@@ -68,9 +77,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, two_batches: None) -> Made:
     write_checkpoint(found.folder / "source", config, tiny_weights(config, seed=3))
     (found.folder / "text").write_text(TEXT)
     (found.folder / "plan.yml").write_text(plan_yaml(RANGES))
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = resting()
     assert main(found.command(found.folder / "x")) == 0
     return replace(found, peak=mx.get_peak_memory() - before)
 

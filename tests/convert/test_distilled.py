@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import pytest
-from conftest import SMALL, config_of, plan_yaml, slow, tensors, write_checkpoint
+from conftest import SMALL, config_of, plan_yaml, resting, slow, tensors, write_checkpoint
 from damage import stopping_at
 from disk import watch_disk
 from tiny import tiny_config, tiny_weights
@@ -60,9 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, small_steps: None) -> Made:
     write_checkpoint(found.folder / "source", config, tiny_weights(config, seed=3))
     (found.folder / "text").write_text(TEXT)
     (found.folder / "plan.yml").write_text(plan_yaml("0-2,1-2"))
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = resting()
     assert main(found.command(found.folder / "x")) == 0
     return replace(found, peak=mx.get_peak_memory() - before)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, resting
 
 from bench.primitives import count_as_on_metal
 from convert.__main__ import main as convert
@@ -435,7 +435,7 @@ def test_mlx_lm_runs_the_same_arrays(checkpoint: MakeCheckpoint, q_bits: int | N
     model, _ = load(path, q_bits=q_bits, q_group_size=32)
     model = model.view((0, 1, 2, 3, 2, 3, 4, 5, 6, 7))
     mx.eval(model.parameters())
-    before = mx.get_active_memory()
+    before = resting()
     peer = as_mlx_lm(model)
     mx.eval(peer.parameters())
     assert mx.get_active_memory() - before < 100_000

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import slow
+from conftest import resting, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -183,8 +183,7 @@ def test_memory_of_slices_is_predicted(heads: int, length: int, keys: int) -> No
         entries = mx.random.normal((1, 1, keys, 64))
         mx.eval(queries, entries)
         mx.synchronize()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
+        before = resting()
         mx.eval(attend_in_slices(queries, entries, entries, 0.1, "causal"))
         return (mx.get_peak_memory() - before) / 4 - 3 * queries.size  # scaled, stacked, joined
 

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import slow
+from conftest import resting, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -330,7 +330,7 @@ def test_mask_matches_what_is_fetched() -> None:
 def test_a_chunk_that_fills_the_buffer_is_copied(length: int) -> None:
     """Keys are a view of a larger array, as qkv_proj's output is; only they may stay."""
     mx.synchronize()
-    before = mx.get_active_memory()
+    before = resting()
     cache = WindowedKVCache()
     both = mx.zeros((1, 20, length, 32)) + 1
     _, keys = mx.split(both, [16], axis=1)

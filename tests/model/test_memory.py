@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from conftest import resting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,8 +67,7 @@ def test_a_request_is_predicted(
     def peak() -> int:
         cache = model.make_cache(kv_bits)
         mx.synchronize()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
+        before = resting()
         steps = generate_step(
             ids, model, max_tokens=GENERATED, cache=cache, prefill_step_size=CHUNK
         )

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import MakeCheckpoint, config_of, slow, tensors
+from conftest import MakeCheckpoint, config_of, resting, slow, tensors
 
 from bench import memory_limit
 from bench.random_model import GEOMETRIES
@@ -277,8 +277,7 @@ def test_loading_packed_weights_takes_one_part_more(packed: Path) -> None:
     assert storage.transient <= 0.6 * max(source.config.block_parameters, 6000 * 256)
     mx.clear_cache()
     mx.synchronize()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = resting()
     model = load_model(source, source.config, storage)
     assert mx.get_peak_memory() - before <= 1.01 * storage.nbytes + storage.transient
     del model

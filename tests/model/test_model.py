@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import parameters, slow
+from conftest import parameters, resting, slow
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum.errors import ConfigError
@@ -163,7 +163,7 @@ def test_blocks_are_counted_and_quantized_once() -> None:
 def test_view_shares_every_array_and_costs_nothing() -> None:
     model = build()
     mx.eval(model.parameters())
-    before = mx.get_active_memory()
+    before = resting()
     view = model.view(tuple(range(8)))
     assert mx.get_active_memory() == before
     assert view.config.num_positions == 8

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import mistral_model, slow, write_checkpoint
+from conftest import mistral_model, resting, slow, write_checkpoint
 from server_room import WAIT, Running, error, events, post, serving
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
@@ -196,9 +196,7 @@ def test_no_more_memory_than_predicted(tmp_path: Path, k: int) -> None:
     )
     job = Job("small", prompt(400), 0, top_logprobs=k, echo=True)
     mx.synchronize()
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = resting()
     batch.start(Task(job, tokenizer, lambda event: None, lambda task: None))
     predicted = batch.predicted()
     while batch.tasks:

@@ -1,13 +1,12 @@
 """Jobs decoded together get, token for token, what each would get alone."""
 
-import gc
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import slow, write_checkpoint
+from conftest import resting, slow, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_prompt, tiny_weights
@@ -438,9 +437,7 @@ def test_rows_share_one_greedy_call(
 def _taken(do: Callable[[], None]) -> int:
     """The most bytes MLX held besides what it held before."""
     mx.synchronize()
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = resting()
     do()
     return mx.get_peak_memory() - before
 
@@ -519,9 +516,7 @@ def test_a_prompt_keeps_its_entries_and_no_more(loaded: Callable[[int], Loaded])
     desk = Desk(loaded(512), prefill_step_size=500)
     desk.start(job(500, 1))
     desk.run()  # the rotation's tables stay
-    gc.collect()  # what other tests left in cycles is not to go meanwhile
-    mx.clear_cache()
-    before = mx.get_active_memory()
+    before = resting()
     desk.start(job(500, 1))
     desk.batch.step()
     mx.clear_cache()

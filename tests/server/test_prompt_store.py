@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import slow, write_checkpoint
+from conftest import resting, slow, write_checkpoint
 from tiny import tiny_config, tiny_prompt, tiny_weights
 
 from mlx_cerebrum import load
@@ -191,8 +191,7 @@ def test_bytes_are_those_allocated(windowed: Loaded) -> None:
     """A view would keep the buffer it looks into: here a batch's row, a prompt's last chunk."""
     model, _ = windowed
     read(model, prompt(600), step=600)  # the rotation's tables stay
-    mx.clear_cache()
-    before = mx.get_active_memory()
+    before = resting()
     store = PromptStore(ROOM)
     store.keep(KEY, read(model, prompt(600), step=600))
     mx.clear_cache()
@@ -374,8 +373,7 @@ def test_what_does_not_fit_beside_is_handed_over(
     assert len(store) == 1  # the other goes first
     store.limit(ROOM)
     mx.synchronize()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = resting()
     found = store.find(KEY, wanted, 0)
     assert found is not None
     assert len(store) == 0
@@ -391,9 +389,7 @@ def test_a_handed_over_entry_is_not_there_twice(unlimited: Loaded) -> None:
     def peak(room: int) -> tuple[int, int]:
         store = holding(model, 700)
         mx.synchronize()
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
+        before = resting()
         found = store.find(KEY, prompt(701), room)
         assert found is not None
         mx.eval(model(mx.array([[5]]), found.cache))

@@ -11,7 +11,7 @@ import gguf_files
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import plan_yaml, slow, tensors
+from conftest import plan_yaml, resting, slow, tensors
 from gguf import GGMLQuantizationType as Type
 from gguf_files import HALVES, MISTRAL_7B, SIZES, q4_k_m, random_blocks
 
@@ -339,8 +339,7 @@ def test_loading_takes_what_was_predicted(kind: str, dtype: str, tmp_path: Path)
     storage = choose_storage(source, None, dtype)
     mx.clear_cache()
     mx.synchronize()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = resting()
     model = load_model(source, source.config, storage)
     norms = storage.dtype.size * 512 * 9
     assert mx.get_active_memory() - before <= 1.01 * (storage.nbytes + norms)

@@ -1,6 +1,5 @@
 """Loading: every accepted form gives the same model; every damaged one gives one line."""
 
-import gc
 import json
 from collections.abc import Callable
 from itertools import product
@@ -10,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import MakeCheckpoint, parameters, slow
+from conftest import MakeCheckpoint, parameters, resting, slow
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main as convert
@@ -284,15 +283,6 @@ def test_packing_on_the_way_takes_no_more_than_was_predicted(
         peak = mx.get_peak_memory() - before
         assert peak <= storage.nbytes + storage.transient + slack, (bits, dtype)
         del model
-
-
-def resting() -> int:
-    """Bytes of live arrays, once those of other tests are gone; the peak is counted from here."""
-    gc.collect()
-    mx.synchronize()
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    return mx.get_active_memory()
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4"])
