@@ -35,6 +35,7 @@ from bench.likelihood import Ids, compare, figures, log_probs, strided, text_ids
 from bench.repetition import continuations
 from bench.report import parser, run, table
 from bench.suite import Results
+from mlx_cerebrum import cli
 from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
@@ -56,6 +57,10 @@ class BitsOf(str):
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run(command_line(), _measure, text, argv)
+
+
+def command_line() -> cli.ArgumentParser:
     p = parser("recipes", "Loss and divergence of a model quantized by each recipe.")
     p.add_argument("--model", default="demo", metavar="DIR|FILE.gguf|HUBID|demo", help="which")
     p.add_argument("--plan", metavar="NAME|FILE", help="a layer plan")
@@ -66,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     keep += " whatever version (default: neither)"
     p.add_argument("--keep", type=Path, metavar="DIR", help=keep)
     perplexity.add_text(p)
-    return run(p, _measure, text, argv)
+    return p
 
 
 def _measure(args: argparse.Namespace) -> Results:

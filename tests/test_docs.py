@@ -17,6 +17,7 @@ import pytest
 import mlx_cerebrum
 from bench.__main__ import parser as bench_parser
 from bench.plans import command_line as plans_parser
+from bench.recipes import command_line as recipes_parser
 from bench.render import command_line as render_parser
 from convert.__main__ import parser as convert_parser
 from convert.verify import parser as verify_parser
@@ -98,6 +99,7 @@ def test_every_command_parses(command: str) -> None:
         "convert verify": verify_parser,
         "bench": bench_parser,
         "bench plans": plans_parser,
+        "bench.recipes": recipes_parser,
         "bench render": render_parser,
     }
     two = " ".join(words[2:4])
