@@ -82,6 +82,19 @@ def made(tmp_path_factory: pytest.TempPathFactory, two_batches: None) -> Made:
     return replace(found, peak=mx.get_peak_memory() - before)
 
 
+def positions_done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Those that are run from here on."""
+    runs: list[int] = []
+    position = calibrated.Calibrator._position
+
+    def counting(self: Any, at: int, *args: Any) -> None:
+        position(self, at, *args)
+        runs.append(at)
+
+    monkeypatch.setattr(calibrated.Calibrator, "_position", counting)
+    return runs
+
+
 def contents(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
@@ -167,14 +180,7 @@ def test_interrupted_anywhere_it_writes_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(calibrated, "save", stopping)
         assert main(command) == 130
-    runs: list[int] = []
-    position = calibrated.Calibrator._position
-
-    def counting(self: Any, at: int, *args: Any) -> None:
-        runs.append(at)
-        position(self, at, *args)
-
-    monkeypatch.setattr(calibrated.Calibrator, "_position", counting)
+    runs = positions_done(monkeypatch)
     assert main(command) == 0
     assert runs == list(range((saves - 1) // 2, POSITIONS))
     assert contents(tmp_path / "x") == contents(made.folder / "x")
@@ -183,17 +189,20 @@ def test_interrupted_anywhere_it_writes_the_same_bytes(
 @pytest.mark.parametrize("what", ["plan", "scales", "window", "config", "tokens"])
 @pytest.mark.one_in(5)
 def test_what_was_begun_another_way_is_not_gone_on_with(
-    made: Made,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    what: str,
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """As many positions, the same blocks and files: only what goes through them differs."""
     config = config_of(made.folder / "source")
     source = write_checkpoint(tmp_path / "source", config, tiny_weights(config, seed=3))
     plan = tmp_path / "plan.yml"
     plan.write_text(plan_yaml(RANGES))
+    own = json.loads((source / "tokenizer_config.json").read_text())
+
+    def talking(template: str) -> None:
+        changed = json.dumps(own | {"chat_template": template})
+        (source / "tokenizer_config.json").write_text(changed)
+
+    talking("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     now = [*made.command(tmp_path / "x"), "--hf-path", str(source), "--plan", str(plan)]
     with monkeypatch.context() as patch:
         patch.setattr(calibrated, "save", stopping_at(9, calibrated.save))
@@ -208,10 +217,7 @@ def test_what_was_begun_another_way_is_not_gone_on_with(
     elif what == "config":
         (source / "config.json").write_text(json.dumps(config | {"rope_theta": 500.0}))
     else:
-        own = json.loads((source / "tokenizer_config.json").read_text())
-        template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-        changed = own | {"chat_template": template}
-        (source / "tokenizer_config.json").write_text(json.dumps(changed))
+        talking("{% for m in messages %}User: {{ m['content'] }}{% endfor %}")
     again = [word.replace(str(tmp_path / "x"), str(tmp_path / "y")) for word in now]
     assert main(now) == main(again) == 0
     ours, theirs = (tensors(tmp_path / name) for name in ("x", "y"))
@@ -260,13 +266,7 @@ def test_a_failing_gpu_loses_nothing(
         patch.setattr(calibrated.Calibrator, "_position", failing)
         with pytest.raises(RuntimeError):
             main(command)
-    runs: list[int] = []
-
-    def counting(self: Any, at: int, *args: Any) -> None:
-        runs.append(at)
-        position(self, at, *args)
-
-    monkeypatch.setattr(calibrated.Calibrator, "_position", counting)
+    runs = positions_done(monkeypatch)
     command.remove("--quiet")
     assert main(command) == 0
     assert runs == [3, 4, 5]
@@ -286,19 +286,11 @@ def test_a_damaged_weight_is_named(
     weights = tiny_weights(config, seed=3)
     weights[tensor][0, 0] = np.nan
     source = write_checkpoint(tmp_path / "source", config, weights)
-    positions = 0 if tensor == "lm_head.weight" else 2
-    runs: list[int] = []
-    position = calibrated.Calibrator._position
-
-    def counting(self: Any, at: int, *args: Any) -> None:
-        position(self, at, *args)
-        runs.append(at)
-
-    monkeypatch.setattr(calibrated.Calibrator, "_position", counting)
+    runs = positions_done(monkeypatch)
     assert main([*made.command(tmp_path / "x"), "--hf-path", str(source)]) == 2
     said = capsys.readouterr().err
     assert f"{tensor.removesuffix('.weight')} has values that are NaN or infinite" in said
-    assert len(runs) == positions
+    assert runs == ([] if tensor == "lm_head.weight" else [0, 1])
     assert not list(tmp_path.glob(".*"))
 
 
