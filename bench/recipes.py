@@ -67,8 +67,8 @@ def command_line() -> cli.ArgumentParser:
     p.add_argument("--calibrate", metavar="FILE", help="text to read (default: convert's own)")
     p.add_argument("--calibrate-tokens", type=int, default=16384, metavar="N", help="of it")
     p.add_argument("--sides", nargs="+", metavar="NAME", help="these only, beside dense, uniform")
-    keep = "keep the sides here, and use those that are here, as the same flags made them with"
-    keep += " whatever version (default: neither)"
+    keep = "keep the sides here, and use those that the same flags made before, by whatever version"
+    keep += " of this program (default: neither)"
     p.add_argument("--keep", type=Path, metavar="DIR", help=keep)
     perplexity.add_text(p)
     return p

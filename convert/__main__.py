@@ -86,7 +86,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.quantize and args.q_mode in (None, "affine") and args.q_recipe not in METHODS:
             tell(
                 "note: --q-recipe gptq lost less at the same size where that was measured, and dwq"
-                " still less; they read a text first, which takes longer"
+                " came nearer still to the dense model; they read a text first, which takes longer"
             )
     return 0
 
