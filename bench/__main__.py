@@ -14,13 +14,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from mlx_cerebrum import cli  # isort: skip  # first: it says what is not installed
 from bench import machine, render, suite
 from bench.pair import Pair, open_pair
 from bench.random_model import RandomCheckpoint
 from bench.report import add_common
 from bench.suite import Effort
-from mlx_cerebrum import device
+from mlx_cerebrum import cli, device
 from mlx_cerebrum.errors import CerebrumError, RequestError
 from mlx_cerebrum.model.limits import limits
 from mlx_cerebrum.text import one_line, tell

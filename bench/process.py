@@ -1,6 +1,7 @@
 """Processes of their own: for times from pressing return, and the memory of one."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -41,10 +42,12 @@ def cost(arguments: Sequence[str]) -> Cost:
             raise
         took = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
+        if (code := process.returncode) != 0:
             err.seek(0)
             said = err.read().decode(errors="replace").strip() or "it printed nothing"
             last = said.splitlines()[-1].removeprefix("error: ")
+            if code < 0:  # then the last line is no reason
+                last = f"ended by {signal.strsignal(-code)}; its last line: {last}"
             raise CerebrumError(f"python -m {arguments[0]}: {last}")
     unit = 1 if sys.platform == "darwin" else 1024
     return Cost(took, usage.ru_maxrss * unit)

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,7 @@ COMMANDS = [
     "convert verify x",
     "convert.calibrate",
     "bench",
+    "bench.recipes",
 ]
 
 
@@ -129,6 +131,29 @@ def test_without_a_backend_one_line_says_which_extra(command: str, tmp_path: Pat
     assert done.stderr.startswith("error: MLX has no backend here: install the extra [cpu], or")
     assert "[cpu]" in done.stderr.split(" install ")[-1]
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["bench", "bench.recipes", "bench.speed", "bench.render x"])
+def test_without_an_extra_one_line_installs_it(command: str, tmp_path: Path) -> None:
+    (tmp_path / "psutil.py").write_text("raise ModuleNotFoundError('none', name='psutil')")
+    done = started(command, tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: psutil is not installed in {sys.executable}: ")
+    assert "[bench]" in done.stderr.split(" install ")[-1]
+    assert done.stderr.count("\n") == 1
+
+
+def test_which_extra_brings_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "prefix", "/nowhere")
+    needs = ["mlx>=1", "mlx[cpu]>=1; (sys_platform == 'linux') and extra == 'cpu'", "py-x>=2"]
+    needs += ["lm-eval[math]>=0.4; extra == 'bench'", 'lm-eval[api]; extra == "test"', "rich"]
+    monkeypatch.setattr(metadata, "requires", lambda name: needs)
+    extra = {
+        name: re.findall(r"\[(\w+)]'?$", str(installed.remedy(ModuleNotFoundError(name=name))))
+        for name in ("mlx", "mlx.core", "py_x", "lm_eval.tasks", "lm", "rich", "other")
+    }
+    assert extra.pop("lm_eval.tasks") == ["bench"]
+    assert not any(extra.values())
 
 
 @pytest.mark.parametrize("command", ["mlx_cerebrum chat demo", "mlx_cerebrum.server", "convert"])
