@@ -40,6 +40,7 @@ from mlx_cerebrum.decoding.sampling import Sampling
 from mlx_cerebrum.errors import RequestError
 from mlx_cerebrum.model.forward import Model
 from mlx_cerebrum.model.memory import human
+from mlx_cerebrum.text import tell
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 from mlx_cerebrum.weights import hub
 from mlx_cerebrum.weights.opening import load, open_checkpoint
@@ -79,7 +80,9 @@ def _measure(args: argparse.Namespace) -> Results:
     with kept or tempfile.TemporaryDirectory() as folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         made: Results = {}
-        for name, flags in wanted(sides(args, Path(folder)), args.sides).items():
+        chosen = wanted(sides(args, Path(folder)), args.sides)
+        for number, (name, flags) in enumerate(chosen.items(), 1):
+            tell(f"making {number} of {len(chosen)}: {name}")
             spent = [str(made[f]["bits_per_weight"]) if isinstance(f, BitsOf) else f for f in flags]
             took = once(args, path := Path(folder, name), spent)
             made[name] = {"bits_per_weight": perplexity.stored_bits(open_checkpoint(path)), **took}
@@ -98,6 +101,7 @@ def score(args: argparse.Namespace, folder: Path, made: Results) -> None:
             new.append(name)
     if not new:
         return
+    tell(f"scoring {DENSE}, and drawing its answers")
     dense, tokenizer = load(folder / DENSE)
     texts = {
         name: [(ids, count, list(log_probs(dense, ids[:-1]))) for ids, count in windows]
@@ -105,7 +109,8 @@ def score(args: argparse.Namespace, folder: Path, made: Results) -> None:
     }
     mx.eval([said for seen in texts.values() for _, _, said in seen])
     del dense  # before the next is loaded
-    for name in new:
+    for number, name in enumerate(new, 1):
+        tell(f"scoring {number} of {len(new)}: {name}")
         model = load(folder / name)[0]
         made[name]["texts"] = {text: _compared(model, seen) for text, seen in texts.items()}
         scored = {"how": how, "texts": made[name]["texts"]}

@@ -85,7 +85,7 @@ def test_what_is_packed_in_the_bases_order_is_laid_out_afterwards(
 
 
 def test_a_side_that_is_kept_is_scored_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = Namespace(model="demo", plan=None, calibrate=None, calibrate_tokens=64)
     vars(args).update(text=[Path("austen.txt")], tokens=128, context=64)
@@ -107,7 +107,9 @@ def test_a_side_that_is_kept_is_scored_once(
 
     assert scored("dense", "uniform") == [2]
     assert scored("dense", "uniform", "plan") == [2, 4]
+    assert capsys.readouterr().err.endswith("scoring 1 of 1: plan\n")
     assert scored("dense", "uniform", "plan") == [2, 4]
+    assert capsys.readouterr().err == ""
     assert loaded == ["dense", "uniform", "dense", "plan"]
     args.tokens = 256
     assert scored("dense", "plan") == [6]
