@@ -330,8 +330,8 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
         "--q-budget",
         type=float,
         metavar="BITS",
-        help="bits a weight in all for plan, gptq and dwq (default: what uniform takes; 4.5"
-        " for 4-bit groups of 64)",
+        help="bits a weight of what is written, for plan, gptq and dwq (default: what uniform"
+        " takes, blocks stored once; 4.5 for 4-bit groups of 64)",
     )
     group.add_argument(
         "--calibrate",

@@ -183,7 +183,8 @@ def choose(
 
     budget: bits per weight for `plan` (default: what `uniform` would take).
     table: sensitivities for `plan` (default: the ones that come with the package).
-    unrolled: each block will be stored as often as it runs; the budget counts it so.
+    unrolled: each block will be stored as often as it runs; a budget that is given counts it so.
+        Without one both layouts get the same packings, and so the same answers.
     dense_bits: of scales, biases and what stays dense.
 
     Raises ConfigError for an unknown recipe, a budget that can't be kept or has no use, and a
@@ -203,7 +204,7 @@ def choose(
         low, high = (Packing(bits, base.group_size) for bits in MIXED[recipe])
         blocks = config.num_hidden_layers
         return {name: high if _favoured(name, blocks) else low for name in fitting}
-    size = _Size(config, unrolled, dense_bits)
+    size = _Size(config, unrolled and budget is not None, dense_bits)
     if budget is not None and not 0 < budget < 64:
         raise ConfigError(f"a budget of {budget} bits per weight makes no sense; 4.5 would")
     allowed = size.bits(fitting) if budget is None else int(budget * size.parameters)

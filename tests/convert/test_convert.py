@@ -138,6 +138,22 @@ def test_unrolled_is_what_mergekit_writes(
         assert mx.array_equal(value, theirs[original].astype(mx.bfloat16)), name
 
 
+def test_packed_by_plan_folded_and_unrolled(
+    checkpoint: MakeCheckpoint, plan_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    common = ["--hf-path", checkpoint(), "--plan", plan_file(), "-q", "--q-group-size", "32"]
+    assert run("--mlx-path", tmp_path / "f", *common) == 0
+    assert run("--mlx-path", tmp_path / "u", "--layout", "unrolled", *common) == 0
+    assert len({p["bits"] for p in packings(tmp_path / "f").values()}) > 1
+    folded, unrolled = (load(tmp_path / name)[0] for name in "fu")
+    assert mx.array_equal(folded(mx.array([PROMPT])), unrolled(mx.array([PROMPT])))
+
+
+def packings(path: Path) -> dict[str, dict[str, Any]]:
+    said = config_of(path)["quantization"]
+    return {module: own for module, own in said.items() if isinstance(own, dict)}
+
+
 def test_scaled_plan_folded_and_unrolled(
     checkpoint: MakeCheckpoint, plan_file: Callable[..., Path], tmp_path: Path
 ) -> None:

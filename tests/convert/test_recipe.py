@@ -217,6 +217,14 @@ def test_unrolled_the_budget_counts_copies() -> None:
     assert bits_per_weight(of, chosen, unrolled=True) > 4.5
 
 
+def test_without_a_budget_both_layouts_are_packed_alike() -> None:
+    of = config(8, (0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7))
+    table = raised(flat(), 2, "mlp.up_proj", 50)
+    chosen = choose("plan", of, BASE, table=table)
+    assert chosen == choose("plan", of, BASE, table=table, unrolled=True)
+    assert chosen != choose("plan", of, BASE, 4.5, table, unrolled=True)
+
+
 def test_a_mixture_block_by_block() -> None:
     chosen = choose("mixed_4_6", config(8), BASE)
 
