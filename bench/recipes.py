@@ -82,7 +82,7 @@ def _measure(args: argparse.Namespace) -> Results:
         made: Results = {}
         chosen = wanted(sides(args, Path(folder)), args.sides)
         for number, (name, flags) in enumerate(chosen.items(), 1):
-            tell(f"making {number} of {len(chosen)}: {name}")
+            tell(f"side {number} of {len(chosen)}: {name}")  # made, or kept
             spent = [str(made[f]["bits_per_weight"]) if isinstance(f, BitsOf) else f for f in flags]
             took = once(args, path := Path(folder, name), spent)
             made[name] = {"bits_per_weight": perplexity.stored_bits(open_checkpoint(path)), **took}
