@@ -67,6 +67,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
 
+@slow
 def test_the_window_bounds_ours_and_not_mlx_lms(results: Results) -> None:
     random = results["random"]
     assert [row["length"] for row in random["lengths"]] == [256, 512, 1536]  # 2048 positions
@@ -81,6 +82,7 @@ def test_the_window_bounds_ours_and_not_mlx_lms(results: Results) -> None:
     assert [a * 32 for a in ours] == [b * 56 for b in base]
 
 
+@slow
 def test_each_peer_stands_beside_its_side(results: Results) -> None:
     a, b = results["names"]
     model = results["model"]

@@ -50,6 +50,7 @@ def test_each_block_is_held_once(results: Results) -> None:
     assert held["logits"] == copied["logits"]
 
 
+@slow
 def test_bytes_are_predicted_before(results: Results) -> None:
     for row in results["random"] + results["model"]:
         said, found = row["predicted"], row["measured"]
@@ -61,6 +62,7 @@ def test_bytes_are_predicted_before(results: Results) -> None:
     assert sides == {"cerebrum-7b": 32, "cerebrum-12.25b": 56}
 
 
+@slow
 def test_full_size_is_the_plan_rooms_arithmetic(results: Results) -> None:
     found = {(row["form"], row["bits"]): row for row in results["full_size"]["rows"]}
     wanted = {None: (14.48, 24.95), 8: (7.69, 13.26), 4: (4.07, 7.02)}

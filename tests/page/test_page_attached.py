@@ -8,7 +8,7 @@ from page_driver import ask, asked, idle, questions, reload
 from page_room import Room
 from playwright.sync_api import Page, expect
 
-pytestmark = pytest.mark.one_in(4)
+pytestmark = pytest.mark.one_in(6)
 launched, served, room, page = (
     page_driver.launched,
     page_driver.served,

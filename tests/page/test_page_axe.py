@@ -10,7 +10,7 @@ from page_room import Room, Script, visit
 from playwright.sync_api import Browser, Page, expect
 from test_page_shelf import shown
 
-pytestmark = pytest.mark.one_in(4)
+pytestmark = pytest.mark.one_in(6)
 launched, served, room = page_driver.launched, page_driver.served, page_driver.room
 
 ANSWER = """# A title

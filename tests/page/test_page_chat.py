@@ -20,7 +20,7 @@ from page_driver import (
 from page_room import Hold, Raw, Room, Script, browser_path, real_server, visit
 from playwright.sync_api import Browser, Page, expect
 
-pytestmark = pytest.mark.one_in(4)
+pytestmark = pytest.mark.one_in(6)
 launched, served, room, page = (
     page_driver.launched,
     page_driver.served,

@@ -6,7 +6,7 @@ from page_driver import answers, ask, asked, idle, last, numbered, questions, re
 from page_room import Hold, Room, Script, visit, words
 from playwright.sync_api import Browser, Page, expect
 
-pytestmark = pytest.mark.one_in(4)
+pytestmark = pytest.mark.one_in(6)
 launched, served, room, page = (
     page_driver.launched,
     page_driver.served,

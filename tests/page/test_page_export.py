@@ -23,7 +23,7 @@ from playwright.sync_api import Browser, Page, expect
 from mlx_cerebrum.chat.export import as_markdown
 from mlx_cerebrum.chat.kept import Turn
 
-pytestmark = pytest.mark.one_in(4)
+pytestmark = pytest.mark.one_in(6)
 launched, served, room, page = (
     page_driver.launched,
     page_driver.served,

@@ -25,7 +25,7 @@ from playwright.sync_api import Browser, Page, expect
 from mlx_cerebrum.tokenizer.fitting import in_turns
 from mlx_cerebrum.tokenizer.messages import check_messages
 
-pytestmark = pytest.mark.one_in(4)
+pytestmark = pytest.mark.one_in(6)
 launched, served, room, page = (
     page_driver.launched,
     page_driver.served,

@@ -8,7 +8,7 @@ from page_driver import answers, ask, until
 from page_room import Hold, Room, Script
 from playwright.sync_api import Page, Route, expect
 
-pytestmark = pytest.mark.one_in(4)
+pytestmark = pytest.mark.one_in(6)
 launched, served = page_driver.launched, page_driver.served
 room, page = page_driver.room, page_driver.page
 

@@ -8,7 +8,7 @@ from page_driver import ask, file, idle, last, take, until
 from page_room import Hold, Room, Script, visit
 from playwright.sync_api import Browser, Page, expect
 
-pytestmark = pytest.mark.one_in(4)
+pytestmark = pytest.mark.one_in(6)
 launched, served, room, page = (
     page_driver.launched,
     page_driver.served,

@@ -87,6 +87,7 @@ def test_the_same_answers(
 @WINDOWS
 @pytest.mark.parametrize("how", ["2", "3", BUSY[0]])
 @DEPTHS
+@pytest.mark.one_in(6)
 def test_random_company(
     how: str, blocks: int, window: int | None, paths: MakePath, tmp_path: Path
 ) -> None:
