@@ -151,9 +151,9 @@ class Calibrator:
         folder.mkdir(exist_ok=True)
         order = self.layout.order
         hidden, done = self.hidden(folder)
+        if not done:
+            self._look_through(progress)
         head = self.outputs.get(HEAD)
-        if not done and head is not None:
-            weight(self.checkpoint, head)  # a damaged one is found now, not hours later
         for position in range(done, len(order)):
             layer, sums = order[position], _sums_of(folder, order[position], position)
             self._position(position, hidden, sums, progress)
@@ -174,6 +174,16 @@ class Calibrator:
             for h in hidden:
                 _add(total, HEAD, norm(h).reshape(-1, h.shape[-1]))
             self._pack(folder / _HEAD, {HEAD: [HEAD]}, total)
+
+    def _look_through(self, progress: Progress | None) -> None:
+        """Read all weights: one that can't be used is found now, not hours later."""
+        size, done = self.dtype.size, 0
+        total = self.layout.config.stored_parameters * size
+        for output in self.outputs.values():
+            done += weight(self.checkpoint, output).size * size
+            mx.clear_cache()
+            if progress is not None:
+                progress(min(done, total), total, "(checking the weights)")
 
     def final_norm(self) -> nn.RMSNorm:
         norm = nn.RMSNorm(self.layout.config.hidden_size)

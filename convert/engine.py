@@ -84,6 +84,7 @@ def run(
     ready: Ready = lambda module: None,
 ) -> None:
     """Read all of `source`, check it, and write `outputs` (which are in the source's order).
+    Without a writer nothing is made of it.
 
     ready: what is written of a module instead of what its transform would make.
 
@@ -92,7 +93,7 @@ def run(
     """
     limits = {output.source: output.specs[0].shape[0] for output in outputs}
     due: dict[str, list[Output]] = {}
-    for output in outputs[0 if writer is None else writer.done :]:
+    for output in () if writer is None else outputs[writer.done :]:
         due.setdefault(output.source, []).append(output)
     read = 0
     waiting: deque[Callable[[], None]] = deque()

@@ -291,10 +291,14 @@ def _packings(
     chosen = options.recipe(
         config, options.packing, unrolled=not options.is_folded, dense_bits=dense_bits
     )
+    dense = {m: columns for m, (_, columns) in matrix_shapes(config).items() if m not in chosen}
+    fits = "" if options.packing is None else options.packing.refit(dense.values())
     if not chosen:
-        raise ConfigError(f"no matrix of {checkpoint.path} divides into {options.packing}")
-    if dense := len(matrix_shapes(config)) - len(chosen):
-        notes.append(f"{dense} matrices don't divide into {options.packing} and stay dense")
+        raise ConfigError(f"no matrix of {checkpoint.path} divides into {options.packing}{fits}")
+    if dense:
+        notes.append(
+            f"{len(dense)} matrices don't divide into {options.packing} and stay dense{fits}"
+        )
     packings = {}
     for module in matrix_shapes(checkpoint.config):
         inside = place(module)

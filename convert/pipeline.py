@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from convert.copying import Copies, is_copy
 from convert.destination import SCRATCH, fingerprint, new_directory, write_json
 from convert.distilled import Distiller
 from convert.engine import Checks, in_order, run
-from convert.layout import SHIM, Layout, Options, lay_out
+from convert.layout import SHIM, Layout, Options, Output, lay_out
 from convert.source import Source
 from convert.writer import Progress, Writer
 from mlx_cerebrum import __version__
@@ -120,13 +120,17 @@ def _attempt(
         kind = Distiller if options.calibration.method == "dwq" else Calibrator
         calibrator = kind(checkpoint, layout, options.calibration)
     suspects = [module_path(i, kind) for i in found.suspects() for kind in BLOCK]
-    checks = Checks(options.verify, arrivals is None, options.allow_nonfinite, frozenset(suspects))
+
+    def new_checks() -> Checks:
+        again = arrivals is None
+        return Checks(options.verify, again, options.allow_nonfinite, frozenset(suspects))
 
     def opened(hasher: ThreadPoolExecutor) -> Source:
         if arrivals is not None:
             return ArrivingSource(checkpoint, arrivals, hasher)
         return Source(checkpoint, options.verify, hasher, options.dequantize)
 
+    checks = new_checks()
     with ThreadPoolExecutor(1, "hash-source") as hasher, opened(hasher) as source:
         outputs = in_order(source, layout.outputs)
         ours = options.is_folded or any(output.packing for output in outputs)
@@ -147,15 +151,17 @@ def _attempt(
                         source.expect([output.source for output in outputs[resumed:]])
                     packed = Packed(partial.path / SCRATCH)
                     if calibrator is not None and resumed < len(outputs):
+                        begun = packed.folder.exists()
+                        if options.verify and not begun:  # a fault is found now, not hours later
+                            with opened(hasher) as first:
+                                _examine(first, outputs, new_checks(), found, progress)
                         if calibrating is not None:
-                            calibrating(calibrator, packed.folder.exists())
+                            calibrating(calibrator, begun)
                         calibrator.run(packed.folder, progress)
                     run(source, outputs, writer, checks, progress, packed)
                     read = source.finish()
                     hashes, weight_map = writer.hashes, writer.weight_map
-            exact = fold.group(len(found.block_of), checks.digests, found)
-            if exact.block_of != found.block_of:
-                raise _RefoldError(exact)
+            exact = _confirmed(found, checks)
             notes = fold.notes(exact) + layout.notes
             notes += [
                 f"{name} has {count} values that are NaN or infinite"
@@ -184,6 +190,32 @@ def _attempt(
         done = human(partial.replaced)
         notes = [*notes, f"{done} of a stopped conversion, of something else, were given up"]
     return _summary(layout, options, hashes, notes, resumed)
+
+
+def _confirmed(found: fold.Folding, checks: Checks) -> fold.Folding:
+    """The folding that the hashes of all layers give. Raises _RefoldError where it is another."""
+    exact = fold.group(len(found.block_of), checks.digests, found)
+    if exact.block_of != found.block_of:
+        raise _RefoldError(exact)
+    return exact
+
+
+def _examine(
+    source: Source,
+    outputs: Sequence[Output],
+    checks: Checks,
+    found: fold.Folding,
+    progress: Progress | None,
+) -> None:
+    """Read all of `source` for what the pass that writes would refuse."""
+
+    def checking(done: int, total: int, item: str = "") -> None:
+        if progress is not None:
+            progress(done, total, "(checking the source)")
+
+    run(source, outputs, None, checks, checking)
+    source.finish()
+    _confirmed(found, checks)
 
 
 def describe(

@@ -134,7 +134,9 @@ class Sensitivity:
                 float(raw["run_exponent"]),
                 dict(raw["provenance"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except KeyError as error:
+            raise ConfigError(f"{where} is not a sensitivity table: no {error}") from None
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ConfigError(f"{where} is not a sensitivity table: {error!r}") from None
         figures = [*table.outer.values(), *(x for row in table.blocks.values() for x in row)]
         if any(not math.isfinite(x) or x < 0 for x in [*figures, table.run_exponent]):

@@ -81,6 +81,15 @@ class Packing:
         """Whether rows of `columns` weights divide into groups and into packed words."""
         return columns % self.group_size == 0 and columns * self.bits % 32 == 0
 
+    def refit(self, columns: Iterable[int]) -> str:
+        """For rows of so many weights that don't fit: which smaller groups would, as the end of a
+        line; "" where none do."""
+        counts, finer = set(columns), [size for size in AFFINE_GROUPS if size < self.group_size]
+        for size in reversed(finer if self.mode == "affine" else []):
+            if all(Packing(self.bits, size).fits(count) for count in counts):
+                return f"; --q-group-size {size} fits"
+        return ""
+
     def __str__(self) -> str:
         return f"{self.bits}-bit groups of {self.group_size}"
 

@@ -65,7 +65,8 @@ def choose_storage(checkpoint: Checkpoint, requested: Packing | None, dtype: str
         if requested is not None and changes and requested.fits(columns):
             packings[module] = requested
     if requested is not None and not any(packings.values()):
-        raise ConfigError(f"no matrix of {checkpoint.path} divides into {requested}")
+        fits = requested.refit(columns for _, columns in shapes.values())
+        raise ConfigError(f"no matrix of {checkpoint.path} divides into {requested}{fits}")
 
     order = reading_order(checkpoint.config)
     stored = DTYPES[FLOATS[checkpoint.weight_dtype]]

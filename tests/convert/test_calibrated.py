@@ -21,7 +21,7 @@ from conftest import (
     tensors,
     write_checkpoint,
 )
-from damage import stopping_at
+from damage import flip, stopping_at
 from disk import watch_disk
 from tiny import tiny_config, tiny_weights
 from tokenizers import AddedToken, Tokenizer
@@ -237,7 +237,7 @@ def test_a_disk_that_is_gone_for_a_while_loses_nothing(
     def failing(self: Checkpoint, module: str) -> mx.array:
         nonlocal reads
         reads += 1
-        if reads == 30:
+        if reads == 39 + 30:  # all 39 are looked at before
             raise fails("[read] Unable to read from file.")
         return dense(self, module)
 
@@ -274,24 +274,76 @@ def test_a_failing_gpu_loses_nothing(
     assert contents(tmp_path / "x") == contents(made.folder / "x")
 
 
+# What a source may have, and the flags that let it get as far as the weights themselves.
+FAULTS = {
+    "checked": (np.nan, (), "1 values that are NaN or infinite"),
+    "not checked": (np.nan, ("--no-verify",), "values that are NaN or infinite"),
+    "allowed": (np.inf, ("--allow-nonfinite",), "values that are NaN or infinite"),
+    "too large once cast": (1e6, ("--dtype", "float16"), "values that are NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("tensor", ["lm_head.weight", "model.layers.2.mlp.up_proj.weight"])
-def test_a_damaged_weight_is_named(
+@pytest.mark.one_in(4)
+def test_a_damaged_weight_is_named_before_any_work(
     made: Made,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tensor: str,
+    fault: str,
+) -> None:
+    value, flags, line = FAULTS[fault]
+    config = config_of(made.folder / "source")
+    weights = tiny_weights(config, seed=3)
+    weights[tensor][0, 0] = value
+    source = write_checkpoint(tmp_path / "source", config, weights)
+    runs = positions_done(monkeypatch)
+    assert main([*made.command(tmp_path / "x"), "--hf-path", str(source), *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert tensor.removesuffix(".weight") in said
+    assert line in said
+    assert not runs
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_that_is_not_what_was_recorded_is_found_before_any_work(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    argv = ["--hf-path", str(made.folder / "source"), "--mlx-path", str(source), "--quiet"]
+    assert main(argv) == 0
+    file = source / "model-00001-of-00001.safetensors"
+    flip(file, file.stat().st_size - 4)
+    runs = positions_done(monkeypatch)
+    command = [*made.command(tmp_path / "x"), "--hf-path", str(source)]
+    assert main(command) == 2
+    assert "damaged: its SHA-256" in capsys.readouterr().err
+    assert not runs
+    assert not list(tmp_path.glob(".*"))
+    assert main([*command, "--no-verify"]) == 0
+
+
+def test_layers_that_only_look_alike_are_told_apart_before_any_work(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(made.folder / "source")
     weights = tiny_weights(config, seed=3)
-    weights[tensor][0, 0] = np.nan
-    source = write_checkpoint(tmp_path / "source", config, weights)
+    for name in [name for name in weights if ".layers.1." in name]:
+        weights[name.replace(".1.", ".2.")] = weights[name].copy()
+    bits = weights["model.layers.2.mlp.up_proj.weight"].reshape(-1).view(np.uint32)
+    for index in range(1, bits.size, 97):  # until no sample sees it
+        bits[index] ^= 1
+        source = write_checkpoint(tmp_path / f"source{index}", config, weights)
+        if fold.predict(open_checkpoint(source)).repeats:
+            break
+        bits[index] ^= 1
     runs = positions_done(monkeypatch)
-    assert main([*made.command(tmp_path / "x"), "--hf-path", str(source)]) == 2
-    said = capsys.readouterr().err
-    assert f"{tensor.removesuffix('.weight')} has values that are NaN or infinite" in said
-    assert runs == ([] if tensor == "lm_head.weight" else [0, 1])
-    assert not list(tmp_path.glob(".*"))
+    assert main([*made.command(tmp_path / "x"), "--hf-path", str(source)]) == 0
+    assert runs == [*range(POSITIONS)]
+    assert config_of(tmp_path / "x")["num_hidden_layers"] == 4
 
 
 def test_disk_is_asked_for_and_covers_what_is_used(

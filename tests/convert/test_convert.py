@@ -482,3 +482,15 @@ def test_q_alone_spends_bits_by_plan_and_names_what_loses_less(
     assert len(widths("alone")) > 1
     assert widths("all", "--q-bits", "4") == {4}
     assert widths("float", "--q-mode", "mxfp4") == {4}
+
+
+def test_a_group_size_that_fits_is_named(
+    checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tiny model's rows have 64 or 96 weights."""
+    source = str(checkpoint(intermediate_size=96))
+    for size, code in ((128, 2), (64, 0), (32, 0)):
+        argv = ["--hf-path", source, "--mlx-path", str(tmp_path / f"{size}"), "-q"]
+        assert main([*argv, "--q-bits", "4", "--q-group-size", str(size)]) == code
+        said = capsys.readouterr().err
+        assert ("; --q-group-size 32 fits" in said) is (size != 32)

@@ -283,7 +283,7 @@ def test_a_table_survives_saving(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"bits": 7}, "7 bits a weight"),
-        ({"blocks": {}}, "not a sensitivity table"),
+        ({"blocks": {}}, "not a sensitivity table: no 'self_attn.q_proj'"),
         ({"layer_map": [float("inf")]}, "not a sensitivity table"),
         ({"blocks": {kind: [1.0, -1.0] for kind in MATRICES}}, "not negative"),
         ({"blocks": {kind: [1.0] * (i + 1) for i, kind in enumerate(MATRICES)}}, "one figure"),
