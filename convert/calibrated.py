@@ -80,6 +80,7 @@ class Calibrator:
         matrix = self.outputs[module_path(layout.order[0], MATRICES[0])]  # norms may be wider
         written = DTYPES[FLOATS[matrix.transform.final(checkpoint.weight_dtype)]]
         self.dtype = written if device.on_gpu() else mx.float32
+        self._written_bytes = written.size  # of a weight
         tokenizer = load_tokenizer(checkpoint)
         self.tokens = passages(tokenizer, calibration.text, calibration.tokens)
         self.chat = is_chat(tokenizer)
@@ -120,13 +121,17 @@ class Calibrator:
         return self._needed(self.tokens.size)
 
     def _require_memory(self) -> None:
-        fewer = (self.tokens.size // 2**i for i in range(1, 6))
         require(
             self.memory_bytes,
             f"--q-recipe {self.calibration.method}",
             "--q-recipe plan needs next to none",
-            [(f"--calibrate-tokens {n}", self._needed(n)) for n in fewer if n >= LENGTH],
+            self._settings(),
         )
+
+    def _settings(self) -> list[tuple[str, int]]:
+        """Flags that need less, and the bytes of memory they need."""
+        fewer = (self.tokens.size // 2**i for i in range(1, 8))
+        return [(f"--calibrate-tokens {n}", self._needed(n)) for n in fewer if n >= LENGTH]
 
     def _needed(self, tokens: int) -> int:
         return calibration_bytes(self.layout.config, tokens, self.dtype.size)
@@ -177,7 +182,7 @@ class Calibrator:
 
     def _look_through(self, progress: Progress | None) -> None:
         """Read all weights: one that can't be used is found now, not hours later."""
-        size, done = self.dtype.size, 0
+        size, done = self._written_bytes, 0
         total = self.layout.config.stored_parameters * size
         for output in self.outputs.values():
             done += weight(self.checkpoint, output).size * size

@@ -123,6 +123,9 @@ class Distiller(Calibrator):
             if (output := self.outputs.get(module)) is not None and output.packing is not None
         )
 
+    def _settings(self) -> list[tuple[str, int]]:
+        return [*super()._settings(), ("--q-recipe gptq", super()._needed(self.tokens.size))]
+
     def _needed(self, tokens: int) -> int:
         packed = sum(output.nbytes for output in self.outputs.values())
         more = distilling_bytes(self.layout.config, tokens, self.dtype.size, packed, self._groups)

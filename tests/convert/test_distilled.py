@@ -162,9 +162,11 @@ def test_memory_is_asked_for_first_and_covers_what_is_used(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     asked: list[int] = []
+    settings: dict[str, int] = {}
 
     def refusing(needed: int, what: str, *rest: Any) -> None:
         asked.append(needed)
+        settings.update(rest[1])
         memory.require(needed, what, *rest)
 
     monkeypatch.setattr(calibrated, "require", refusing)
@@ -175,6 +177,8 @@ def test_memory_is_asked_for_first_and_covers_what_is_used(
     assert said.count("\n") == 1
     assert not list(tmp_path.iterdir())
     assert 0.3 * asked[0] < made.peak <= asked[0]
+    assert list(settings) == [f"--calibrate-tokens {LENGTH}", "--q-recipe gptq"]
+    assert all(size < asked[0] for size in settings.values())
 
 
 def test_disk_is_asked_for_and_covers_what_is_used(
