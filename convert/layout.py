@@ -194,28 +194,34 @@ def lay_out(checkpoint: Checkpoint, options: Options, found: fold.Folding) -> La
         if _rows(checkpoint, plan) < checkpoint.config.vocab_size:
             notes.append("tokenizer_source cuts rows that have no token; folded keeps them")
         config = planned_config(checkpoint.config, plan, options.window)
-        blocks = len(set(found.block_of))
-        layer_map = tuple(found.block_of[layer] for layer in config.layer_map)
-        config = replace(config, num_hidden_layers=blocks, layer_map=layer_map)
     else:
         config = unrolled_config(checkpoint, plan, options.window)
+    blocks = len(set(found.block_of))
+    layer_map = tuple(found.block_of[layer] for layer in config.layer_map)
+    folded = replace(config, num_hidden_layers=blocks, layer_map=layer_map)
     packings = {}
     if options.packing is not None:
         dense_bits = 8 * ITEM_BYTES[last or first or checkpoint.weight_dtype]
-        packings = _packings(checkpoint, config, options, found, dense_bits, notes)
+        packings = _packings(checkpoint, folded, options, found, dense_bits, notes)
     change = Change(options.dequantize, first, last, packings, config.vocab_size)
-    if options.is_folded:  # each block as it is first stored
-        layers = [found.block_of.index(block) for block in range(config.num_hidden_layers)]
-        order = tuple(layers[block] for block in config.layer_map)
+    layers = [found.block_of.index(block) for block in range(blocks)]  # each as first stored
+    order = tuple(layers[block] for block in layer_map)
+    if options.is_folded:
+        config = folded
         outputs = _output_modules(checkpoint, layers, change)
     else:
         # mergekit copies a head that a tied model stores in vain; mlx-lm's quantizing drops it.
         spare = () if packings else sorted(checkpoint.spare)
-        scale = partial(tensor_scale, config, plan)
-        order = config.layer_map
-        outputs = _output_modules(checkpoint, config.layer_map, change, scale, spare)
+
+        def scale(position: int | None, module: str) -> float | None:
+            inside = place(module)  # of a copy that is read in this one's place
+            if position is not None and inside is not None:
+                module = module_path(config.layer_map[position], inside[1])
+            return tensor_scale(config, plan, position, module)
+
+        outputs = _output_modules(checkpoint, order, change, scale, spare)
     text = None if plan is None else plan.text
-    if plan is None and found.repeats:
+    if plan is None and found.repeats and options.is_folded:
         text = fold.describe(config.layer_map, config.num_hidden_layers)[1]
     raw = _output_config(checkpoint.raw_config, config, options, change, outputs)
     return Layout(config, order, outputs, raw, text, notes)

@@ -65,7 +65,8 @@ def convert(
     started = time.perf_counter()
     _refuse(checkpoint, destination, options)
     load_tokenizer(checkpoint)  # a broken one is refused before anything is written
-    compares = options.is_folded and arrivals is None
+    # Copies are stored once, or packed alike: both layouts then give the same answers.
+    compares = (options.is_folded or options.packing is not None) and arrivals is None
     found = fold.predict(checkpoint) if compares else fold.none(checkpoint.config)
     named = {"source": source, "revision": revision}
     while True:
@@ -162,7 +163,7 @@ def _attempt(
                     read = source.finish()
                     hashes, weight_map = writer.hashes, writer.weight_map
             exact = _confirmed(found, checks)
-            notes = fold.notes(exact) + layout.notes
+            notes = (fold.notes(exact) if options.is_folded else []) + layout.notes
             notes += [
                 f"{name} has {count} values that are NaN or infinite"
                 for name, count in checks.nonfinite.items()
@@ -173,7 +174,7 @@ def _attempt(
                 "layout": options.layout,
                 "plan": layout.plan_text,
                 "calibration": None if calibrator is None else calibrator.provenance,
-                "plan_recovered": options.plan is None and found.repeats,
+                "plan_recovered": options.is_folded and options.plan is None and found.repeats,
                 "source_card": source_card(checkpoint.path),
                 "window_override": options.window,
                 "sha256": hashes,

@@ -6,10 +6,18 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import SMALL, MakeCheckpoint, config_of, slow, tensors, write_checkpoint
+from conftest import (
+    SMALL,
+    MakeCheckpoint,
+    config_of,
+    plan_yaml,
+    slow,
+    tensors,
+    write_checkpoint,
+)
 from tiny import Weights, tiny_config, tiny_weights
 
-from convert import fold
+from convert import calibrated, fold, passages
 from convert.__main__ import main
 from convert.gguf_export import export
 from mlx_cerebrum import load
@@ -203,3 +211,44 @@ def test_a_gguf_merge_folds(tmp_path: Path) -> None:
     ours, expected = tensors(tmp_path / "f"), tensors(source)
     assert ours.keys() == expected.keys()
     assert all(mx.array_equal(ours[name], expected[name]) for name in ours)
+
+
+@pytest.mark.parametrize("recipe", ["plan", "mixed_3_6", "gptq"])
+def test_copies_are_packed_alike_in_either_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    """What a merge says does not depend on how it is stored: its layers' bits and scales don't."""
+    monkeypatch.setattr(passages, "LENGTH", 128)
+    monkeypatch.setattr(calibrated, "LENGTH", 128)
+    source = merged(tmp_path / "m", MAP, unchanged)
+    (tmp_path / "text").write_text("".join(chr(97 + i * i % 26) for i in range(300)))
+    flags = ["-q", "--q-recipe", recipe, "--q-group-size", "32", "--quiet"]
+    if recipe == "gptq":
+        flags += ["--calibrate", str(tmp_path / "text"), "--calibrate-tokens", "256"]
+    for layout in ("folded", "unrolled"):
+        argv = ["--hf-path", str(source), "--mlx-path", str(tmp_path / layout), *flags]
+        assert main([*argv, "--layout", layout]) == 0
+    assert config_of(tmp_path / "folded")["layer_map"] == list(MAP)
+    config = config_of(tmp_path / "unrolled")
+    assert config["num_hidden_layers"] == len(MAP)
+    assert not config["provenance"]["plan_recovered"]
+    folded, unrolled = tensors(tmp_path / "folded"), tensors(tmp_path / "unrolled")
+    wanted = {name: array for name, array in folded.items() if "layers." not in name}
+    for position, block in enumerate(MAP):
+        for name, array in folded.items():
+            if name.startswith(f"model.layers.{block}."):
+                wanted[name.replace(f".{block}.", f".{position}.", 1)] = array
+    assert unrolled.keys() == wanted.keys()
+    assert all(mx.array_equal(unrolled[name], array) for name, array in wanted.items())
+
+
+def test_a_copy_is_scaled_by_its_own_name(tmp_path: Path) -> None:
+    """The plan scales layer 4, which is the merge's copy of layer 2."""
+    source = merged(tmp_path / "m", MAP, unchanged)
+    scale = "{scale: [{filter: layers.4.self_attn.o_proj, value: 0.5}, {value: 1.0}]}"
+    (tmp_path / "plan.yml").write_text(plan_yaml("0-12", scale))
+    argv = ["--hf-path", str(source), "--plan", str(tmp_path / "plan.yml"), "--layout", "unrolled"]
+    assert main([*argv, "--mlx-path", str(tmp_path / "u"), "-q", "--q-group-size", "32"]) == 0
+    found = tensors(tmp_path / "u")
+    scales = {n: found[f"model.layers.{n}.self_attn.o_proj.scales"] for n in (2, 4)}
+    assert mx.array_equal(scales[4], 0.5 * scales[2])
