@@ -47,6 +47,8 @@ def plan(path: Path) -> str:
 
 def found_by(what: str, path: Path, how: str, folder: Path, timeout: float = 90.0) -> Found:
     machines, *flags = how.split()
+    if "--tensor-parallel" in flags:  # where all share one slow core, 200 s were seen
+        timeout *= 7
     out = folder / "found.json"
     words = [str(PROGRAM), what, str(path), str(out), "--plan", plan(path), *flags]
     ended = run(words, int(machines), folder, timeout)
