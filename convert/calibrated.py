@@ -80,7 +80,6 @@ class Calibrator:
         matrix = self.outputs[module_path(layout.order[0], MATRICES[0])]  # norms may be wider
         written = DTYPES[FLOATS[matrix.transform.final(checkpoint.weight_dtype)]]
         self.dtype = written if device.on_gpu() else mx.float32
-        self._written_bytes = written.size  # of a weight
         tokenizer = load_tokenizer(checkpoint)
         self.tokens = passages(tokenizer, calibration.text, calibration.tokens)
         self.chat = is_chat(tokenizer)
@@ -182,13 +181,13 @@ class Calibrator:
 
     def _look_through(self, progress: Progress | None) -> None:
         """Read all weights: one that can't be used is found now, not hours later."""
-        size, done = self._written_bytes, 0
-        total = self.layout.config.stored_parameters * size
+        done, total = 0, sum(output.nbytes for output in self.outputs.values())
         for output in self.outputs.values():
-            done += weight(self.checkpoint, output).size * size
+            weight(self.checkpoint, output)
             mx.clear_cache()
+            done += output.nbytes
             if progress is not None:
-                progress(min(done, total), total, "(checking the weights)")
+                progress(done, total, "(checking the weights)")
 
     def final_norm(self) -> nn.RMSNorm:
         norm = nn.RMSNorm(self.layout.config.hidden_size)
