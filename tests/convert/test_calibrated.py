@@ -340,6 +340,8 @@ def test_layers_that_only_look_alike_are_told_apart_before_any_work(
         if fold.predict(open_checkpoint(source)).repeats:
             break
         bits[index] ^= 1
+    else:
+        pytest.fail("samples see every bit")
     runs = positions_done(monkeypatch)
     assert main([*made.command(tmp_path / "x"), "--hf-path", str(source)]) == 0
     assert runs == [*range(POSITIONS)]
