@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any, cast
 
 import mlx.core as mx
@@ -63,6 +64,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What is held to the end of the run, thousands of tests, is not garbage to look for."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _the_same_draws(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that are drawn without a seed are a test's own, and the same in each run of it."""
+    monkeypatch.setattr("secrets.randbits", Random(request.node.nodeid).getrandbits)
 
 
 def resting() -> int:
