@@ -45,8 +45,8 @@ if _worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
 os.environ["MLX_CEREBRUM_MODELS"] = os.devnull + "/models"
 
 
-# For tests that take over half a second each: one in eight of them all.
-slow = pytest.mark.one_in(8)
+# For tests that take over half a second each: one in sixteen of them all.
+slow = pytest.mark.one_in(16)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` leaves any out

@@ -33,6 +33,7 @@ from mlx_cerebrum.server.typesetting import PATH as TYPESET
 from mlx_cerebrum.server.typesetting import Typesetter
 from mlx_cerebrum.weights.hub import demo_path
 
+some = pytest.mark.one_in(10)  # of all that drive a browser
 FOLDER = Path(mlx_cerebrum.server.__file__).parent / "page"
 BROWSERS = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser")
 MAC_BROWSERS = (

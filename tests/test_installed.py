@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import slow
 
 import mlx_cerebrum
 from mlx_cerebrum import installed
@@ -121,6 +122,7 @@ def started(command: str, before: Path, *, bare: bool = False) -> subprocess.Com
 
 @pytest.mark.skipif(sys.platform != "linux", reason="on macOS, Metal comes with MLX")
 @pytest.mark.parametrize("command", COMMANDS)
+@slow
 def test_without_a_backend_one_line_says_which_extra(command: str, tmp_path: Path) -> None:
     for name, text in BROKEN.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

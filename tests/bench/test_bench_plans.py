@@ -122,7 +122,7 @@ def log_softmax(logits: mx.array) -> np.ndarray[tuple[int, int], np.dtype[np.flo
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"sliding_window": 7}])
 @pytest.mark.parametrize("piece", [trie.PIECE_BYTES, 1])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 def test_scores_are_the_models_own(
     checkpoint: MakeCheckpoint,
     monkeypatch: pytest.MonkeyPatch,

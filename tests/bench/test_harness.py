@@ -87,7 +87,7 @@ def next_token(model: Model, ids: list[int]) -> int:
 
 
 @pytest.mark.parametrize("step", [7, 256])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_scores_are_those_of_one_forward_pass(
     tiny: Loaded, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,7 +279,7 @@ def served_lm(url: str, tokenizer: Tokenizer, ids: bool, **settings: Any) -> Any
 @pytest.mark.parametrize(
     "settings", [{}, {"batch_size": 64}, {"batch_size": 7, "num_concurrent": 3}], ids=str
 )
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(10)
 def test_likelihoods_through_the_server_are_the_adapter_s(
     tiny: Loaded, settings: dict[str, Any], ids: bool
 ) -> None:
@@ -415,6 +415,7 @@ def refusal(run: Callable[[], object]) -> str:
     return str(caught.value)
 
 
+@slow
 def test_what_cannot_be_run_is_named(
     tiny: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

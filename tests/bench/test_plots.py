@@ -50,6 +50,7 @@ def test_every_colour_has_one_for_the_dark(name: str, tmp_path: Path) -> None:
     assert not set(DARK) & set(DARK.values())
 
 
+@slow
 def test_bytes_depend_on_the_results_alone(tmp_path: Path) -> None:
     """Not on the user's settings either, which are left as they were."""
     import matplotlib as mpl

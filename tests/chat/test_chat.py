@@ -130,6 +130,7 @@ def test_a_conversation(views: Views, capsys: pytest.CaptureFixture[str]) -> Non
         ("/" + "x" * 5000, "x... is not a command"),
     ],
 )
+@slow
 def test_what_is_wrong_costs_a_line_and_nothing_else(
     views: Views, capsys: pytest.CaptureFixture[str], line: str, says: str
 ) -> None:

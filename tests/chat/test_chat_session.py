@@ -166,7 +166,7 @@ def test_with_the_real_vocabulary_a_turn_begins_with_the_last_one(
 
 
 @pytest.mark.parametrize("draft", ["none", "ngram", "auto"])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 def test_stopped_where_it_was_shown(views: Views, draft: str) -> None:
     session = session_of(views, draft=draft, max_tokens=60)
     session.switch("talker@twice")
@@ -195,7 +195,7 @@ def test_stopped_where_it_was_shown(views: Views, draft: str) -> None:
         {"frequency_penalty": 1.5, "repetition_penalty": 1.3, "min_tokens": 25},
     ],
 )
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(10)
 def test_an_answer_goes_on_where_it_was_cut(
     views: Views, draft: str, drawing: dict[str, Any]
 ) -> None:

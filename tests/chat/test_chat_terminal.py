@@ -108,7 +108,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(tmp_path: Path) -> None:
         (signal.SIGHUP, "asked"),
     ],
 )
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 def test_the_terminal_is_put_back_whatever_ends_the_chat(
     tmp_path: Path, signum: signal.Signals, when: str
 ) -> None:

@@ -163,6 +163,7 @@ def test_a_circle_ends() -> None:
     assert texts(path) == ["Q?", "A."]
 
 
+@slow
 def test_the_page_reads_them_and_its_own_are_read_here(page: Page, tmp_path: Path) -> None:
     turns = said("Hello?", "Hi\n\n```\nx", "And?", "Cut", reason="length")
     turns[0].others = [said("Hallo?", "Hallo!", reason="interrupted")]
@@ -337,7 +338,7 @@ def test_a_user_without_a_home(
         (["/quit"], ["never asked"], []),
     ],
 )
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 def test_leaving_offers_to_save_once(
     views: Views,
     tmp_path: Path,

@@ -214,6 +214,7 @@ def test_a_gguf_merge_folds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["plan", "mixed_3_6", "gptq"])
+@slow
 def test_copies_are_packed_alike_in_either_layout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:

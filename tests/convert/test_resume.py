@@ -93,7 +93,7 @@ PHASES = [
 
 
 @pytest.mark.parametrize(("where", "count"), PHASES, ids=[f"{w[8:]}-{c}" for w, c in PHASES])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 def test_killed_at_any_moment_it_resumes(
     checkpoint: MakeCheckpoint, tmp_path: Path, where: str, count: int, puts: list[int]
 ) -> None:

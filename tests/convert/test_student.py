@@ -56,7 +56,7 @@ def nothing(module: str, slopes: mx.array) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("scales", [None, [[0.5, 0.7]] * len(ORDER)])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_slopes_are_those_of_the_divergence(
     tied: bool, scales: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,7 +112,7 @@ SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(100, 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("window", [12, None])
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 def test_random_company(
     seed: int, window: int | None, ahead: bool, grammars: list[Grammar], monkeypatch: Any
 ) -> None:
@@ -135,7 +135,7 @@ def generation(constraint: Constraint, most: int = 24, model: Model | None = Non
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, seed=5)])
 @pytest.mark.parametrize("drafter", ["ngram", "model", "prefix"])
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(12)
 def test_alone_with_guesses_of_any_drafter(
     drafter: str, sampling: Sampling, grammars: list[Grammar]
 ) -> None:

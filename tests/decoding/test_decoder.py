@@ -68,7 +68,7 @@ def company(draw: random.Random, views: list[Model], ahead: bool, patch: Patch) 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("window", [12, None])
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(12)
 def test_random_company(seed: int, window: int | None, ahead: bool, monkeypatch: Patch) -> None:
     monkeypatch.setattr(Counted, "made", 0)
     there = company(random.Random(seed), VIEWS[window], ahead, monkeypatch)
@@ -349,6 +349,7 @@ def test_interrupted_anywhere_while_four_run(at: int, files: set[str], monkeypat
 
 
 @pytest.mark.parametrize("at", range(4))
+@slow
 def test_no_memory_to_share_caches(
     at: int, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:

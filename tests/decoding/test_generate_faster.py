@@ -70,7 +70,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: Any) -> str:
         ["--draft", "ngram", "--temp", "1", "--seed", "3"],
     ],
 )
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(10)
 def test_guessing_changes_no_answer(
     flags: list[str],
     directory: Path,

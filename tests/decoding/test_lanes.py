@@ -62,7 +62,7 @@ def views(window: int | None, lanes: int) -> tuple[Late, list[Model]]:
 @pytest.mark.parametrize("lanes", [2, 4])
 @pytest.mark.parametrize("window", [12, None])
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(10)
 def test_random_company(seed: int, window: int | None, lanes: int) -> None:
     late, models = views(window, lanes)
     draw = random.Random(seed)

@@ -123,7 +123,7 @@ def test_logits_are_those_of_one_uninterrupted_prompt() -> None:
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 def test_the_last_question_is_edited_far_past_the_window(bits: int | None) -> None:
     cache, said = PromptCache(MODEL, bits), text(60, seed=1)
     said += ask(cache, said, 25)[0]
@@ -245,7 +245,7 @@ def test_with_speculation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("windows", [0, 1, 2, None])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 def test_memory_is_bounded_all_the_time(windows: int | None) -> None:
     """Long turns, each of which would keep two windows of its own."""
     entry = MODEL.config.kv_values_per_token() * 4
@@ -297,7 +297,7 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("bits", "length"), [(None, 3), (None, 60), (8, 60), (4, 60)])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 def test_a_saved_conversation_goes_on_as_if_never_stopped(
     file: Path, bits: int | None, length: int
 ) -> None:
@@ -493,7 +493,7 @@ MADE = {
 
 
 @pytest.mark.parametrize("made", MADE.values(), ids=MADE)
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(10)
 def test_a_header_that_is_not_ours_is_refused(file: Path, made: Made) -> None:
     saved(file)
     rewrite(file, lambda header: None)

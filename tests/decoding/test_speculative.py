@@ -186,7 +186,7 @@ def test_any_rounds_from_anywhere(data: Any) -> None:
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("name", ["ngram", "fewer", "packed", "auto"])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 def test_tiny_with_the_real_policy(name: str, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`ahead`: with a plain step in flight, as on a GPU."""
     monkeypatch.setattr(decoder, "device", SimpleNamespace(on_gpu=lambda: ahead))
@@ -292,7 +292,7 @@ def test_max_tokens_inside_a_draft(name: str) -> None:
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("name", ["fewer", "same", "oracle", "none"])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 def test_consumer_stops_inside_a_burst(
     name: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,7 +328,7 @@ def interrupt_at(call: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], boo
 
 
 @pytest.mark.parametrize("name", ["fewer", "packed", "exit"])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_interrupted_between_two_positions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever in prefill, draft or check: the cache holds only what the target computed."""
     for call in itertools.count():
@@ -558,7 +558,7 @@ def test_what_is_said_follows_the_target(drafter: str) -> None:
 
 @pytest.mark.parametrize("rule", [accept_all, draw_again])
 @pytest.mark.parametrize("drafter", ["model", "certain"])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 def test_a_wrong_rule_would_be_noticed(drafter: str, rule: Verify) -> None:
     counts, _ = rounds_of(700, drafter, rule)
     assert chi_square(counts) > 5

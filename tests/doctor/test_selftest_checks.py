@@ -40,10 +40,10 @@ from mlx_cerebrum.model.limits import NO_WIRE
 from mlx_cerebrum.model.memory import Workload
 from mlx_cerebrum.weights.quantize import Packing
 
-pytestmark = pytest.mark.one_in(3)
+pytestmark = pytest.mark.one_in(8)
 
 NOWHERE = Settings("", True, "")
-drawn = pytest.mark.one_in(3)  # of the checks that load models; the long run takes them all
+drawn = pytest.mark.one_in(8)  # of the checks that load models; the long run takes them all
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(int(row[2]) for row in found.table[1:]) == 9 * len(SOME)
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("fault", ["mask", "scale", "group", "nan", "packed"])
 def test_attention_that_is_wrong(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     right = attend

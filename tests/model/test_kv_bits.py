@@ -178,7 +178,7 @@ class Rounded(WindowedKVCache):
 @pytest.mark.parametrize("bits", KV_BITS)
 @pytest.mark.parametrize("window", [WINDOW, None])
 @pytest.mark.parametrize("chunk", [1, 5, 50])
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(12)
 def test_a_packed_cache_is_a_dense_one_of_rounded_entries(
     chunk: int, window: int | None, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +194,7 @@ def test_a_packed_cache_is_a_dense_one_of_rounded_entries(
 @pytest.mark.parametrize("bits", KV_BITS)
 @pytest.mark.parametrize("window", [WINDOW, None])
 @pytest.mark.parametrize("chunk", [1, 5, 50])
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(12)
 def test_prefill_in_chunks_is_prefill_in_one_piece(
     chunk: int, window: int | None, bits: int, path: int
 ) -> None:
@@ -209,7 +209,7 @@ def test_prefill_in_chunks_is_prefill_in_one_piece(
 
 
 @pytest.mark.parametrize("bits", KV_BITS)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 def test_rollback_is_exact_past_the_window(bits: int, path: int) -> None:
     """At every offset across several compactions, to the last bit."""
     model, ids = build(), tokens(3 * WINDOW)

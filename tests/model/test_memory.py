@@ -54,7 +54,7 @@ def model() -> Model:
         *((2 * CHUNK + 30, w, bits) for w in (None, 300) for bits in (8, 4)),
     ],
 )
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 def test_a_request_is_predicted(
     model: Model, prompt: int, window: int | None, kv_bits: int | None
 ) -> None:

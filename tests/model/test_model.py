@@ -48,7 +48,7 @@ def assert_close(a: mx.array, b: mx.array, within: float = 2e-5) -> None:
 @pytest.mark.parametrize("scales", [None, SCALES])
 @pytest.mark.parametrize("window", [WINDOW, None, 1])
 @pytest.mark.parametrize("chunk", [1, 5, WINDOW - 1, WINDOW, WINDOW + 1, 50])
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(12)
 def test_prefill_in_chunks_is_prefill_in_one_piece(
     chunk: int, window: int | None, scales: Any
 ) -> None:

@@ -46,7 +46,7 @@ class Alone:
 
 @pytest.mark.parametrize("window", [12, None])
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 def test_a_sequence_gets_what_it_gets_alone(window: int | None, seed: int) -> None:
     """Rows join, leave, guess, take guesses back and share steps with prompts being read."""
     draw = random.Random(seed)

@@ -5,10 +5,10 @@ from typing import Any
 import page_driver
 import pytest
 from page_driver import ask, asked, idle, questions, reload
-from page_room import Room
+from page_room import Room, some
 from playwright.sync_api import Page, expect
 
-pytestmark = pytest.mark.one_in(6)
+pytestmark = some
 launched, served, room, page = (
     page_driver.launched,
     page_driver.served,

@@ -6,11 +6,11 @@ import page_driver
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from page_driver import PHONE, idle, last, ready
-from page_room import Room, Script, visit
+from page_room import Room, Script, some, visit
 from playwright.sync_api import Browser, Page, expect
 from test_page_shelf import shown
 
-pytestmark = pytest.mark.one_in(6)
+pytestmark = some
 launched, served, room = page_driver.launched, page_driver.served, page_driver.room
 
 ANSWER = """# A title

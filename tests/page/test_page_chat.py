@@ -17,10 +17,10 @@ from page_driver import (
     titles,
     until,
 )
-from page_room import Hold, Raw, Room, Script, browser_path, real_server, visit
+from page_room import Hold, Raw, Room, Script, browser_path, real_server, some, visit
 from playwright.sync_api import Browser, Page, expect
 
-pytestmark = pytest.mark.one_in(6)
+pytestmark = some
 launched, served, room, page = (
     page_driver.launched,
     page_driver.served,

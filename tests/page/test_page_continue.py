@@ -3,10 +3,10 @@
 import page_driver
 import pytest
 from page_driver import answers, ask, asked, idle, kept_nodes, reload, settings
-from page_room import Hold, Room, Script, real_server, visit
+from page_room import Hold, Room, Script, real_server, some, visit
 from playwright.sync_api import Browser, Page, expect
 
-pytestmark = pytest.mark.one_in(6)
+pytestmark = some
 launched, served, room, page = (
     page_driver.launched,
     page_driver.served,

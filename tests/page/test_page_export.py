@@ -17,13 +17,13 @@ from page_driver import (
     settings,
     take,
 )
-from page_room import Room, Script, visit
+from page_room import Room, Script, some, visit
 from playwright.sync_api import Browser, Page, expect
 
 from mlx_cerebrum.chat.export import as_markdown
 from mlx_cerebrum.chat.kept import Turn
 
-pytestmark = pytest.mark.one_in(6)
+pytestmark = some
 launched, served, room, page = (
     page_driver.launched,
     page_driver.served,

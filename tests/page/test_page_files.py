@@ -19,13 +19,13 @@ from page_driver import (
     take,
     titles,
 )
-from page_room import Room, Script, visit
+from page_room import Room, Script, some, visit
 from playwright.sync_api import Browser, Page, expect
 
 from mlx_cerebrum.tokenizer.fitting import in_turns
 from mlx_cerebrum.tokenizer.messages import check_messages
 
-pytestmark = pytest.mark.one_in(6)
+pytestmark = some
 launched, served, room, page = (
     page_driver.launched,
     page_driver.served,

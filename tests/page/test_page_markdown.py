@@ -484,6 +484,7 @@ b
 """
 
 
+@slow
 def test_a_text_that_grows_ends_as_one_drawn_at_once(page: Page) -> None:
     whole = draw(page, DOCUMENT)
     assert draw(page, DOCUMENT, list(range(1, len(DOCUMENT)))) == whole
@@ -550,6 +551,7 @@ $$
 """
 
 
+@slow
 def test_random_texts_grow_as_if_drawn_at_once(page: Page) -> None:
     chance = random.Random(7)
     texts = [

@@ -5,10 +5,10 @@ import json
 import page_driver
 import pytest
 from page_driver import answers, ask, until
-from page_room import Hold, Room, Script
+from page_room import Hold, Room, Script, some
 from playwright.sync_api import Page, Route, expect
 
-pytestmark = pytest.mark.one_in(6)
+pytestmark = some
 launched, served = page_driver.launched, page_driver.served
 room, page = page_driver.room, page_driver.page
 
@@ -96,7 +96,7 @@ def test_without_the_server_formulas_are_as_written(page: Page, room: Room) -> N
         [],
     ],
 )
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(10)
 def test_no_other_element_is_drawn(page: Page, room: Room, answer: object) -> None:
     typesets(page, answer)
     says(room, "So $x^2$.")

@@ -5,10 +5,10 @@ from typing import Any
 import page_driver
 import pytest
 from page_driver import ask, file, idle, last, take, until
-from page_room import Hold, Room, Script, visit
+from page_room import Hold, Room, Script, some, visit
 from playwright.sync_api import Browser, Page, expect
 
-pytestmark = pytest.mark.one_in(6)
+pytestmark = some
 launched, served, room, page = (
     page_driver.launched,
     page_driver.served,

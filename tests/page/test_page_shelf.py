@@ -5,10 +5,10 @@ from typing import Any
 import page_driver
 import pytest
 from page_driver import ask
-from page_room import Hold, Raw, Room, Script, visit
+from page_room import Hold, Raw, Room, Script, some, visit
 from playwright.sync_api import Browser, Page, expect
 
-pytestmark = pytest.mark.one_in(6)
+pytestmark = some
 launched, served, room = page_driver.launched, page_driver.served, page_driver.room
 
 

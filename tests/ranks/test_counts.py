@@ -17,7 +17,7 @@ Found = dict[str, Any]
 COUNTS = Path(__file__).parents[1] / "ranks_counts.py"
 RAW = tiny_config(**SIZES)
 CONFIG = ModelConfig.from_dict(RAW).with_map(MAPS[1])
-SOME = pytest.mark.one_in(5)  # of them all
+SOME = pytest.mark.one_in(12)  # of them all
 HIDDEN = 4 * CONFIG.hidden_size  # bytes of a token's hidden state in float32
 # Bytes of the norms: two of each block, and the last. A share has some of them.
 NORMS = 4 * CONFIG.hidden_size * (2 * CONFIG.num_hidden_layers + 1)

@@ -46,7 +46,7 @@ ELSEWHERE = (
 )
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
 ASK = ("--raw", "--prompt", "a b a b", "--max-tokens")
-drawn = pytest.mark.one_in(16)  # of all that start processes
+drawn = pytest.mark.one_in(24)  # of all that start processes
 HEADER = "/help lists the commands\n"
 
 

@@ -21,6 +21,7 @@ MakePath = Callable[[int, int | None], Path]
 PIPELINES = ("2", "3", "4", "2 --split 7")  # machines, and their flags
 TENSORS = ("2 --tensor-parallel", "2 --tensor-parallel --split 3,1")
 PACKED = ("2 --q-bits 4", "2 --tensor-parallel --q-bits 8", "2 --tensor-parallel --q-bits 4")
+SOME = pytest.mark.one_in(24)  # of them all
 WINDOWS = pytest.mark.parametrize("window", [12, None])
 
 
@@ -74,7 +75,7 @@ DEPTHS = pytest.mark.parametrize("blocks", [8, pytest.param(32, marks=pytest.mar
 @WINDOWS
 @HOWS
 @DEPTHS
-@pytest.mark.one_in(9)
+@SOME
 def test_the_same_answers(
     how: str, blocks: int, window: int | None, paths: MakePath, tmp_path: Path
 ) -> None:
@@ -89,7 +90,7 @@ def test_the_same_answers(
 @WINDOWS
 @pytest.mark.parametrize("how", ["2", "3", BUSY[0]])
 @DEPTHS
-@pytest.mark.one_in(6)
+@SOME
 def test_random_company(
     how: str, blocks: int, window: int | None, paths: MakePath, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import write_checkpoint
+from conftest import slow, write_checkpoint
 from ranks_ring import SIZES, end, host_file, run, start
 from tiny import tiny_config, tiny_weights
 
@@ -65,6 +65,7 @@ def ask(address: str, model: str, **more: Any) -> dict[str, Any]:
     return found
 
 
+@slow
 def test_both_models_answer_together(server: str, alone: dict[str, str]) -> None:
     said: dict[tuple[str, int], str] = {}
 
@@ -79,6 +80,7 @@ def test_both_models_answer_together(server: str, alone: dict[str, str]) -> None
     assert said == {(model, number): alone[model] for model in NAMES for number in range(2)}
 
 
+@slow
 def test_a_prompt_that_begins_alike_is_not_read_again(server: str) -> None:
     longer = f"{PROMPT} and then some more of it, past the window"
     first = ask(server, NAMES[1], prompt=longer)
@@ -87,6 +89,7 @@ def test_a_prompt_that_begins_alike_is_not_read_again(server: str) -> None:
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 20
 
 
+@slow
 def test_a_client_that_leaves_costs_the_others_nothing(server: str, alone: dict[str, str]) -> None:
     body = {"model": NAMES[0], "prompt": PROMPT, "max_tokens": 400, "stream": True}
     with httpx.stream("POST", f"{server}/v1/completions", json=body, timeout=60) as answer:
@@ -98,6 +101,7 @@ def test_no_other_model_is_loaded(server: str) -> None:
     assert httpx.get(f"{server}/shelf", timeout=60).status_code == 404
 
 
+@slow
 def test_generate_says_the_same(path: Path, alone: dict[str, str], tmp_path: Path) -> None:
     words = ["-m", "mlx_cerebrum.generate", str(path), "--plan", NAMES[1], "--raw", "--json"]
     words += ["--prompt", PROMPT, "--max-tokens", str(TOKENS), "--dtype", "float32"]
@@ -116,7 +120,7 @@ def test_generate_says_the_same(path: Path, alone: dict[str, str], tmp_path: Pat
         (["--follow"], "--follow is for the others"),
     ],
 )
-@pytest.mark.one_in(5)
+@slow
 def test_what_is_not_there_is_refused_by_name(
     flags: list[str], says: str, path: Path, tmp_path: Path
 ) -> None:

@@ -106,7 +106,7 @@ def are_right(model: Model, ids: Sequence[int], found: Sequence[TokenLogprob], k
 @pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("draft", ["none", "ngram"])
 @pytest.mark.parametrize("step", [5, 300])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 def test_scores_are_those_of_one_forward_pass(
     make: Callable[..., BatchEngine],
     loaded: Loaded,
@@ -278,7 +278,7 @@ def answered(server: Running, **body: Any) -> tuple[list[Any], Any]:
 
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("max_tokens", [0, 1, 5])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 def test_text_and_scores_of_prompt_and_answer(
     server: Running, loaded: Loaded, n: int, max_tokens: int
 ) -> None:

@@ -264,6 +264,7 @@ def test_at_temperature_zero_nothing_else_matters(make: Make, loaded: Any) -> No
 
 
 @pytest.mark.parametrize("k", [0, 1, 5, 20])
+@slow
 def test_logprobs_are_of_the_plain_distribution(make: Make, loaded: Any, k: int) -> None:
     sampling = Sampling(1.2, top_p=0.5, seed=1)
     engine = make()
@@ -311,6 +312,7 @@ def test_jobs_that_can_never_run(make: Make, changes: dict[str, Any], said: str)
     assert engine.stats().queued == 0
 
 
+@slow
 def test_a_full_queue_refuses(make: Make, loaded: Any) -> None:
     engine = make(max_batch=2, max_queue=3)
     held = Client(engine, job(5, 30), hold=True).started()
@@ -573,6 +575,7 @@ def test_a_conversation_goes_on_in_the_memory_of_one_request(make: Make, loaded:
     assert 0 < engine.stats().cache_bytes <= engine._budget
 
 
+@slow
 def test_cached_tokens_are_told_and_counted(make: Make, loaded: Any) -> None:
     engine = make(cache_bytes=10**7)
     first = Client(engine, job(40, 5, owner="a")).done()

@@ -447,7 +447,7 @@ def _taken(do: Callable[[], None]) -> int:
     "jobs", [[(300, 9, 1)], [(40, 150, 4)], [(300, 9, 1), (90, 40, 1), (350, 5, 2)]]
 )
 @pytest.mark.parametrize("draft", ["none", "ngram"])
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(12)
 def test_no_more_memory_than_predicted(
     loaded: Callable[[int], Loaded], window: int, jobs: list[tuple[int, int, int]], draft: str
 ) -> None:

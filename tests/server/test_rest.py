@@ -60,6 +60,7 @@ def asked(seed: int = 0, length: int = 40, most: int = 8, **more: Any) -> Job:
     return job(length, most, seed, model="source", **more)
 
 
+@slow
 def test_released_and_there_again(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with engine_for(path, 0.1) as engine:
         first = Client(engine, asked()).done()
@@ -171,6 +172,7 @@ def test_all_who_wait_go_away_while_it_loads(path: Path) -> None:
         assert not client.pieces()
 
 
+@slow
 def test_a_model_that_was_removed_meanwhile(path: Path, tmp_path: Path) -> None:
     with engine_for(path, 0.05) as engine:
         text = Client(engine, asked()).done().text()
@@ -203,6 +205,7 @@ def test_closed_at_rest_and_while_it_loads(path: Path) -> None:
     assert client.failed is not None
 
 
+@slow
 def test_memory_that_others_took_meanwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with engine_for(path, 0.05) as engine:
         until(lambda: engine.stats().at_rest)

@@ -240,6 +240,7 @@ def test_an_answer_that_is_not_read_goes_first(
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 403, "host_not_allowed"),
     ],
 )
+@slow
 def test_what_is_not_http(
     engine: FakeEngine,
     tokenizer: Tokenizer,

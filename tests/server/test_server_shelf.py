@@ -191,6 +191,7 @@ def test_others_are_answered_while_a_model_loads(shelf: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nothing", "one-16bit", "/etc", "../models/one-16bit", ""])
+@slow
 def test_only_names_of_the_shelf(shelf: Path, name: str) -> None:
     with serving("one") as server:
         refused = load(server, name)

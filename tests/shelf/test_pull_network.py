@@ -44,6 +44,7 @@ PASSING: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
+@slow
 def test_what_passes_is_waited_for(
     hub: Hub, capsys: pytest.CaptureFixture[str], fault: dict[str, Any]
 ) -> None:
@@ -67,6 +68,7 @@ def before_files(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> No
     monkeypatch.setattr(pull, "_make", after)
 
 
+@slow
 def test_a_fault_in_the_middle_passes(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

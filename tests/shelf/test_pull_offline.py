@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import shelf_room
-from conftest import config_of
+from conftest import config_of, slow
 from hub_stand_in import REPO, SHARDS, Hub
 from test_pull import run
 
@@ -35,6 +35,7 @@ def cut_off(
     return False
 
 
+@slow
 def test_what_the_cache_has_whole_is_made_without_the_hub(
     hub: Hub, snapshot: Path, cut_off: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,6 +53,7 @@ def test_what_the_cache_has_whole_is_made_without_the_hub(
 
 
 @pytest.mark.parametrize("revision", ["main", "commit"])
+@slow
 def test_a_revision_of_the_cache(hub: Hub, snapshot: Path, cut_off: bool, revision: str) -> None:
     asked = hub.commit if revision == "commit" else revision
     assert run(NAME, "--quiet", "--revision", asked) == 0

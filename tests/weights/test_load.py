@@ -287,7 +287,7 @@ def test_packing_on_the_way_takes_no_more_than_was_predicted(
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(10)
 def test_logits_and_cache_have_the_dtype(
     checkpoint: MakeCheckpoint, tmp_path: Path, mode: str, dtype: str
 ) -> None:
