@@ -156,6 +156,12 @@ def _reading(args: argparse.Namespace, options: Options) -> tuple[Options, str |
 
 def _say_time(calibrator: Calibrator, resumes: bool) -> None:
     config, tokens = calibrator.layout.config, calibrator.tokens.size
+    if tokens < calibrator.inputs:
+        tell(
+            f"warning: {tokens:,} tokens are fewer than a matrix has inputs, {calibrator.inputs:,}:"
+            " fitted to these alone, it may answer worse than rounded. Give more text, or more"
+            " --calibrate-tokens"
+        )
     if resumes:
         when = "going on where it was stopped"
     else:

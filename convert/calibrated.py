@@ -115,6 +115,11 @@ class Calibrator:
         }
 
     @property
+    def inputs(self) -> int:
+        """Of the widest matrix. By fewer tokens it is fitted to what they are, and to no other."""
+        return max(_columns(self.layout.config))
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes of memory held at most."""
         return self._needed(self.tokens.size)
@@ -130,7 +135,8 @@ class Calibrator:
     def _settings(self) -> list[tuple[str, int]]:
         """Flags that need less, and the bytes of memory they need."""
         fewer = (self.tokens.size // 2**i for i in range(1, 8))
-        return [(f"--calibrate-tokens {n}", self._needed(n)) for n in fewer if n >= LENGTH]
+        least = max(LENGTH, self.inputs)
+        return [(f"--calibrate-tokens {n}", self._needed(n)) for n in fewer if n >= least]
 
     def _needed(self, tokens: int) -> int:
         return calibration_bytes(self.layout.config, tokens, self.dtype.size)

@@ -497,6 +497,31 @@ def test_memory_is_asked_for_first_and_fewer_tokens_named(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("tokens", "warned"), [(LENGTH, True), (2 * LENGTH, False)])
+def test_fewer_tokens_than_inputs(
+    checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tokens: int,
+    warned: bool,
+) -> None:
+    """A matrix is not fitted to them without a word, nor are they what a refusal asks for."""
+    source = checkpoint(num_hidden_layers=1, intermediate_size=LENGTH + 64)
+    words = ["--hf-path", str(source), "--mlx-path", str(tmp_path / "x"), "-q", "--q-bits", "4"]
+    words += ["--q-recipe", "gptq", "--calibrate", str(tmp_path / "text")]
+    (tmp_path / "text").write_text(TEXT)
+    words += ["--calibrate-tokens", str(tokens)]
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "available_bytes", lambda: 1000)
+        assert main([*words, "--q-group-size", "32"]) == 2
+    assert "--calibrate-tokens" not in capsys.readouterr().err
+    assert main([*words, "--q-group-size", "32"]) == 0
+    said = capsys.readouterr().err
+    assert ("fewer than a matrix has inputs, 576: fitted to these alone" in said) is warned
+    assert f"calibrating on {tokens:,} tokens" in said
+
+
 def test_prediction_covers_what_is_used(made: Made) -> None:
     config = open_checkpoint(made.folder / "source").config
     predicted = calibration_bytes(config, TOKENS, 4)
