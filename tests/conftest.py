@@ -68,8 +68,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _the_same_draws(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers that are drawn without a seed are a test's own, and the same in each run of it."""
-    monkeypatch.setattr("secrets.randbits", Random(request.node.nodeid).getrandbits)
+    """What is drawn without a seed is a test's own, and the same in each run of it."""
+    own = Random(request.node.nodeid)
+    mx.random.seed(own.getrandbits(32))
+    monkeypatch.setattr("secrets.randbits", own.getrandbits)
 
 
 def resting() -> int:
