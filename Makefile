@@ -2,7 +2,7 @@
 # make serve   set up, then open the chat page on the demo model
 # make chat    set up, then chat with the demo model in this terminal
 # make test    set up, then run the test suite
-# make test-long   the sweeps it leaves out
+# make test-long   the sweeps it leaves out: about an hour, or TESTS=tests/convert of it
 # make test-clients   set up apart, then try real client packages (Node's too, where npm is)
 # make bench   set up, then run every bench suite on the demo model: tables and plots in $(OUT)
 # make lint    formatting, lint and types
@@ -62,7 +62,7 @@ test: $(VENV)/.test
 	$(RUN) -m pytest -n 2 --dist worksteal
 
 test-long: $(VENV)/.test
-	$(RUN) -m pytest -n 2 --dist worksteal -m long
+	$(RUN) -m pytest -n 2 --dist worksteal -m long $(TESTS)
 
 test-clients: $(CLIENTS)/.installed
 	$(FAST) $(CLIENTS)/bin/python -m pytest tests/clients
