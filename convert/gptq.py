@@ -49,10 +49,14 @@ def inputs_of(hessian: mx.array) -> Inputs:
     turned = hessian[backwards][:, backwards]
     at = mx.arange(len(order))
     damping = mx.maximum(DAMPING * mx.mean(diagonal), mx.array(1e-30))
-    turned[at, at] += damping
-    mx.eval(turned)
-    lower = mx.linalg.cholesky(turned, stream=mx.cpu)  # where MLX has it
-    mx.eval(lower)
+    while True:
+        turned[at, at] += damping
+        mx.eval(turned)
+        lower = mx.linalg.cholesky(turned, stream=mx.cpu)  # where MLX has it
+        pivots = mx.diag(lower)
+        if mx.all(mx.isfinite(pivots) & (pivots > 0)):
+            break
+        damping = 10 * damping  # rounding made it indefinite, of which MLX says nothing
     del turned
     inverse = mx.linalg.tri_inv(lower, stream=mx.cpu)
     mx.eval(inverse)

@@ -43,6 +43,16 @@ def test_the_factor_is_that_of_the_inverse_strongest_input_first() -> None:
     assert np.abs(product - np.eye(32)).max() < 1e-3
 
 
+def test_sums_that_rounding_made_indefinite_are_damped_until_they_are_not() -> None:
+    """Of which MLX's factor says nothing: its last pivot would be -3."""
+    _, _, upper = gptq.inputs_of(mx.array([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+    inverse = np.array(upper, np.float64).T @ np.array(upper, np.float64)
+    assert (np.linalg.eigvalsh(np.linalg.inv(inverse)) > 0).all()
+    assert (np.array(mx.diag(upper)) > 0).all()
+    _, _, same = gptq.inputs_of(mx.ones((4, 4)))  # of one direction only, as text without change
+    assert mx.all(mx.isfinite(same) & (mx.diag(same) > 0))
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_outputs_are_nearer_than_rounding_leaves_them(bits: int) -> None:
     packing, weight, inputs = Packing(bits, 32), normal(48, 192), correlated(600, 192)
