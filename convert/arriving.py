@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Condition, Event, Thread
 
 from convert.integrity import HashedFile, ReadError
-from convert.source import Source, Stamps
+from convert.source import Source, Stamp, Stamps
 from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.installed import program
 from mlx_cerebrum.weights.checkpoint import Checkpoint
@@ -164,7 +164,9 @@ class ArrivingSource(Source):
         files = self._arrivals.remote.files
         names = dict.fromkeys(map(self._file, self.modules))
         return {
-            self.checkpoint.path / name: (str(files[name].hash), 0, 0, files[name].nbytes, 0, 0)
+            self.checkpoint.path / name: Stamp(
+                str(files[name].hash), 0, 0, files[name].nbytes, 0, 0
+            )
             for name in names
         }
 

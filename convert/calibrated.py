@@ -226,16 +226,18 @@ class Calibrator:
         """Pack a layer's matrices, or the head: `alike` by the name of their sums."""
         found: dict[str, mx.array] = {}
         for name, modules in alike.items():
-            together: dict[Packing, list[str]] = {}
+            together: dict[tuple[Packing, *tuple[str, ...]], list[str]] = {}
             for module in modules:
-                if (packing := self.outputs[module].packing) is not None:
-                    together.setdefault(packing, []).append(module)
+                output = self.outputs[module]
+                if (packing := output.packing) is not None:  # of one dtype: no other's scales
+                    dtypes = (spec.dtype for spec in output.specs)
+                    together.setdefault((packing, *dtypes), []).append(module)
             hessian = sums.pop(name)
             if not together:
                 continue
             inputs = gptq.inputs_of(hessian)
             del hessian
-            for packing, same in together.items():
+            for (packing, *_), same in together.items():
                 parts = [weight(self.checkpoint, self.outputs[module]) for module in same]
                 ends = list(accumulate(len(part) for part in parts))
                 arrays = gptq.pack(mx.concatenate(parts), inputs, packing)

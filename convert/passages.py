@@ -6,11 +6,13 @@ beginning and asks for more, and the rest is the answer, in the model's own temp
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib.resources import files
 
 import mlx.core as mx
 
 from mlx_cerebrum.errors import RequestError
+from mlx_cerebrum.tokenizer.jinja.run import dated
 from mlx_cerebrum.tokenizer.tokenizer import Tokenizer
 
 METHODS = ("gptq", "dwq")  # recipes that read it: convert/calibrated.py, convert/distilled.py
@@ -19,6 +21,7 @@ TOKENS = 32_768  # read by default
 MOST = 65_536
 _ASKED = 64  # tokens that the user gives of a passage
 _REQUEST = "Continue this text:\n\n"
+_DAY = datetime(2024, 7, 26)  # for templates that say what day it is
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,22 @@ def passages(tokenizer: Tokenizer, text: str, tokens: int) -> mx.array:
 
 
 def is_chat(tokenizer: Tokenizer) -> bool:
-    """Whether a template, the checkpoint's own or one known for it, says how it is talked to."""
-    return tokenizer.format.assumed is None
+    """Whether a template, the checkpoint's own or one known for it, says how it is talked to, and
+    leaves most of a passage to the text."""
+    return tokenizer.format.assumed is None and len(_asked(tokenizer, "")) <= LENGTH // 2
+
+
+def _asked(tokenizer: Tokenizer, beginning: str) -> list[int]:
+    with dated(_DAY):
+        return tokenizer.apply_chat_template([{"role": "user", "content": _REQUEST + beginning}])
 
 
 def _written(
     tokenizer: Tokenizer, start: list[int], pieces: Iterator[list[int]]
 ) -> Iterator[list[int]]:
+    talks = is_chat(tokenizer)
     for piece in pieces:
-        if is_chat(tokenizer):
-            asked = _REQUEST + tokenizer.decode(piece[:_ASKED])
-            prompt = tokenizer.apply_chat_template([{"role": "user", "content": asked}])
-            yield prompt + piece[_ASKED:]
+        if talks:
+            yield _asked(tokenizer, tokenizer.decode(piece[:_ASKED])) + piece[_ASKED:]
         else:
             yield start + piece

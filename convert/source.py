@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +19,24 @@ from mlx_cerebrum.weights.safetensors_checkpoint import SafetensorsCheckpoint
 from mlx_cerebrum.weights.safetensors_file import CODES, ITEM_BYTES, read_header
 
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
-Stamp = tuple[str, int, int, int, int, int]
+
+
+class Stamp(NamedTuple):
+    """What tells that a file is another one, or was written to since: `changed` can't be set
+    back. A disk that was away may have another `device` later, and number its files anew."""
+
+    path: str
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+    @property
+    def lasting(self) -> tuple[str, int, int, int]:
+        return self.path, self.size, self.modified, self.changed
+
+
 Stamps = dict[Path, Stamp]
 _WHOSE = {"provenance": "its provenance's", "hub": "the hub's"}
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
@@ -200,7 +217,6 @@ def _changed(path: Path) -> CheckpointError:
 
 
 def _stat(path: Path) -> Stamp:
-    """What tells that a file is another one, or was written to since: the change time can't be
-    set back."""
     s = path.stat()
-    return str(path.resolve()), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+    times = s.st_mtime_ns, s.st_ctime_ns
+    return Stamp(str(path.resolve()), s.st_dev, s.st_ino, s.st_size, *times)

@@ -3,8 +3,10 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import gguf_files
 import mlx.core as mx
@@ -27,10 +29,11 @@ from tiny import tiny_config, tiny_weights
 from tokenizers import AddedToken, Tokenizer
 
 from convert import calibrated, fold, gptq
+from convert import source as reading
 from convert.__main__ import main
 from convert.calibrated import calibration_bytes
 from convert.layout import Options, lay_out
-from convert.passages import LENGTH, Calibration, passages, shipped
+from convert.passages import LENGTH, Calibration, is_chat, passages, shipped
 from convert.verify import verify
 from mlx_cerebrum import device
 from mlx_cerebrum.errors import CheckpointError, RequestError
@@ -38,6 +41,7 @@ from mlx_cerebrum.model import memory
 from mlx_cerebrum.model.cache import attention_mask
 from mlx_cerebrum.model.tensors import MATRICES, module_path
 from mlx_cerebrum.tokenizer.chat_formats import BUILT_IN
+from mlx_cerebrum.tokenizer.jinja import run as jinja
 from mlx_cerebrum.weights.checkpoint import FLOATS, Checkpoint
 from mlx_cerebrum.weights.opening import load, load_tokenizer, open_checkpoint
 from mlx_cerebrum.weights.quantize import Packing
@@ -249,7 +253,11 @@ def test_a_disk_that_is_gone_for_a_while_loses_nothing(
     said = capsys.readouterr().err
     assert "can't be read: [read] Unable to read from file." in said
     assert list(tmp_path.glob(".x.partial/*/packed-*")) or list(tmp_path.glob(".x.partial/*/sums*"))
+    stat = reading._stat  # when it is back, the system may number it anew, and its files
+    monkeypatch.setattr(reading, "_stat", lambda path: stat(path)._replace(device=7, inode=7))
+    runs = positions_done(monkeypatch)
     assert main(command) == 0
+    assert len(runs) < POSITIONS
     assert contents(tmp_path / "x") == contents(made.folder / "x")
 
 
@@ -546,6 +554,56 @@ def test_a_chat_model_reads_them_as_answers(checkpoint: MakeCheckpoint) -> None:
     asked = f"User: Continue this text:\n\n{TEXT[:64]}\nAI:"
     assert asked in row
     assert row.partition(asked)[2].lstrip() == TEXT[64 : 64 + len(row.partition(asked)[2].lstrip())]
+
+
+def test_what_a_template_says_is_the_same_on_any_day(
+    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = talker(checkpoint, "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
+    rows = []
+    for day in (1, 2):
+        monkeypatch.setattr(jinja, "datetime", Mock(now=lambda day=day: datetime(2026, 12, day)))
+        assert f"0{day} Dec 2026" in tokenizer.decode(
+            tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
+        )
+        rows.append(passages(tokenizer, TEXT, LENGTH).tolist())
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(("length", "talks"), [(200, True), (300, False), (600, False)])
+def test_a_template_that_leaves_little_room_is_done_without(
+    checkpoint: MakeCheckpoint, length: int, talks: bool
+) -> None:
+    tokenizer = talker(checkpoint, "#" * length + "{{ messages[0].content }}")
+    assert is_chat(tokenizer) is talks
+    said = tokenizer.decode(np.array(passages(tokenizer, TEXT, LENGTH)[0]).tolist())
+    assert said.startswith("#" * length if talks else TEXT[: LENGTH - 1])
+
+
+def talker(checkpoint: MakeCheckpoint, template: str) -> Any:
+    path = checkpoint()
+    own = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(own | {"chat_template": template}))
+    return load_tokenizer(open_checkpoint(path))
+
+
+def test_matrices_of_two_dtypes_are_packed_apart(tmp_path: Path) -> None:
+    """What shares its inputs is packed together, and would get the wider one's scales."""
+    config = tiny_config(num_hidden_layers=1, vocab_size=260)
+    config.pop("torch_dtype", None)
+    weights = tiny_weights(config, seed=3)
+    narrow = ("up_proj.weight", "k_proj.weight")
+    mixed: Any = {n: w.astype(np.float16) if n.endswith(narrow) else w for n, w in weights.items()}
+    path = write_checkpoint(tmp_path / "source", config, mixed)
+    (tmp_path / "text").write_text(TEXT)
+    words = ["--hf-path", str(path), "--mlx-path", str(tmp_path / "x"), "--quiet", "-q"]
+    words += ["--q-recipe", "gptq", "--q-group-size", "32", "--q-bits", "4"]
+    words += ["--calibrate", str(tmp_path / "text"), "--calibrate-tokens", str(LENGTH)]
+    assert main(words) == 0
+    made = tensors(tmp_path / "x")
+    for name, dtype in (("up_proj", mx.float16), ("gate_proj", mx.float32)):
+        assert made[f"model.layers.0.mlp.{name}.scales"].dtype == dtype
+    assert verify(tmp_path / "x")["sound"]
 
 
 def test_the_text_that_ships_is_long_enough_and_not_scored() -> None:

@@ -6,7 +6,9 @@ leaves nothing of a checkpoint to run.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, ClassVar, NoReturn
 
@@ -402,7 +404,20 @@ def _range(*bounds: int) -> range:
 def _strftime_now(form: str) -> str:
     if len(form) > 200 or not re.fullmatch(r"(?:[^%]|%[-_0^#]?[A-Za-z%])*", form):
         raise ValueError(f"the date format {form!r:.60} is not supported")
-    return datetime.now().strftime(form)
+    return (_moment.get() or datetime.now()).strftime(form)
+
+
+_moment: ContextVar[datetime | None] = ContextVar("_moment", default=None)
+
+
+@contextmanager
+def dated(moment: datetime) -> Iterator[None]:
+    """Inside, this is what templates are told for the time: what they write is the same any day."""
+    before = _moment.set(moment)
+    try:
+        yield
+    finally:
+        _moment.reset(before)
 
 
 def _unsupported(run: Run, node: nodes.Node, *_: Any) -> NoReturn:
