@@ -165,7 +165,8 @@ def _say_time(calibrator: Calibrator, resumes: bool) -> None:
     if resumes:
         when = "going on where it was stopped"
     else:
-        seconds = predicted_seconds(calibrator.calibration.method, config, tokens)
+        method, blocks = calibrator.calibration.method, len(set(calibrator.layout.order))
+        seconds = predicted_seconds(method, config, tokens, blocks, calibrator.dtype)
         minutes = max(1, round(seconds / 60))
         lasts = f"{minutes} min" if minutes < 90 else f"{minutes / 60:.0f} hours"
         when = f"about {lasts} on this machine"

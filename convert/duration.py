@@ -14,7 +14,6 @@ from mlx.utils import tree_map
 from convert import gptq
 from convert.distilled import EPOCHS
 from convert.passages import LENGTH
-from mlx_cerebrum import device
 from mlx_cerebrum.model.cache import attention_mask
 from mlx_cerebrum.model.config import ModelConfig
 from mlx_cerebrum.model.forward import TransformerBlock
@@ -29,9 +28,11 @@ _GROUP = 32  # weights
 _PASSES = 4
 
 
-def predicted_seconds(method: str, config: ModelConfig, tokens: int) -> float:
-    """Of a recipe that reads `tokens`, without what is read from disk and written."""
-    dtype = mx.float16 if device.on_gpu() else mx.float32
+def predicted_seconds(
+    method: str, config: ModelConfig, tokens: int, blocks: int, dtype: mx.Dtype
+) -> float:
+    """Of a recipe that reads `tokens`, without what is read from disk and written. `blocks` that
+    differ run at the positions, in `dtype`."""
     D, inner = config.hidden_size, config.intermediate_size
     passages = tokens / LENGTH
     forward = _forward_seconds(config, dtype)
@@ -47,7 +48,8 @@ def predicted_seconds(method: str, config: ModelConfig, tokens: int) -> float:
     packing = _seconds(lambda: gptq.pack(rows, known, Packing(4, _GROUP)))
     # A column's turn changes all columns after it.
     packing *= sum(a * b * b for a, b in matrix_shapes(config).values()) / (_ROWS * columns**2)
-    took = runs * (forward + sums) + config.num_hidden_layers * solving + packing
+    packing *= blocks / config.num_hidden_layers  # an unrolled model has some more than once
+    took = runs * (forward + sums) + blocks * solving + packing
     if method == "dwq":
         x, head = mx.ones((LENGTH, D), dtype), mx.zeros((D, config.vocab_size), dtype)
         saying = _seconds(lambda: mx.softmax((x @ head).astype(mx.float32), axis=-1))
