@@ -21,6 +21,7 @@ from mlx_cerebrum.errors import CheckpointError
 from mlx_cerebrum.weights.quantize import Packing
 
 DAMPING = 0.01  # of H's mean diagonal, added to it: as in the paper
+_TRIES = 8  # the last adds more than all there is
 _COLUMNS = 64  # rounded before the rest of the matrix hears of their errors
 _ROWS = 4096  # of a matrix at a time
 _SHARES = (0.96, 0.92, 0.88, 0.84, 0.8, 0.75)  # of a scale that are tried
@@ -38,25 +39,25 @@ class Inputs(NamedTuple):
 
 def inputs_of(hessian: mx.array) -> Inputs:
     """From H `[n, n]`, float32. Raises CheckpointError for one that is not finite."""
+    unfit = CheckpointError("the model's activations are not finite; convert with another --dtype")
     diagonal = mx.diag(hessian)
     if not mx.all(mx.isfinite(diagonal)):
-        raise CheckpointError(
-            "the model's activations are not finite; convert with another --dtype"
-        )
+        raise unfit
     order = mx.argsort(-diagonal)
     backwards = order[::-1]
     # With rows and columns backwards, Cholesky's lower factor of H is upper's of the inverse.
     turned = hessian[backwards][:, backwards]
     at = mx.arange(len(order))
     damping = mx.maximum(DAMPING * mx.mean(diagonal), mx.array(1e-30))
-    while True:
+    for _ in range(_TRIES):
         turned[at, at] += damping
         mx.eval(turned)
         lower = mx.linalg.cholesky(turned, stream=mx.cpu)  # where MLX has it
-        pivots = mx.diag(lower)
-        if mx.all(mx.isfinite(pivots) & (pivots > 0)):
+        if mx.all(mx.isfinite(mx.diag(lower)) & (mx.diag(lower) > 0)):
             break
         damping = 10 * damping  # rounding made it indefinite, of which MLX says nothing
+    else:
+        raise unfit
     del turned
     inverse = mx.linalg.tri_inv(lower, stream=mx.cpu)
     mx.eval(inverse)

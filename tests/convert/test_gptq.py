@@ -51,6 +51,8 @@ def test_sums_that_rounding_made_indefinite_are_damped_until_they_are_not() -> N
     assert (np.array(mx.diag(upper)) > 0).all()
     _, _, same = gptq.inputs_of(mx.ones((4, 4)))  # of one direction only, as text without change
     assert mx.all(mx.isfinite(same) & (mx.diag(same) > 0))
+    with pytest.raises(CheckpointError, match="activations are not finite"):
+        gptq.inputs_of(mx.array([[1.0, mx.nan], [mx.nan, 1.0]]))
 
 
 @pytest.mark.parametrize("bits", [3, 4])
